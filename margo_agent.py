@@ -41,7 +41,7 @@ import os
 import re
 import sys
 import time
-from collections import namedtuple
+from collections import ChainMap, namedtuple
 
 __version__ = "0.1.0"
 __all__ = ["main", "Agent", "load_config", "load_yaml", "YAMLError", "MargoError", "PROFILES", "__version__"]
@@ -194,13 +194,15 @@ def define(name, fields, meaning, *defaults):
 
 
 Certificate = define("Certificate",
-    "der subject issuer serial not_before not_after spki uris is_ca key_usage extensions",
-    "An X.509 certificate: bytes, raw names, int, Unix seconds, URI SANs, CA flag, keyUsage bits or None, and"
-    " {OID: (critical, value, raw)}.")
+    "der subject issuer serial not_before not_after spki uris is_ca key_usage key issuer_key alt_names",
+    "An X.509 certificate: bytes, raw names, int, Unix seconds, public key, URI SANs, CA flag, keyUsage bits"
+    " or None, identifiers of its own key and of its issuer's or None, subjectAltName as it stands.",
+    None, None, b"")
 ManifestEntry = define("ManifestEntry", "deployment_id digest size",
     "One line of a state manifest; `size` is advice, never a check (C-110).")
-Manifest = define("Manifest", "version bundle_digest bundle_size entries",
-    "A state manifest that holds to every structural rule of protocol 3.1.")
+Manifest = define("Manifest", "version bundle_digest bundle_size entries foreign",
+    "A state manifest that holds to every structural rule of protocol 3.1; `foreign`: a `url` in it that is"
+    " of another origin than the WFM, or \"\".", "")
 Desired = define("Desired", "version etag digest entries documents",
     "A verified desired state: ETag as sent, digest of the manifest, {digest: bytes} of new documents.")
 Component = define("Component", "name repository revision wait timeout extensions key_location",
@@ -516,7 +518,7 @@ class Agent:
         """The capabilities document of a device as it is; a child is what the configuration says of it."""
         detected = {"peripherals": [], "interfaces": []}
         if not device.silence:
-            detected = detect_properties(self.config.state_dir)
+            detected = detect_properties(self.config.state_dir, hostname=self.config.device.hostname)
         return make_capabilities(detected, device.settings, device.device_id, sorted(device.drivers))
 
     def report_capabilities(self, always=False):
@@ -586,7 +588,8 @@ class Agent:
             if data is None:
                 words = "its document is missing from the state directory; the next poll brings it anew"
                 raise ComponentError("INTERNAL", words)
-            return target._replace(deployment=parse_deployment(data, target.deployment_id))
+            values = self.config.device.parameter_values
+            return target._replace(deployment=parse_deployment(data, target.deployment_id, values))
         except ComponentError as error:
             return target._replace(error=error, deployment=data and make_outline(data, target.deployment_id))
 
@@ -1321,7 +1324,8 @@ class Installation:
             data = self.tools.store.load_artifact(before["digest"])
             if data is None:
                 raise ComponentError("INTERNAL", "its document is not in the state directory any more")
-            deployment = parse_deployment(data, self.record["deploymentId"])
+            values = self.tools.config.device.parameter_values
+            deployment = parse_deployment(data, self.record["deploymentId"], values)
             list(self.run(Revision(deployment, before["packages"], before["services"]), rollback=True))
         except (ComponentError, CommandError, MemoryError) as error:
             words = to_fault(error).message
@@ -1371,7 +1375,8 @@ def apply_give_up(action, record, tools):
              if (container.component, container.service) == action.culprit]
     try:                                            # without its document nobody knows what to mask
         data = tools.store.load_artifact(record["adopted"]["digest"]) or b""
-        deployment = parse_deployment(data, record["deploymentId"])
+        values = tools.config.device.parameter_values
+        deployment = parse_deployment(data, record["deploymentId"], values)
         secrets = make_variables(deployment, component).values()
         words = get_driver(deployment.type, tools).tail_log((there or [""])[-1], secrets)
     except MargoError:
@@ -1749,13 +1754,12 @@ def is_bundle_cheaper(manifest, missing):
 class HttpSource:
     """Base of the sources over HTTP.
 
-    A subclass gives `ask` (how to send a request) and `root` (the path prefix).
-
-    A source has fetch_desired, put_capabilities, delete_capabilities and post_status, takes every document in
-    the shape of rc.3, and says who it speaks as (`client_id`) and with (`peer`).
+    A subclass gives `ask` (how to send a request) and `root` (the path prefix).  A source takes every
+    document in the shape of rc.3, and says who it speaks as (`client_id`) and with (`peer`).
     """
 
     root = "/api/v1"
+    status_path = "/deployments/{}/status"
 
     def __init__(self, config):
         self.config, self.url = config, config.wfm.url
@@ -1770,26 +1774,28 @@ class HttpSource:
             headers["Content-Type"] = JSON_TYPE
         now = time.time()
         response = self.ask(method, self.url + path, headers, body, limit)
+        coding = response.headers.get("Content-Encoding")
+        if coding not in (None, "identity"):
+            log("info", "an answer is coded, which was not asked for; it is taken as it came", coding=coding,
+                request=f"{method} {path}")
         return check_response(response, f"{method} {path}", accepted, now)
 
     def fetch_manifest(self, etag):
         """The answer to a request for the state manifest; 304 where it still has the ETag."""
         headers = {"Accept": MANIFEST_TYPE}
-        accepted = (200,)  # C-100
+        accepted = (200,)                                                           # C-100
         if etag:
-            headers["If-None-Match"] = etag                                             # C-101
+            headers["If-None-Match"] = etag                                         # C-101
             accepted = (200, 304)
         return self.send("GET", "/deployments", accepted, headers, limit=self.config.policy.max_document)
 
     def fetch_desired(self, accepted, load_artifact):
         """None where nothing changed, else a Desired whose every byte is verified.
 
-        Raises what `send` raises, and Refused.
-
         accepted: the state's `accepted`, or None.  load_artifact: digest to bytes or None, of what is at
-        hand.
+        hand.  Raises what `send` raises, and Refused.
         """
-        incomplete = bool(accepted and accepted.get("incomplete"))  # a document was lost here (D-9)
+        incomplete = bool(accepted and accepted.get("incomplete"))                  # one was lost here (D-9)
         response = self.fetch_manifest(accepted.get("etag") if accepted and not incomplete else None)
         if response.status == 304:                                                  # C-102
             return None
@@ -1799,50 +1805,73 @@ class HttpSource:
         if not check_version(manifest, digest, accepted) and not incomplete:
             accepted["etag"] = etag  # the last one (C-101), so that the next poll may be answered by 304
             return None
+        known = {entry.digest for entry in manifest.entries if load_artifact(entry.digest) is not None}
+        documents = self.fetch_documents(manifest, known)
         if etag and etag != f'"{digest}"':                                          # C-118
             log("warning", "the ETag is not the digest of the manifest; it is used as it came", etag=etag,
                 digest=digest)
-        known = {entry.digest for entry in manifest.entries if load_artifact(entry.digest) is not None}
-        documents = self.fetch_documents(manifest, known)
+        if manifest.foreign:
+            log("warning", "addresses in the manifest are of another origin than wfm.url; none is used",
+                url=manifest.foreign)
         return Desired(manifest.version, etag, digest, manifest.entries, documents)
 
     def fetch_documents(self, manifest, known):
-        """{digest: bytes} of every document that is not `known`; all or nothing (C-105, C-106)."""
+        """{digest: bytes} of every document that is not `known`; all or nothing (C-105, C-106).
+
+        They come by the cheaper of two roads.  Where that one is refused, or leads to other bytes than the
+        manifest names, they come by the other one; the state is refused where neither leads to them.
+        """
         missing = [entry for entry in manifest.entries if entry.digest not in known]
-        policy = self.config.policy
+        roads = [self.fetch_one_by_one, self.fetch_bundle]
         if is_bundle_cheaper(manifest, missing):
-            try:
-                response = self.send("GET", f"/bundles/{manifest.bundle_digest}", (200,),
-                                     limit=policy.max_artifact)
-            except Refused as error:
-                if error.code not in ("invalid-bundle", "HTTP 404"):
-                    raise
-                log("info", "the bundle cannot be had, documents are fetched one by one",
-                    reason=error.message)
-            else:
-                check_digest(response.body, manifest.bundle_digest, "bundle")
-                documents = parse_bundle(response.body, manifest.entries, policy.max_unpacked)
-                return {entry.digest: documents[entry.digest] for entry in missing}
-        documents, left = {}, policy.max_unpacked
+            roads.reverse()
+        try:
+            return roads[0](manifest, missing)
+        except Refused as error:
+            first = error.message
+        log("info", "documents are fetched the other way", reason=first)
+        try:
+            return roads[1](manifest, missing)
+        except Refused as error:
+            error.message += f"; and before: {first}"
+            raise
+
+    def fetch_bundle(self, manifest, missing):
+        """{digest: bytes} of the missing documents out of the manifest's bundle."""
+        policy = self.config.policy
+        path = f"/bundles/{manifest.bundle_digest}"
+        response = self.send("GET", path, (200,), limit=policy.max_artifact)
+        check_digest(response.body, manifest.bundle_digest, "bundle")
+        documents = parse_bundle(response.body, manifest.entries, policy.max_unpacked)
+        return {entry.digest: documents[entry.digest] for entry in missing}
+
+    def fetch_one_by_one(self, manifest, missing):
+        """{digest: bytes} of the missing documents, each by a request of its own."""
+        documents = {}
+        left = self.config.policy.max_unpacked
         for entry in missing:
-            documents[entry.digest] = self.fetch_document(entry)
-            left -= len(documents[entry.digest])
+            path = f"/deployments/{entry.deployment_id}/{entry.digest}"
+            response = self.send("GET", path, (200,), {"Accept": DEPLOYMENT_TYPE},
+                                 limit=self.config.policy.max_document)
+            check_digest(response.body, entry.digest, f"deployment {entry.deployment_id}")
+            documents[entry.digest] = response.body
+            left -= len(response.body)
             if left < 0:
                 raise Refused("the documents of the state manifest are more than policy.max_unpacked, all"
                               " together")
         return documents
 
-    def fetch_document(self, entry):
-        """One ApplicationDeployment's bytes, verified."""
-        path = f"/deployments/{entry.deployment_id}/{entry.digest}"
-        limit = self.config.policy.max_document
-        response = self.send("GET", path, (200,), {"Accept": DEPLOYMENT_TYPE}, limit=limit)
-        check_digest(response.body, entry.digest, f"deployment {entry.deployment_id}")
-        return response.body
+    def put_capabilities(self, device_id, document):
+        """Reports what a device can do; repeating it is harmless (C-080)."""
+        self.send("PUT", f"/capabilities/{device_id}", SUCCESS, document=document)
+
+    def delete_capabilities(self, device_id):
+        """Deregisters a device; one that the WFM does not know is deregistered already."""
+        self.send("DELETE", f"/capabilities/{device_id}", (*SUCCESS, 404))
 
     def post_status(self, deployment_id, document):
         """Reports a deployment's status."""
-        self.send("POST", f"/deployments/{deployment_id}/status", SUCCESS, document=document)
+        self.send("POST", self.status_path.format(deployment_id), SUCCESS, document=document)
 
 
 class MtlsSource(HttpSource):
@@ -1852,7 +1881,7 @@ class MtlsSource(HttpSource):
         super().__init__(config)
         self.identity = identity
         self.client_id = identity.spiffe_id.text
-        self.peer = identity.wfm_spiffe_id.text
+        self.peer = identity.wfm_id
         self.context = load_wfm_context(identity, bundle.anchors, config.wfm.min_tls)
         self.judges = []  # functions (leaf, now) of companions, which raise Untrusted
         self.chain = []                             # what the WFM presented last (DER), leaf first
@@ -1870,24 +1899,17 @@ class MtlsSource(HttpSource):
             judge(leaf, now)
         self.chain = chain
 
-    def put_capabilities(self, device_id, document):
-        """Reports what a device can do; repeating it is harmless (C-080)."""
-        self.send("PUT", f"/capabilities/{device_id}", SUCCESS, document=document)
-
-    def delete_capabilities(self, device_id):
-        """Deregisters a device; one that the WFM does not know is deregistered already."""
-        self.send("DELETE", f"/capabilities/{device_id}", (*SUCCESS, 404))
-
 
 class Profile:
-    """How one word of wfm.profile is served; PROFILES has the class of each.  Beside what is here a class has
+    """How one word of wfm.profile is served; PROFILES has the class of each.
 
-    connect(keep=True): the source of the desired state, and the sink of reports; keep: it
-    stores what it learns.
-    describe(now): what `status` says of the own identity, {id, notAfter, warning}; never raises.
-    check(now): what `doctor` says of it, (ok or warn, words).
-    identify(): who the client is for as long as it serves one WFM, without state or network. All but
-    `describe` raise Untrusted, connect also Unreachable.
+    Beside what is here a class has
+    connect(keep=True): the source of the desired state, and the sink of reports.  keep: it stores what it
+    learns.  Raises Untrusted and Unreachable.
+    describe(now): what `status` says of the own identity, {id, notAfter, warning}.  It never raises.
+    check(now): what `doctor` says of it, (ok or warn, words).  Raises Untrusted.
+    identify(): who the client is for as long as it serves one WFM, without state or network.  Raises
+    Untrusted.
     """
 
     settings = ()                                   # what the configuration has to say for it
@@ -1911,6 +1933,10 @@ class Profile:
     def takes_children(config):
         """Whether the protocol knows the child devices of a gateway."""
         return False
+
+    def translate(self, document):
+        """A capabilities document of rc.3 as this profile sends it."""
+        return document
 
 
 class Mtls(Profile):
@@ -1941,7 +1967,7 @@ class Mtls(Profile):
         identity = self.identity = load_identity(config)
         check_enrollment(state, client_id or identity.spiffe_id.text)
         check_own(identity.leaf, config, now)
-        warn_of_expiry(identity.leaf, store, now)
+        warn_of_own(config, identity.leaf, store, now)
         bundle = obtain_trust_bundle(config, store, state, identity.spiffe_id.trust_domain, now, keep)
         judge_own_chain(config, identity, bundle, store, state, keep)
         return self.open_source(identity, bundle, keep)
@@ -1976,9 +2002,7 @@ class Mtls(Profile):
 
 
 def make_owner(identity, device_id):
-    """What an agent's workloads are labelled with: its identity as a client, without any login, and the
-    device id.
-    """
+    """What an agent's workloads are labelled with: its identity as a client, no login, and its device id."""
     return re.sub(r"(?<=//)[^/]*@", "", identity) + "#" + device_id
 
 
@@ -1995,93 +2019,104 @@ REVISION_PATTERN = (r"(0|[1-9]\d*)\.(0|[1-9]\d*)\.(0|[1-9]\d*)"
                     r"(-(0|[1-9]\d*|\d*[a-zA-Z-][0-9a-zA-Z-]*)(\.(0|[1-9]\d*|\d*[a-zA-Z-][0-9a-zA-Z-]*))*)?"
                     r"(_[0-9a-zA-Z-]+(\.[0-9a-zA-Z-]+)*)?")
 
-def optional(read):
-    """A reader that takes nothing (null, or no such member), too."""
-    return lambda value, base: None if value is None else read(value, base)
+# What the documents have to look like, see check_shape.  Members that are not named here are checked where
+# they are used, or nowhere (C-116).
+ARTIFACT = {"digest": DIGEST_PATTERN, "url": r"(?s).*"}             # no other algorithm (C-107)
+MANIFEST = {"deployments": [dict(ARTIFACT, deploymentId=UUID_PATTERN)], "bundle?": dict}
+BUNDLE = dict(ARTIFACT, mediaType=re.escape(BUNDLE_TYPE))
+CONSTRAINTS = {                                                     # protocol 3.2
+    "capacityRequirements?": {
+        "cpu?": {"cores": float, "architectures?": list},
+        "memory?": "[0-9]{1,40}(Mi|Gi|Ki)",
+        "storage?": "[0-9]{1,40}(Mi|Gi|Ki|Ti|Pi|Ei)",
+    },
+    "eligibilityRules?": list,
+}
+DEPLOYMENT = {
+    "id": UUID_PATTERN,
+    "metadata": {
+        "name": NAME_PATTERN,
+        "namespace": NAME_PATTERN,
+        "deviceId?": DEVICE_ID_PATTERN + r"(/\*)?",
+    },
+    "spec": {
+        "applicationId": "[-a-z0-9]{1,200}",
+        "deploymentProfile": {"components": list, "deviceConstraints?": CONSTRAINTS},
+        "parameters?": dict,
+    },
+}
+COMPONENT = {"name": COMPONENT_PATTERN, "properties": {"timeout?": r"\d{1,6}m\d{1,6}s"}}
+PARAMETER = {"targets": [{"pointer": r"(?s).*", "components": list}]}
 
 
 def parse_manifest(data, base_url):
     """A state manifest's bytes to a Manifest; raises Refused naming the field (protocol 3.1)."""
     try:
         value = parse_json(data, "the state manifest")
-        if not isinstance(value, dict):
-            raise ValueError("the state manifest is not an object")
+        check_shape(value, MANIFEST, "")
         version = parse_version(value.get("manifestVersion"))
-        items = check_member(value, "deployments", "", read_items)
-        if len(items) > MAX_DEPLOYMENTS:
+        bundle = value.get("bundle")
+        if len(value["deployments"]) > MAX_DEPLOYMENTS:
             raise ValueError(f"deployments: expected a list of at most {MAX_DEPLOYMENTS}")
-        entries = []
-        seen = set()
-        for index, item in enumerate(items):
-            where = f"deployments[{index}]."
-            entry = parse_manifest_entry(item, where, base_url)
-            if entry.deployment_id.lower() in seen:
-                raise ValueError(f"{where}deploymentId: {entry.deployment_id} occurs twice")
-            seen.add(entry.deployment_id.lower())
-            entries.append(entry)
-        digest, size = parse_manifest_bundle(value, entries, base_url)
+        if "bundle" not in value:
+            raise ValueError("bundle: missing (it is null where there are no deployments)")
+        if (bundle is None) != (not value["deployments"]):                          # C-114
+            raise ValueError("bundle: is null if and only if there are no deployments")
+        entries = {}
+        foreign = ""
+        for index, item in enumerate(value["deployments"]):
+            name = item["deploymentId"]
+            where = f"deployments[{index}]"
+            path = f"/deployments/{name}/{item['digest']}"
+            foreign = check_url(item["url"], path, base_url, where) or foreign
+            if name.lower() in entries:
+                raise ValueError(f"{where}.deploymentId: {name} occurs twice")
+            entries[name.lower()] = ManifestEntry(name, item["digest"], parse_advice(item))
+        if bundle is not None:
+            check_shape(bundle, BUNDLE, "bundle")
+            path = f"/bundles/{bundle['digest']}"
+            foreign = check_url(bundle["url"], path, base_url, "bundle") or foreign
     except ValueError as error:
         raise Refused(f"state manifest refused: {error}") from None
-    return Manifest(version, digest, size, entries)
+    bundle = bundle or {}
+    return Manifest(version, bundle.get("digest"), parse_advice(bundle), list(entries.values()),
+                    foreign)
 
 
 def parse_version(value):
     """manifestVersion in full precision; raises ValueError (D-5)."""
-    # beyond, a float does not tell which number was written
+    # from 2^53 on a float does not tell which number was written
     if isinstance(value, float) and value.is_integer() and value < 2 ** 53:
         value = int(value)
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MAX_VERSION:
-        raise ValueError(
-            f"manifestVersion: found {make_printable(repr(value), 40)},"
-            " expected a whole number from 1 to 2^64-1"
-        )
+        found = make_printable(repr(value), 40)
+        raise ValueError(f"manifestVersion: found {found}, expected a whole number from 1 to 2^64-1")
     return value
 
 
-def parse_manifest_entry(item, where, base_url):
-    """One element of `deployments`; raises ValueError."""
-    if not isinstance(item, dict):
-        raise ValueError(f"{where[:-1]}: expected an object")
-    deployment_id = check_member(item, "deploymentId", where, UUID_PATTERN)
-    # another algorithm makes the manifest invalid (C-107)
-    digest = check_member(item, "digest", where, DIGEST_PATTERN)
-    check_artifact_url(item, where, base_url, f"/deployments/{deployment_id}/{digest}")
-    return ManifestEntry(deployment_id, digest, parse_advice(item))
-
-
-def parse_manifest_bundle(value, entries, base_url):
-    """(digest, size) of the bundle, (None, None) where nothing should run; raises ValueError (C-114)."""
-    if "bundle" not in value:
-        raise ValueError("bundle: missing (it is null where there are no deployments)")
-    bundle = check_member(value, "bundle", "", optional(read_dict))
-    if (bundle is None) != (not entries):
-        raise ValueError("bundle: is null if and only if there are no deployments")
-    if bundle is None:
-        return None, None
-    check_member(bundle, "mediaType", "bundle.", checked(BUNDLE_TYPE, lambda item: item == BUNDLE_TYPE))
-    digest = check_member(bundle, "digest", "bundle.", DIGEST_PATTERN)
-    check_artifact_url(bundle, "bundle.", base_url, f"/bundles/{digest}")
-    return digest, parse_advice(bundle)
-
-
 def parse_advice(item):
-    """sizeBytes where it is usable; it decides what is cheaper to fetch and nothing else (C-110)."""
+    """sizeBytes where it is usable.  It decides what is cheaper to fetch and nothing else (C-110)."""
     size = item.get("sizeBytes")
     return int(size) if is_number(size) and 0 <= size < 2 ** 53 else None
 
 
-def check_artifact_url(item, where, base_url, path):
-    """The `url` is only held against what id and digest say.
+def check_url(url, path, base_url, where):
+    """Returns a `url` that is of another origin than the WFM, "" for others; nothing is ever fetched from it.
 
-    Nothing is ever fetched from it (C-058, protocol 2.1).
+    Raises ValueError for one of the WFM's own that leads to other content than id and digest name (C-058,
+    protocol 2.1).
     """
     from urllib.parse import unquote, urljoin
-    url = check_member(item, "url", where, r"(?s).*")
-    absolute = urljoin(base_url, url)
-    if find_origin(absolute) != find_origin(base_url) or not absolute.startswith("https:"):
-        raise ValueError(f"{where}url: {make_printable(url, 120)!r} is of another origin than the WFM")
+    shown = make_printable(url, 200)
+    try:
+        absolute = urljoin(base_url, url)
+        if find_origin(absolute) != find_origin(base_url) or not absolute.startswith("https:"):
+            return shown
+    except ValueError as error:
+        raise ValueError(f"{where}.url: {shown!r}: {error}") from None
     if not unquote(absolute).lower().endswith(path.lower()) or ".." in unquote(url).split("/"):
-        raise ValueError(f"{where}url: {make_printable(url, 200)!r} does not end with {path}")
+        raise ValueError(f"{where}.url: {shown!r} does not end with {path}")
+    return ""
 
 
 def check_version(manifest, digest, accepted):
@@ -2091,9 +2126,9 @@ def check_version(manifest, digest, accepted):
     """
     if accepted is None or manifest.version > accepted["version"]:
         return True
-    if manifest.version == accepted["version"] and digest == accepted["digest"]:
-        return False
     same = manifest.version == accepted["version"]
+    if same and digest == accepted["digest"]:
+        return False
     relation = "the same version with other content" if same else "an older version"
     raise Refused(
         f"security: state manifest refused: version {manifest.version} is {relation}"
@@ -2102,16 +2137,12 @@ def check_version(manifest, digest, accepted):
     )
 
 
-# How documents of one generation differ; other generations add what reads them to DIALECTS. Such a function
-# takes the document (a mapping) and returns None, or (the document in rc.3's form, its Dialect); it may raise
-# ValueError.
-Dialect = define(
-    "Dialect",
-    "parse_package prefix addressed",
-    "What reads the package of a component (see parse_package), what stands before the pointers of a compose"
-    " component's parameters,"
-    " and whether metadata.deviceId has to be there.",
-)
+Dialect = define("Dialect", "parse_package prefix addressed",
+    "How documents of one generation differ: what reads the package of a component (see parse_package), a"
+    " pattern of what stands before the pointers of a compose component's parameters, and whether"
+    " metadata.deviceId has to be there.")
+# What reads other generations: functions of a document (a mapping) to None, or to (the document in rc.3's
+# form, its Dialect).  They may raise ValueError.
 DIALECTS = []
 
 
@@ -2133,106 +2164,74 @@ def parse_package(properties, where, kind, schemes="oci"):
 
     Raises ValueError (C-153).
     """
-    repository = check_member(properties, "repository", where, schemes + r"://[^\s]+")
-    return repository, check_member(properties, "revision", where, REVISION_PATTERN), None
+    check_shape(properties, {"repository": schemes + r"://[^\s]+", "revision": REVISION_PATTERN}, where)
+    return properties["repository"], properties["revision"], None
 
 
-def parse_deployment(data, deployment_id):
+def parse_deployment(data, deployment_id, values={}):
     """An ApplicationDeployment's bytes to a Deployment.
 
-    Raises ComponentError INVALID_DEPLOYMENT or UNSUPPORTED_TYPE.
-
-    Unknown members and extensions are ignored wherever they stand (C-116); what is used is checked.
+    values: see parse_parameters.  Raises ComponentError INVALID_DEPLOYMENT or UNSUPPORTED_TYPE.  Unknown
+    members and extensions are ignored wherever they stand (C-116); what is used is checked.
     """
     try:
         value, dialect = parse_document(load_yaml(data))
-        own_id = check_member(value, "id", "", UUID_PATTERN)
-        if own_id.lower() != deployment_id.lower():
-            raise ValueError(f"id: found {own_id}, but the manifest names it {deployment_id}")      # C-115
-        metadata = check_member(value, "metadata", "", read_dict)
-        spec = check_member(value, "spec", "", read_dict)
-        check_member(spec, "applicationId", "spec.", r"[-a-z0-9]{1,200}")
-        profile = check_member(spec, "deploymentProfile", "spec.", read_dict)
-        where = "spec.deploymentProfile."
-        constraints = check_member(profile, "deviceConstraints", where, optional(read_dict))
-        check_constraints(constraints or {}, f"{where}deviceConstraints.")
+        check_shape(value, DEPLOYMENT, "")
+        if value["id"].lower() != deployment_id.lower():                            # C-115
+            raise ValueError(f"id: found {value['id']}, but the manifest names it {deployment_id}")
+        metadata = value["metadata"]
+        spec = value["spec"]
+        profile = spec["deploymentProfile"]
+        if dialect.addressed:
+            check_shape(metadata, {"deviceId": ".*"}, "metadata")
+        where = "spec.deploymentProfile"
         kind = profile.get("type")
         if kind not in ("compose", "helm"):
-            raise ComponentError(
-                "UNSUPPORTED_TYPE",
-                f"{where}type: {make_printable(str(kind), 40)!r} is not a type this agent runs",
-            )
-        items = check_member(profile, "components", where, read_items)
-        if not items:
-            raise ValueError(f"{where}components: expected a list of at least one component")
-        components = [parse_component(item, f"{where}components[{index}].", kind, dialect)
-                      for index, item in enumerate(items)]
+            found = make_printable(str(kind), 40)
+            raise ComponentError("UNSUPPORTED_TYPE", f"{where}.type: {found!r} is not a type this agent runs")
+        components = [parse_component(item, f"{where}.components[{index}]", kind, dialect)
+                      for index, item in enumerate(profile["components"])]
         names = {component.name for component in components}
-        if len(names) != len(components):
-            raise ValueError(f"{where}components: a name occurs twice")
-        parameters = parse_parameters(spec, dialect.prefix if kind == "compose" else "")
+        if not components or len(names) < len(components):
+            raise ValueError(f"{where}.components: {'a name occurs twice' if names else 'none'}")
+        parameters = parse_parameters(spec, dialect.prefix if kind == "compose" else "", values)
         check_targets(parameters, names)
-        device_id = ""
-        if dialect.addressed or "deviceId" in metadata:
-            device_id = check_member(metadata, "deviceId", "metadata.", DEVICE_ID_PATTERN + r"(/\*)?")
-        return Deployment(
-            deployment_id, check_member(metadata, "name", "metadata.", NAME_PATTERN),
-            check_member(metadata, "namespace", "metadata.", NAME_PATTERN), device_id, kind, components,
-            parameters, constraints,
-            {"spec": find_extensions(spec), "deploymentProfile": find_extensions(profile)})
     except ValueError as error:                     # a YAMLError is one
         raise ComponentError("INVALID_DEPLOYMENT", f"ApplicationDeployment: {error}") from None
+    extensions = {"spec": find_extensions(spec), "deploymentProfile": find_extensions(profile)}
+    return Deployment(deployment_id, metadata["name"], metadata["namespace"], metadata.get("deviceId") or "",
+                      kind, components, parameters, profile.get("deviceConstraints"), extensions)
 
 
 def make_outline(data, deployment_id):
-    """Of a document that is refused, what its status needs: a Deployment that holds the names only.
+    """What the status of a refused document needs: a Deployment that holds the names only.
 
     None where there are none.
     """
     try:
         value = parse_document(load_yaml(data))[0]
         holders = [value["metadata"], *value["spec"]["deploymentProfile"]["components"]]
-        name, *components = [make_printable(check_member(holder, "name", "", ".+")) for holder in holders]
+        name, *components = [make_printable(holder["name"]) for holder in holders if holder["name"]]
     except (ValueError, KeyError, TypeError, AttributeError):
         return None
     return Deployment(deployment_id, name, "", "", "",
                       [Component(item, "", "", True, 0) for item in components], [], None)
 
 
-def check_constraints(constraints, where):
-    """Raises ValueError for deviceConstraints that cannot be read (protocol 3.2)."""
-    capacity = check_member(constraints, "capacityRequirements", where, optional(read_dict)) or {}
-    check_member(constraints, "eligibilityRules", where, optional(read_items))
-    where += "capacityRequirements."
-    for key, units in (("memory", "Mi|Gi|Ki"), ("storage", "Mi|Gi|Ki|Ti|Pi|Ei")):
-        check_member(capacity, key, where, optional(text_of(f"[0-9]{{1,40}}({units})")))
-    if capacity.get("cpu") is not None:
-        cpu = capacity["cpu"] if isinstance(capacity["cpu"], dict) else {}
-        check_member(
-            cpu,
-            "cores",
-            f"{where}cpu.",
-            checked("a number", lambda item: get_kind(item) == "number" and item >= 0),
-        )
-        check_member(cpu, "architectures", f"{where}cpu.", optional(read_items))
-
-
 def parse_component(item, where, kind, dialect):
     """One element of `components` of a deployment of type `kind`; raises ValueError."""
-    if not isinstance(item, dict):
-        raise ValueError(f"{where[:-1]}: expected a mapping")
-    name = check_member(item, "name", where, COMPONENT_PATTERN)
-    properties = check_member(item, "properties", where, read_dict)
-    where += "properties."
+    check_shape(item, COMPONENT, where)
+    properties = item["properties"]
+    where += ".properties"
     repository, revision, key_location = dialect.parse_package(properties, where, kind)
-    wait = properties.get("wait", True)
-    wait = wait.lower() if isinstance(wait, str) else wait
-    wait = check_member({"wait": wait}, "wait", where, read_flag)
+    wait = str(properties.get("wait", True)).lower()
+    check_shape(wait, "true|false", f"{where}.wait")
     timeout = COMPONENT_TIMEOUT
-    if properties.get("timeout") is not None:
-        minutes, seconds = check_member(properties, "timeout", where, r"\d{1,6}m\d{1,6}s")[:-1].split("m")
+    if properties.get("timeout"):
+        minutes, seconds = properties["timeout"][:-1].split("m")
         timeout = min(60 * int(minutes) + int(seconds), MAX_TIMEOUT)
-    return Component(name, repository, revision, wait, timeout, find_extensions(item), key_location)
+    return Component(item["name"], repository, revision, wait == "true", timeout, find_extensions(item),
+                     key_location)
 
 
 def find_extensions(value):
@@ -2251,32 +2250,33 @@ def find_extensions(value):
     return found
 
 
-def parse_parameters(spec, prefix=""):
-    """spec.parameters to a list of Parameter, without a prefix that older generations put before pointers.
+def find_value(item, values):
+    """The value of a parameter: a draft lets a document name one that the device has, before its own."""
+    try:
+        return values[item["valueFrom"]["device"]["key"]]
+    except (KeyError, TypeError):
+        return item.get("value")
 
-    Raises ValueError.
+
+def parse_parameters(spec, prefix, values):
+    """spec.parameters to a list of Parameter; raises ValueError.
+
+    prefix: a pattern of what older generations put before pointers; it is taken away.  values: what the
+    device has for parameters that ask for it.
     """
     parameters = []
-    for name, item in (check_member(spec, "parameters", "spec.", optional(read_dict)) or {}).items():
+    for name, item in (spec.get("parameters") or {}).items():
         where = f"spec.parameters.{make_printable(str(name), 80)}"
-        item = item if isinstance(item, dict) else {}
-        targets = check_member(item, "targets", f"{where}.", read_items)
-        value = item.get("value")
+        check_shape(item, PARAMETER, where)
+        value = find_value(item, values)
         if any(isinstance(part, (dict, list)) for part in (value if isinstance(value, list) else [value])):
             raise ValueError(f"{where}.value: expected a scalar or a list of scalars")
         if value is None and "valueFrom" in item:
-            raise ComponentError(
-                "PARAMETER_INVALID",
-                f"{where}: valueFrom is a draft that this agent does not follow, and there is"
-                " no value to fall back on",
-            )
-        reached = []
-        for target in targets:
-            target = target if isinstance(target, dict) else {}
-            pointer = check_member(target, "pointer", f"{where}.targets: ", r"(?s).*")
-            pointer = pointer[len(prefix):] if pointer.startswith(prefix) else pointer
-            reached.append((pointer, check_member(target, "components", f"{where}.targets: ", read_items)))
-        parameters.append(Parameter(str(name), value, reached))
+            words = "this device has no such value (see device.parameter_values), and there is no other"
+            raise ComponentError("PARAMETER_INVALID", f"{where}.valueFrom: {words}")
+        targets = [(re.sub(f"^{prefix}", "", target["pointer"]), target["components"])
+                   for target in item["targets"]]
+        parameters.append(Parameter(str(name), value, targets))
     return parameters
 
 
@@ -2298,33 +2298,30 @@ def check_targets(parameters, names):
 def parse_bundle(data, entries, max_unpacked):
     """A bundle's bytes to {digest: bytes}.
 
-    Raises Refused unless it holds exactly the manifest's documents (protocol 2.5, C-117).
-
-    Entries are matched by their digest: names are not specified.  Nothing of it reaches the disk under a name
-    of its own.
+    Raises Refused unless it holds exactly the manifest's documents (protocol 2.5, C-117).  They are known by
+    their digests: names are not specified, and nothing reaches the disk under a name of the bundle's.
     """
     wanted = {entry.digest for entry in entries}
     documents = {}
     try:
         plain, members, _ = unpack_tar(data, max_unpacked, 4 * MAX_DEPLOYMENTS)
+        for member in members:
+            name = make_printable(member.name, 100)
+            if member.isdir() and member.name in (".", "./"):
+                continue
+            if not member.isfile() or member.issparse():
+                raise ValueError(f"{name} is not a regular file")
+            content = plain[member.offset_data:member.offset_data + member.size]
+            digest = sha256_digest(content)
+            if digest not in wanted:
+                raise ValueError(f"{name} has digest {digest}, which the manifest does not name")
+            documents[digest] = content
+        missing = wanted - set(documents)
+        if missing:
+            words = f"documents of the manifest are not in it, such as {min(missing)}"
+            raise ValueError(f"{len(missing)} {words}")
     except ValueError as error:
         raise Refused(f"bundle refused: {error}") from None
-    for member in members:
-        name = make_printable(member.name, 100)
-        if member.isdir() and member.name in (".", "./"):
-            continue
-        if not member.isfile() or member.issparse():
-            raise Refused(f"bundle refused: {name} is not a regular file")
-        content = plain[member.offset_data:member.offset_data + member.size]
-        digest = sha256_digest(content)
-        if digest not in wanted:
-            raise Refused(f"bundle refused: {name} has digest {digest}, which the manifest does not name")
-        documents[digest] = content
-    missing = wanted - set(documents)
-    if missing:
-        raise Refused(
-            f"bundle refused: {len(missing)} documents of the manifest are not in it, such as {min(missing)}"
-        )
     return documents
 
 
@@ -2343,8 +2340,9 @@ KEY_KINDS = {  # identity.algorithm: what openssl makes a key from; those that a
 
 SpiffeId = define("SpiffeId", "text trust_domain path",
                   "A SPIFFE ID, its trust domain and its path (with leading slash).")
-Identity = define("Identity", "spiffe_id wfm_spiffe_id leaf certificate_file key_file",
-    "The own SVID: SPIFFE ID, the WFM's that follows from it (C-009), the leaf Certificate, the two files.")
+Identity = define("Identity", "spiffe_id wfm_id leaf certificate_file key_file",
+    "The own SVID: its SpiffeId, the text of the WFM's, which follows from it (C-009), the leaf Certificate,"
+    " the two files.")
 TrustBundle = define("TrustBundle", "anchors sequence refresh_hint",
     "Trust anchors (DER), `spiffe_sequence`, `spiffe_refresh_hint` in seconds; each of these may be None.")
 Discovery = define("Discovery", "trust_domain bundle_uri parts faults",
@@ -2371,23 +2369,18 @@ def parse_spiffe_id(text):
 
 
 def check_leaf(certificate):
-    """The SPIFFE ID of a leaf that may be used as an X.509-SVID; raises ValueError naming the field (C-011).
-
-    """
+    """The SPIFFE ID of a leaf that may be used as an X.509-SVID; raises ValueError (C-011)."""
     if len(certificate.uris) != 1:
         raise ValueError(f"subjectAltName holds {len(certificate.uris)} URIs, an X.509-SVID has exactly one")
     if certificate.is_ca:
         raise ValueError("basicConstraints says CA, an X.509-SVID is a leaf")
-    if certificate.key_usage is not None and certificate.key_usage & {KEY_CERT_SIGN, CRL_SIGN}:
+    if {KEY_CERT_SIGN, CRL_SIGN} & (certificate.key_usage or set()):
         raise ValueError("keyUsage allows keyCertSign or cRLSign, an X.509-SVID may not")
     return parse_spiffe_id(certificate.uris[0])
 
 
 def check_validity(certificate, now):
-    """Raises ValueError for a certificate that is not valid at `now` (Unix seconds).
-
-    The clock may be at fault.
-    """
+    """Raises ValueError for a certificate that is not valid at `now` (Unix seconds), or for a wrong clock."""
     clock = f"the clock of this device says {make_time(now)}"
     if now < certificate.not_before:
         raise ValueError(f"not valid before {make_time(certificate.not_before)}, and {clock}; set the clock")
@@ -2395,33 +2388,25 @@ def check_validity(certificate, now):
         raise ValueError(f"expired at {make_time(certificate.not_after)} ({clock}); have it renewed")
 
 
-def parse_identity(chain, certificate_file, key_file):
-    """The own Identity from the DER chain of identity.certificate; raises ValueError."""
-    if not chain:
-        raise ValueError("it holds no certificate in PEM")
-    return make_identity(parse_certificate(chain[0]), certificate_file, key_file)
-
-
-def make_identity(leaf, certificate_file, key_file):
-    """The own Identity from its leaf Certificate; raises ValueError."""
+def make_identity(leaf, certificate_file="", key_file=""):
+    """The own Identity from its leaf Certificate and two paths; raises ValueError."""
     spiffe_id = check_leaf(leaf)
     match = re.fullmatch(r"(/margo/wfm/[^/]+)/client/[^/]+", spiffe_id.path)
     if not match:
         raise ValueError(f"{spiffe_id.text} is not a WFM client's id"
                          " (spiffe://<trust domain>/margo/wfm/<wfm id>/client/<client id>)")
-    wfm = SpiffeId(f"spiffe://{spiffe_id.trust_domain}{match.group(1)}", spiffe_id.trust_domain,
-                   match.group(1))
-    return Identity(spiffe_id, wfm, leaf, certificate_file, key_file)
+    wfm_id = f"spiffe://{spiffe_id.trust_domain}{match.group(1)}"
+    return Identity(spiffe_id, wfm_id, leaf, certificate_file, key_file)
 
 
 def load_identity(config):
     """The own SVID, from its files alone; raises Untrusted."""
     settings = config.identity
-    return load_own(config, lambda chain: parse_identity(chain, settings.certificate, settings.key))
+    return load_own(config, lambda leaf: make_identity(leaf, settings.certificate, settings.key))
 
 
-def load_own(config, parse):
-    """What `parse` makes of the DER chain in identity.certificate.
+def load_own(config, make):
+    """What `make` makes of the leaf Certificate in identity.certificate.
 
     Raises Untrusted: which file, and what is wrong with it.
     """
@@ -2433,10 +2418,11 @@ def load_own(config, parse):
             if config.identity.get("enrollment") == "est":
                 way = "`margo_agent.py enroll` obtains one"
             raise ValueError(f"there is no such file; {way}")
-        return parse(parse_pem(data.decode("ascii")))
-    except StorageError as error:
-        raise Untrusted(f"identity.certificate: {error.message}") from None
-    except ValueError as error:
+        chain = parse_pem(data.decode("ascii"))
+        if not chain:
+            raise ValueError("it holds no certificate in PEM")
+        return make(parse_certificate(chain[0]))
+    except (StorageError, ValueError) as error:
         raise Untrusted(f"identity.certificate {path}: {error}") from None
 
 
@@ -2449,57 +2435,53 @@ def check_own(leaf, config, now):
 
 
 def check_enrollment(state, client_id):
-    """Raises Untrusted where this device is enrolled as somebody else: it works for one WFM at a time
-    (C-052).
-    """
+    """Raises Untrusted where this device is enrolled as somebody else: it works for one WFM (C-052)."""
     if state["enrollment"] and state["enrollment"]["id"] != client_id:
         raise Untrusted(f"the own identity is {client_id}, but this device is enrolled as"
-                        f" {state['enrollment']['id']};"
-                        " unenroll first")
+                        f" {state['enrollment']['id']}; unenroll first")
 
 
-def is_expiring(leaf, now, share=EXPIRY_WARNING):
-    """Whether less than a share of a certificate's lifetime is left."""
-    return leaf.not_after - now < share * (leaf.not_after - leaf.not_before)
+def find_expiry(leaf, now, share=EXPIRY_WARNING):
+    """What to say of a certificate's end, "" while more than a share of its lifetime is left."""
+    left = leaf.not_after - now
+    if left < 0:
+        return "expired"
+    if left < share * (leaf.not_after - leaf.not_before):
+        return f"expires in {left // 86400:.0f} days, at {make_time(leaf.not_after)}; have it renewed"
+    return ""
 
 
-def warn_of_expiry(leaf, store, now):
-    """Foresees the end of the own certificate: one line a day."""
+def warn_of_own(config, leaf, store, now):
+    """Warns once a day of an own certificate that ends soon, and of a key that others can read."""
     memo = store.load_memo()
-    if is_expiring(leaf, now) and not 0 <= now - memo.get("warnedAt", 0) < 86400:
-        log("warning", "the own certificate expires soon; have it renewed",
-            notAfter=make_time(leaf.not_after),
-            days=int((leaf.not_after - now) // 86400))
+    expiry = find_expiry(leaf, now)
+    words = [f"the own certificate {expiry}"] if expiry else []
+    words += filter(None, [ask_looseness("identity.key", config.identity.key)])
+    if words and not 0 <= now - memo.get("warnedAt", 0) < 86400:
+        for line in words:
+            log("warning", line)
         store.save_memo(dict(memo, warnedAt=now))
 
 
 def describe_own(config, load, known_id, now):
     """{id, notAfter, warning} of the own certificate, as `status` shows it; never raises.
 
-    load: load_identity, or what another profile has in its place.  known_id: the id of a client whose
-    certificate has none.
+    load: load_identity, or what another profile has in its place.  known_id: the client's id where its
+    certificate names none.
     """
     try:
         own = load(config)
     except Untrusted as error:
         return {"id": known_id, "notAfter": "", "warning": error.message}
-    days = int((own.leaf.not_after - now) // 86400)
-    warning = ""
-    if days < 0:
-        warning = "expired"
-    elif is_expiring(own.leaf, now):
-        warning = f"expires in {days} days; have it renewed"
     name = own.spiffe_id.text if isinstance(own, Identity) else known_id
-    return {"id": name, "notAfter": make_time(own.leaf.not_after), "warning": warning}
+    return {"id": name, "notAfter": make_time(own.leaf.not_after), "warning": find_expiry(own.leaf, now)}
 
 
 def judge_own(leaf, words, config, now):
     """What `doctor` says of an own certificate that can be used: (ok or warn, words)."""
-    loose = ask_looseness("identity.key", config.identity.key)
-    if loose:
-        return "warn", loose
-    words = f"{words}, {int((leaf.not_after - now) // 86400)} days left"
-    return ("warn", f"{words}; have it renewed") if is_expiring(leaf, now, EXPIRY_ADVICE) else ("ok", words)
+    expiry = find_expiry(leaf, now, EXPIRY_ADVICE)
+    fault = ask_looseness("identity.key", config.identity.key) or expiry and f"{words}, {expiry}"
+    return ("warn", fault) if fault else ("ok", f"{words}, {(leaf.not_after - now) // 86400:.0f} days left")
 
 
 def note_draft(store, state, what):
@@ -2524,29 +2506,22 @@ def check_wfm(der, identity, now):
         check_validity(leaf, now)
     except ValueError as error:
         raise Untrusted(f"the WFM's certificate is no X.509-SVID: {error}") from None
-    ours = identity.wfm_spiffe_id
-    if peer.trust_domain != ours.trust_domain:
-        raise Untrusted(f"the peer is of trust domain {peer.trust_domain},"
-                        f" this client of {ours.trust_domain}")
-    if peer.text != ours.text:
-        raise Untrusted(f"the peer is {peer.text}, this client's WFM is {ours.text}")
+    if peer.text != identity.wfm_id:
+        raise Untrusted(f"the peer is {peer.text}, this client's WFM is {identity.wfm_id}")
     return leaf
 
 
 def load_wfm_context(identity, anchors, min_tls):
-    """The SSLContext towards the WFM: own SVID chain (C-004), the given anchors (DER) and nothing else
-    (C-006).
-    """
+    """The SSLContext towards the WFM: the own chain (C-004), the anchors (DER) and no others (C-006)."""
     context = make_tls_context(anchors, min_tls=min_tls)
     load_key_pair(context, identity.certificate_file, identity.key_file)
     return context
 
 
 def load_key_pair(context, certificate_file, key_file, where="identity"):
-    """Lets an SSLContext present a chain; raises Untrusted.
+    """Lets an SSLContext present a chain.
 
-    An operator replaces two files one after the other (E-010).  Between the two this raises; the next run
-    finds a pair.
+    Raises Untrusted, also while an operator has replaced only one of the two files (E-010).
     """
     asked = []  # nobody can type a password here; to raise in there upsets Python 3.7
     try:
@@ -2593,8 +2568,8 @@ def run_own_handshake(certificate_file, key_file, anchors):
 def judge_own_chain(config, identity, bundle, store, state, keep):
     """Raises Untrusted for a new own chain that does not lead to the trust bundle (E-012).
 
-    A chain that did once is used on after the bundle has changed, since the WFM decides; `strays` in the
-    state's trust then names it.  The handshake is made once for each pair of chain and bundle.
+    A chain that once did is used on after the bundle has changed, because the WFM decides; `strays` in the
+    state's trust then names its leaf.  The handshake is made once for each pair of leaf and bundle.
     """
     mark = sha256_digest(identity.leaf.der + b"".join(bundle.anchors))
     memo = store.load_memo()
@@ -2604,8 +2579,8 @@ def judge_own_chain(config, identity, bundle, store, state, keep):
     try:
         run_own_handshake(identity.certificate_file, identity.key_file, bundle.anchors)
     except ValueError as error:
-        message = f"identity.certificate {identity.certificate_file}: its chain does not lead to the trust"
-        message += f" bundle ({error})"
+        message = (f"identity.certificate {identity.certificate_file}: its chain does not lead to the trust"
+                   f" bundle ({error})")
         if state["identity"] != leaf:
             raise Untrusted(message) from None
         log("error", f"{message} any more; have it issued anew")
@@ -2620,10 +2595,7 @@ def judge_own_chain(config, identity, bundle, store, state, keep):
 # Trust bundle and discovery.
 
 def parse_trust_bundle(data):
-    """A SPIFFE bundle (JWK Set) or PEM certificates to a TrustBundle.
-
-    Raises ValueError (C-034, C-036, C-037).
-    """
+    """A SPIFFE bundle (JWK Set) or PEM certificates to a TrustBundle; raises ValueError (C-034 to C-037)."""
     value = {}
     if b"-----BEGIN CERTIFICATE-----" in data:
         anchors = parse_pem(data.decode("ascii"))
@@ -2632,10 +2604,10 @@ def parse_trust_bundle(data):
         if not isinstance(value, dict) or not isinstance(value.get("keys"), list):
             raise ValueError("a trust bundle is a JWK Set with `keys`, or PEM")
         anchors = parse_jwks(value["keys"])
-    for anchor in anchors:
-        parse_certificate(anchor)
     if not anchors:
         raise ValueError("no X.509 anchor in it (no key with use x509-svid)")
+    for anchor in anchors:
+        parse_certificate(anchor)
     numbers = [value.get(name) for name in ("spiffe_sequence", "spiffe_refresh_hint")]
     good = [item if type(item) is int and 0 <= item <= MAX_VERSION else None for item in numbers]
     return TrustBundle(anchors, *good)
@@ -2656,34 +2628,32 @@ def parse_jwks(keys):
 
 
 def check_sequence(bundle, trust, trust_domain):
-    """Returns a TrustBundle; raises ValueError where its sequence went back (C-043)."""
+    """Raises ValueError where the sequence of a TrustBundle went back (C-043)."""
     known = trust.get("sequence") if trust.get("trustDomain") == trust_domain else None
     if known is not None and bundle.sequence is not None and bundle.sequence < known:
         raise ValueError(f"spiffe_sequence went back from {known} to {bundle.sequence} (a security event, or"
-                         " a rebuilt"
-                         " identity service: then unenroll and enroll again)")
-    return bundle
+                         " a rebuilt identity service: then unenroll and enroll again)")
 
 
 def parse_discovery(data, document_url, trust_domain, public, held=None):
     """A discovery document to a Discovery; raises ValueError (C-033 to C-035).
 
-    trust_domain: of the own SVID, None where there is none yet.  public: whether the document was
-    authenticated by the system's store; the bundle must then have the same origin.  held: the state's
-    `trust`, as it was before.
+    trust_domain: of the own SVID, None where there is none yet.  public: whether the system's store vouched
+    for the document, which may then name no other origin.  held: the state's `trust`.
     """
     value = parse_json(data, "the discovery document")
-    if not isinstance(value, dict) or not isinstance(value.get("trustDomain"), str):
+    domain = value.get("trustDomain") if isinstance(value, dict) else None
+    if not isinstance(domain, str):
         raise ValueError("the discovery document has no trustDomain")
+    if trust_domain not in (None, domain):
+        raise ValueError(f"it is for trust domain {make_printable(domain, 100)}, the own SVID is of"
+                         f" {trust_domain}")
     uri = parse_discovered("trustBundleUri", read_url, value, document_url, public)
-    if trust_domain and value["trustDomain"] != trust_domain:
-        theirs = make_printable(value["trustDomain"], 100)
-        raise ValueError(f"it is for trust domain {theirs}, the own SVID is of {trust_domain}")
     parts, faults = {}, []
     for name, companion in COMPANIONS.items():
         parts[name], passed = companion.parse(value, document_url, public, (held or {}).get(name))
         faults += passed
-    return Discovery(value["trustDomain"], uri, parts, faults)
+    return Discovery(domain, uri, parts, faults)
 
 
 def parse_discovered(name, reader, members, document_url, public):
@@ -2706,15 +2676,13 @@ def find_origin(url):
 
 
 def fetch_discovery(config, trust_domain, now, held=None):
-    """The Discovery of identity.discovery.
+    """The Discovery of identity.discovery; raises Unreachable, Untrusted, Refused.
 
     None where there is no such document and identity.trust_bundle is a URL (C-046).
-
-    Raises Unreachable, Untrusted, Refused.
     """
     settings = config.identity
-    where = f"identity.discovery {config.identity.discovery}"
-    answer = fetch_from_mis(settings.discovery, config, {"Accept": JSON_TYPE})          # C-045
+    where = f"identity.discovery {settings.discovery}"
+    answer = fetch_from_mis(settings.discovery, config)
     if answer.status == 404 and "://" in (settings.trust_bundle or ""):
         return None
     check_response(answer, where, (200,), now)
@@ -2726,21 +2694,6 @@ def fetch_discovery(config, trust_domain, now, held=None):
     for fault in found.faults:
         log("warning", "part of the discovery document is passed over", reason=fault)
     return found
-
-
-def fetch_bundle(config, url, trust, now):
-    """The trust bundle from its URL: (bytes, ETag), None where it is unchanged.
-
-    Raises Unreachable, Untrusted, Refused.
-    """
-    headers = {"Accept": JSON_TYPE}
-    accepted = (200,)  # C-045
-    if trust.get("etag") and trust.get("source") == url:
-        headers["If-None-Match"] = trust["etag"]
-        accepted = (200, 304)
-    answer = fetch_from_mis(url, config, headers)
-    check_response(answer, f"trust bundle {url}", accepted, now)
-    return None if answer.status == 304 else (answer.body, answer.headers.get("ETag"))
 
 
 def is_remote(settings):
@@ -2767,111 +2720,105 @@ def load_trust_bundle(config, store):
         return None
 
 
-def is_bundle_due(config, state, held, asked, now):
-    """Whether the identity service has to be asked again; asked: when it was last (Unix seconds)."""
+def is_bundle_due(config, state, hint, asked, now):
+    """Whether the identity service has to be asked again.
+
+    hint: seconds after which the bundle at hand asks for it.  asked: when it was done last (Unix seconds).
+    """
     trust = state["trust"]
-    known = [name in trust for name,
-             item in COMPANIONS.items() if item.wanted(config) and config.identity.discovery]
-    if not held or "source" not in trust or not all(known):
+    wanted = [name for name, item in COMPANIONS.items() if config.identity.discovery and item.wanted(config)]
+    if not trust.keys() >= {"source", *wanted}:
         return True
-    periods = [held.refresh_hint or config.identity.refresh]
+    periods = [hint or config.identity.refresh]
     for companion in COMPANIONS.values():
         periods += companion.limits(state) if companion.limits else []
     return not asked <= now < asked + min(periods)
 
 
-def obtain_trust_bundle(config, store, state, trust_domain, now, keep=True, since=None):
+def obtain_trust_bundle(config, store, state, trust_domain, now, keep=True, anew=False):
     """The current TrustBundle, fetched when due; a new one replaces all anchors at once (C-038 to C-042).
 
-    trust_domain: of the own SVID, None where there is none yet.  keep: store what was fetched.  since: what
-    was fetched before that moment is due.  Where it cannot be fetched or is refused the current one stays;
-    without any: Unreachable or Untrusted.
+    trust_domain: of the own SVID, None where there is none yet.  keep: store what was fetched.  anew: fetch
+    it in any case.  Where it cannot be had or is refused, the one at hand stays in use; where there is none,
+    raises Unreachable or Untrusted.
     """
     held = load_trust_bundle(config, store)
-    trust = state["trust"]
-    remote = is_remote(config.identity)
-    asked = store.load_memo().get("trust") or trust.get("refreshedAt") or 0
-    if remote and asked >= (since or 0) and not is_bundle_due(config, state, held, asked, now):
+    asked = store.load_memo().get("trust") or state["trust"].get("refreshedAt") or 0
+    due = anew or not held or is_bundle_due(config, state, held.refresh_hint, asked, now)
+    if not is_remote(config.identity) or not due:
         return held
     try:
-        if not remote:
-            return check_sequence(held, trust, trust_domain)
         return fetch_trust_bundle(config, store, state, held, trust_domain, now, keep)
     except (ValueError, MargoError) as error:
-        reason = getattr(error, "message", str(error))
-        if held and remote:
+        if held:
             log("warning", "the trust bundle cannot be refreshed; the one at hand stays in use",
-                reason=reason)
+                reason=str(error))
             return held
         if isinstance(error, Unreachable):
             raise
-        raise Untrusted(f"no usable trust bundle: {reason}") from None
+        raise Untrusted(f"no usable trust bundle: {error}") from None
 
 
 def fetch_trust_bundle(config, store, state, held, trust_domain, now, keep):
-    """The TrustBundle as the identity service has it now; raises ValueError, MargoError."""
+    """The TrustBundle as the identity service has it now; raises ValueError, MargoError.
+
+    held: the one at hand, or None; where nothing is new, nothing is written.
+    """
     trust = state["trust"]
     url = config.identity.trust_bundle
-    found = None
-    if config.identity.discovery:
-        found = fetch_discovery(config, trust_domain, now, trust)
+    found = fetch_discovery(config, trust_domain, now, trust) if config.identity.discovery else None
     if found:
         url, trust_domain = found.bundle_uri, found.trust_domain
     for name, companion in COMPANIONS.items():
         if companion.wanted(config) and (found or name not in trust):
             trust[name] = found.parts[name] if found else None
-    answer = fetch_bundle(config, url, trust if held else {}, now)
+    answer = fetch_from_mis(url, config)
+    check_response(answer, f"trust bundle {url}", (200,), now)
     if keep:
         store.save_memo(dict(store.load_memo(), trust=now))
-    if answer is None:
+    bundle = parse_trust_bundle(answer.body)
+    check_sequence(bundle, trust, trust_domain)
+    if bundle == held and trust.get("source") == url:
         return held
-    data, etag = answer
-    bundle = check_sequence(parse_trust_bundle(data), trust, trust_domain)
     if keep:
-        write_file(store.path("trust-bundle.json"), data)
-    trust.update(source=url, etag=etag, sequence=bundle.sequence, refreshedAt=now, trustDomain=trust_domain)
+        write_file(store.path("trust-bundle.json"), answer.body)
+    trust.update(source=url, sequence=bundle.sequence, refreshedAt=now, trustDomain=trust_domain)
     log("info", "new trust bundle", source=url, anchors=len(bundle.anchors), sequence=bundle.sequence)
     return bundle
 
 
 # The Margo Identity Service, known by identity.ca, by pins, or by the system's store.
 
-def is_address(host):
-    """Whether a host is an IP address and not a name."""
-    return bool(re.fullmatch(r"[0-9.]+|.*:.*", host))
-
-
 def obtain_mis_context(config, url):
-    """(SSLContext, check_peer) for the identity service at a URL: by identity.ca or the system's store, by
-    pins, or both.
+    """(SSLContext, check_peer) for the identity service at a URL.
 
-    The trust bundle has no say here (C-030, C-044).  A pin says which key is trusted, not where its
-    certificate is.  So over a first connection, on which nothing is said, the service shows its certificates.
-    Those whose key is pinned become the only anchors of the next connection, and OpenSSL judges as ever
-    (E-005).
+    It is known by identity.ca or the system's store, by pins, or by both; the trust bundle has no say here
+    (C-030, C-044).  A pin names a key, and not where its certificate is.  So over a first connection the
+    service shows its certificates, and nothing is said.  Those whose key is pinned become the only anchors
+    of the next connection, and OpenSSL judges as ever (E-005).
     """
     import ssl
     settings, timeout = config.identity, config.wfm.timeout
     context = make_tls_context(ca_file=settings.ca, min_tls=config.wfm.min_tls)
     if not settings.pins:
         return context, None
-    looking = make_tls_context(ca_file=settings.ca, min_tls=config.wfm.min_tls)
-    looking.check_hostname = False
-    looking.verify_mode = ssl.CERT_NONE             # fetch_chain says nothing
-    seen = fetch_chain(url, looking, timeout) + context.get_ca_certs(binary_form=True)
-    pinned = [der for der in seen if make_pin(der) in settings.pins]
+    if not settings.ca:
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+    shown = fetch_chain(url, context, timeout)
+    if len(shown) == 1 and sys.version_info < (3, 10):
+        shown += ask_chain(url, timeout)
+    pinned = [der for der in shown + context.get_ca_certs(binary_form=True) if make_pin(der) in settings.pins]
     if not pinned:
         raise Untrusted(f"{url}: it presents no certificate whose key is in identity.pins")
     narrow = make_tls_context(pinned, min_tls=config.wfm.min_tls)
-    narrow.check_hostname = not is_address(find_origin(url)[0])  # an address has no name to check (E-016)
-    if not settings.ca:
-        return narrow, None
-    leaf = fetch_chain(url, narrow, timeout)[0]
+    # an address has no name to check (E-016)
+    narrow.check_hostname = not re.fullmatch(r"[0-9.]+|.*:.*", find_origin(url)[0])
 
     def check_peer(chain):
-        if chain[0] != leaf:
+        if settings.ca and chain[0] != shown[0]:
             raise Untrusted(f"{url}: the certificate that identity.ca vouches for is not the pinned one")
-    return context, check_peer
+    return narrow, check_peer
 
 
 def make_pin(der):
@@ -2884,12 +2831,7 @@ def make_pin(der):
 
 
 def fetch_chain(url, context, timeout):
-    """The certificates of the service at a URL (DER), leaf first.
-
-    The connection ends before anything is said.
-
-    Before Python 3.10 it is openssl that shows what lies above the leaf.
-    """
+    """The certificates of the service at a URL (DER, see get_chain); nothing is said on the connection."""
     found = []
 
     def look(chain):
@@ -2900,20 +2842,24 @@ def fetch_chain(url, context, timeout):
         request("GET", url, {}, None, context, timeout, 0, look)
     except Silence:
         pass
-    if len(found) == 1 and sys.version_info < (3, 10):
-        host, port = find_origin(url)
-        name = ["-noservername"] if is_address(host) else ["-servername", host]
-        place = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-        # it shows the chain, and fails afterwards where it is asked for a certificate of its own
-        command = ["s_client", "-showcerts", "-connect", place] + name
-        output = run_openssl(command, timeout=timeout, strict=False)
-        found.extend(parse_pem(output.decode("ascii", "replace")))
     return found
 
 
-def fetch_from_mis(url, config, headers, limit=MAX_CERTIFICATES):
-    """GET from the Margo Identity Service; only revocation lists, which are signed, may come without TLS."""
+def ask_chain(url, timeout):
+    """The same as openssl shows them, for a Python that shows the leaf alone."""
+    host, port = find_origin(url)
+    # it fails where it is asked for a certificate of its own, after it has shown them
+    command = ["s_client", "-showcerts", "-connect", f"[{host}]:{port}"]
+    return parse_pem(run_openssl(command, timeout=timeout, strict=False).decode("ascii", "replace"))
+
+
+def fetch_from_mis(url, config, headers=None, limit=MAX_CERTIFICATES):
+    """GET from the Margo Identity Service, of JSON unless headers say otherwise (C-045).
+
+    Only revocation lists, which are signed, may come without TLS.
+    """
     context, check_peer = obtain_mis_context(config, url) if url.startswith("https:") else (None, None)
+    headers = headers or {"Accept": JSON_TYPE}
     return request("GET", url, headers, None, context, config.wfm.timeout, limit, check_peer)
 
 
@@ -2931,10 +2877,7 @@ def run_openssl(arguments, data=b"", expected=b"", timeout=60, strict=True):
 
 
 def lend_file(data):
-    """A file that holds `data` until it is closed, in memory where that goes.
-
-    Some things of openssl's want a name.
-    """
+    """A file that holds `data` until it is closed, in memory where that goes; openssl and ssl want a name."""
     import tempfile
     memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
     try:
@@ -2948,9 +2891,9 @@ def lend_file(data):
 
 
 def obtain_key(path, algorithm=None):
-    """Makes a key (PKCS#8 PEM, mode 0600) unless there is one; whether it did.
+    """Makes a key (PKCS#8 PEM, mode 0600) unless there is one; whether it did (C-018, E-030).
 
-    Raises CommandError (C-018, E-030).
+    Raises CommandError.
     """
     if os.path.exists(path) or is_uri(path):        # whoever made the token made its key
         return False
@@ -2961,20 +2904,14 @@ def obtain_key(path, algorithm=None):
 
 
 def load_public_key(path):
-    """The public key (SubjectPublicKeyInfo, DER) of a private one, as it stands in its certificate.
-
-    Raises CommandError.
-    """
+    """The public key of a private one, as it stands in a certificate (DER); raises CommandError."""
     return run_openssl(["pkey", "-in", path, "-pubout", "-outform", "DER"])
 
 
 def run_csr(path, form="PEM"):
-    """A PKCS#10 request for the key in `path`; the issuer decides on the names, so it carries none (E-035).
-
-    """
-    expected = b"CERTIFICATE REQUEST" if form == "PEM" else b""
-    return run_openssl(["req", "-new", "-batch", "-sha256", "-subj", "/", "-outform", form, "-key", path],
-                       b"", expected)
+    """A PKCS#10 request for a key; it carries no names, because the issuer decides on them (E-035)."""
+    command = ["req", "-new", "-batch", "-sha256", "-subj", "/", "-outform", form, "-key", path]
+    return run_openssl(command, expected=b"CERTIFICATE REQUEST" if form == "PEM" else b"")
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -2982,11 +2919,11 @@ def run_csr(path, form="PEM"):
 # ----------------------------------------------------------------------------------------------------------
 
 def check_eligibility(constraints, capabilities):
-    """Raises ComponentError INSUFFICIENT_CAPACITY or NOT_ELIGIBLE where a device does not meet
-    `deviceConstraints` (protocol 8).
+    """Raises ComponentError where a device does not meet `deviceConstraints` (protocol 8).
 
-    capabilities: the document reported for the device; its totals count, not what is free.  Capacity comes
-    first, rules only if it holds (C-202); one rule that matches is enough, no rules are no condition (C-204).
+    INSUFFICIENT_CAPACITY comes first, NOT_ELIGIBLE only if capacity holds (C-202).  One rule that matches is
+    enough, no rules are no condition (C-204).  capabilities: the document reported for the device; its totals
+    count, not what is free.
     """
     if not constraints:
         return
@@ -2997,10 +2934,8 @@ def check_eligibility(constraints, capabilities):
         raise ComponentError("INSUFFICIENT_CAPACITY", lack)
     reasons = [find_mismatch(rule, properties, labels) for rule in constraints.get("eligibilityRules") or ()]
     if reasons and all(reasons):
-        raise ComponentError(
-            "NOT_ELIGIBLE",
-            "; ".join(f"eligibilityRules[{index}]: {reason}" for index, reason in enumerate(reasons)),
-        )
+        words = [f"eligibilityRules[{index}]: {reason}" for index, reason in enumerate(reasons)]
+        raise ComponentError("NOT_ELIGIBLE", "; ".join(words))
 
 
 def find_lack(required, properties):
@@ -3008,11 +2943,9 @@ def find_lack(required, properties):
     cpu = required.get("cpu")
     if cpu:
         wanted = cpu.get("architectures")
-        entries = properties.get("cpus") or ()
-        cores = [entry.get("cores", 0) for entry in entries if not wanted
-                 or entry.get("architecture") in wanted]
         # one entry must do: cores are never summed (C-203)
-        most = max(cores, default=0)
+        most = max((entry.get("cores", 0) for entry in properties.get("cpus") or ()
+                    if not wanted or entry.get("architecture") in wanted), default=0)
         if most < cpu["cores"]:
             kinds = " or ".join(map(str, wanted or ["any architecture"]))
             return f"cpu: {cpu['cores']} cores of {kinds} are needed, there are {most}"
@@ -3023,42 +2956,33 @@ def find_lack(required, properties):
 
 
 def find_mismatch(rule, properties, labels):
-    """Why an eligibility rule does not match, in words, or "": all its selectors and all their expressions
-    have to (C-204).
-    """
-    # label keys are exact, property keys are pointers (C-205)
-    def look_up(key):
-        return key in labels, labels.get(key)
+    """Why an eligibility rule does not match, in words, or "".
 
-    rule = rule if isinstance(rule, dict) else {"propertySelector": ""}
-    for name, look in (("propertySelector", lambda key: find_pointer(properties, key)),
-                       ("labelSelector", look_up)):
-        if rule.get(name) is None:
-            continue
-        try:
-            expressions = get_expressions(rule, name)
-        except ValueError as error:
-            return str(error)
-        for expression in expressions:
-            try:
-                reason = "" if is_match(expression, look) else "is false"
-            # an expression that breaks the rules is false (C-212)
-            except ValueError as error:
-                reason = f"is false, because {error}"
-            if reason:
-                expression = expression if isinstance(expression, dict) else {}
-                words = [str(expression[key]) for key in ("key", "operator", "values") if key in expression]
-                return f"{name} {make_printable(' '.join(words), 200)} {reason}"
+    All its selectors have to match, each with all its expressions (C-204).
+    """
+    # property keys are pointers, label keys are exact (C-205)
+    looks = {"propertySelector": lambda key: find_pointer(properties, key),
+             "labelSelector": lambda key: (key in labels, labels.get(key))}
+    words = "is false"
+    try:
+        check_shape(rule, dict, "the rule")
+        for name, look in looks.items():
+            for expression in get_expressions(rule, name) if rule.get(name) is not None else ():
+                shown = make_printable(" ".join(map(str, expression.values())), 200)
+                words = f"{name} {shown} is false"
+                if not is_match(expression, look):
+                    return words
+    except ValueError as error:                     # what breaks the rules is false (C-212)
+        return f"{words}, because {error}"
     return ""
 
 
 def get_expressions(holder, name):
     """The matchExpressions of a selector; raises ValueError where there are none."""
-    selector = holder.get(name)
-    expressions = selector.get("matchExpressions") if isinstance(selector, dict) else None
-    if not isinstance(expressions, list) or not expressions:
-        raise ValueError(f"{name} has no matchExpressions")
-    return expressions
+    check_shape(holder, {name: {"matchExpressions": [{"key": "(?s).*", "operator": "(?s).*"}]}}, "")
+    if not holder[name]["matchExpressions"]:
+        raise ValueError(f"{name}.matchExpressions: none")
+    return holder[name]["matchExpressions"]
 
 
 def find_pointer(value, pointer):
@@ -3066,7 +2990,7 @@ def find_pointer(value, pointer):
 
     Raises ValueError for what is no pointer.
     """
-    if not isinstance(pointer, str) or not re.fullmatch(r"(/([^~/]|~[01])*)+", pointer, re.S):
+    if not re.fullmatch(r"(/([^~/]|~[01])*)+", pointer, re.S):
         raise ValueError("the key is no JSON Pointer")
     for part in pointer[1:].split("/"):
         part = part.replace("~1", "/").replace("~0", "~")
@@ -3084,31 +3008,28 @@ def is_match(expression, look):
 
     Raises ValueError for one that breaks the rules.
     """
-    if not isinstance(expression, dict) or not isinstance(expression.get("key"), str):
-        raise ValueError("it has no key")
-    operator = expression.get("operator")
+    operator = expression["operator"]
     values = expression.get("values")
-    if (operator in ("In", "NotIn", "Gt", "Lt")) == ("values" not in expression):
-        # C-208 to C-211
+    if (operator in ("In", "NotIn", "Gt", "Lt")) == ("values" not in expression):   # C-208 to C-211
         raise ValueError(f"{operator} takes {'no ' if 'values' in expression else ''}values")
     present, value = look(expression["key"])
     if operator in ("Exists", "DoesNotExist"):
         return present == (operator == "Exists")
     if operator in ("ContainsAll", "ContainsAny"):
-        return is_contained(get_expressions(expression, "itemSelector"), value,
-                            all if operator == "ContainsAll" else any)
+        combine = all if operator == "ContainsAll" else any
+        return is_contained(get_expressions(expression, "itemSelector"), value, combine)
     if operator in ("Gt", "Lt"):
         limit = parse_limit(values)
         return get_kind(value) == "number" and (value > limit if operator == "Gt" else value < limit)
     if operator not in ("In", "NotIn"):
-        raise ValueError(f"{make_printable(str(operator), 40)} is no operator")
-    kinds = {get_kind(item) for item in values} if isinstance(values, list) else set()
-    if len(kinds) != 1 or None in kinds or ("boolean" in kinds and len(values) > 1):
+        raise ValueError(f"{make_printable(operator, 40)} is no operator")
+    check_shape(values, list, "values")
+    kinds = set(map(get_kind, values))
+    if kinds not in ({"text"}, {"number"}) and (kinds != {"boolean"} or len(values) > 1):
         raise ValueError("values must be texts, or numbers, or one boolean")
     items = value if isinstance(value, list) else [value]
-    others = (None, "boolean") if isinstance(value, list) else (None,)
     # another type is false for both (C-206)
-    if not present or not items or any(get_kind(item) in others for item in items):
+    if not items or None in map(get_kind, items) or items is value and "boolean" in map(get_kind, items):
         return False
     found = any(get_kind(item) in kinds and item in values for item in items)
     return found == (operator == "In")
@@ -3117,7 +3038,7 @@ def is_match(expression, look):
 def parse_limit(values):
     """The one number that Gt and Lt compare with; raises ValueError (C-210)."""
     limit = values[0] if isinstance(values, list) and len(values) == 1 else None
-    if get_kind(limit) == "text" and re.fullmatch(r"[-+]?[0-9]+(\.[0-9]+)?([eE][-+]?[0-9]+)?", limit):
+    if isinstance(limit, str) and re.fullmatch(r"[-+]?[0-9]+(\.[0-9]+)?([eE][-+]?[0-9]+)?", limit):
         return float(limit)
     if get_kind(limit) != "number":
         raise ValueError("values must be one number")
@@ -3125,8 +3046,9 @@ def parse_limit(values):
 
 
 def is_contained(expressions, value, combine):
-    """Whether one object of an array meets all, or any, of a selector's expressions, their keys relative to
-    it (C-211).
+    """Whether one object of an array meets all, or any, of a selector's expressions.
+
+    Their keys are relative to it (C-211).
     """
     if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
         return False
@@ -3139,45 +3061,78 @@ def is_contained(expressions, value, combine):
 # 11. Capabilities
 # ----------------------------------------------------------------------------------------------------------
 
-VIRTUAL_INTERFACES = ("lo", "veth", "br-", "docker", "podman", "cni", "virbr", "tap", "tun", "wg", "dummy",
-                      "bond", "vlan", "vxlan", "flannel")
+# What shows equipment: its kind, a folder of /sys, a pattern of the names in it; and of some a file or folder
+# below such a name, and a pattern that is found in the file, or among the names in that folder.
+PERIPHERAL_SIGNS = (
+    ("gpu", "class/drm", "card[0-9]+"),
+    ("display", "class/drm", ".*", "status", "^connected"),
+    ("camera", "class/video4linux", ".*"),
+    ("microphone", "class/sound", "pcmC[0-9]+D[0-9]+c"),
+    ("speaker", "class/sound", "pcmC[0-9]+D[0-9]+p"),
+)
+# Of a network interface the first row that fits.  What comes and goes with containers is of no kind, so that
+# the document does not change with them.
+INTERFACE_SIGNS = (
+    ("wifi", "class/net", ".*", "wireless", "."),
+    ("wifi", "class/net", ".*", "phy80211", "."),
+    ("cellular", "class/net", "wwan.*"),
+    ("cellular", "class/net", ".*", "uevent", "DEVTYPE=wwan"),
+    ("canbus", "class/net", ".*", "type", "^280$"),
+    ("", "class/net", "(lo|veth|br-|docker|podman|cni|virbr|tap|tun|wg|dummy|bond|vlan|vxlan|flannel).*"),
+    ("", "class/net", ".*", "bridge", "."),
+    ("ethernet", "class/net", ".*", "type", "^1$"),
+    ("bluetooth", "class/bluetooth", ".*"),
+    ("usb", "bus/usb/devices", ".*"),
+    ("rs232", "class/tty", "ttyS.*", "type", "^(?!0$)."),
+)
 
 
 def read_fact(*path):
-    """The text of a small file of /proc or /sys, "" where there is none."""
+    """The text of a small file of /proc or /sys, the names in a folder, "" where there is neither."""
+    path = os.path.join(*path)
     try:
-        with open(os.path.join(*path), "rb") as file:
+        if os.path.isdir(path):
+            return "\n".join(sorted(os.listdir(path)))
+        with open(path, "rb") as file:
             return file.read(65536).decode("utf-8", "replace").strip("\0 \t\r\n")
     except OSError:
         return ""
 
 
-def list_names(*path):
-    """The names in a folder of /sys, [] where there is none."""
-    try:
-        return sorted(os.listdir(os.path.join(*path)))
-    except OSError:
-        return []
+def read_signs(root, signs):
+    """{path in /sys: kind}, each by the first of some signs that fits."""
+    found = {}
+    for kind, folder, names, *inner in signs:
+        folder = os.path.join(root, "sys", folder)
+        for name in read_fact(folder).splitlines():
+            path = os.path.join(folder, name)
+            if re.fullmatch(names, name) and (not inner or re.search(inner[1], read_fact(path, inner[0]))):
+                found.setdefault(path, kind)
+    return found
 
 
-def detect_properties(state_dir, root="/"):
+def detect_properties(state_dir, root="/", hostname=False):
     """What the running system says of itself, in rc.3's property names.
 
-    Values that the device keeps from one poll to the next.
+    Values that the device keeps from one poll to the next.  hostname: whether its name is told, too (draft).
     """
     cpu = {"cores": len(os.sched_getaffinity(0))}
     if os.uname().machine in ARCHITECTURES:
         cpu["architecture"] = ARCHITECTURES[os.uname().machine]
     memory = re.search(r"^MemTotal:\s+([0-9]+) kB", read_fact(root, "proc/meminfo"), re.M)
     disk = os.statvfs(state_dir if os.path.isdir(state_dir) else "/")
+    name = re.match("[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?", os.uname().nodename)
     return {
-        "vendor": detect_text(root, "sys_vendor", None) or "unknown",
+        **({"hostname": name.group()} if hostname and name else {}),
+        "vendor": detect_text(root, "sys_vendor", "") or "unknown",
         "modelNumber": detect_text(root, "product_name", "model") or "unknown",
-        "serialNumber": detect_text(root, "product_serial", "serial-number") or "unknown", "cpus": [cpu],
+        "serialNumber": detect_text(root, "product_serial", "serial-number") or "unknown",
+        "cpus": [cpu],
         "memory": f"{int(memory.group(1)) // 1024 if memory else 0}Mi",
         "storage": f"{disk.f_blocks * disk.f_frsize // MIB}Mi",
         "peripherals": detect_peripherals(root),
-        "interfaces": [{"type": kind} for kind in sorted(detect_interfaces(root))]}
+        "interfaces": [{"type": kind} for kind in sorted(detect_interfaces(root))],
+    }
 
 
 # What boards say that have nothing of their own to say: words for nothing, the name of the field itself, one
@@ -3191,16 +3146,13 @@ COUNTING = ("0123456789abcdef", "123456789abcdef", "12345678901234567890")
 
 
 def is_placeholder(text):
-    """Whether the firmware's text is none of this one device."""
+    """Whether the firmware's text says nothing of this one device."""
     counts = len(text) > 4 and any(row.startswith(text.lower()) for row in COUNTING)
     return counts or bool(re.fullmatch(PLACEHOLDER, text))
 
 
 def detect_text(root, dmi, tree):
-    """One fact from the firmware: DMI on a PC, the device tree elsewhere.
-
-    Placeholders count as nothing.
-    """
+    """One text of the firmware, "" for a placeholder: from DMI on a PC, from the device tree elsewhere."""
     text = read_fact(root, "sys/class/dmi/id", dmi)
     if not text and tree:
         text = read_fact(root, "proc/device-tree", tree)
@@ -3208,56 +3160,27 @@ def detect_text(root, dmi, tree):
 
 
 def detect_interfaces(root):
-    """The kinds of interface there are.
-
-    What comes and goes with containers is left out, so that the document does not change with them.
-    """
-    kinds = set()
-    for name in list_names(root, "sys/class/net"):
-        folder = os.path.join(root, "sys/class/net", name)
-        if os.path.isdir(os.path.join(folder, "wireless")) or os.path.isdir(os.path.join(folder, "phy80211")):
-            kinds.add("wifi")
-        elif name.startswith("wwan") or "DEVTYPE=wwan" in read_fact(folder, "uevent"):
-            kinds.add("cellular")
-        elif read_fact(folder, "type") == "280":
-            kinds.add("canbus")
-        elif (
-            read_fact(folder, "type") == "1"
-            and not name.startswith(VIRTUAL_INTERFACES)
-            and not os.path.isdir(os.path.join(folder, "bridge"))
-        ):
-            kinds.add("ethernet")
-    for kind, path in (("bluetooth", "sys/class/bluetooth"), ("usb", "sys/bus/usb/devices")):
-        if list_names(root, path):
-            kinds.add(kind)
-    if any(name.startswith("ttyS") and read_fact(root, "sys/class/tty", name, "type") not in ("", "0")
-           for name in list_names(root, "sys/class/tty")):
-        kinds.add("rs232")
-    return kinds
+    """The kinds of interface there are."""
+    return set(filter(None, read_signs(root, INTERFACE_SIGNS).values()))
 
 
 def detect_peripherals(root):
     """Graphics, displays, cameras and sound as /sys shows them."""
     found = []
-    cards = list_names(root, "sys/class/drm")
-    if any(re.fullmatch(r"card[0-9]+", name) for name in cards):
-        found.append({"type": "gpu"})
-    if any(read_fact(root, "sys/class/drm", name, "status") == "connected" for name in cards):
-        found.append({"type": "display"})
-    cameras = {read_fact(root, "sys/class/video4linux", name, "name")
-               for name in list_names(root, "sys/class/video4linux")}
-    found += [dict({"type": "camera"}, **({"model": make_printable(model, 120)} if model else {}))
-              for model in sorted(cameras)]
-    sound = list_names(root, "sys/class/sound")
-    for kind, end in (("microphone", "c"), ("speaker", "p")):
-        if any(re.fullmatch(rf"pcmC[0-9]+D[0-9]+{end}", name) for name in sound):
-            found.append({"type": kind})
+    for path, kind in read_signs(root, PERIPHERAL_SIGNS).items():
+        item = {"type": kind}
+        model = read_fact(path, "name") if kind == "camera" else ""
+        if model:
+            item["model"] = make_printable(model, 120)
+        if item not in found:
+            found.append(item)
     return found
 
 
 def get_device_id(device, root="/"):
-    """The device's id: configured, else the hardware's serial number, else the machine id, in URL-unreserved
-    characters (C-086).
+    """The device's id: configured, or the hardware's serial number, or the machine id.
+
+    Its characters are those that need no escape in a URL (C-086).
     """
     if device.id:
         return device.id
@@ -3272,23 +3195,15 @@ def get_device_id(device, root="/"):
     return name
 
 
-HOSTING_PROPERTIES = (
-    "cpus",
-    "memory",
-    "storage",
-    "peripherals",
-    "interfaces",
-    "otelCollector",
-    "supportedRuntimes",
-    "supportedDeploymentTypes",
-)
+HOSTING_PROPERTIES = ("cpus memory storage peripherals interfaces otelCollector supportedRuntimes"
+                      " supportedDeploymentTypes").split()
 
 
 def make_capabilities(detected, device, device_id, deployment_types):
-    """The DeviceCapabilitiesManifest of rc.3 (protocol 3.5): what was detected, under what the operator says
-    (C-085).
+    """The DeviceCapabilitiesManifest of rc.3 (protocol 3.5).
 
-    A device on which nothing runs workloads says nothing of hosting (C-084).
+    What the operator says counts more than what was detected (C-085).  A device on which nothing runs
+    workloads says nothing of hosting (C-084).
     """
     properties = dict(detected, supportedRuntimes=["oci"], supportedDeploymentTypes=list(deployment_types),
                       otelCollector=True)
@@ -3307,10 +3222,10 @@ def make_capabilities(detected, device, device_id, deployment_types):
 
 
 def report_devices(documents, source, store, state, always):
-    """PUTs what changed of {device id: capabilities document}, a gateway's own first.
+    """PUTs each of {device id: capabilities document} that changed, a gateway's own first.
 
-    DELETEs that of a device that has gone (C-081, C-082, C-220, C-223).  always: all are sent.  Changes and
-    saves state["enrollment"].
+    Those of a device that has gone are DELETEd (C-081, C-082, C-220, C-223).  always: all are sent.  Changes
+    and saves state["enrollment"].
     """
     for device_id in documents:
         report_device(device_id, documents, source, store, state, always)
@@ -3330,7 +3245,7 @@ def report_devices(documents, source, store, state, always):
 def report_device(device_id, documents, source, store, state, always, again=True):
     """PUTs one device's capabilities.
 
-    A WFM that does not know a child's gateway is told of that first (protocol 2.2).
+    A WFM that does not know the gateway of a child is told of the gateway first (protocol 2.2).
     """
     enrolled = state["enrollment"]
     own_id = next(iter(documents))
@@ -4568,34 +4483,31 @@ def find_parameters(deployment, component):
             if parameter.value is not None and component in names]
 
 
-# What the tools obey themselves: a parameter of such a name would steer the tool instead of the application
-# (D-18, C-184).
+# Names that the tools themselves obey.  A parameter of such a name would steer the tool (D-18, C-184).
 TOOL_VARIABLES = ("COMPOSE_", "DOCKER_", "CONTAINER_", "CONTAINERS_", "PODMAN_")
 
 
 def make_variables(deployment, component):
     """The parameters of one compose component as {NAME: text}; raises ComponentError PARAMETER_INVALID.
 
-    Protocol 7, C-180, C-182.
-
-    A later parameter for the same name wins; a list becomes JSON text.
+    A later parameter for the same name wins; a list becomes JSON text (protocol 7, C-180, C-182).
     """
-    variables = {}
-    for parameter, pointer in find_parameters(deployment, component):
-        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", pointer) or pointer.upper().startswith(TOOL_VARIABLES):
-            words = f"parameter {make_printable(parameter.name)}: {make_printable(pointer)!r} is not a name"
-            raise ComponentError(
-                "PARAMETER_INVALID", f"{words} that an environment variable of a container may have")
+    variables, spelling = {}, {}
+    for parameter, name in find_parameters(deployment, component):
         value = parameter.value
-        variables[pointer] = make_json(value).decode() if isinstance(value, list) else scalar_text(value)
-        if "\0" in variables[pointer]:
-            raise ComponentError("PARAMETER_INVALID",
-                                 f"parameter {make_printable(parameter.name)}: holds a NUL character")
-    folded = sorted(variables, key=str.lower)
-    for first, second in zip(folded, folded[1:]):
-        if first.lower() == second.lower():
-            raise ComponentError("PARAMETER_INVALID",
-                                 f"the parameters {first} and {second} differ only in case")
+        text = make_json(value).decode() if isinstance(value, list) else scalar_text(value)
+        first = spelling.setdefault(name.lower(), name)
+        fault = ""
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name) or name.upper().startswith(TOOL_VARIABLES):
+            fault = (f"{make_printable(name)!r} is not a name that an environment variable of a container may"
+                     " have")
+        elif "\0" in text:
+            fault = "holds a NUL character"
+        elif first != name:
+            fault = f"the names {first} and {name} differ only in case"
+        if fault:
+            raise ComponentError("PARAMETER_INVALID", f"parameter {make_printable(parameter.name)}: {fault}")
+        variables[name] = text
     return variables
 
 
@@ -4619,27 +4531,26 @@ Service = define(
     "Service", "name image arguments command environment files networks depends_on pull hash ports"
                " mounts shares",
     "One service as the engine is told of it.  files: {path in the container: Content}; networks:"
-    " [Attachment];"
-    " depends_on: {service: (condition, required)}; hash: of all that makes its container what it is;"
-    " ports: [[address or \"\", port, protocol]] that"
-    " it holds of the host; mounts: [Mount]; shares: services whose namespaces it shares.", (), (), ())
+    " [Attachment]; depends_on: {service: (condition, required)}; hash: of all that makes its container what"
+    " it is; ports: [[address or \"\", port, protocol]] that it holds of the host; mounts: [Mount]; shares:"
+    " services whose namespaces it shares.", (), ())
 Project = define("Project", "services networks volumes notes",
     "A compose file ready to run: services in starting order, {engine's name: create arguments} (None for"
     " what is external), and what of the file has no effect, in words.", ())
 Mount = define("Mount", "kind source target options found",
     "An item of `volumes` or `tmpfs`: bind, volume or tmpfs; host path or volume (\"\" for one without"
-    " name), path in the container, engine's options; found: the Source of a bind mount.")
-Port = define("Port", "address published target protocol",
-    "An item of `ports`: address of the host or \"\", its port or ports or \"\", those of the container,"
-    " tcp, udp or sctp.")
+    " name), path in the container, engine's options; found: the Source of a bind mount.", None)
+Port = define("Port", "argument address numbers protocol",
+    "An item of `ports` as the engine takes it, and what it holds of the host: an address or \"\", a range of"
+    " ports, tcp, udp or sctp.")
 Attachment = define("Attachment", "network aliases options",
     "What a container joins: the engine's name of a network, further names in it, arguments; or a network"
     " mode, None, None.", None)
 Content = define("Content", "text mode uid gid",
     "A file of `configs` or `secrets`: what is in it, and who may read it.", 0o644, -1, -1)
-Reading = define("Reading", "workload policy engine folder variables volumes networks contents",
+Reading = define("Reading", "workload policy engine folder variables volumes networks contents aliases",
     "What the services of one file are read with: Variables, {name: (engine's name, create arguments)} of"
-    " volumes and of networks, {section: {name: text}} of configs and secrets.")
+    " volumes and of networks, {section: {name: text}} of configs and secrets, {service: further names}.")
 
 LABEL_DEPLOYMENT, LABEL_COMPONENT = "org.margo.deployment", "org.margo.component"
 LABEL_SERVICE = "org.margo.service"
@@ -4655,14 +4566,13 @@ def make_fault(text, code="INVALID_DEPLOYMENT"):
 
 # Variables
 
-class Variables(dict):
-    """{NAME: text} for one compose file, and how many characters they and env files may bring into it: it
-    cannot be a bomb."""
+class Variables(ChainMap):
+    """{NAME: text} for one compose file.  `room`: how many characters these may still bring into it."""
 
     room = 8 * MIB
 
     def spend(self, count, where):
-        """Takes characters from the room that is left; raises ComponentError where there is none."""
+        """Takes characters from the room; raises ComponentError where none is left, so nothing is a bomb."""
         self.room -= count
         if self.room < 0:
             raise make_fault(f"{where}: variables, env files and ports bring more than {Variables.room}"
@@ -4672,55 +4582,46 @@ class Variables(dict):
 def interpolate(text, variables, where, depth=0):
     """`$NAME`, `${NAME}`, `${NAME:-default}` with the operators - ? + :- :? :+, and `$$` in one text.
 
-    variables: Variables. An unset name is an empty text, and a `$` that begins none of these stays, as
-    compose has it. Raises ComponentError naming the place.
+    As in compose an unset name is an empty text, and a `$` that begins none of these stays.  Raises
+    ComponentError that names the place.
     """
     if depth > 32:
         raise make_fault(f"{where}: a $ in more than 32 others")
-    pattern = re.compile(r"\$(?:(\$)|\{([A-Za-z_]\w*)(:?[-?+]|\})|([A-Za-z_]\w*)|(\{))", re.A)
+    pattern = re.compile(r"\$(\$|[A-Za-z_]\w*|\{(?:([A-Za-z_]\w*)(:?[-?+]|\}))?)", re.A)
     result, position = [], 0
     match = pattern.search(text)
     while match:
-        dollar, long, operator, short, open_brace = match.groups()
-        if open_brace:
+        short, name, operator = match.groups()
+        if short == "{":
             raise make_fault(f"{where}: a ${{ that is not ${{NAME}}; a $ that is meant is written $$")
         result.append(text[position:match.start()])
         position = match.end()
-        name = long or short
-        value = dollar or variables.get(name, "")
-        if long and operator != "}":
+        name = name or short
+        value = "$" if short == "$" else variables.get(name, "")
+        if operator not in (None, "}"):
             end = find_brace(text, position, variables, where)
-            rest = text[position:end]
-            position = end + 1
             given = name in variables and bool(value or ":" not in operator)
-            value = choose(operator[-1], given, name, value,
-                           lambda: interpolate(rest, variables, where, depth + 1), where)
+            if given == operator.endswith("+"):     # what stands behind the operator counts
+                value = interpolate(text[position:end], variables, where, depth + 1)
+                if operator.endswith("?"):
+                    raise make_fault(f"{where}: {name} is needed: {value}", "PARAMETER_INVALID")
+            position = end + 1
         result.append(value)
         variables.spend(len(value), where)
         match = pattern.search(text, position)
     return "".join(result) + text[position:]
 
 
-def choose(operator, given, name, value, make_rest, where):
-    """What `${NAME` gives with one of the operators - ? +, by whether the name counts as given; make_rest:
-    what stands behind it."""
-    if operator == "+":
-        return make_rest() if given else ""
-    if given:
-        return value
-    if operator == "?":
-        raise make_fault(f"{where}: {name} is needed: {make_rest()}", "PARAMETER_INVALID")
-    return make_rest()
-
-
 def find_brace(text, position, variables, where):
-    """The closing brace of a `${…` whose inside starts at `position`: braces inside are paired, or else only
-    those of a `${`. What is looked through counts as what is brought in: many could look through each other.
+    """The closing brace of a `${…` whose inside starts at `position`.
+
+    Braces inside come in pairs, or else only those of a `${` do.  What is looked through is spent, too:
+    many could look through each other.
     """
-    for opening in ("{", "${"):
+    for opening in (r"\{", r"\$\{"):
         depth = 0
-        for match in re.compile(re.escape(opening) + "|}").finditer(text, position):
-            depth += 1 if match.group() == opening else -1
+        for match in re.compile(opening + "|}").finditer(text, position):
+            depth += 1 if match.group() != "}" else -1
             if depth < 0:
                 variables.spend(match.start() - position, where)
                 return match.start()
@@ -4728,48 +4629,39 @@ def find_brace(text, position, variables, where):
     raise make_fault(f"{where}: a ${{ that is not closed")
 
 
-# Below these keys, keys are names of the application's own; everywhere else x-… keys are extensions, which
-# are dropped unread.
-NAMING = ("services", "networks", "volumes", "configs", "secrets", "environment", "labels", "sysctls",
-          "extra_hosts", "ulimits",
-          "depends_on", "options", "driver_opts")
-
-
-def interpolate_all(value, variables, where="", named=False):
-    """Every text below a value interpolated; keys stay as they are, a number as it was spelt.
-
-    named: they are names.
-    """
+def interpolate_all(value, variables, where=""):
+    """Every text below a value interpolated.  Keys stay as they are; numbers stay numbers."""
     if isinstance(value, dict):
-        result = {}
-        for key, item in value.items():
-            name = to_text(key, f"{where or 'the file'}: a name")
-            if name.startswith("x-") and not named:
-                continue
-            if name in result:
-                raise make_fault(f"{where}: {make_printable(name, 60)} occurs twice")
-            place = f"{where}.{name}" if where else name
-            result[name] = interpolate_all(item, variables, place, not named and name in NAMING)
-        return result
+        return {name: interpolate_all(item, variables, f"{where}.{name}")
+                for name, item in make_names(value, where).items()}
     if isinstance(value, list):
         return [interpolate_all(item, variables, f"{where}[{index}]") for index, item in enumerate(value)]
-    return interpolate(value, variables, where) if isinstance(value, str) and "$" in value else value
+    return interpolate(value, variables, where) if isinstance(value, str) else value
 
 
-# a name, and perhaps = or : and a value
+def make_names(value, where):
+    """A mapping with its keys as text; raises ComponentError where two are the same then."""
+    names = {to_text(key, f"{where or 'the file'}: a name"): item for key, item in value.items()}
+    if len(names) < len(value):
+        raise make_fault(f"{where}: a key occurs twice")
+    return names
+
+
+# A name, and perhaps = or : and a value in quotes or without.
 ENV_LINE = (r"(?:export[ \t]+)?([\w.-]+)[ \t]*"
             r"(?:[=:](?:[ \t]*(?:'([^'\\]*(?:\\.[^'\\]*)*)'|\"([^\"\\]*(?:\\.[^\"\\]*)*)\")|"
             r"(?![ \t]*['\"])([^\n]*)))?[ \t]*(?:#[^\n]*)?(?:\n|\Z)")
 
 
 def parse_env_file(text, variables, where):
-    """An env file to {NAME: text}: `NAME=value` or `NAME: value`, `export`, comments, and quotes as compose
-    takes them."""
+    """An env file to {NAME: text}: `NAME=value` or `NAME: value`, `export`, comments, and quotes.
+
+    A value may name the variables, and those of earlier lines.  A name alone takes the variable's value.
+    """
     result = {}
-    known = Variables(variables)
     text = text.replace("\r\n", "\n").lstrip("\ufeff")
     variables.spend(len(text), where)
-    known.room = variables.room
+    variables.maps.append(result)
     for match in re.finditer(rf"\s+|#[^\n]*|{ENV_LINE}|(.)", text, re.S):
         name, single, double, plain, odd = match.groups()
         if odd:
@@ -4779,12 +4671,10 @@ def parse_env_file(text, variables, where):
             result[name] = single.replace("\\'", "'")
         elif double is not None or plain is not None:
             raw = unescape_double(double) if plain is None else re.split(r"\s#", plain, maxsplit=1)[0].strip()
-            result[name] = interpolate(raw, known, f"{where}, {name}")
+            result[name] = interpolate(raw, variables, f"{where}, {name}")
         elif name in variables:
             result[name] = variables[name]
-        if name in result and name not in variables:
-            known[name] = result[name]
-    variables.room = known.room
+    variables.maps.pop()
     return result
 
 
@@ -4794,49 +4684,52 @@ def unescape_double(text):
     return re.sub(r"\\(.)", lambda match: escapes.get(match.group(1), match.group(0)), text, flags=re.S)
 
 
-# Readers of compose values: (value, place) to what is meant; each names the place of what is not that.
+# Readers: each takes a value and its place, and returns what is meant or raises ComponentError of the place.
 
 def to_text(value, where):
     """A scalar as text; a number keeps its spelling."""
     if value is None or isinstance(value, (dict, list)):
         raise make_fault(f"{where}: expected a single value")
     text = scalar_text(value)
-    if "\0" in text:
-        raise make_fault(f"{where}: holds a NUL character")
-    if re.search("[\ud800-\udfff]", text):
-        raise make_fault(f"{where}: holds bytes that are no UTF-8")
+    if re.search("[\0\ud800-\udfff]", text):
+        raise make_fault(f"{where}: holds a NUL character, or bytes that are no UTF-8")
     return text
 
 
-def to_form(pattern, words):
-    """A reader of text of one form: the pattern, and what it is in words."""
+def to_form(pattern, words, make=str):
+    """A reader of text of one form: the pattern, what that is in words, and what is made of the text."""
     def read_form(value, where):
         text = to_text(value, where)
         if not re.fullmatch(pattern, text):
             raise make_fault(f"{where}: {make_printable(text, 60)!r} is not {words}")
-        return text
+        return make(text)
     return read_form
 
 
-to_size = to_form(r"-1|[0-9]+(\.[0-9]+)?([kmgtKMGT]?[bB]?|[KMGT]i[bB]?)", "a size such as 64m")
+def parse_period(text):
+    """A duration of compose, such as 1m30s or 500ms, to seconds."""
+    units = {"h": 3600, "m": 60, "s": 1, "ms": 0.001, "us": 0.000001}
+    return sum(float(number) * units[unit] for number, unit in re.findall("([0-9.]+)([a-z]+)", text))
+
+
+PERIOD = r"(?=.{1,100}\Z)([0-9]+(\.[0-9]+)?(h|ms|us|m|s))+", "a duration such as 1m30s"
+to_period = to_form(*PERIOD)
+# In whole seconds: an engine would take zero as not said.
+to_grace = to_form(*PERIOD, make=lambda text: str(max(1, round(parse_period(text)))))
+SIZE = r"-1|[0-9]+(\.[0-9]+)?([kmgtKMGT]?[bB]?|[KMGT]i[bB]?)", "a size such as 64m"
+to_size = to_form(*SIZE)
 to_number = to_form(r"-?([0-9]+(\.[0-9]*)?|\.[0-9]+)", "a number")
+to_count = to_form("[0-9]{1,9}", "a whole number", int)
 to_name = to_form(r"[a-zA-Z0-9][\w.-]*", "a name of a container")
 to_one = to_form("1", "supported; only 1 is")
 
 
 def to_flag(value, where):
-    """true or false, also as the text that interpolation leaves, by all words of YAML 1.1."""
+    """true or false, also as text, by all words of YAML 1.1."""
     word = scalar_text(value).lower() if isinstance(value, (bool, str)) else ""
     if word not in ("true", "yes", "on", "y", "false", "no", "off", "n"):
         raise make_fault(f"{where}: expected true or false")
     return word in ("true", "yes", "on", "y")
-
-
-def to_mapping(value, where):
-    """A mapping as it is, {} for nothing."""
-    if value is not None and not isinstance(value, dict):
-        raise make_fault(f"{where}: expected a mapping")
-    return value or {}
 
 
 def to_list(value, where):
@@ -4858,7 +4751,7 @@ def to_values(value, where):
 
 
 def to_labels(value, where):
-    """`labels` as {name: text}; those by which containers are found again are not to be forged."""
+    """`labels` as {name: text}, without those by which containers are found again."""
     labels = to_values(value, where)
     if any(name.startswith(("org.margo.", "com.docker.compose.")) for name in labels):
         raise make_fault(f"{where}: org.margo.… and com.docker.compose.… are the agent's own")
@@ -4885,25 +4778,6 @@ def to_words(value, where):
     return ["".join(parts) for parts in words if parts]
 
 
-def to_seconds(value, where):
-    """Compose's durations such as 1m30s or 500ms to seconds."""
-    form = to_form(r"(?=.{1,100}\Z)([0-9]+(\.[0-9]+)?(h|ms|us|m|s))+", "a duration such as 1m30s")
-    text = form(value, where)
-    units = {"h": 3600, "m": 60, "s": 1, "ms": 0.001, "us": 0.000001}
-    return sum(float(number) * units[unit] for number, unit in re.findall("([0-9.]+)([a-z]+)", text))
-
-
-def to_duration(value, where):
-    """A duration as it is written."""
-    to_seconds(value, where)
-    return value
-
-
-def to_count(value, where):
-    """A whole number, zero or more."""
-    return int(to_form("[0-9]{1,9}", "a whole number")(value, where))
-
-
 def to_mode(value, where):
     """The permissions of a file: an octal number, or a plain one as compose takes it."""
     octal = isinstance(value, str) or to_text(value, where).startswith("0")
@@ -4914,21 +4788,16 @@ def to_mode(value, where):
 def to_hosts(value, where):
     """`extra_hosts` as [HOST:ADDRESS]; a name may have several addresses."""
     if isinstance(value, dict):
-        pairs = [(name, item) for name in sorted(value) for item in to_list(value[name], f"{where}.{name}")]
+        pairs = sorted(value.items())
     else:
         pairs = [re.match("([^=:]*)[=:]?(.*)", item, re.S).groups() for item in to_list(value, where)]
-    return [f"{name}:{address.strip('[]')}" for name, address in pairs]
+    return [f"{name}:{text.strip('[]')}" for name, item in pairs for text in to_list(item, f"{where}.{name}")]
 
 
 def to_restart(value, where):
     """`restart`: the engine's own words."""
     form = to_form("no|always|unless-stopped|on-failure(:[0-9]+)?", "a restart policy")
     return "no" if value is False else form(value, where)
-
-
-def to_grace(value, where):
-    """`stop_grace_period` in whole seconds; an engine would take zero as not said."""
-    return str(max(1, round(to_seconds(value, where))))
 
 
 def to_external(value, where):
@@ -4938,30 +4807,24 @@ def to_external(value, where):
 
 def to_namespace(*words):
     """A reader of `pid`, `ipc` and their like: the words that are known, or service:NAME."""
+    words += ("service:NAME",)
+    form = to_form("|".join(words).replace("NAME", ".+"), f"supported; known are {', '.join(words)}")
+
     def read_namespace(value, where):
-        text = to_text(value, where)
-        if not re.fullmatch("|".join(words + ("service:.+",)), text):
-            code = "POLICY_DENIED" if re.match("container:|ns:", text) else "INVALID_DEPLOYMENT"
-            known = ", ".join(words + ("service:NAME",))
-            raise make_fault(f"{where}: {make_printable(text, 60)!r} is not supported; known are {known}",
-                             code)
-        return text
+        if re.match("container:|ns:", str(value)):
+            deny(where, f"{make_printable(str(value), 60)!r} is not supported: it is not this application's")
+        return form(value, where)
     return read_namespace
 
 
 def to_test(value, where):
-    """`test` of a health check: text for a shell, a list of words for none, [] for no check at all."""
-    if not isinstance(value, list):
-        text = to_text(value, where)
-        return [] if text == "NONE" else text
+    """`test` of a health check as [CMD, word …], [CMD-SHELL, text] or [NONE]."""
     words = to_list(value, where)
-    if words == ["NONE"]:
-        return []
-    if words[:1] == ["CMD-SHELL"] and len(words) == 2:
-        return words[1]
-    if words[:1] != ["CMD"] or len(words) < 2:
+    if not isinstance(value, list) and value != "NONE":
+        words = ["CMD-SHELL"] + words
+    if len(words) < {"NONE": 1, "CMD-SHELL": 2, "CMD": 2}.get(words[0] if words else "", len(words) + 1):
         raise make_fault(f"{where}: expected a text, [CMD, …], [CMD-SHELL, text] or [NONE]")
-    return words[1:]
+    return words
 
 
 # What is no name in a registry: a transport of podman's before the first colon, or a tag before a slash.
@@ -4995,45 +4858,120 @@ def find_registry(image):
     return first if slash and ("." in first or ":" in first or first == "localhost") else "docker.io"
 
 
+# Readers of items that have a long and a short syntax: the long one comes as Settings.
+
+def to_limit(item, where):
+    """One of `ulimits`: SOFT:HARD, or one number for both."""
+    text = f"{item.soft}:{item.hard}" if isinstance(item, Settings) else item
+    return to_form("-?[0-9]+(:-?[0-9]+)?", "a limit, or soft and hard")(text, where)
+
+
+def to_source(item, where):
+    """One of the top-level `configs` or `secrets` as (where its text comes from, what it is there)."""
+    keys = ("file", "content", "environment") if isinstance(item, Settings) else ()
+    given = [(key, item[key]) for key in keys if item[key] is not None]
+    if len(given) != 1:
+        raise make_fault(f"{where}: expected one of file, content, environment")
+    return given[0]
+
+
+def make_span(text):
+    """PORT or PORT-PORT as a range, which is empty for what is none."""
+    match = re.fullmatch("([0-9]{1,5})(?:-([0-9]{1,5}))?", text)
+    first, last = map(int, match.groups(match.group(1))) if match else (0, 0)
+    return range(first, last + 1) if 1 <= first and last <= 65535 else range(0)
+
+
+def to_port(item, where):
+    """An item of `ports` as a Port; in short [[ADDRESS:][PORTS]:]PORTS[/PROTOCOL]."""
+    import ipaddress
+    if isinstance(item, Settings):
+        item = f"{item.host_ip or ''}:{item.published or ''}:{item.target or ''}/{item.protocol or 'tcp'}"
+    text = to_text(item, where)
+    match = re.fullmatch("(?:(?:(.*):)?([0-9-]*):)?([0-9-]+)(?:/(tcp|udp|sctp))?", text, re.I)
+    address, published, target, protocol = match.groups("") if match else [""] * 4
+    published = "" if published == "0" else published               # the engine chooses one
+    inside = make_span(target)
+    outside = make_span(published or target)
+    try:
+        address = address and str(ipaddress.ip_address(re.sub(r"\A\[(.*)\]\Z", r"\1", address)))
+    except ValueError:
+        inside = ()
+    if not inside or not outside or len(inside) not in (1, len(outside)):
+        raise make_fault(f"{where}: {make_printable(text, 60)!r} is not a port")
+    text = f"[{address}]:" if ":" in address else address and f"{address}:"
+    text += f"{published}:{target}" if text or published else target
+    protocol = protocol.lower() or "tcp"
+    held = outside if published and len(inside) == len(outside) else ()         # else the engine chooses one
+    return Port(text if protocol == "tcp" else f"{text}/{protocol}",
+                "" if re.fullmatch("[0.:]+", address) else address, held, protocol)
+
+
+def to_tmpfs(value, where):
+    """`tmpfs`, each PATH[:OPTIONS], as [Mount]."""
+    parts = [text.partition(":") for text in to_list(value, where)]
+    return [Mount("tmpfs", "", target, make_words(options)) for target, _, options in parts]
+
+
+def make_words(text):
+    """The words of a text with commas between them."""
+    return [word for word in text.split(",") if word]
+
+
+def to_mount(item, where):
+    """An item of `volumes` as a Mount; `create_host_path` and `consistency` ask for nothing."""
+    if isinstance(item, Settings):
+        words = [item.read_only, item.volume.nocopy, item.bind.propagation, item.bind.selinux,
+                 item.tmpfs.size, item.tmpfs.mode]
+        if not item.type or item.type == "bind" and not item.source:
+            raise make_fault(f"{where}: expected a type, and the source of a bind mount")
+        return Mount(item.type, item.source or "", item.target or "", list(filter(None, words)))
+    source, colon, rest = to_text(item, where).partition(":")
+    target, _, options = rest.partition(":")
+    if not source or ":" in options:
+        raise make_fault(f"{where}: expected source:target[:options]")
+    if not colon:
+        return Mount("volume", "", source, [])
+    return Mount("bind" if source[0] in "/.~" else "volume", source, target, make_words(options))
+
+
+def to_word(word):
+    """A reader of a flag that is one word to the engine; "" where it is false."""
+    return lambda value, where: word if to_flag(value, where) else ""
+
+
 # The form of a file.  A form is a reader; a dict of known keys and their forms; {None: form} for names of the
-# application's own, {list: form} where a list of such names will do, too; [form]; or (form of the long
-# syntax,
-# reader of the short one).
-
-# Which option of the engine takes a key as it was read.
-SERVICE_OPTIONS = {
-    "user": (to_text, "--user"), "hostname": (to_text, "--hostname"), "working_dir": (to_text, "--workdir"),
-    "stop_signal": (to_text, "--stop-signal"), "stop_grace_period": (to_grace, "--stop-timeout"),
-    "mem_limit": (to_size, "--memory"), "memswap_limit": (to_size, "--memory-swap"),
-    "mem_reservation": (to_size, "--memory-reservation"), "mem_swappiness": (to_number,
-        "--memory-swappiness"),
-    "shm_size": (to_size, "--shm-size"), "oom_score_adj": (to_number, "--oom-score-adj"),
-    "cpus": (to_number, "--cpus"), "cpu_period": (to_number, "--cpu-period"),
-    "cpu_quota": (to_number, "--cpu-quota"),
-    "cpu_shares": (to_number, "--cpu-shares"), "cpuset": (to_text, "--cpuset-cpus"),
-    "pids_limit": (to_number, "--pids-limit"), "platform": (to_text, "--platform"),
-    "mac_address": (to_text, "--mac-address"), "pid": (to_namespace("private", "host"), "--pid"),
-    "ipc": (to_namespace("private", "shareable", "none", "host"), "--ipc"),
-    "userns_mode": (to_form("host|auto|nomap|keep-id(:[a-z]+=[0-9]+(,[a-z]+=[0-9]+)*)?",
-                            "host, auto, nomap or keep-id"), "--userns"),
-    "init": (to_flag, "--init"), "read_only": (to_flag, "--read-only"),
-    "privileged": (to_flag, "--privileged"),
-    "tty": (to_flag, "--tty"), "stdin_open": (to_flag, "--interactive"), "restart": (to_restart, "--restart"),
-    "cap_add": (to_list, "--cap-add"), "cap_drop": (to_list, "--cap-drop"), "devices": (to_list, "--device"),
-    "security_opt": (to_list, "--security-opt"), "group_add": (to_list, "--group-add"),
-    "dns": (to_list, "--dns"),
-    "dns_opt": (to_list, "--dns-option"), "dns_search": (to_list, "--dns-search"),
-    "extra_hosts": (to_hosts, "--add-host"), "labels": (to_labels, "--label"),
-    "sysctls": (to_values, "--sysctl")}
-
+# application's own, {list: form} where a list of such names will do, too; [form]; or a pair for what has two
+# syntaxes: the form of the long one, and the key that a single value is for, or the reader of what both give.
 
 def make_form(reader, names, **forms):
     """The form of a mapping: names that one reader reads, and others with their forms."""
     return dict(dict.fromkeys(names.split(), reader), **forms)
 
 
-CONTENT_FORM = {None: make_form(to_text, "file content environment name")}
-FILES_FORM = [(make_form(to_text, "source target", mode=to_mode, uid=to_count, gid=to_count), to_text)]
+# The keys of a service that are options of the engine ...
+SERVICE_OPTIONS = dict(
+    make_form(to_text, "user hostname working_dir stop_signal cpuset platform mac_address"),
+    **make_form(to_size, "mem_limit memswap_limit mem_reservation shm_size"),
+    **make_form(to_number, "mem_swappiness oom_score_adj cpus cpu_period cpu_quota cpu_shares pids_limit"),
+    **make_form(to_flag, "init read_only privileged tty stdin_open"),
+    **make_form(to_list, "cap_add cap_drop devices security_opt group_add dns dns_opt dns_search"),
+    pid=to_namespace("private", "host"), ipc=to_namespace("private", "shareable", "none", "host"),
+    userns_mode=to_form("host|auto|nomap|keep-id(:[a-z]+=[0-9]+(,[a-z]+=[0-9]+)*)?",
+                        "host, auto, nomap or keep-id"),
+    stop_grace_period=to_grace, restart=to_restart, extra_hosts=to_hosts, labels=to_labels, sysctls=to_values,
+    ulimits={None: (make_form(to_text, "soft hard"), to_limit)})
+# ... and keys whose options have other names.
+RENAMED = {"working_dir": "workdir", "mem_limit": "memory", "memswap_limit": "memory-swap",
+           "mem_reservation": "memory-reservation", "mem_swappiness": "memory-swappiness",
+           "cpuset": "cpuset-cpus", "stdin_open": "interactive", "devices": "device", "dns_opt": "dns-option",
+           "userns_mode": "userns", "stop_grace_period": "stop-timeout", "extra_hosts": "add-host",
+           "labels": "label", "sysctls": "sysctl", "ulimits": "ulimit", "enable_ipv6": "ipv6",
+           "ipv4_address": "ip", "ipv6_address": "ip6", "test": "health-cmd", "interval": "health-interval",
+           "timeout": "health-timeout", "retries": "health-retries", "start_period": "health-start-period"}
+
+CONTENT_FORM = {None: (make_form(to_text, "file content environment name"), to_source)}
+FILES_FORM = [(make_form(to_text, "source target", mode=to_mode, uid=to_count, gid=to_count), "source")]
 DEPLOY_FORM = {
     "mode": to_form("replicated", "supported; only replicated is"), "replicas": to_one,
     "resources": {"limits": make_form(to_number, "cpus pids", memory=to_size),
@@ -5041,27 +4979,26 @@ DEPLOY_FORM = {
     "restart_policy": make_form(to_text, "delay window", max_attempts=to_count,
                                 condition=to_form("none|on-failure|any", "none, on-failure or any"))}
 MOUNT_FORM = make_form(
-    to_text, "source target consistency", read_only=to_flag, volume={"nocopy": to_flag},
+    to_text, "source target consistency", read_only=to_word("ro"), volume={"nocopy": to_word("nocopy")},
     type=to_form("bind|volume|tmpfs", "supported; known are bind, volume, tmpfs"),
     bind=make_form(to_text, "propagation selinux", create_host_path=to_flag),
-    tmpfs={"size": to_size, "mode": to_mode})
+    tmpfs={"size": to_form(*SIZE, make="size={}".format),
+           "mode": lambda value, where: f"mode={to_mode(value, where):o}"})
 SERVICE_FORM = dict(
-    {key: reader for key, (reader, _) in SERVICE_OPTIONS.items()},
-    image=to_image, command=to_words, entrypoint=to_words, environment=to_pairs, profiles=to_list,
-    expose=to_list,
-    links=to_list, tmpfs=to_list, container_name=to_name, attach=to_flag, scale=to_one, configs=FILES_FORM,
-    secrets=FILES_FORM, deploy=DEPLOY_FORM, volumes=[(MOUNT_FORM, to_text)],
-    env_file=[(make_form(to_text, "path format", required=to_flag), to_text)],
+    SERVICE_OPTIONS, image=to_image, command=to_words, entrypoint=to_words, environment=to_pairs,
+    profiles=to_list, expose=to_list, links=to_list, container_name=to_name, attach=to_flag, scale=to_one,
+    configs=FILES_FORM, secrets=FILES_FORM, deploy=DEPLOY_FORM, tmpfs=to_tmpfs,
+    volumes=[(MOUNT_FORM, to_mount)],
+    env_file=[(make_form(to_text, "path format", required=to_flag), "path")],
     network_mode=to_namespace("none", "host", "bridge"),
     pull_policy=to_form("always|missing|if_not_present|never", "a pull policy that is supported"),
     blkio_config={"weight": to_number}, logging={"driver": to_text, "options": to_values},
-    ulimits={None: (make_form(to_text, "soft hard"), to_text)},
-    ports=[(make_form(to_text, "target published host_ip protocol mode name app_protocol"), to_text)],
+    ports=[(make_form(to_text, "target published host_ip protocol mode name app_protocol"), to_port)],
     depends_on={list: make_form(to_flag, "required restart", condition=to_form(
         "service_(started|healthy|completed_successfully)", "a condition that is known"))},
     networks={list: make_form(to_text, "ipv4_address ipv6_address mac_address", aliases=to_list,
                               priority=to_count)},
-    healthcheck=make_form(to_duration, "interval timeout start_period start_interval", test=to_test,
+    healthcheck=make_form(to_period, "interval timeout start_period start_interval", test=to_test,
                           retries=to_count, disable=to_flag))
 NETWORK_FORM = make_form(
     to_flag, "internal attachable enable_ipv6", name=to_text, external=to_external, labels=to_labels,
@@ -5089,56 +5026,66 @@ ADVICE = {"build": "nothing is built on a device; name what was built by `image`
           "oom_kill_disable": "set `mem_limit`", "storage_opt": "set it for the engine"}
 
 
-def find_unknown(value, form, where=""):
-    """(place, key, known keys) of each key below a value that its form does not have."""
-    if isinstance(form, tuple):
-        form = form[0]
-    if isinstance(form, list):
-        for index, item in enumerate(value if isinstance(value, list) else [value]):
-            yield from find_unknown(item, form[0], f"{where}[{index}]")
-    elif isinstance(form, dict) and isinstance(value, dict):
+def read_value(value, form, where="", variables=None):
+    """A value by its form: Settings with None for keys that are not there, {name: …}, and what readers give.
+
+    Texts are interpolated; keys never are, and x-… keys of the format are dropped unread.  Raises
+    ComponentError: for all keys that are not supported, or else for the first value that is wrong.
+    """
+    unknown, faults = [], []
+
+    def read(value, form, where):
+        if isinstance(form, list):
+            items = value if isinstance(value, list) or value is None else [value]
+            return [read(item, form[0], f"{where}[{index}]") for index, item in enumerate(items or ())]
+        form, reader = form if isinstance(form, tuple) else (form, form)
+        if isinstance(reader, str) and not isinstance(value, dict):
+            value = {reader: value}
+        try:
+            if isinstance(form, dict) and (form is reader or value is None or isinstance(value, dict)):
+                value = read_keys(value, form, where)
+            elif not faults:                        # after one fault only keys are looked for
+                value = interpolate_all(value, variables, where)
+            return reader(value, where) if callable(reader) and value is not None and not faults else value
+        except ComponentError as error:
+            faults.append(error)
+
+    def read_keys(value, form, where):
+        if isinstance(value, list) and list in form:
+            value = dict.fromkeys(to_list(value, where))
+        if not isinstance({} if value is None else value, dict):
+            raise make_fault(f"{where}: expected a mapping")
+        value = make_names(value or {}, where)
         each = form.get(None) or form.get(list)
-        for key, item in value.items():
+        result = Settings()
+        for key in value if each else {**value, **form}:
             place = f"{where}.{key}" if where else key
             if each or key in form:
-                yield from find_unknown(item, each or form[key], place)
-            else:
-                yield place, key, list(form)
+                result[key] = read(value.get(key), each or form[key], place)
+            elif not key.startswith("x-"):
+                unknown.append((place, key, list(form)))
+        return result
 
-
-def check_keys(document):
-    """Raises ComponentError that names every key of a file that is not supported: none is ever ignored."""
-    import difflib
-    faults = []
-    told = set()
-    for place, key, known in find_unknown(document, FILE_FORM):
-        near = difflib.get_close_matches(key, known, 1, 0.6)
-        advice = ADVICE.get(key) or (f"did you mean {near[0]}?" if near else "")
-        faults.append((make_printable(place, 200), f" ({advice})" if advice and key not in told else ""))
-        told.add(key)
-    if len(faults) == 1:
-        raise make_fault(": this key is not supported".join(faults[0]))
+    result = read(value, form, where)
+    check_keys(unknown)
     if faults:
-        raise make_fault(f"these keys are not supported: {', '.join(map(''.join, faults))}")
+        raise faults[0]
+    return result
 
 
-def read_value(value, form, where):
-    """A value by its form, whole: Settings with None for keys that are not there, {name: …}, lists, and what
-    readers give."""
-    if callable(form):
-        return None if value is None else form(value, where)
-    if isinstance(form, tuple):
-        return read_value(value, form[0], where) if isinstance(value, dict) else form[1](value, where)
-    if isinstance(form, list):
-        items = [] if value is None else value
-        return [read_value(item, form[0], f"{where}[{index}]")
-                for index, item in enumerate(items if isinstance(items, list) else [items])]
-    if isinstance(value, list) and list in form:
-        value = dict.fromkeys(to_list(value, where))
-    value = to_mapping(value, where)
-    each = form.get(None) or form.get(list)
-    return Settings({key: read_value(value.get(key), each or part, f"{where}.{key}" if where else key)
-                     for key, part in (value if each else form).items()})
+def check_keys(unknown):
+    """Raises ComponentError that names every key that is not supported, and what to write instead."""
+    import difflib
+    texts = []
+    told = set()
+    for place, key, known in unknown:
+        near = [f"did you mean {name}?" for name in difflib.get_close_matches(key, known, 1)]
+        advice = "" if key in told else ADVICE.get(key, "".join(near))
+        told.add(key)
+        one = ": this key is not supported" if len(unknown) == 1 else ""
+        texts.append(f"{make_printable(place, 200)}{one}" + (f" ({advice})" if advice else ""))
+    if texts:
+        raise make_fault(("these keys are not supported: " if len(texts) > 1 else "") + ", ".join(texts))
 
 
 # What stands beside `services`
@@ -5149,10 +5096,9 @@ def make_volumes(document, workload):
     for name, value in document.volumes.items():
         where = f"volumes.{name}"
         options = value.driver_opts or {}
-        parts = options.get("o", "").split(",") if options.get("o") else []
-        if options and not (set(options) <= {"type", "device", "o"} and options.get("type") == "tmpfs"
-                            and options.get("device", "tmpfs") == "tmpfs"
-                            and all(map(is_tmpfs_option, parts))):
+        form = {"type": "tmpfs", "device": "tmpfs", "o": f"(({TMPFS_OPTION}),?)*"}
+        harmless = options.get("type") == "tmpfs" and set(options) <= set(form)
+        if options and not (harmless and all(re.fullmatch(form[key], options[key]) for key in options)):
             deny(f"{where}.driver_opts",
                  "only those of a tmpfs are supported; a folder of the host is named where it is mounted")
         volumes[name] = make_shared(name, value, workload, where, make_arguments("--opt", options))
@@ -5167,11 +5113,10 @@ MODES = ("host", "none", "bridge", "private", "default", "nat", "slirp4netns", "
 def make_networks(document, workload):
     """Top-level `networks` as make_volumes has it; `default` is always there."""
     networks = {}
-    for name, value in dict({"default": read_value(None, NETWORK_FORM, "")}, **document.networks).items():
-        arguments = make_arguments("--internal", value.internal) + make_arguments("--ipv6", value.enable_ipv6)
+    for name, value in dict({"default": read_value(None, NETWORK_FORM)}, **document.networks).items():
+        arguments = make_options(value, ("internal", "enable_ipv6"))
         for item in value.ipam.config:
-            for key, option in (("subnet", "--subnet"), ("gateway", "--gateway"), ("ip_range", "--ip-range")):
-                arguments += make_arguments(option, item[key])
+            arguments += make_options(item, ("subnet", "gateway", "ip_range"))
         mark = sha256_digest(make_json(make_arguments("--label", value.labels) + arguments))[7:39]
         networks[name] = make_shared(name, value, workload, f"networks.{name}",
                                      arguments + [f"--label={LABEL_HASH}={mark}"])
@@ -5204,16 +5149,17 @@ def make_shared(name, value, workload, where, arguments):
 def make_contents(document, variables, folder):
     """Top-level `configs` and `secrets` as {section: {name: text}}."""
     contents = {"configs": {}, "secrets": {}}
-    for section, found in contents.items():
-        for name, value in document[section].items():
-            where = f"{section}.{name}"
-            if sum(value[key] is not None for key in ("file", "content", "environment")) != 1:
-                raise make_fault(f"{where}: expected one of file, content, environment")
-            if value.environment is not None and value.environment not in variables:
-                raise make_fault(f"{where}.environment: there is no parameter"
-                                 f" {make_printable(value.environment, 60)!r}", "PARAMETER_INVALID")
-            text = variables.get(value.environment, value.content)
-            found[name] = text if value.file is None else read_inside(folder, value.file, f"{where}.file")
+    for section, texts in contents.items():
+        for name, (kind, text) in document[section].items():
+            where = f"{section}.{name}.{kind}"
+            if kind == "file":
+                text = read_inside(folder, text, where)
+            elif kind == "environment":
+                if text not in variables:
+                    raise make_fault(f"{where}: there is no parameter {make_printable(text, 60)!r}",
+                                     "PARAMETER_INVALID")
+                text = variables[text]
+            texts[name] = text
     return contents
 
 
@@ -5229,12 +5175,33 @@ def read_inside(folder, name, where):
     return data.decode("utf-8", "surrogateescape")
 
 
+def find_aliases(services, notes):
+    """{service: [further names]}: its container_name, and what others link it as.  Adds to `notes`."""
+    taken = {name: name for name in services}
+    aliases = {}
+    for name, service in services.items():
+        names = [(name, service.container_name)]
+        for link in service.links or ():
+            owner, _, alias = link.partition(":")
+            names.append((owner, alias and to_name(alias, f"services.{name}.links")))
+        for owner, alias in names:
+            if alias and owner in services:
+                if taken.setdefault(alias, owner) != owner:
+                    notes.append(f"services.{name}: the name {alias} also leads to service {taken[alias]}")
+                aliases.setdefault(owner, []).append(alias)
+    return aliases
+
+
 # Services
 
-def make_arguments(option, value):
-    """What was read as arguments: a flag, one for each of several, NAME=value for each name, none for None.
+def make_options(settings, keys):
+    """The engine's arguments for what stands at some keys: its options are called like these, or RENAMED."""
+    options = [("--" + RENAMED.get(key, key).replace("_", "-"), settings[key]) for key in keys]
+    return [argument for option, value in options for argument in make_arguments(option, value)]
 
-    """
+
+def make_arguments(option, value):
+    """What was read as arguments: a flag, one for each of a list, NAME=value for each name, none for None."""
     if value is None or isinstance(value, bool):
         return [option] if value else []
     if isinstance(value, dict):
@@ -5255,132 +5222,52 @@ def make_single(argument):
     return '{}="{}"'.format(option, value.replace('"', '""'))
 
 
-def make_options(service, workload, where):
+def make_service_options(service, workload):
     """The arguments of a service that options of the engine take as they are.
 
     A key of its own stands above `deploy`.
     """
-    limits, policy = service.deploy.resources.limits, service.deploy.restart_policy
-    options = {"--cpus": limits.cpus, "--memory": limits.memory, "--pids-limit": limits.pids,
-               "--memory-reservation": service.deploy.resources.reservations.memory,
-               "--blkio-weight": service.blkio_config.weight, "--log-driver": service.logging.driver,
-               "--log-opt": service.logging.options, "--ulimit": {}}
-    if any(item is not None for item in policy.values()):
-        word = {"none": "no", "on-failure": "on-failure"}.get(policy.condition, "always")
-        attempts = f":{policy.max_attempts}" if word == "on-failure" and policy.max_attempts else ""
-        options["--restart"] = word + attempts
-    for name, item in service.ulimits.items():
-        item = item if isinstance(item, str) else f"{item.soft}:{item.hard}"
-        form = to_form("-?[0-9]+(:-?[0-9]+)?", "a limit, or soft and hard")
-        options["--ulimit"][name] = form(item, f"{where}.ulimits.{name}")
-    options.update((option, service[key]) for key, (_, option) in SERVICE_OPTIONS.items()
-                   if service[key] is not None)
-    for option in ("--pid", "--ipc"):
-        options[option] = make_namespace(options.get(option), workload)
-    return [argument for option, value in sorted(options.items())
-            for argument in make_arguments(option, value)]
+    limits = service.deploy.resources.limits
+    options = {"cpus": limits.cpus, "mem_limit": limits.memory, "pids_limit": limits.pids,
+               "mem_reservation": service.deploy.resources.reservations.memory,
+               "restart": make_restart(service.deploy.restart_policy)}
+    options.update((key, service[key]) for key in SERVICE_OPTIONS if service[key] is not None)
+    options.update(blkio_weight=service.blkio_config.weight, log_driver=service.logging.driver,
+                   log_opt=service.logging.options)
+    for key in ("pid", "ipc"):
+        options[key] = make_namespace(options.get(key), workload)
+    return make_options(options, sorted(options, key=lambda key: RENAMED.get(key, key)))
 
 
-def make_ports(items, where):
-    """`ports` in both syntaxes as [Port]; one that is listed twice is one."""
-    return list(dict.fromkeys(make_port(item, f"{where}[{index}]") for index, item in enumerate(items)))
+def make_restart(policy):
+    """`deploy.restart_policy` in the engine's words; None where it says nothing."""
+    word = {"none": "no", "on-failure": "on-failure"}.get(policy.condition, "always")
+    attempts = f":{policy.max_attempts}" if word == "on-failure" and policy.max_attempts else ""
+    return word + attempts if any(item is not None for item in policy.values()) else None
 
 
-def make_port(item, where):
-    """One of `ports`: a mapping, or [[ADDRESS:][PORTS]:]PORTS[/PROTOCOL] with ports that exist and ranges
-    that fit each other."""
-    import ipaddress
-    if not isinstance(item, str):
-        host = item.host_ip or ""
-        item = f"{host}:{item.published or ''}:{item.target or ''}/{item.protocol or ''}"
-    body, _, protocol = item.partition("/")
-    body, _, target = body.rpartition(":")
-    address, _, published = body.rpartition(":")
-    address = re.sub(r"\A\[(.*)\]\Z", r"\1", address)
-    published = "" if published == "0" else published               # the engine chooses one
-    try:
-        address = address and str(ipaddress.ip_address(address))
-        fits = make_span(target)[1] in (0, make_span(published or target)[1])
-    except ValueError:
-        fits = False
-    if not fits or protocol.lower() not in ("", "tcp", "udp", "sctp"):
-        raise make_fault(f"{where}: {make_printable(item, 60)!r} is not a port")
-    return Port(address, published, target, protocol.lower() or "tcp")
-
-
-def make_span(text):
-    """PORT or PORT-PORT as (first, how many more); raises ValueError."""
-    match = re.fullmatch("([0-9]{1,5})(?:-([0-9]{1,5}))?", text)
-    first, last = (int(match.group(1)), int(match.group(2) or match.group(1))) if match else (0, 0)
-    if not 1 <= first <= last <= 65535:
-        raise ValueError(text)
-    return first, last - first
-
-
-def make_publish(port):
-    """A Port as the engine takes it."""
-    address = f"[{port.address}]" if ":" in port.address else port.address
-    text = f"{port.published}:{port.target}"
-    text = f"{address}:{text}" if address else text.lstrip(":")
-    return text if port.protocol == "tcp" else f"{text}/{port.protocol}"
-
-
-def find_ports(ports):
-    """The host's ports that a container with these Ports holds while it runs: [[address or "", port,
-    protocol]]."""
-    held = []
+def find_ports(ports, variables, where):
+    """[[address or "", port, protocol]] of the host that a container with these Ports holds while it runs."""
     for port in ports:
-        first, more = make_span(port.published or port.target)
-        if port.published and more == make_span(port.target)[1]:        # else the engine chooses one
-            address = "" if re.fullmatch("[0.:]+", port.address) else port.address
-            held += [[address, first + number, port.protocol] for number in range(more + 1)]
-    return held
+        variables.spend(64 * len(port.numbers), where)      # what they take of the memory
+    return [[port.address, number, port.protocol] for port in ports for number in port.numbers]
 
 
 def make_health(check, engine):
     """`healthcheck` as arguments."""
     import shlex
-    if check.disable or check.test == []:
+    kind, *words = check.test or [None]
+    if check.disable or kind == "NONE":
         return ["--no-healthcheck"]
-    test = check.test
-    if isinstance(test, list) and engine == "podman" and (len(test) > 1 or not re.search(r"\s", test[0])):
-        # a list of one would be for a shell
-        test = make_json(test).decode() if len(test) > 1 else f"CMD {test[0]}"
-    elif isinstance(test, list):
-        test = " ".join(map(shlex.quote, test))
-    arguments = make_arguments("--health-cmd", test)
-    for key in ("interval", "timeout", "retries", "start_period"):
-        arguments += make_arguments(f"--health-{key.replace('_', '-')}", check[key])
-    return arguments
-
-
-def make_mount(item, where):
-    """An item of `volumes` in either syntax to a Mount."""
-    if isinstance(item, str):
-        parts = item.split(":")
-        if len(parts) > 3 or not parts[0]:
-            raise make_fault(f"{where}: expected source:target[:options]")
-        kind = "bind" if parts[0][0] in "/.~" and len(parts) > 1 else "volume"
-        options = [option for option in "".join(parts[2:]).split(",") if option]
-        source, target = ["", *parts][-2:] if len(parts) < 3 else parts[:2]
-    else:
-        kind = item.type
-        source = item.source or ""
-        target = item.target or ""
-        options = make_mount_options(item)
-        if not kind or kind == "bind" and not source:
-            raise make_fault(f"{where}: expected a type, and the source of a bind mount")
-    if not target.startswith("/") or ":" in source + target:
-        raise make_fault(f"{where}: expected source:target[:options] with an absolute target")
-    return Mount(kind, source, target, options, None)
-
-
-def make_mount_options(item):
-    """The options of a mount in the long syntax; `create_host_path` and `consistency` ask for nothing."""
-    options = [word for word, wanted in (("ro", item.read_only), ("nocopy", item.volume.nocopy)) if wanted]
-    options += [option for option in (item.bind.propagation, item.bind.selinux) if option]
-    options += [f"size={item.tmpfs.size}"] if item.tmpfs.size else []
-    return options + ([f"mode={item.tmpfs.mode:o}"] if item.tmpfs.mode is not None else [])
+    test = words[0] if words else None
+    if kind == "CMD" and engine == "podman" and len(words) > 1:
+        test = make_json(words).decode()
+    elif kind == "CMD" and engine == "podman" and not re.search(r"\s", test):
+        test = f"CMD {test}"                        # a list of one would be for a shell
+    elif kind == "CMD":
+        test = " ".join(map(shlex.quote, words))
+    keys = ("test", "interval", "timeout", "retries", "start_period")
+    return make_options(dict(check, test=test), keys)
 
 
 def make_mounts(service, reading, where):
@@ -5390,13 +5277,10 @@ def make_mounts(service, reading, where):
     a link there that the next start would follow out of the package.
     """
     mounts = {}
-    for text in service.tmpfs or ():
-        target, _, options = text.partition(":")
-        mounts[target.rstrip("/")] = make_mount(target, f"{where}.tmpfs")._replace(
-            kind="tmpfs", options=[option for option in options.split(",") if option])
-    for index, item in enumerate(service.volumes):
+    for index, mount in enumerate((service.tmpfs or []) + service.volumes, -len(service.tmpfs or [])):
         place = f"{where}.volumes[{index}]"
-        mount = make_mount(item, place)
+        if not mount.target.startswith("/") or ":" in mount.source + mount.target:
+            raise make_fault(f"{place}: expected source:target[:options] with an absolute target")
         if mount.kind == "bind":
             mount = mount._replace(found=reading.folder.look(mount.source))
             kept = [option for option in mount.options if option not in ("ro", "rw")]
@@ -5406,6 +5290,7 @@ def make_mounts(service, reading, where):
                              " volumes")
         elif mount.source:
             mount = mount._replace(source=reading.volumes[mount.source][0])
+        check_mount(f"{where}.volumes", mount, reading.policy, reading.folder)
         mounts[mount.target.rstrip("/")] = mount
     return list(mounts.values())
 
@@ -5423,21 +5308,21 @@ def make_files(service, reading, where):
     for section, root in (("configs", "/"), ("secrets", "/run/secrets/")):
         for index, item in enumerate(service[section]):
             place = f"{where}.{section}[{index}]"
-            item = read_value({"source": item}, FILES_FORM[0][0], place) if isinstance(item, str) else item
-            if item.source not in reading.contents[section]:
-                shown = make_printable(item.source or "", 60)
-                raise make_fault(f"{place}: {shown!r} is not among the top-level {section}")
-            target = item.target or item.source
+            name = item.source or ""
+            if name not in reading.contents[section]:
+                raise make_fault(f"{place}: {make_printable(name, 60)!r} is not among the top-level"
+                                 f" {section}")
+            target = item.target or name
             target = target if target.startswith("/") else root + target
             if ":" in target:
                 raise make_fault(f"{place}: {make_printable(target, 60)!r} is not a path")
             mode = 0o644 if item.mode is None else item.mode & 0o777
             owner = [-1 if number is None else number for number in (item.uid, item.gid)]
-            files[target] = Content(reading.contents[section][item.source], mode, *owner)
+            files[target] = Content(reading.contents[section][name], mode, *owner)
     return files
 
 
-def make_attachments(service, reading, where):
+def make_attachments(name, service, reading, where):
     """[Attachment]: the first is joined at creation and the others before the start.
 
     Where there is only a network mode, that alone.
@@ -5446,15 +5331,15 @@ def make_attachments(service, reading, where):
         if service.networks:
             raise make_fault(f"{where}.network_mode: cannot stand beside networks")
         return [Attachment(make_namespace(service.network_mode, reading.workload), None)]
-    wanted = service.networks or {"default": read_value(None, SERVICE_FORM["networks"][list], "")}
+    wanted = service.networks or read_value(["default"], SERVICE_FORM["networks"])
     joined = []
-    for name, value in sorted(wanted.items(), key=lambda pair: -(pair[1].priority or 0)):
-        if name not in reading.networks:
-            raise make_fault(f"{where}.networks: {make_printable(name, 60)!r} is not among the top-level"
+    for network, value in sorted(wanted.items(), key=lambda pair: -(pair[1].priority or 0)):
+        if network not in reading.networks:
+            raise make_fault(f"{where}.networks: {make_printable(network, 60)!r} is not among the top-level"
                              " networks")
-        options = make_arguments("--ip", value.ipv4_address) + make_arguments("--ip6", value.ipv6_address)
-        options += make_arguments("--mac-address", value.mac_address)
-        joined.append(Attachment(reading.networks[name][0], value.aliases or [], options))
+        options = make_options(value, ("ipv4_address", "ipv6_address", "mac_address"))
+        aliases = dict.fromkeys((value.aliases or []) + reading.aliases.get(name, []))
+        joined.append(Attachment(reading.networks[network][0], list(aliases), options))
     return joined
 
 
@@ -5476,23 +5361,21 @@ def find_shared(service):
 
 
 def make_environment(service, reading, where):
-    """What a container's environment is: env files, then `environment`, then runtime.environment of the
-    device (C-185)."""
+    """The environment of a container: env files, then `environment`, then the device's own (C-185).
+
+    In `environment` a name alone takes the parameter of its name.
+    """
     environment = {}
     for item in service.env_file:
-        path = item if isinstance(item, str) else item.path or ""
-        needed = isinstance(item, str) or item.required is not False
+        path = item.path or ""
         found = reading.folder.look(path)
-        if needed or found.kind or not found.own:
+        if item.required is not False or found.kind or not found.own:
             environment.update(parse_env_file(read_inside(reading.folder, path, f"{where}.env_file"),
                                               reading.variables, path))
-    for name, text in (service.environment or {}).items():
-        if text is None:
-            # a pass-through entry takes the parameter of its name (contract, Parameters)
-            text = reading.variables.get(name)
-        if text is not None:
-            environment[name] = text
-    environment.update(reading.workload.environment)
+    given = {name: reading.variables.get(name) if text is None else text
+             for name, text in (service.environment or {}).items()}
+    environment.update({name: text for name, text in given.items() if text is not None},
+                       **reading.workload.environment)
     for name, text in environment.items():
         check_variable(name, to_text(text, f"{where}.environment.{make_printable(name, 60)}"),
                        f"{where}.environment")
@@ -5513,8 +5396,10 @@ OBEYED = (
 
 
 def find_handed(environment):
-    """{name: text} of the variables that no line of an env file holds: the engine takes them from its own
-    environment."""
+    """{name: text} of the variables that no line of an env file holds.
+
+    The engine's command takes them from its own environment.
+    """
     return {name: text for name, text in environment.items()
             if re.search("[\r\n]", text) or len(f"{name}={text}".encode()) > 60000}
 
@@ -5523,18 +5408,19 @@ def check_variable(name, text, where):
     """Raises ComponentError for a variable that no process, or no engine, can be given."""
     if not re.fullmatch(r"\w[\w.-]*", name):
         raise make_fault(f"{where}: {make_printable(name)!r} is not a variable name")
+    fault = ""
     if len(f"{name}={text}".encode()) >= 128 * 1024:
-        raise make_fault(f"{where}.{name}: a variable has less than 128 KiB; use a file from `configs`",
-                         "PARAMETER_INVALID")
-    if find_handed({name: text}) and re.fullmatch(OBEYED, name, re.I):
-        raise make_fault(f"{where}.{name}: a variable of this name has one line of at most 60000 bytes; use"
-                         " a file from `configs`", "PARAMETER_INVALID")
+        fault = "a variable has less than 128 KiB"
+    elif find_handed({name: text}) and re.fullmatch(OBEYED, name, re.I):
+        fault = "a variable of this name has one line of at most 60000 bytes"
+    if fault:
+        raise make_fault(f"{where}.{name}: {fault}; use a file from `configs`", "PARAMETER_INVALID")
 
 
 def make_dependencies(service):
     """`depends_on` as {service: (condition, required)}.
 
-    Whose namespace is shared, and what is linked, comes first too.
+    A service whose namespace is shared, and one that is linked, comes first too.
     """
     result = {other: (item.condition or "service_started", item.required is not False)
               for other, item in service.depends_on.items()}
@@ -5547,23 +5433,21 @@ def make_dependencies(service):
 
 # An engine's own further options can name files of the host (podman: `O,upperdir=…`, the log option `path`):
 # only these are taken.
-MOUNT_OPTIONS = ("ro", "rw", "z", "Z", "copy", "nocopy", "cached", "delegated", "consistent", "exec",
-                 "noexec", "nosuid", "nodev",
-                 "private", "rprivate", "slave", "rslave")
-LOG_OPTIONS = ("max-size", "max-file", "max-buffer-size", "mode", "compress", "tag", "labels", "labels-regex",
-               "env", "env-regex")
+MOUNT_OPTION = ("ro|rw|z|Z|copy|nocopy|cached|delegated|consistent|exec|noexec|nosuid|nodev|private|rprivate|"
+                "slave|rslave")
+# What names nothing but the size of a tmpfs, its owner and what may be done in it.
+TMPFS_OPTION = "(size|mode|uid|gid|nr_inodes)=[0-9]+[kmgKMG%]?|ro|rw|exec|noexec|nosuid|nodev|noatime"
+LOG_OPTIONS = "max-size max-file max-buffer-size mode compress tag labels labels-regex env env-regex".split()
 LOG_DRIVERS = {"podman": ("json-file", "k8s-file", "journald", "none"),
                "docker": ("json-file", "local", "journald", "syslog", "none")}
-# The capabilities that every container has by itself, on each engine.
-CAPABILITIES = ("CHOWN", "DAC_OVERRIDE", "FOWNER", "FSETID", "KILL", "NET_BIND_SERVICE", "SETFCAP", "SETGID",
-                "SETPCAP", "SETUID",
-                "SYS_CHROOT")
-
-
-def is_tmpfs_option(option):
-    """Whether an option of a tmpfs names nothing but its size, its owner and what may be done in it."""
-    return bool(re.fullmatch(
-        "(size|mode|uid|gid|nr_inodes)=[0-9]+[kmgKMG%]?|ro|rw|exec|noexec|nosuid|nodev|noatime", option))
+# {key: what a service may ask for by it where policy.privileged is deny}; the capabilities are those that
+# every container has by itself, on each engine.
+HARMLESS = {
+    "privileged": "(?!)", "oom_score_adj": "[^-].*", "pid": "private|service:.*",
+    "ipc": "private|shareable|none|service:.*", "userns_mode": "(?!host).*", "devices": "(?!)",
+    "group_add": "(?!keep-groups).*", "security_opt": "no-new-privileges([:=]true)?",
+    "cap_add": "(?i)(CAP_)?(CHOWN|DAC_OVERRIDE|FOWNER|FSETID|KILL|NET_BIND_SERVICE|SETFCAP|SETGID|SETPCAP|"
+               "SETUID|SYS_CHROOT)"}
 
 
 def deny(place, why):
@@ -5572,36 +5456,30 @@ def deny(place, why):
 
 
 def check_policy(where, service, policy):
-    """Raises ComponentError POLICY_DENIED for what the settings of a service, as they were read, may not ask
-    for."""
+    """Raises ComponentError POLICY_DENIED for what the settings of a service may not ask for."""
     if service.network_mode == "host" and policy.host_network != "allow":
         deny(f"{where}.network_mode", "the host's network is denied by policy.host_network")
     if policy.privileged == "allow":
         return
-    harmless = {"privileged": lambda item: False, "oom_score_adj": lambda item: not item.startswith("-"),
-                "pid": lambda item: item != "host", "ipc": lambda item: item != "host",
-                "userns_mode": lambda item: item != "host",
-                "cap_add": lambda item: re.sub("^CAP_", "", item.upper()) in CAPABILITIES,
-                "devices": lambda item: any(is_device(item, pattern) for pattern in policy.devices),
-                "security_opt": re.compile("no-new-privileges([:=]true)?").fullmatch,
-                "group_add": lambda item: item != "keep-groups"}
-    for key, is_harmless in harmless.items():
+    for key, pattern in HARMLESS.items():
         for item in service[key] if isinstance(service[key], list) else filter(None, [service[key]]):
-            if not is_harmless(item):
+            allowed = key == "devices" and any(is_device(item, entry) for entry in policy.devices)
+            if not allowed and not re.fullmatch(pattern, str(item), re.S):
                 deny(f"{where}.{key}", f"{make_printable(str(item), 80)!r} is denied by policy.privileged")
 
 
 def is_device(item, pattern):
-    """Whether one of `devices`, HOST[:CONTAINER[:RIGHTS]], is a device file that an entry of policy.devices
-    names; * is no slash."""
+    """Whether one of `devices`, HOST[:CONTAINER[:RIGHTS]], is a file that an entry of policy.devices names.
+
+    In that * stands for anything but a slash.
+    """
     path = item.split(":")[0]
-    return ".." not in path.split("/") and bool(re.fullmatch(re.escape(pattern).replace(r"\*", "[^/]*"),
-        path))
+    names = re.escape(pattern).replace(r"\*", "[^/]*")
+    return ".." not in path.split("/") and bool(re.fullmatch(names, path))
 
 
 def check_logging(where, logging, engine):
-    """Raises ComponentError for a log driver, or an option of it, that the engine does not have or that leads
-    elsewhere."""
+    """Raises ComponentError for a log driver, or an option of it, that the engine lacks or that leads out."""
     driver = logging.driver or LOG_DRIVERS[engine][0]
     options = logging.options or {}
     if driver not in LOG_DRIVERS[engine]:
@@ -5614,34 +5492,32 @@ def check_logging(where, logging, engine):
         raise make_fault(f"{where}.options.tag: podman takes it for the driver journald alone")
 
 
-def check_mounts(where, mounts, policy, folder):
-    """Raises ComponentError for mounts of what is not there, or of what policy.host_paths does not allow."""
-    roots = [folder.resolve(path) for path in ["", *policy.host_paths]]
-    for mount in mounts:
-        for option in mount.options:
-            if not (is_tmpfs_option(option) if mount.kind == "tmpfs" else option in MOUNT_OPTIONS):
-                deny(where, f"the mount option {make_printable(option, 80)!r} is not allowed")
-        if mount.kind != "bind":
-            continue
-        source = make_printable(mount.source, 200)
-        found = mount.found
-        if mount.source.startswith("~"):
-            deny(where, f"{source} is in a home folder; name the path itself")
-        if found.socket:
-            deny(where, f"{source} is an engine's socket or leads to one, which is never handed out")
-        if not any(is_below(found.real, root) for root in roots):
-            real = make_printable(found.real, 200)
-            deny(where, f"{source} (in truth {real}) is outside of policy.host_paths")
-        if not found.kind:
-            owner = "the package" if found.own else "this device"
-            raise make_fault(f"{where}: {owner} has no {source}; use a named volume for data")
+def check_mount(where, mount, policy, folder):
+    """Raises ComponentError for a mount of what is not there, or of what policy.host_paths does not allow."""
+    known = TMPFS_OPTION if mount.kind == "tmpfs" else MOUNT_OPTION
+    for option in mount.options:
+        if not re.fullmatch(known, option):
+            deny(where, f"the mount option {make_printable(option, 80)!r} is not allowed")
+    if mount.kind != "bind":
+        return
+    source = make_printable(mount.source, 200)
+    found = mount.found
+    if mount.source.startswith("~"):
+        deny(where, f"{source} is in a home folder; name the path itself")
+    if found.socket:
+        deny(where, f"{source} is an engine's socket or leads to one, which is never handed out")
+    if not any(is_below(found.real, folder.resolve(root)) for root in ["", *policy.host_paths]):
+        real = make_printable(found.real, 200)
+        deny(where, f"{source} (in truth {real}) is outside of policy.host_paths")
+    if not found.kind:
+        owner = "the package" if found.own else "this device"
+        raise make_fault(f"{where}: {owner} has no {source}; use a named volume for data")
 
 
 def check_ways(services):
-    """Raises ComponentError where a service can write to a folder on the way to what another one, or itself,
-    mounts.
+    """Raises ComponentError where a service can write to a folder above what it or another one mounts.
 
-    It could put a link there that the engine follows when it starts that one.
+    It could put a link there, which the engine would follow at the next start.
     """
     mounts = [(service.name, mount) for service in services for mount in service.mounts]
     mounts = [(name, mount) for name, mount in mounts if mount.kind == "bind" and not mount.found.own]
@@ -5663,11 +5539,10 @@ def is_below(path, root):
 # A whole file
 
 def make_project(document, workload, policy, engine, folder=None):
-    """A compose file's value to a Project; raises ComponentError.
+    """A compose file's value to a Project; raises ComponentError.  folder: the package as a Folder.
 
     All that parameters mean is settled here, so that none ever reaches a tool's own environment (C-180,
-    D-18). Everything is read once, into records, and policy is held against these. folder: the package as a
-    Folder.
+    D-18).  Everything is read once, into records, and policy is held against these.
     """
     services = document.get("services") if isinstance(document, dict) else None
     if not services or not isinstance(services, dict):
@@ -5675,27 +5550,23 @@ def make_project(document, workload, policy, engine, folder=None):
     folder = folder or Folder(workload.folder)
     notes = []
     variables = make_file_variables(workload, folder)
-    document = interpolate_all(document, variables)
-    document["services"] = find_wanted(document["services"], notes)
-    check_keys(document)
-    document = read_value(document, FILE_FORM, "")
+    document = dict(document, services=find_wanted(services, notes))
+    document = read_value(document, FILE_FORM, variables=variables)
     reading = Reading(workload, policy, engine, folder, variables, make_volumes(document, workload),
-                      make_networks(document, workload), make_contents(document, variables, folder))
+                      make_networks(document, workload), make_contents(document, variables, folder),
+                      find_aliases(document.services, notes))
     services = {name: make_service(name, service, reading) for name, service in document.services.items()}
     check_ways(services.values())
-    add_aliases(services, document.services, notes)
     order = make_hashes(order_services(services))
     return Project(order, dict(reading.networks.values()), dict(reading.volumes.values()), notes)
 
 
 def make_file_variables(workload, folder):
-    """The Variables of a file: its own defaults in `.env`, then the parameters; two names are compose's own.
-
-    """
-    variables = Variables(workload.parameters)
+    """The Variables of a file: its own defaults in `.env`, two that are compose's own, the parameters."""
+    variables = Variables(dict(workload.parameters))
     if folder.look(".env").kind:
-        variables.update(parse_env_file(read_inside(folder, ".env", ".env"), variables, ".env"))
-    variables.update({"PWD": ".", "COMPOSE_PROJECT_NAME": workload.project}, **workload.parameters)
+        variables.maps.append(parse_env_file(read_inside(folder, ".env", ".env"), variables, ".env"))
+    variables.maps.insert(1, {"PWD": ".", "COMPOSE_PROJECT_NAME": workload.project})
     return variables
 
 
@@ -5705,9 +5576,9 @@ def find_wanted(services, notes):
     What an image was built from is left out where it is named, and noted.
     """
     started = {}
-    for name, service in services.items():
+    for name, service in make_names(services, "services").items():
         where = f"services.{name}"
-        # it becomes part of the name of a file
+        # It becomes part of the name of a file.
         if not re.fullmatch(r"[a-zA-Z0-9][a-zA-Z0-9._-]{0,127}", name):
             raise make_fault(f"services: {make_printable(name, 60)!r} is not a service name")
         if not isinstance(service, dict):
@@ -5722,19 +5593,17 @@ def find_wanted(services, notes):
 
 
 def make_service(name, service, reading):
-    """A Service from its settings, held against the policy; without a hash, which comes when all are known.
-
-    """
+    """A Service from its settings, held against the policy.  Its hash comes when all are known."""
     where = f"services.{name}"
+    if not service.image:
+        raise make_fault(f"{where}.image: expected the name of an image")
     mounts = make_mounts(service, reading, where)
     check_policy(where, service, reading.policy)
     check_logging(f"{where}.logging", service.logging, reading.engine)
-    check_mounts(f"{where}.volumes", mounts, reading.policy, reading.folder)
-    ports = make_ports(service.ports, f"{where}.ports")
-    count = sum(1 + make_span(port.published or port.target)[1] for port in ports)
-    reading.variables.spend(64 * count, f"{where}.ports")           # what one of them takes of the memory
-    arguments = make_options(service, reading.workload, where) + make_arguments("--publish",
-        list(map(make_publish, ports)))
+    ports = list(dict.fromkeys(service.ports))      # one that is listed twice is one
+    held = find_ports(ports, reading.variables, f"{where}.ports")
+    arguments = make_service_options(service, reading.workload)
+    arguments += make_arguments("--publish", [port.argument for port in ports])
     command = service.command or []
     if service.entrypoint is not None:
         arguments.append(f"--entrypoint={''.join(service.entrypoint[:1])}")
@@ -5744,34 +5613,10 @@ def make_service(name, service, reading):
     arguments += make_health(service.healthcheck, reading.engine) + list(map(make_mount_argument, mounts))
     if sum(map(len, arguments + command)) > 64 * 1024:
         raise make_fault(f"{where}: its settings, labels and command together have more than 64 KiB")
-    if not service.image:
-        raise make_fault(f"{where}.image: expected the name of an image")
     return Service(name, service.image, arguments, command, make_environment(service, reading, where),
-                   make_files(service, reading, where), make_attachments(service, reading, where),
-                   make_dependencies(service), service.pull_policy or "missing", "", find_ports(ports),
-                   mounts, find_shared(service))
-
-
-def add_aliases(services, wanted, notes):
-    """Changes services to be found by their container_name, and by what others link them as."""
-    taken, added = {}, {}
-    for name, service in wanted.items():
-        names = [(name, service.container_name)]
-        for link in service.links or ():
-            owner, _, alias = link.partition(":")
-            names.append((owner, alias and to_name(alias, f"services.{name}.links")))
-        for owner, alias in names:
-            other = alias if alias in services else taken.setdefault(alias, owner)
-            if not alias or owner not in services:
-                continue
-            if other != owner:
-                notes.append(f"services.{name}: the name {alias} also leads to service {other}")
-            added.setdefault(owner, []).append(alias)
-    for owner, aliases in added.items():
-        services[owner] = services[owner]._replace(networks=[
-            item if item.aliases is None else item._replace(
-                aliases=list(dict.fromkeys(item.aliases + aliases)))
-            for item in services[owner].networks])
+                   make_files(service, reading, where), make_attachments(name, service, reading, where),
+                   make_dependencies(service), service.pull_policy or "missing", "", held, mounts,
+                   find_shared(service))
 
 
 def order_services(services):
@@ -5779,35 +5624,33 @@ def order_services(services):
 
     Raises ComponentError for a circle or an unknown name.
     """
-    order = []
-    done = set()
-    for root in services:
-        todo = [root]
-        path = []
-        while todo:
-            name = todo[-1]
-            if name in done or path[-1:] == [name]:
-                if name not in done:
-                    done.add(path.pop())
-                    order.append(services[name])
-                todo.pop()
-                continue
-            path.append(name)
-            for other, (_, required) in reversed(list(services[name].depends_on.items())):
-                if other in path:
-                    circle = path[path.index(other):] + [other]
-                    raise make_fault(f"depends_on goes in a circle: {' -> '.join(circle)}")
-                if other in services:
-                    todo.append(other)
-                elif required:
-                    raise make_fault(f"services.{name}.depends_on: there is no service"
-                                     f" {make_printable(other, 60)!r} that is started")
-    return order
+    order = {}
+    todo = list(services)[::-1]
+    path = []
+    while todo:
+        name = todo[-1]
+        if name in order or path[-1:] == [name]:    # all that it depends on has been added
+            order.setdefault(todo.pop(), services[name])
+            path = [other for other in path if other != name]
+            continue
+        path.append(name)
+        for other, (_, required) in reversed(list(services[name].depends_on.items())):
+            if other in path:
+                circle = path[path.index(other):] + [other]
+                raise make_fault(f"depends_on goes in a circle: {' -> '.join(circle)}")
+            if other in services:
+                todo.append(other)
+            elif required:
+                raise make_fault(f"services.{name}.depends_on: there is no service"
+                                 f" {make_printable(other, 60)!r} that is started")
+    return list(order.values())
 
 
 def make_hashes(order):
-    """The services with a hash of all that makes their containers: who shares another's namespace is made
-    anew with it."""
+    """The services, each with a hash of all that makes its container.
+
+    A service that shares another's namespace is made anew with it.
+    """
     final = {}
     for service in order:
         contents = {path: [sha256_digest(item.text.encode("utf-8", "surrogateescape")), *item[1:]]
@@ -5820,15 +5663,16 @@ def make_hashes(order):
 
 
 def make_labels(workload, service, digest):
-    """The labels by which containers are found again, and those by which compose finds them."""
+    """The labels by which containers are found again, and those by which compose finds them.
+
+    None is left out for being empty: an image has labels of its own.
+    """
     theirs = {"project": workload.project, "service": service, "container-number": "1", "config-hash": digest,
               "oneoff": "False"}
-    return dict({LABEL_DEPLOYMENT: workload.deployment_id, LABEL_COMPONENT: workload.component,
-                 LABEL_PROJECT: workload.project, LABEL_SERVICE: service, LABEL_HASH: digest,
-                 LABEL_DEVICE: workload.device_id,
-                 # all of them, whether empty or not: an image has labels of its own
-                 LABEL_OWNER: workload.owner},
-                **{f"com.docker.compose.{key}": text for key, text in theirs.items()})
+    return {LABEL_DEPLOYMENT: workload.deployment_id, LABEL_COMPONENT: workload.component,
+            LABEL_PROJECT: workload.project, LABEL_SERVICE: service, LABEL_HASH: digest,
+            LABEL_DEVICE: workload.device_id, LABEL_OWNER: workload.owner,
+            **{f"com.docker.compose.{key}": text for key, text in theirs.items()}}
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -5930,7 +5774,7 @@ class Registry:
     def check(self, response, url, limit):
         """The Response, if its status is 200 and it has at most `limit` bytes; else raises ComponentError."""
         where = f"{url}: HTTP {response.status}"
-        if find_verdict(response.status) == "denied":
+        if find_verdict(response.status) is Untrusted:
             raise ComponentError("PULL_UNAUTHORIZED",
                                  f"{where}; set registries.{self.host}.username and password_file")
         if response.status != 200:
@@ -6109,8 +5953,12 @@ def parse_package_manifest(data, where, max_artifact, kind="compose"):
         if "manifests" in value:
             raise ValueError("an index of several images, where one Compose Archive is expected")
         layer = find_layer(value, kind)
-        digest = check_member(layer, "digest", "the layer's ", DIGEST_PATTERN)
-        size = check_member(layer, "size", "the layer's ", checked("a number of bytes", is_size))
+        digest = layer.get("digest")
+        size = layer.get("size")
+        check_shape(digest, DIGEST_PATTERN, "the layer's digest")
+        if not is_size(size):
+            found = make_printable(str(size), 80)
+            raise ValueError(f"the layer's size: found {found!r}, expected a number of bytes")
         if size > max_artifact:
             raise ValueError(f"the layer has {size} bytes, policy.max_artifact is {max_artifact}")
     except ValueError as error:
@@ -6490,11 +6338,10 @@ Problem = define("Problem", "type title detail retryable retry_after strategy er
 
 
 def make_tls_context(anchors=(), ca_file=None, min_tls="1.3"):
-    """An SSLContext that trusts the given anchors (DER), or those of a PEM file, or (with neither) the
-    system's store.
+    """An SSLContext that trusts the anchors (DER), or those of a PEM file, or without both the system's.
 
-    The default loaders are not used: they would let any web certificate through where a Trust Bundle decides
-    (C-006).
+    Python's default loaders are not used: they would let any web certificate through where a trust bundle
+    decides (C-006).
     """
     import ssl
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
@@ -6525,7 +6372,6 @@ def request(method, url, headers, body, context, timeout, limit, check_peer=None
     or what check_peer raises.
     """
     import http.client
-    import ssl
     import urllib.error
     import urllib.request
     where = f"{method} {url}"
@@ -6534,17 +6380,16 @@ def request(method, url, headers, body, context, timeout, limit, check_peer=None
     try:
         with make_opener(context, check_peer).open(message, timeout=timeout) as response:
             return Response(response.status, response.headers, read_body(response, limit, timeout, where))
-    except urllib.error.URLError as error:
-        raise make_network_error(where, error.reason) from None
-    except (OSError, http.client.HTTPException, ssl.SSLError, ValueError) as error:
-        raise make_network_error(where, error) from None
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        reason = error.reason if isinstance(error, urllib.error.URLError) else error
+        raise make_network_error(where, reason) from None
 
 
 class Paced(io.RawIOBase):
-    """What a socket reads, against drips: all up to the body, and each piece of that, has to come within four
-    time-outs.
+    """What a socket reads, with an end to its patience.
 
-    So neither the words between the pieces may drip, or never end.
+    The head has four time-outs to come, and so has each piece of the body with all that stands before it: a
+    server may be slow, but it may neither drip nor go on for ever.
     """
 
     def __init__(self, connection):
@@ -6615,9 +6460,7 @@ def open_connection(address, timeout, source=None):
 
 
 def make_opener(context, check_peer):
-    """The agent's own opener: no redirects, no error handler (every status is an answer), no cookies, no
-    other schemes.
-    """
+    """The agent's own opener: it follows no redirect, keeps no cookie, and takes every status as an answer."""
     import http.client
     import urllib.request
 
@@ -6745,66 +6588,62 @@ def ask_looseness(key, path):
 
 
 def parse_problem(body):
-    """A problem document, or the ad-hoc `error` object of older servers, or None (never an error: it only
-    explains one).
-    """
+    """A Problem, also of the plain `error` object of older servers; None where the body is neither."""
+    from collections import defaultdict
     try:
         value = parse_json(body, "problem")
+        check_shape(value, dict, "")
     except ValueError:
         return None
-    if not isinstance(value, dict):
-        return None
-
-    def text(key):
-        return make_printable(value[key]) if isinstance(value.get(key), str) else ""
-
-    kind = text("type")
+    texts = defaultdict(str, {key: make_printable(item) for key, item in value.items()
+                              if isinstance(item, str)})
+    kind = texts["type"]
     if kind.startswith(PROBLEM_ROOT):
         kind = re.split("[#/]", kind)[-1]           # the URI is a name, never fetched (C-055)
     wait = value.get("retryAfterSeconds")
     wait = float(wait) if is_number(wait) and 0 <= wait < 1e15 else None
-    errors = value["errors"] if isinstance(value.get("errors"), list) else []
-    errors = [make_printable(f"{item.get('field')}: {item.get('message')}") for item in errors
-              if isinstance(item, dict)]
-    title = text("title") or text("error")
-    detail = text("detail") or text("message")
-    return Problem(kind, title, detail, value.get("retryable"), wait, text("backoffStrategy"), errors)
+    errors = value.get("errors")
+    errors = [make_printable(f"{item.get('field')}: {item.get('message')}")
+              for item in (errors if isinstance(errors, list) else ()) if isinstance(item, dict)]
+    title = texts["title"] or texts["error"] or texts["Error"]
+    detail = texts["detail"] or texts["message"]
+    return Problem(kind, title, detail, value.get("retryable"), wait, texts["backoffStrategy"], errors)
 
 
 def find_verdict(status):
-    """What an HTTP status that is no success means: `denied`, `later` (to be asked again) or `refused`."""
+    """The kind of fault that an HTTP status means."""
     if status in (401, 403):
-        return "denied"
-    return "later" if status in (408, 429) or status >= 500 else "refused"
+        return Untrusted
+    return Unreachable if status in (408, 429) or status >= 500 else Refused
 
 
 def check_response(response, where, accepted, now):
-    """Returns the response if its status is one of `accepted`, else raises what it means to a client
-    (protocol 10).
+    """Returns the response if its status is one of `accepted`, else raises what it means (protocol 10).
 
-    The problem's type decides where it is one of Margo's (C-053), the status where it is not (C-054).
-    Denied: Untrusted.  What says of itself that it can be retried, or is `later`: Unreachable.  Else Refused;
-    its `code` is the type, or `HTTP <status>`.
+    The problem's type decides where it is one of Margo's (C-053), the status where it is not (C-054).  What
+    says of itself whether it can be retried is believed (C-057).  The code of Refused is the type, or
+    `HTTP <status>`.
     """
     if response.status in accepted:
         return response
     problem = parse_problem(response.body) or Problem("", "", "", None, None, "", [])
-    verdict = find_verdict(response.status)
     known = problem.type in REFUSALS
-    kind = "" if known or problem.type in DENIALS + ("about:blank",) else problem.type
-    words = "; ".join(part for part in [kind, problem.title, problem.detail] + problem.errors[:5] if part)
+    denied = problem.type in DENIALS
+    verdict = find_verdict(response.status)
+    name = "" if known or denied or problem.type == "about:blank" else problem.type
+    words = "; ".join(filter(None, [name, problem.title, problem.detail] + problem.errors[:5]))
     message = f"{where}: HTTP {response.status}" + (f" ({words})" if words else "")
     wait = parse_retry_after(response.headers.get("Retry-After"), now)
     facts = {"status": response.status, "strategy": problem.strategy,
              "retry_after": limit_wait(problem.retry_after, now) if wait is None else wait}
-    if verdict == "denied" and not known or problem.type in DENIALS:
+    if denied or verdict is Untrusted and not known:
         raise Untrusted(f"{message}; the WFM does not accept this client", **facts)
     retryable = problem.retryable
     if not isinstance(retryable, bool):
-        retryable = verdict == "later" and problem.strategy != "none"
+        retryable = verdict is Unreachable and problem.strategy != "none"
     if retryable:
         raise Unreachable(message, **facts)
-    if 300 <= response.status < 400 and response.status != 304:
+    if response.status in (301, 302, 303, 307, 308):
         message += ("; redirects are not followed: set wfm.url, or the setting this address came from,"
                     " to the final one")
     raise Refused(message, problem.type if known else f"HTTP {response.status}", **facts)
@@ -7022,6 +6861,9 @@ def make_state_data(state):
     return data[:-1] + b',"sum":"' + sha256_digest(data).encode() + b'"}'
 
 
+OLD_FIELDS = ("left", "failures", "retryAt", "repairs", "repairedAt")      # of records of schema 1
+
+
 def parse_state(data, path):
     """The state in the bytes of state.json.
 
@@ -7056,22 +6898,15 @@ def parse_state(data, path):
 
 
 def migrate_record(record):
-    """A deployment's record as of schema 2, in place of moments of the wall clock that of schema 1 has
-    waits (see make_wait).
+    """A deployment's record as schema 2 has it; that of schema 1 knew moments where that has waits, which are
+    over then (see make_wait).
     """
-    record = {key: value for key, value in record.items() if key != "left"}
-    if record.get("fallback") and "services" not in (record["running"] or ()):
+    if "repairs" not in record:
+        return record
+    record = {key: value for key, value in record.items() if key not in OLD_FIELDS}
+    if "services" not in (record.get("running") or ()):
         record["fallback"] = False                  # what is installed has been said to have a version before
-    if "retryAt" in record:
-        at = record.pop("retryAt") - 2 * RETRY_CAP
-        failures = record.pop("failures", 0)
-        record["retry"] = {"failures": failures, "at": at, "delay": 2 * RETRY_CAP} if failures else {}
-    if "repairs" in record:
-        at = record.pop("repairedAt", 0)
-        failures = record.pop("repairs")
-        pause = grow(RETRY_FIRST, failures + 1 - REPAIRS, RETRY_CAP) if failures >= REPAIRS else 0
-        record["repair"] = {"failures": failures, "at": at, "delay": pause} if failures else {}
-    return record
+    return dict(record, retry={}, repair={})
 
 
 def make_core(state):
@@ -7256,15 +7091,12 @@ class Store:
         path = self.memo_path()
         try:
             create_folder(os.path.dirname(path), 0o755)
-            with open(path + ".tmp", "wb") as file:
-                os.fchmod(file.fileno(), 0o600)
-                file.write(make_json(memo))
-            os.replace(path + ".tmp", path)
-            self.memo = memo
-            return True
-        except OSError as error:
-            log("debug", "the last contact cannot be noted", path=path, reason=error.strerror)
+            write_file(path, make_json(memo))
+        except (OSError, StorageError) as error:
+            log("debug", "the last contact cannot be noted", path=path, reason=str(error))
             return False
+        self.memo = memo
+        return True
 
     def load_memo(self):
         """What save_memo noted last, or {}; read once, until the lock is taken again."""
@@ -7481,12 +7313,6 @@ def checked(expected, test):
             raise ValueError(expected)
         return value
     return read
-
-
-# Readers of documents, by the kit of the configuration; text is taken for text only where it is written as
-# such.
-read_dict = checked("a mapping", lambda item: isinstance(item, dict))
-read_items = checked("a list", lambda item: isinstance(item, list))
 
 
 def list_of(read_item, expected):
@@ -7713,7 +7539,7 @@ def parse_window(text):
     raise ValueError('a window such as "Mon-Fri 06:00-22:00" or "2026-12-24T00:00/2026-12-27T00:00"')
 
 
-read_window = scalar('a window such as "Mon-Fri 06:00-22:00"', make=parse_window)
+read_windows = list_of(scalar("a window", make=parse_window), "a list of windows")
 
 
 def is_within(windows, local):
@@ -7748,60 +7574,72 @@ CONNECTIONS = {"CONTAINER_HOST": "podman", "CONTAINER_CONNECTION": "podman",
 # what a child device has to say of itself, because only what is here can be detected
 HOSTING = ("cpus", "memory", "storage")
 
-# Each setting: its reader, or that and the default in the file's own spelling. What only one profile has, its
-# part adds below.
+# Each setting: (its reader, its default as the file would spell it, what it is for).
 DEVICE_SCHEMA = {
-    "id": read_device_id, "vendor": read_text, "modelNumber": read_text, "serialNumber": read_text,
-    "properties": (read_properties, {}), "labels": (read_labels, {})}
-CHILD_SCHEMA = dict(DEVICE_SCHEMA, connection=(read_environment, {}))
+    "id": (read_device_id, None, "name of the device at the WFM; without it serial number or machine id"),
+    "vendor": (read_text, None, "who made the device; without it what the firmware says"),
+    "modelNumber": (read_text, None, "which model it is; without it what the firmware says"),
+    "serialNumber": (read_text, None, "its serial number; without it what the firmware says"),
+    "properties": (read_properties, {}, "capabilities to report in place of those that were detected"),
+    "labels": (read_labels, {}, "what applications can select this device by, beside its properties"),
+}
+CHILD_SCHEMA = dict(DEVICE_SCHEMA, connection=(read_environment, {}, "variables that lead to its engine"))
 REGISTRY_SCHEMA = {
-    "mirror": read_text, "username": read_text, "password_file": read_path, "ca": read_path,
-    "insecure": (read_flag, False)}
-# see make_children
+    "mirror": (read_text, None, "host:port that is asked in place of this registry"),
+    "username": (read_text, None, "who signs in there"),
+    "password_file": (read_path, None, "file of the password, mode 0600"),
+    "ca": (read_path, None, "CA certificates of this registry; without it the system's"),
+    "insecure": (read_flag, False, "true: HTTP without TLS is good enough"),
+}
 SCHEMA = {
-    "state_dir": (read_path, "/var/lib/margo-agent"),
+    "state_dir": (read_path, "/var/lib/margo-agent", "folder of all that the agent keeps"),
     "wfm": {
-        "profile": (lambda value, base: choice(*PROFILES)(value, base), "mtls"),
-        "url": read_address,
-        "timeout": (read_duration, "30s"),
-        "min_tls": (choice("1.2", "1.3"), "1.3"),
+        "profile": (lambda value, base: choice(*PROFILES)(value, base), "mtls",
+                    "generation of Margo's protocol that the WFM speaks"),
+        "url": (read_address, None, "root URL of the WFM, or address of the repository"),
+        "timeout": (read_duration, "30s", "limit of connecting, and of each wait for data"),
+        "min_tls": (choice("1.2", "1.3"), "1.3", "oldest TLS version that is accepted"),
     },
     "identity": {
-        "certificate": read_path,
-        "key": read_key,
-        "trust_bundle": read_path_or_url,
-        "discovery": read_url,
-        "ca": read_path,
-        "pins": (read_pins, []),
-        "refresh": (read_duration, "1h"),
+        "certificate": (read_path, None, "the device's SVID in PEM, the leaf first, then intermediates"),
+        "key": (read_key, None, "its private key, mode 0600, or a URI such as pkcs11:..."),
+        "trust_bundle": (read_path_or_url, None, "SPIFFE bundle or PEM file to trust the WFM by, or its URL"),
+        "discovery": (read_url, None, "https URL of a discovery document, in place of trust_bundle"),
+        "ca": (read_path, None, "CA certificates for discovery, bundle URLs, and servers without SPIFFE ID"),
+        "pins": (read_pins, [], "digests of public keys by which those servers are known, too"),
+        "refresh": (read_duration, "1h", "time between looks at a bundle that names none"),
     },
-    "device": dict(DEVICE_SCHEMA, children=(checked("a list", lambda value: isinstance(value, list)), [])),
+    "device": dict(DEVICE_SCHEMA,
+                   children=(checked("a list", lambda value: isinstance(value, list)), [],
+                             "devices behind this gateway, see README"),
+                   hostname=(read_flag, False, "draft: whether capabilities tell the name of the host"),
+                   parameter_values=(read_labels, {}, "draft: values for parameters with `valueFrom`")),
     "poll": {
-        "interval": (read_duration, "60s"),
-        "jitter": (read_share, "10%"),
-        "window": (list_of(read_window, "a list of windows"), []),
-        "downtime": (list_of(read_window, "a list of windows"), []),
+        "interval": (read_duration, "60s", "time between polls of `run`"),
+        "jitter": (read_share, "10%", "by how much each interval may differ, so that fleets spread out"),
+        "window": (read_windows, [], "the WFM is asked only then; empty: always"),
+        "downtime": (read_windows, [], "no request is made then"),
     },
     "runtime": {
-        "compose": (read_compose, "auto"),
-        "engine": (choice("auto", "podman", "docker"), "auto"),
-        "on_failure": (choice("rollback", "keep"), "rollback"),
-        "settle": (read_pause, "10s"),
-        "environment": (read_environment, {}),
-        "prune": (read_flag, True),
+        "compose": (read_compose, "auto", "whether compose components are run"),
+        "engine": (choice("auto", "podman", "docker"), "auto", "which engine runs containers"),
+        "on_failure": (choice("rollback", "keep"), "rollback", "what follows on an update that fails"),
+        "settle": (read_pause, "10s", "time without a restart that counts as health where nothing checks it"),
+        "environment": (read_environment, {}, "variables that every container is given"),
+        "prune": (read_flag, True, "whether images and packages that nothing needs any more are removed"),
     },
-    "registries": (read_mapping, {}),
+    "registries": (read_mapping, {}, "credentials, mirror and trust of registries, by host or host:port"),
     "policy": {
-        "max_document": (read_size, "8Mi"),
-        "max_artifact": (read_size, "64Mi"),
-        "max_unpacked": (read_size, "256Mi"),
-        "privileged": (choice("deny", "allow"), "deny"),
-        "host_network": (choice("deny", "allow"), "deny"),
-        "devices": (read_devices, []),
-        "host_paths": (read_folders, []),
-        "max_removals": read_count,
+        "max_document": (read_size, "8Mi", "largest manifest or deployment document"),
+        "max_artifact": (read_size, "64Mi", "largest package or bundle"),
+        "max_unpacked": (read_size, "256Mi", "most that a package or a repository may unpack to"),
+        "privileged": (choice("deny", "allow"), "deny", "whether applications may rule the device"),
+        "host_network": (choice("deny", "allow"), "deny", "whether applications may use the host's network"),
+        "devices": (read_devices, [], "device files that applications may use all the same"),
+        "host_paths": (read_folders, [], "folders of the host that applications may mount"),
+        "max_removals": (read_count, None, "more removals than this wait for a second poll; unset: no limit"),
     },
-    "log": {"level": (choice("debug", "info", "warning", "error"), "info")},
+    "log": {"level": (choice("debug", "info", "warning", "error"), "info", "least level that is logged")},
 }
 CHECKS = []
 
@@ -7838,7 +7676,7 @@ def make_settings(value, schema, base, where, faults):
         if isinstance(entry, dict):
             settings[key] = make_settings(item, entry, base, f"{where}{key}.", faults)
             continue
-        reader, default = entry if isinstance(entry, tuple) else (entry, None)
+        reader, default, _ = entry
         item = default if item is None else item
         settings[key] = None
         try:
@@ -7956,59 +7794,74 @@ def load_config(path, environ=None):
         raise ConfigError(f"configuration {path}: {error.message}") from None
 
 
-def check_member(value, key, where, read):
-    """value[key] as a reader (or text of a pattern) takes it.
+def check_shape(value, shape, where):
+    """Raises ValueError unless a value out of a document has a shape; what does not is named by its place.
 
-    Raises ValueError of what was found and what is expected.
+    shape: a pattern of text, `dict`, `list`, `float` for a number that is not negative, [shape] for a list of
+    such, or {member: shape}, where `?` after a member's name says that it may be missing or null.
     """
-    read = text_of(read) if isinstance(read, str) else read
-    try:
-        return read(value.get(key), "")
-    except ValueError as error:
-        found = make_printable(str(value.get(key)), 80)
-        raise ValueError(f"{where}{key}: found {found!r}, expected {error}") from None
-
-
-def text_of(pattern):
-    """A reader of text of one form."""
-    return checked(f"text of the form {pattern}",
-                   lambda item: isinstance(item, str) and bool(re.fullmatch(pattern, item, re.ASCII)))
+    kind = shape if isinstance(shape, type) else type(shape)
+    expected = {dict: "a mapping", list: "a list", float: "a number"}.get(kind, f"text of the form {shape}")
+    fits = isinstance(value, kind)
+    if kind is float:
+        fits = get_kind(value) == "number" and value >= 0
+    if kind is str:
+        fits = fits and re.fullmatch(shape, value, re.ASCII)
+    if not fits:
+        found = make_printable(str(value), 80)
+        raise ValueError(f"{where or 'the document'}: found {found!r}, expected {expected}")
+    if isinstance(shape, list):
+        for index, item in enumerate(value):
+            check_shape(item, shape[0], f"{where}[{index}]")
+    if isinstance(shape, dict):
+        for name, inner in shape.items():
+            key = name.rstrip("?")
+            if key == name or value.get(key) is not None:
+                check_shape(value.get(key), inner, f"{where}.{key}" if where else key)
 
 
 # ----------------------------------------------------------------------------------------------------------
 # 20. X.509
 # ----------------------------------------------------------------------------------------------------------
 
-# DER: only what a certificate needs, bounds checked at each step, nothing of it used before the whole was
-# read.
+# DER: only what a certificate or a revocation list needs.  Bounds are checked at each step, and nothing is
+# used before the whole was read.
 
 OID_BASIC_CONSTRAINTS, OID_KEY_USAGE, OID_SUBJECT_ALT_NAME = b"\x55\x1d\x13", b"\x55\x1d\x0f", b"\x55\x1d\x11"
 OID_SUBJECT_KEY, OID_ISSUER_KEY = b"\x55\x1d\x0e", b"\x55\x1d\x23"
-OID_CRL_NUMBER, OID_CRL_SCOPE = b"\x55\x1d\x14", b"\x55\x1d\x1c"
 KEY_CERT_SIGN, CRL_SIGN = 5, 6                      # bits of keyUsage (RFC 5280, 4.2.1.3)
+MAX_ELEMENTS = 1000                 # beside each other; only the entries of a revocation list are more
 
 
-def parse_der(data):
-    """The elements in DER bytes as [(tag, value bytes, whole element bytes)]; raises ValueError."""
-    elements, position = [], 0
+def walk_der(data):
+    """Each element in DER bytes as (tag, value bytes, whole element bytes); raises ValueError."""
+    position = 0
     while position < len(data):
         start = position
         tag = data[position]
-        position += 1
-        if tag & 0x1F == 0x1F or position >= len(data):
+        position += 2
+        if tag & 0x1F == 0x1F or position > len(data):
             raise ValueError("DER: a long tag or a missing length")
-        length = data[position]
-        position += 1
+        length = data[position - 1]
         if length & 0x80:
             size = length & 0x7F
             if not 1 <= size <= 4 or position + size > len(data):
                 raise ValueError("DER: a bad length")
             length = int.from_bytes(data[position:position + size], "big")
             position += size
-        if position + length > len(data):
-            raise ValueError("DER: a value runs past its end")
+        value = data[position:position + length]
         position += length
-        elements.append((tag, data[position - length:position], data[start:position]))
+        if position > len(data):
+            raise ValueError("DER: a value runs past its end")
+        yield tag, value, data[start:position]
+
+
+def parse_der(data):
+    """The elements in DER bytes, as walk_der gives them, in a list; raises ValueError."""
+    from itertools import islice
+    elements = list(islice(walk_der(data), MAX_ELEMENTS + 1))
+    if len(elements) > MAX_ELEMENTS:
+        raise ValueError(f"DER: more than {MAX_ELEMENTS} elements beside each other")
     return elements
 
 
@@ -8022,88 +7875,81 @@ def make_der(tag, *parts):
 def parse_certificate(der):
     """A DER certificate to a Certificate; raises ValueError (RFC 5280, only the fields in use)."""
     try:
-        outer, = parse_der(der)
-        fields = parse_der(parse_der(outer[1])[0][1])
+        (_, content, _), = parse_der(der)
+        fields = parse_der(parse_der(content)[0][1])
         if fields[0][0] == 0xA0:                    # [0] version
             fields = fields[1:]
         serial, _, issuer, validity, subject, spki = fields[:6]
         not_before, not_after = (parse_der_time(*element[:2]) for element in parse_der(validity[1]))
-        extensions = parse_extensions(next((value for tag, value, _ in fields[6:] if tag == 0xA3), b""))
-        uris, is_ca, usage = read_extensions(extensions)
-    except (IndexError, ValueError, UnicodeDecodeError) as error:
+        extensions = parse_extensions(fields[6:], 0xA3)
+        names = parse_der(open_extension(extensions, OID_SUBJECT_ALT_NAME) or b"")
+        constraints = parse_der(open_extension(extensions, OID_BASIC_CONSTRAINTS) or b"")
+        uris = [name.decode("ascii") for tag, name, _ in names if tag == 0x86]
+        is_ca = any(tag == 0x01 and flag != b"\0" for tag, flag, _ in constraints)
+        usage = open_extension(extensions, OID_KEY_USAGE)
+        if usage is not None:
+            usage = {bit for bit in range(8 * (len(usage) - 1)) if usage[1 + bit // 8] & (0x80 >> bit % 8)}
+        return Certificate(
+            der, subject[2], issuer[2], int.from_bytes(serial[1], "big"), not_before, not_after, spki[2],
+            uris, is_ca, usage, open_extension(extensions, OID_SUBJECT_KEY), find_issuer_key(extensions),
+            extensions.get(OID_SUBJECT_ALT_NAME, (0, 0, b""))[2])
+    except (IndexError, ValueError) as error:
         raise ValueError(f"not a readable X.509 certificate ({error})") from None
-    return Certificate(der, subject[2], issuer[2], int.from_bytes(serial[1], "big"), not_before, not_after,
-                       spki[2], uris, is_ca, usage,
-                       extensions)
 
 
-def parse_extensions(data):
-    """The extensions of a certificate or revocation list to {OID: (critical, value, raw)}.
+def parse_extensions(fields, wanted):
+    """The extensions of a certificate or revocation list, {OID: (critical, value, raw)}.
 
-    Raises ValueError, IndexError.
+    They are in the field with the tag `wanted`.  Raises ValueError, IndexError.
     """
     found = {}
-    for _, extension, raw in parse_der(parse_der(data)[0][1]) if data else ():
-        parts = parse_der(extension)
-        if parts[0][1] in found:
+    data = next((value for tag, value, _ in fields if tag == wanted), b"\x30\0")
+    for _, extension, raw in parse_der(parse_der(data)[0][1]):
+        (_, oid, _), *flags, (_, value, _) = parse_der(extension)
+        if oid in found:
             raise ValueError("an extension occurs twice")
-        found[parts[0][1]] = (len(parts) == 3 and parts[1][1] != b"\0", parts[-1][1], raw)
+        found[oid] = (any(flag != b"\0" for _, flag, _ in flags), value, raw)
     return found
 
 
-def read_extensions(extensions):
-    """What matters in a certificate: (URI SANs, CA flag, set of keyUsage bits or None).
+def open_extension(extensions, oid):
+    """What the one element in an extension's value holds, None where there is no such extension."""
+    return parse_der(extensions[oid][1])[0][1] if oid in extensions else None
 
-    Raises ValueError, IndexError.
+
+def find_issuer_key(extensions):
+    """The identifier of the key that signed a certificate or revocation list, or None."""
+    parts = parse_der(open_extension(extensions, OID_ISSUER_KEY) or b"")
+    return next((value for tag, value, _ in parts if tag == 0x80), None)
+
+
+def is_issued(item, name, key):
+    """Whether a Certificate or Crl is issued by whoever has this name and key identifier.
+
+    The identifiers count where both say one.
     """
-    names, constraints, bits = (parse_der(extensions[oid][1])[0][1] if oid in extensions else None
-                                for oid in (OID_SUBJECT_ALT_NAME, OID_BASIC_CONSTRAINTS, OID_KEY_USAGE))
-    uris = [name.decode("ascii") for tag, name, _ in parse_der(names or b"") if tag == 0x86]
-    is_ca = any(tag == 0x01 and flag != b"\x00" for tag, flag, _ in parse_der(constraints or b""))
-    usage = None if bits is None else {bit for bit in range(8 * (len(bits) - 1))
-                                       if bits[1 + bit // 8] & (0x80 >> bit % 8)}
-    return uris, is_ca, usage
-
-
-def find_key_id(item, oid):
-    """The identifier of the subject's or the issuer's key in a Certificate or Crl, or None."""
-    try:
-        inner = parse_der(item.extensions[oid][1])[0][1]
-        if oid == OID_SUBJECT_KEY:
-            return inner
-        return next(value for tag, value, _ in parse_der(inner) if tag == 0x80)
-    except (KeyError, IndexError, ValueError, StopIteration):
-        return None
-
-
-def is_issuer(candidate, item):
-    """Whether a Certificate may have issued another one, or a Crl: by name and, where both say one, by key
-    identifier.
-    """
-    ids = find_key_id(candidate, OID_SUBJECT_KEY), find_key_id(item, OID_ISSUER_KEY)
-    return candidate.subject == item.issuer and (None in ids or ids[0] == ids[1])
+    return item.issuer == name and (None in (key, item.issuer_key) or key == item.issuer_key)
 
 
 def parse_der_time(tag, value):
     """UTCTime or GeneralizedTime to Unix seconds; raises ValueError."""
-    # http.client brings it along; what strptime brings takes 8 ms
-    import datetime
+    import datetime                                 # http.client brings it along; strptime takes 8 ms more
     text = value.decode("ascii")
     if tag == 0x17:
         text = ("19" if text[:2] >= "50" else "20") + text
-    if not re.fullmatch(r"[0-9]{14}Z", text):
+    match = re.fullmatch("([0-9]{4})" + 5 * "([0-9]{2})" + "Z", text)
+    if not match:
         raise ValueError("a time in an unknown form")
-    fields = [int(text[:4])] + [int(text[start:start + 2]) for start in range(4, 14, 2)]
-    return int(datetime.datetime(*fields, tzinfo=datetime.timezone.utc).timestamp())
+    return int(datetime.datetime(*map(int, match.groups()), tzinfo=datetime.timezone.utc).timestamp())
 
 
 def parse_pem(text, label="CERTIFICATE"):
     """Every certificate (or block of another label) of a PEM text as DER bytes, in order.
 
-    Raises ValueError.
+    A block begins with a line, or right behind the block before.  Raises ValueError.
     """
     found = []
-    for block in text.split(f"-----BEGIN {label}-----")[1:]:
+    for block in re.split(f"(?m)^-----BEGIN {label}-----", text.replace("-" * 10, "-----\n-----"))[1:]:
         body, end, _ = block.partition(f"-----END {label}-----")
         if not end or not body.strip():
             raise ValueError("a certificate in PEM is empty or not closed")
@@ -8123,10 +7969,11 @@ def make_pem(ders):
 # ----------------------------------------------------------------------------------------------------------
 
 # YAML 1.2, one document, core schema. Parse functions go from coarse to fine; the position moves from token
-# to token, and block functions leave it at the first character of the next line that holds something, its
-# column in `column` (-1 at the end).
+# to token. Block functions leave it at the first character of the next line that holds something, whose
+# column is `column` (-1 at the end and at a marker).
 
-MAX_DEPTH, MAX_NODES = 64, 1000000
+MAX_DEPTH = 64                      # levels of collections
+MAX_NODES = 250000                  # nodes, lines, and each 16 characters that an alias repeats
 
 INT_PATTERN = r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+"
 FLOAT_PATTERN = (
@@ -8138,6 +7985,7 @@ CONSTANTS = {"": None, "~": None, "null": None, "Null": None, "NULL": None, "tru
 ESCAPES = {"0": "\0", "a": "\a", "b": "\b", "t": "\t", "\t": "\t", "n": "\n", "v": "\v", "f": "\f", "r": "\r",
            "e": "\x1b", " ": " ",
            '"': '"', "/": "/", "\\": "\\", "N": "\x85", "_": "\xa0", "L": "\u2028", "P": "\u2029"}
+TAGS = ("!", "str", "int", "float", "bool", "null", "map", "seq")
 
 
 class YAMLError(ValueError):
@@ -8160,12 +8008,11 @@ class PlainFloat(float):
 
 
 def load_yaml(text):
-    """Reads one YAML 1.2 document (str or UTF-8 bytes) into dict, list, str, int, float, bool, None by the
-    core schema.
+    """Reads one YAML 1.2 document (str or UTF-8 bytes) into dict, list, str, int, float, bool, None.
 
-    Raises YAMLError with line and column.  It never reads a document differently from a full YAML 1.2 parser:
-    what it does not support it refuses (duplicate keys, keys that are no scalars, other tags, directives
-    other than %YAML 1.2, a second document).
+    Raises YAMLError with line and column.  It never reads a document differently from a full YAML 1.2 parser
+    with the core schema: what it does not support it refuses (duplicate keys, keys that are no scalars, other
+    tags, directives other than %YAML 1.2, a second document).
     """
     if isinstance(text, (bytes, bytearray)):
         try:
@@ -8190,21 +8037,21 @@ def scalar_text(value):
 class YAMLReader:
     """The reader of one document; see load_yaml."""
 
+    # No pattern repeats a group: that would take some hundred bytes of memory for each time.
     SPACE = re.compile(r"[ \t]*")
-    # empty and comment lines, then indentation
-    NEXT = re.compile(r"(?:[ \t]*(?:#[^\n]*)?\n)*( *)")
-    # nothing more on this line
-    END = re.compile(r"(?:[ \t]+#[^\n]*|[ \t]*)\n")
-    # of plain scalars: block, flow
+    GAP = re.compile(r"[ \t\n]*")
+    # what ends a line of a plain scalar in a block, and in a flow collection
     STOP = (re.compile(r":(?=[ \t\n])|[ \t]#|\n"), re.compile(r":(?=[ \t\n,\[\]{}])|[ \t]#|[\n,\[\]{}]"))
     MARKER = re.compile(r"(?:---|\.\.\.)(?=[ \t\n])")
     NAME = re.compile(r"[^\s,\[\]{}]+")
-    TAG = re.compile(r"!(?:<[^\s<>]+>|[^\s,\[\]{}]*)")
-    # a key; without bound it takes 100 bytes for each
-    QUOTED = re.compile(r"\"(?:[^\"\\\n]|\\[^\n]){0,1024}\"|'(?:[^'\n]|''){0,1024}'")
     # a plain key: quoted, it is text
     MERGE = re.compile(r"(?:\?\s+)?(?:&\S+\s+)?<<")
-    KEY_END = re.compile(r"[ \t]*:(?=[ \t\n])")
+    PROPERTY = re.compile(r"(?:&([^\s,\[\]{}]+)|(!<[^\s<>]+>|![^\s,\[\]{}]*))(?:[ \t]+|(?=[\n,\]}]))")
+    # what is not itself in a quoted scalar
+    QUOTED = {
+        '"': re.compile(r"\\(?:\n[ \t\n]*|x[0-9a-fA-F]{2}|u[0-9a-fA-F]{4}|U[0-9a-fA-F]{8}|.)|[ \t\n]+"),
+        "'": re.compile(r"''|[ \t\n]+"),
+    }
     # its opposite takes 3 ms to compile
     FORBIDDEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x84\x86-\x9f\ud800-\udfff\ufeff\ufffe\uffff]")
     HEADER = re.compile(r"([|>])(?:([-+])([1-9])?|([1-9])([-+])?)?(?:[ \t]+#[^\n]*|[ \t]*)\n")
@@ -8222,6 +8069,7 @@ class YAMLReader:
         bad = self.FORBIDDEN.search(self.text)
         if bad:
             self.fail(f"character {bad.group()!r} is not allowed", bad.start())
+        self.count(self.text.count("\n"))
 
     def fail(self, message, position=None):
         """Raises YAMLError for a position, by default the current one."""
@@ -8229,247 +8077,231 @@ class YAMLReader:
         start = self.text.rfind("\n", 0, position) + 1
         raise YAMLError(message, self.text.count("\n", 0, start) + 1, position - start + 1)
 
+    def count(self, nodes=1):
+        """Counts what takes memory, so that no small document becomes huge."""
+        self.nodes += nodes
+        if self.nodes > MAX_NODES:
+            self.fail(f"more than {MAX_NODES} nodes and lines")
+
     # Documents and lines
 
     def read_document(self):
         """The one document's value."""
-        self.next_line()
-        directive = self.text.startswith("%", self.position) and self.column == 0
+        self.skip()
+        directive = re.compile(r"%YAML[ \t]+1\.2(?=[ \t\n])").match(self.text, self.position)
         if directive:
-            if not re.compile(r"%YAML[ \t]+1\.2[ \t]*(?:[ \t]#[^\n]*)?\n").match(self.text, self.position):
-                self.fail("a directive other than %YAML 1.2 is not supported")
-            self.position = self.text.index("\n", self.position)
-            self.next_line()
+            self.position = directive.end()
+            self.end_line()
         value = None
-        marked = self.text.startswith("---", self.position) and self.at_marker()
-        if directive and not marked:
-            self.fail("--- is missing after the directive")
-        if marked:
+        if self.at_marker("---"):
             self.position += 3
             value = self.read_block(-1, compact=False)
-        elif self.position < len(self.text) and not self.at_marker():
-            value = self.read_block_at(self.column, -1)
-        if self.text.startswith("...", self.position) and self.at_marker():
+        elif directive:
+            self.fail("--- is missing after the directive")
+        elif self.text.startswith("%", self.position):
+            self.fail("a directive other than %YAML 1.2 is not supported")
+        elif self.column >= 0:
+            value = self.read_block(-1)
+        if self.at_marker("..."):
             self.position += 3
             self.end_line()
         if self.position < len(self.text):
-            self.fail("a second document" if self.at_marker()
+            self.fail("a second document" if self.column < 0
                       else "more than one value, or wrong indentation")
         return value
 
-    def at_marker(self):
-        """Whether --- or ... stands here, at the start of a line."""
-        return self.MARKER.match(self.text, self.position) and self.text[
-            self.position - 1 : self.position
-        ] in ("", "\n")
+    def at_marker(self, marker):
+        """Whether --- or ... is what the next line holds."""
+        return self.column < 0 and self.text.startswith(marker, self.position)
 
-    def next_line(self):
-        """Goes to the next line that holds something."""
-        match = self.NEXT.match(self.text, self.position)
-        self.position = match.end()
-        self.column = match.end() - match.start(1)
-        if self.position >= len(self.text):
+    def skip(self, flow=False):
+        """Goes over white space, line ends and comments; whether a line has ended.
+
+        Then `column` is where the next thing stands.  Outside of flow collections no tab may stand before it.
+        """
+        text, start = self.text, self.position
+        end = self.GAP.match(text, start).end()
+        while text.startswith("#", end) and text[end - 1:end] in " \t\n":
+            end = self.GAP.match(text, text.index("\n", end)).end()
+        self.position = end
+        line = text.rfind("\n", start, end) + 1
+        if start and not line:
+            return False
+        indent = text[line:end]
+        self.column = len(indent) - len(indent.lstrip(" "))
+        if end == len(text) or end == line and self.MARKER.match(text, end):
             self.column = -1
-        elif self.text[self.position] == "\t":
-            after = self.SPACE.match(self.text, self.position).end()
-            # only block structure is made by indentation
-            if self.text[after] not in "[{":
-                self.fail("a tab in the indentation")
-            self.position = after
-        elif self.column == 0 and self.text[self.position] in "-." and self.at_marker():
-            self.column = -1
+        elif "\t" in indent and not flow and text[end] not in "[{":
+            self.fail("a tab in the indentation", line + self.column)
+        return True
 
     def end_line(self):
         """Makes sure that nothing more stands on this line and goes to the next one."""
-        match = self.END.match(self.text, self.position)
-        if not match:
+        if not self.skip():
             self.fail("more on this line than belongs to the value")
-        self.position = match.end()
-        self.next_line()
 
-    def count(self, nodes=1):
-        """Counts nodes, so that aliases cannot make a small document huge."""
-        self.nodes += nodes
-        if self.nodes > MAX_NODES:
-            self.fail(f"more than {MAX_NODES} nodes")
+    def look(self, position):
+        """What follows on white space: (where, how many lines end before it, its column)."""
+        end = self.GAP.match(self.text, position).end()
+        line = self.text[self.text.rfind("\n", 0, end) + 1:end]
+        return end, self.text.count("\n", position, end), len(line) - len(line.lstrip(" "))
 
-    def enter(self):
-        """One level deeper."""
-        self.depth += 1
-        if self.depth > MAX_DEPTH:
-            self.fail(f"nested deeper than {MAX_DEPTH} levels")
+    def is_outside(self, position, column, parent):
+        """Whether a line cannot go on with a scalar that is indented deeper than `parent`."""
+        return column <= parent or column == 0 and bool(self.MARKER.match(self.text, position))
+
+    def at_indicator(self, characters):
+        """Whether an indicator stands here: one of these characters, then white space."""
+        return self.text[self.position] in characters and self.text[self.position + 1] in " \t\n"
+
+    def at_colon(self):
+        """Whether a colon stands here that ends a key in a flow collection."""
+        return self.text[self.position] == ":" and self.text[self.position + 1] in " \t\n,[]{}"
 
     # Blocks
 
-    def read_block(self, parent, sequence_at_parent=False, compact=True):
-        """The node after an indicator (`-`, `:`, `?`, `---`), on this line or the next ones, indented deeper
-        than `parent`.
+    def read_block(self, parent, dash=False, compact=True):
+        """The node after an indicator (`-`, `:`, `?`, `---`), on this line or the next ones.
+
+        It is indented deeper than `parent`; dash: a sequence may also stand in its column.  compact: a
+        collection may start on this line.
         """
-        start = self.position
-        self.position = self.SPACE.match(self.text, start).end()
-        if self.text[self.position] == "\n" or self.text[self.position] == "#" and self.position > start:
-            return self.read_below(parent, sequence_at_parent, None, None)
-        if "\t" in self.text[start:self.position]:
-            compact = False
-        return self.read_block_at(self.position - self.text.rfind("\n", 0, self.position) - 1, parent,
-                                  compact, sequence_at_parent)
-
-    def read_below(self, parent, sequence_at_parent, anchor, tag):
-        """A node that starts on a later line, or an empty one."""
-        self.position = self.text.index("\n", self.position) + 1
-        self.next_line()
-        dash = sequence_at_parent and self.column == parent and self.at_indicator("-")
-        if self.column > parent or dash:
-            return self.read_block_at(self.column, parent, True, sequence_at_parent, anchor, tag)
-        return self.finish(self.make_scalar("", tag, True), anchor)
-
-    def at_indicator(self, character):
-        """Whether an indicator stands here: the character, then white space."""
-        return self.text[self.position] == character and self.text[self.position + 1] in " \t\n"
-
-    def read_block_at(self, column, parent, compact=True, sequence_at_parent=False, anchor=None, tag=None):
-        """The node that starts here; `compact`: a block collection may start on this line."""
-        character = self.text[self.position]
-        if compact and (character == "?" and self.at_indicator("?") or self.is_key()):
-            return self.read_collection(self.read_mapping, column, dict, anchor, tag)
-        if character == "-" and self.at_indicator("-"):
-            if not compact:
-                self.fail("a block sequence cannot start here")
-            return self.read_collection(self.read_sequence, column, list, anchor, tag)
-        if character in "&!":
-            if anchor and character == "&" or tag and character == "!":
-                self.fail("a second anchor or tag for one node")
-            anchor, tag = self.read_properties(anchor, tag)
-            if self.text[self.position] in "#\n":
-                return self.read_below(parent, sequence_at_parent, anchor, tag)
-            return self.read_block_at(column, parent, False, False, anchor, tag)
-        if character in "|>":
-            value = self.make_scalar(self.read_block_scalar(parent), tag, False)
-            return self.finish(value, anchor)
-        value = self.read_flow(parent, 0, anchor, tag)
+        text, start = self.text, self.position
+        above = (None, None)
+        while True:
+            column = None
+            if self.skip():
+                column = self.column
+                if column <= parent and not (dash and column == parent and self.at_indicator("-")):
+                    return self.make_node("", "plain", above)
+            elif compact and "\t" not in text[start:self.position]:
+                column = self.position - text.rfind("\n", 0, self.position) - 1
+            start, compact = self.position, False
+            own = self.read_properties()
+            if own == (None, None) or text[self.position] not in "#\n":
+                break
+            above = self.join(above, own)
+        if text[self.position] in "|>":
+            return self.make_node(self.read_block_scalar(parent), "quoted", self.join(above, own))
+        if self.at_indicator("-?"):
+            if column is None or own != (None, None):
+                self.fail("a block collection cannot start here")
+            if text[self.position] == "-":
+                return self.make_node(self.descend(self.read_sequence, column), "seq", above)
+            return self.make_node(self.descend(self.read_mapping, column), "map", above)
+        content = self.read_content(parent, False)
+        end = self.position
+        self.position = self.SPACE.match(text, end).end()
+        if column is not None and self.at_indicator(":"):
+            self.position = start
+            return self.make_node(self.descend(self.read_mapping, column), "map", above)
+        self.position = end
+        node = self.make_node(*content, self.join(above, own))
         self.end_line()
-        return value
+        return node
 
-    def read_properties(self, anchor, tag):
-        """Anchor and tag in either order, and the white space after them."""
+    def join(self, above, own):
+        """Anchor and tag of a node whose properties stand on several lines."""
+        if above[0] and own[0] or above[1] and own[1]:
+            self.fail("a second anchor or tag for one node")
+        return above[0] or own[0], above[1] or own[1]
+
+    def read_properties(self):
+        """(anchor, tag) that stand here in either order, None for what is not there; white space after them.
+
+        An anchor is (its name, its place, how many nodes were before it), a tag (its name, its place).
+        """
+        anchor = tag = None
         while self.text[self.position] in "&!":
-            if self.text[self.position] == "&":
-                match = self.NAME.match(self.text, self.position + 1)
-                if not match or anchor:
-                    self.fail("an anchor without a name, or a second one")
-                anchor = match.group(), self.position
+            match = self.PROPERTY.match(self.text, self.position)
+            if not match or (anchor if match.group(1) else tag):
+                self.fail("an anchor or tag without name or white space after it, or a second one")
+            if match.group(1):
+                anchor = match.group(1), self.position, self.nodes
                 # open: an alias to it from inside would be endless
                 self.anchors[anchor[0]] = self.position
             else:
-                match = self.TAG.match(self.text, self.position)
-                if tag:
-                    self.fail("a second tag for one node")
-                tag = self.check_tag(match.group())
-            end = self.SPACE.match(self.text, match.end()).end()
-            if end == match.end() and self.text[end] not in "\n,]}":
-                self.fail("white space is missing after an anchor or tag", end)
-            self.position = end
+                name = re.sub(r"\A!<tag:yaml\.org,2002:(.*)>\Z|\A!!(\w+)\Z", r"\1\2", match.group(2))
+                if name not in TAGS:
+                    self.fail(f"tag {match.group(2)} is not supported")
+                tag = name, self.position
+            self.position = match.end()
         return anchor, tag
 
-    def check_tag(self, tag):
-        """The core schema's short name of a tag."""
-        if tag == "!":
-            return "!"
-        for prefix in ("!!", "!<tag:yaml.org,2002:"):
-            name = tag[len(prefix):].rstrip(">")
-            if tag.startswith(prefix) and name in ("str", "int", "float", "bool", "null", "map", "seq"):
-                return name
-        self.fail(f"tag {tag} is not supported")
-
-    def is_key(self):
-        """Whether an implicit key of a block mapping starts here.
-
-        It lies on one line and has at most 1,024 characters.
-        """
-        text, position = self.text, self.position
-        while text[position] in "&!":
-            match = (self.NAME if text[position] == "&" else self.TAG).match(
-                text, position + (text[position] == "&")
-            )
-            end = match.end() if match else position
-            position = self.SPACE.match(text, end).end()
-            if position == end:
-                break
-        character = text[position]
-        if character in "\"'":
-            match = self.QUOTED.match(text, position)
-            return bool(match and match.end() - position <= 1024 and self.KEY_END.match(text, match.end()))
-        if character == "*":
-            match = self.NAME.match(text, position + 1)
-            return bool(match and text[match.end()] in " \t" and self.KEY_END.match(text, match.end()))
-        if character in "[{#|>@`%,]}" or character in "-?" and text[position + 1] in " \t\n":
-            return False
-        stop = self.STOP[0].search(text, position)
-        return text[stop.start()] == ":" and stop.start() - position <= 1024
-
-    def read_collection(self, read, column, kind, anchor, tag):
-        """A block collection with the anchor and tag that stand before it."""
-        if tag not in (None, "!", "map" if kind is dict else "seq"):
-            self.fail(f"tag !!{tag} does not fit a {'mapping' if kind is dict else 'sequence'}")
-        first = self.nodes
-        self.enter()
-        value = read(column)
+    def descend(self, read, *arguments):
+        """What `read` returns, one level deeper."""
+        self.depth += 1
+        if self.depth > MAX_DEPTH:
+            self.fail(f"nested deeper than {MAX_DEPTH} levels")
+        value = read(*arguments)
         self.depth -= 1
-        return self.finish(value, anchor, first)
+        return value
 
-    def finish(self, value, anchor, first=None):
-        """Counts a node and keeps it under its anchor."""
+    def make_node(self, value, kind, properties=(None, None)):
+        """A node by its kind (plain, quoted, alias, seq or map), anchor and tag; it is counted."""
+        anchor, tag = properties
+        name, place = tag or (None, None)
+        if kind == "alias":
+            if anchor or tag:
+                self.fail("an alias has neither anchor nor tag")
+            return value
+        if kind in ("plain", "quoted"):
+            value = self.make_scalar(value, name, kind == "plain")
+        elif name not in (None, "!", kind):
+            self.fail(f"tag !!{name} does not fit this collection", place)
         self.count()
         # else one that began later has that name now
         if anchor and self.anchors[anchor[0]] == anchor[1]:
-            self.anchors[anchor[0]] = (value, self.nodes - (self.nodes - 1 if first is None else first))
+            self.anchors[anchor[0]] = value, self.nodes - anchor[2] + (self.position - anchor[1]) // 16
         return value
 
     def read_sequence(self, column):
         """A block sequence whose dashes stand in `column`."""
         items = []
-        while self.column in (column, -2) or not items:
-            if not self.at_indicator("-"):
-                break
+        while True:
             self.position += 1
             items.append(self.read_block(column))
             if self.column > column:
                 self.fail("wrong indentation")
-            if self.column != column:
-                break
-        return items
+            if self.column != column or not self.at_indicator("-"):
+                return items
 
     def read_mapping(self, column):
         """A block mapping whose keys stand in `column`."""
         pairs = []
         while True:
-            start = self.position
+            start, value = self.position, None
             if self.at_indicator("?"):
                 self.position += 1
                 key = self.read_block(column, True)
-                value = None
                 if self.column == column and self.at_indicator(":"):
                     self.position += 1
                     value = self.read_block(column, True)
-                else:
-                    self.count()
-            elif self.is_key() or self.at_indicator(":"):
-                key = self.read_key(0)
-                self.position += 1
-                value = self.read_block(column, True, compact=False)
             else:
-                self.fail("a key is missing here, or its colon")
+                key = self.read_key(column)
+                value = self.read_block(column, True, compact=False)
             pairs.append((key, value, start))
             if self.column > column:
                 self.fail("wrong indentation")
             if self.column != column:
                 return self.make_mapping(pairs)
 
-    def read_key(self, flow):
-        """An implicit key up to its colon."""
-        key = None if self.at_indicator(":") else self.read_flow(-1, flow, key=True)
+    def read_key(self, column):
+        """An implicit key and its colon."""
+        start = self.position
+        properties = self.read_properties()
+        key = self.make_node(*self.read_content(column, False), properties)
         self.position = self.SPACE.match(self.text, self.position).end()
+        if not self.at_indicator(":"):
+            self.fail("a key is missing here, or its colon", start)
+        self.check_key(start)
+        self.position += 1
         return key
+
+    def check_key(self, start):
+        """Refuses an implicit key from `start` to here that no reader has to look for."""
+        if self.position - start > 1024 or "\n" in self.text[start:self.position]:
+            self.fail("a key lies on one line and has at most 1,024 characters", start)
 
     def make_mapping(self, pairs):
         """A dictionary from (key, value, position); refuses what is no scalar or occurs twice.
@@ -8501,94 +8333,54 @@ class YAMLReader:
     # Scalars
 
     def read_block_scalar(self, parent):
-        """A literal or folded scalar; the position is at its indicator."""
-        header = self.HEADER.match(self.text, self.position)
+        """The text of a literal or folded scalar; the position is at its indicator."""
+        text = self.text
+        header = self.HEADER.match(text, self.position)
         if not header:
             self.fail("the header of a block scalar is | or >, then at most + or - and a digit")
-        style = header.group(1)
         chomp = header.group(2) or header.group(5)
         digit = header.group(3) or header.group(4)
-        indent = max(parent, 0) + int(digit) if digit else None
-        self.position = header.end()
-        lines, blank = [], 0
-        while self.position < len(self.text):
-            end = self.text.index("\n", self.position)
-            line = self.text[self.position:end]
-            spaces = len(line) - len(line.lstrip(" "))
-            if (
-                line[spaces:spaces + 1] == "\t"
-                and spaces <= (parent if indent is None else indent - 1)
-                and spaces <= max(parent, 0)
-            ):
-                self.fail("a tab in the indentation of a block scalar")
-            if spaces == len(line) and (indent is None or spaces <= indent):
-                blank = max(blank, spaces)
-                lines.append("")
-            elif indent is None and line.strip(" "):
-                indent = spaces
-                if spaces <= parent or parent < 0 and spaces == 0 and self.at_marker():
-                    break
-                if blank > spaces:
-                    self.fail("an empty line is indented deeper than the first line of the block scalar")
-                lines.append(line[spaces:])
-            elif spaces < (indent or 0) or indent == 0 and self.at_marker():
-                break
-            else:
-                lines.append(line[indent:])
-            self.position = end + 1
-        content = "\n".join(lines) + "\n" if lines else ""
-        if self.cut and self.position >= len(self.text):
+        line = end = header.end()
+        first = re.compile(r"[ \n]*").match(text, line).end()
+        if digit:
+            indent = max(parent, 0) + int(digit)
+        else:
+            line = end = max(line, text.rfind("\n", 0, first) + 1)
+            indent = first - line
+        if digit or first < len(text) and not self.is_outside(first, indent, parent):
+            if "\n" + " " * (indent + 1) in text[header.end() - 1:line]:
+                self.fail("an empty line is indented deeper than the first line of the block scalar", line)
+            last = re.compile(rf"\n(?! {{{indent}}}| *(?:\n|\Z))|\n(?=(?:---|\.\.\.)[ \t\n])")
+            match = last.search(text, line - 1)
+            end = match.start() + 1 if match else len(text)
+        content = "\n" * text.count("\n", header.end(), line)
+        content += re.sub(rf"(?m)^ {{0,{indent}}}", "", text[line:end])
+        if self.cut and end == len(text):
             content = content[:-1]
-        self.next_line()
+        if re.compile(" *\t").match(text, end):
+            self.fail("a tab in the indentation of a block scalar", end)
+        self.position = end - 1
+        self.skip()
         body = content.rstrip("\n")
         tail = content[len(body):]
-        if style == ">":
-            body = self.fold_block(body)
-        if not body:
-            return tail if chomp == "+" else ""
-        kept = {"-": "", "+": tail}
-        return body + kept.get(chomp, tail[:1])
-
-    @staticmethod
-    def fold_block(body):
-        """Folds the lines of a > scalar: a single line end becomes a space, but not around lines that are
-        indented further.
-        """
-        lines = body.split("\n")
-        result, previous, empties = [], None, 0
-        for line in lines:
-            if not line:
-                empties += 1
-                continue
-            deeper = line[0] in " \t"
-            if previous is None:
-                result.append("\n" * empties)
-            elif previous or deeper:
-                result.append("\n" * (empties + 1))
-            else:
-                result.append("\n" * empties if empties else " ")
-            result.append(line)
-            previous, empties = deeper, 0
-        return "".join(result)
+        if header.group(1) == ">":              # a line end between two lines that are not indented further
+            body = re.sub(r"(?m)^([^ \t\n].*)\n(\n*)(?=[^ \t\n])",
+                          lambda match: match.group(1) + (match.group(2) or " "), body)
+        if chomp == "+":
+            return body + tail
+        return body if chomp == "-" or not body else body + tail[:1]
 
     def make_scalar(self, text, tag, plain):
         """A scalar's text to its value by tag or, for a plain one, by the core schema."""
-        if tag is None:
-            return self.resolve_plain(text) if plain else text
-        if tag in ("str", "!"):
+        if tag in ("str", "!") or tag is None and not plain:
             return text
         value = self.resolve_plain(text)
+        if tag is None:
+            return value
         if tag == "float" and re.match(r"[-+]?[0-9]+\Z", text):
             value = float(value)
-        kind = {
-            bool: "bool",
-            int: "int",
-            PlainInt: "int",
-            float: "float",
-            PlainFloat: "float",
-            type(None): "null",
-        }.get(type(value))
-        if tag != kind:
+        kinds = {bool: "bool", int: "int", PlainInt: "int", float: "float", PlainFloat: "float"}
+        if tag != ("null" if value is None else kinds.get(type(value))):
             self.fail(f"{text[:60]!r} does not fit its tag !!{tag}")
         return value
 
@@ -8603,52 +8395,28 @@ class YAMLReader:
             if len(text) > 400:
                 self.fail("a number of more than 400 digits")
             base = {"0o": 8, "0x": 16}.get(text[:2], 10)
-            number = int(text[2:] if base != 10 else text, base)
-            kind = PlainInt
+            number = PlainInt(text[2:] if base != 10 else text, base)
         else:
-            kind = PlainFloat
-            number = float(text.lower().replace(".inf", "inf").replace(".nan", "nan"))
+            number = PlainFloat(text.lower().replace(".inf", "inf").replace(".nan", "nan"))
         if repr(number) == text:
-            return number
-        number = kind(number)
+            return +number                          # as plain as its spelling
         number.source = text
         return number
 
-    # Flow
-
-    def read_flow(self, parent, flow, anchor=None, tag=None, key=False):
-        """A node of flow style, a quoted or plain scalar, or an alias.
-
-        `flow`: depth of flow collections around it.
-        """
-        if self.text[self.position] in "&!":
-            anchor, tag = self.read_properties(anchor, tag)
-            if flow and not key:
-                self.skip_flow(parent)
-                if self.text[self.position] in ",]}" or self.at_colon():
-                    return self.finish(self.make_scalar("", tag, True), anchor)
+    def read_content(self, parent, flow):
+        """(value, its kind) of a node of flow style, without its properties; of a scalar its text."""
         character = self.text[self.position]
-        first = self.nodes
         if character == "*":
-            if anchor or tag:
-                self.fail("an alias has neither anchor nor tag")
-            return self.read_alias()
+            return self.read_alias(), "alias"
         if character in "[{":
-            if key and not flow:
-                self.fail("a key that is no scalar is not supported")
-            if tag not in (None, "!", "seq" if character == "[" else "map"):
-                self.fail(f"tag !!{tag} does not fit this collection")
-            self.enter()
-            self.position += 1
-            value = self.read_flow_collection(parent, flow + 1, "]" if character == "[" else "}")
-            self.depth -= 1
+            value = self.descend(self.read_flow_collection, parent)
             self.closed = self.position
-            return self.finish(value, anchor, first)
+            return value, "seq" if character == "[" else "map"
         if character in "\"'":
-            text = self.read_quoted(character, parent, key)
+            text = self.read_quoted(character, parent)
             self.closed = self.position
-            return self.finish(self.make_scalar(text, tag, False), anchor)
-        return self.finish(self.make_scalar(self.read_plain(parent, flow, key), tag, True), anchor)
+            return text, "quoted"
+        return self.read_plain(parent, flow), "plain"
 
     def read_alias(self):
         """The value of an anchor that stands before."""
@@ -8662,57 +8430,111 @@ class YAMLReader:
             self.fail(f"nested deeper than {MAX_DEPTH} levels by aliases")
         return known[0]
 
+    def read_plain(self, parent, flow):
+        """A plain scalar's text, folded over its lines; empty where a block's key is."""
+        text, position = self.text, self.position
+        if not flow and self.at_indicator(":"):
+            return ""
+        character = text[position]
+        if character in ",[]{}#&*!|>'\"%@`" or character in "-?:" and text[position + 1] in (
+                " \t\n,[]{}" if flow else " \t\n"):
+            self.fail(f"a value cannot start with {character!r} here")
+        stop = self.STOP[flow].search(text, position)
+        pieces = [text[position:stop.start()].rstrip(" \t")]
+        self.position += len(pieces[0])
+        while text[stop.start()] == "\n":
+            start, ends, column = self.look(stop.start())
+            if start == len(text) or self.is_outside(start, column, parent) or text[start] == "#":
+                break
+            if flow and (text[start] in ",[]{}" or text[start] == ":" and text[start + 1] in " \t\n,[]{}"):
+                break
+            stop = self.STOP[flow].search(text, start)
+            if text[stop.start()] == ":" and not flow:
+                self.fail("a key on a line that continues a value; is the indentation right?", start)
+            pieces += ["\n" * (ends - 1) or " ", text[start:stop.start()].rstrip(" \t")]
+            self.position = start + len(pieces[-1])
+        return "".join(pieces)
+
+    def read_quoted(self, quote, parent):
+        """A quoted scalar's text."""
+        text, start = self.text, self.position
+        special = re.compile(r'["\\]' if quote == '"' else "'")
+        end = start + 1
+        while True:
+            match = special.search(text, end)
+            if not match:
+                self.fail("a quoted value is not closed", start)
+            end = match.end()
+            if match.group() == quote and (quote == '"' or text[end] != quote):
+                break
+            end += 1                                # over what is escaped
+
+        def replace(match):
+            piece = match.group()
+            place = start + 1 + match.start()
+            if piece == "''":
+                return "'"
+            if piece[0] == "\\" and piece[1] != "\n":
+                return self.make_character(piece, place)
+            ends = piece.count("\n")
+            if not ends:
+                return piece
+            after, _, column = self.look(place + (piece[0] == "\\"))
+            if self.is_outside(after, column, parent):
+                self.fail("a quoted value is continued with too little indentation", after)
+            return "\n" * (ends - 1) or ("" if piece[0] == "\\" else " ")
+
+        self.position = end
+        return self.QUOTED[quote].sub(replace, text[start + 1:end - 1])
+
+    def make_character(self, escape, position):
+        """The character of an escape in a double-quoted scalar."""
+        if escape[1:] in ESCAPES:
+            return ESCAPES[escape[1:]]
+        number = int(escape[2:] or "-1", 16) 
+        if not 0 <= number <= 0x10FFFF or 0xD800 <= number <= 0xDFFF:
+            # halves of a surrogate pair too: YAML takes each by itself
+            self.fail(f"{escape} is no character", position)
+        return chr(number)
+
+    # Flow
+
     def skip_flow(self, parent):
         """White space, line ends and comments between the parts of a flow collection."""
-        while True:
-            start = self.position
-            self.position = self.SPACE.match(self.text, start).end()
-            if self.position >= len(self.text):
-                self.fail("a flow collection is not closed")
-            character = self.text[self.position]
-            if character == "#" and (self.position > start or self.text[start - 1] == "\n"):
-                self.position = self.text.index("\n", self.position)
-            elif character == "\n":
-                self.position = self.NEXT.match(self.text, self.position + 1).end()
-                if self.position >= len(self.text):
-                    self.fail("a flow collection is not closed")
-                indent = self.position - self.text.rfind("\n", 0, self.position) - 1
-                closes = indent == parent and self.text[self.position] in "]}"      # as all readers take it
-                if indent <= parent and not closes or indent == 0 and self.at_marker():
-                    self.fail("a flow collection is continued with too little indentation")
-            else:
-                return
+        ended = self.skip(True)
+        if self.position == len(self.text):
+            self.fail("a flow collection is not closed")
+        before, character = self.text[self.position - 1:self.position + 1]
+        closes = self.column == parent and character in "]}" and before in " \n"    # as all readers take it
+        if ended and self.column <= parent and not closes:
+            self.fail("a flow collection is continued with too little indentation")
 
-    def read_flow_collection(self, parent, flow, closing):
-        """[ … ] or { … }; the position is behind its start.
-
-        A single pair in a sequence is a mapping of its own.
-        """
-        text, items = self.text, []                 # of a mapping: (key, value, position)
+    def read_flow_collection(self, parent):
+        """[ … ] or { … }.  A single pair in a sequence is a mapping of its own."""
+        text = self.text
+        closing = "]" if text[self.position] == "[" else "}"
+        items = []                                  # of a mapping: (key, value, position)
         while True:
+            self.position += 1
             self.skip_flow(parent)
             start = self.position
             if text[start] == closing:
-                self.position += 1
-                return items if closing == "]" else self.make_mapping(items)
-            explicit = text[start] == "?" and text[start + 1] in " \t\n"
+                break
+            explicit = self.at_indicator("?")
             if explicit:
                 self.position += 1
                 self.skip_flow(parent)
-            key = self.read_flow_node(parent, flow)
-            value = None
-            end = self.position
+            key = self.read_flow_node(parent)
+            value, end = None, self.position
             self.skip_flow(parent)
             # After a quoted key or a collection the colon may stand close to the value.
             paired = self.at_colon() or self.closed == end and text[self.position] == ":"
             if paired:
-                long = "\n" in text[start:self.position] or self.position - start > 1024
-                if long and closing == "]" and not explicit:
-                    self.fail("a key in a flow sequence lies on one line and has at most 1,024 characters",
-                              start)
+                if closing == "]" and not explicit:
+                    self.check_key(start)
                 self.position += 1
                 self.skip_flow(parent)
-                value = self.read_flow_node(parent, flow)
+                value = self.read_flow_node(parent)
                 self.skip_flow(parent)
             elif end == start:
                 self.fail("a value is missing before the comma")
@@ -8720,127 +8542,21 @@ class YAMLReader:
                 items.append((key, value, start))
             else:
                 items.append(self.make_mapping([(key, value, start)]) if paired or explicit else key)
-            if text[self.position] == ",":
-                self.position += 1
-            elif text[self.position] != closing:
+            if text[self.position] == closing:
+                break
+            if text[self.position] != ",":
                 self.fail(f"a comma or {closing} is missing")
+        self.position += 1
+        return items if closing == "]" else self.make_mapping(items)
 
-    def read_flow_node(self, parent, flow):
-        """A node in a flow collection, None where there is nothing before its end."""
+    def read_flow_node(self, parent):
+        """A node in a flow collection, an empty one where there is nothing before its end."""
+        properties = self.read_properties()
+        if properties != (None, None):
+            self.skip_flow(parent)
         if self.text[self.position] in ",]}" or self.at_colon():
-            self.count()
-            return None
-        return self.read_flow(parent, flow)
-
-    def at_colon(self):
-        """Whether a colon stands here that ends a key in a flow collection."""
-        return self.text[self.position] == ":" and self.text[self.position + 1] in " \t\n,[]{}"
-
-    def read_plain(self, parent, flow, key):
-        """A plain scalar's text, folded over its lines."""
-        text, position = self.text, self.position
-        character = text[position]
-        if (
-            character in "-?:"
-            and text[position + 1] in (" \t\n,[]{}" if flow else " \t\n")
-            or character in ",[]{}#&*!|>'\"%@`"
-        ):
-            if character == ":" and key:
-                return ""
-            self.fail(f"a value cannot start with {character!r} here")
-        stop = self.STOP[bool(flow)].search(text, position)
-        result = text[position:stop.start()].rstrip(" \t")
-        self.position = position + len(result)
-        while not key and text[stop.start()] == "\n" and stop.start() + 1 < len(text):
-            after = re.compile(r"(?:[ \t]*\n)*( *)[ \t]*").match(text, stop.start() + 1)
-            start = after.end()
-            indent = after.end(1) - after.start(1)
-            if (
-                start >= len(text)
-                or indent <= parent
-                or text[start] == "#"
-                or flow
-                and text[start] in ",[]{}"
-            ):
-                break
-            if flow and text[start] == ":" and text[start + 1] in " \t\n,[]{}":
-                break
-            if indent == 0 and self.MARKER.match(text, start) and text[start - 1] == "\n":
-                break
-            stop = self.STOP[bool(flow)].search(text, start)
-            if text[stop.start()] == ":" and not flow:
-                self.fail("a key on a line that continues a value; is the indentation right?", start)
-            piece = text[start:stop.start()].rstrip(" \t")
-            empties = after.group().count("\n")
-            result += ("\n" * empties if empties else " ") + piece
-            self.position = start + len(piece)
-        return result
-
-    def read_quoted(self, quote, parent, key):
-        """A quoted scalar's text."""
-        start = self.position
-        chunk = re.compile(r"[^\"\\\n]+" if quote == '"' else r"[^'\n]+")
-        self.position = start + 1
-        pieces = []
-        while True:
-            match = chunk.match(self.text, self.position)
-            if match:
-                pieces.append(match.group())
-                self.position = match.end()
-            if self.position >= len(self.text):
-                self.fail("a quoted value is not closed", start)
-            character = self.text[self.position]
-            if character == "\n":
-                if key:
-                    self.fail("a key lies on one line", start)
-                if pieces:
-                    pieces[-1] = pieces[-1].rstrip(" \t") if not pieces[-1].startswith("\0") else pieces[-1]
-                pieces.append(self.fold_line(parent, start))
-            elif character == "\\":
-                pieces.append(self.read_escape(parent, start))
-            elif quote == "'" and self.text.startswith("''", self.position):
-                pieces.append("'")
-                self.position += 2
-            else:
-                self.position += 1
-                return "".join(piece[1:] if piece.startswith("\0") else piece for piece in pieces)
-
-    def fold_line(self, parent, start):
-        """A line end in a quoted scalar and the empty lines after it: a space, or as many line ends."""
-        match = re.compile(r"\n((?:[ \t]*\n)*)( *)[ \t]*").match(self.text, self.position)
-        if match.end() >= len(self.text):
-            self.fail("a quoted value is not closed", start)
-        indent = match.end(2) - match.start(2)
-        self.position = match.end()
-        if indent <= parent or indent == 0 and self.at_marker():
-            self.fail("a quoted value is continued with too little indentation")
-        return "\n" * match.group(1).count("\n") or " "
-
-    def read_escape(self, parent, start):
-        """An escape in a double-quoted scalar, behind a NUL (no character of a document) that keeps it from
-        being folded away.
-        """
-        character = self.text[self.position + 1]
-        if character == "\n":
-            self.position += 1
-            folded = self.fold_line(parent, start)
-            return "\0" + (folded if folded != " " else "")
-        size = {"x": 2, "u": 4, "U": 8}.get(character)
-        if size is None:
-            if character not in ESCAPES:
-                self.fail(f"unknown escape \\{character}")
-            self.position += 2
-            return "\0" + ESCAPES[character]
-        digits = self.text[self.position + 2:self.position + 2 + size]
-        if (
-            not re.fullmatch(f"[0-9a-fA-F]{{{size}}}", digits)
-            or int(digits, 16) > 0x10FFFF
-            or 0xD800 <= int(digits, 16) <= 0xDFFF
-        ):
-            # halves of a surrogate pair too: YAML takes each by itself
-            self.fail(f"\\{character}{digits} is no character")
-        self.position += 2 + size
-        return "\0" + chr(int(digits, 16))
+            return self.make_node("", "plain", properties)
+        return self.make_node(*self.read_content(parent, True), properties)
 
 
 def measure_depth(value):
@@ -9096,18 +8812,36 @@ Signer = define("Signer", "leaf key algorithm label components keyid alg",
 
 # What a public key is, by the object identifiers in it, and what it may sign by, the default first (C-065).
 KEY_ALGORITHMS = {
-    "2a8648ce3d0201 2a8648ce3d030107": ("ecdsa-p256-sha256",
-                                        ), "2a8648ce3d0201 2b81040022": ("ecdsa-p384-sha384",),
+    "2a8648ce3d0201 2a8648ce3d030107": ("ecdsa-p256-sha256",),
+    "2a8648ce3d0201 2b81040022": ("ecdsa-p384-sha384",),
     "2a864886f70d010101": ("rsa-pss-sha512", "rsa-v1_5-sha256", "rsa-pss-sha256"),
-    "2a864886f70d01010a": ("rsa-pss-sha512", "rsa-pss-sha256"), "2b6570": ("ed25519",)}
+    "2a864886f70d01010a": ("rsa-pss-sha512", "rsa-pss-sha256"),
+    "2b6570": ("ed25519",),
+}
 # openssl's arguments of each algorithm, and the bytes of r and of s where it is ECDSA.
+PSS = "-sigopt rsa_padding_mode:pss -sigopt rsa_pss_saltlen:"
 SIGNING = {
-    "ecdsa-p256-sha256": (["-sha256"], 32), "ecdsa-p384-sha384": (["-sha384"],
-                                                                  48), "rsa-v1_5-sha256": (["-sha256"], 0),
-    "rsa-pss-sha256": (["-sha256", "-sigopt", "rsa_padding_mode:pss", "-sigopt", "rsa_pss_saltlen:32"], 0),
-    "rsa-pss-sha512": (["-sha512", "-sigopt", "rsa_padding_mode:pss", "-sigopt", "rsa_pss_saltlen:64"], 0),
-    "ed25519": (None, 0)}
+    "ecdsa-p256-sha256": ("-sha256", 32),
+    "ecdsa-p384-sha384": ("-sha384", 48),
+    "rsa-v1_5-sha256": ("-sha256", 0),
+    "rsa-pss-sha256": (f"-sha256 {PSS}32", 0),
+    "rsa-pss-sha512": (f"-sha512 {PSS}64", 0),
+    "ed25519": ("", 0),
+}
 ROLES = (("helm", "Standalone Cluster"), ("compose", "Standalone Device"))
+
+Speech = define("Speech", "flat silent certificate client_id status",
+    "How servers of one wfm.dialect speak: whether they take capabilities for each device, flat, or one"
+    " document with roles and resources; the members that a status of rc.3 must not have; what onboarding"
+    " calls the certificate and the client id; the path of a deployment's status.")
+SPEECHES = {
+    "a": Speech(False, ("adoptedManifestVersion", "deviceId", "source"), "certificate", "clientId",
+                "/deployments/{}/status"),
+    "b": Speech(True, ("adoptedManifestVersion",), "certificate", "clientId", "/deployments/{}/status"),
+    # as the open WFM of December 2025 has a
+    "a-2025": Speech(False, ("adoptedManifestVersion", "deviceId", "source"), "public_certificate",
+                     "client_id", "/deployment/{}/status"),
+}
 
 
 def read_components(value, base):
@@ -9122,12 +8856,16 @@ def read_components(value, base):
     return names
 
 
-SCHEMA["wfm"]["dialect"] = (choice("a", "b"), "a")
-SCHEMA["identity"]["algorithm"] = choice(*SIGNING)
+SCHEMA["wfm"]["dialect"] = (choice(*SPEECHES), "a", "form of capabilities: a has roles, b is flat")
+SCHEMA["wfm"]["reported_id"] = (choice("device", "client"), "device", "id that capabilities carry")
+SCHEMA["identity"]["algorithm"] = (choice(*SIGNING), None, "how requests are signed; unset: by the key")
 SCHEMA["identity"]["signature"] = {
-    "label": (read_word, "sig1"), "components": (read_components,
-                                                 ["@method", "@target-uri", "@authority", "content-digest"]),
-    "keyid": read_word, "alg": read_word}
+    "label": (read_word, "sig1", "name of the signature in its headers"),
+    "components": (read_components, ["@method", "@target-uri", "@authority", "content-digest"],
+                   "what of a request is signed"),
+    "keyid": (read_word, None, "name by which the WFM knows the key; without it the key's digest"),
+    "alg": (read_word, None, "name of the algorithm that is sent; empty: none"),
+}
 
 
 def choose_algorithm(spki, wanted):
@@ -9144,11 +8882,8 @@ def choose_algorithm(spki, wanted):
     return wanted or known[0]
 
 
-def make_signer(chain, config):
-    """The Signer of a DER chain and the configuration; raises ValueError."""
-    if not chain:
-        raise ValueError("it holds no certificate in PEM")
-    leaf = parse_certificate(chain[0])
+def make_signer(leaf, config):
+    """The Signer of the own leaf Certificate and the configuration; raises ValueError."""
     wish = config.identity.signature
     algorithm = choose_algorithm(leaf.spki, config.identity.algorithm)
     alg = wish.alg
@@ -9160,7 +8895,7 @@ def make_signer(chain, config):
 
 def load_signer(config):
     """What signs requests for the own certificate; raises Untrusted."""
-    return load_own(config, lambda chain: make_signer(chain, config))
+    return load_own(config, lambda leaf: make_signer(leaf, config))
 
 
 def make_signature_base(method, url, headers, signer, created):
@@ -9198,11 +8933,11 @@ def run_signature(data, signer):
     """
     arguments, size = SIGNING[signer.algorithm]
     try:
-        if arguments is None:                       # Ed25519 takes a file that it can measure
+        if arguments:
+            found = run_openssl(["dgst", *arguments.split(), "-sign", signer.key], data)
+        else:                                       # Ed25519 takes a file that it can measure
             with lend_file(data) as file:
                 found = run_openssl(["pkeyutl", "-sign", "-inkey", signer.key, "-rawin", "-in", file.name])
-        else:
-            found = run_openssl(["dgst"] + arguments + ["-sign", signer.key], data)
         if not found:
             raise ValueError("it printed no signature")
         return parse_ecdsa(found, size) if size else found
@@ -9214,10 +8949,11 @@ def run_signature(data, signer):
 
 
 def parse_ca(text):
-    """Certificates in base64 of DER or of PEM, or plain PEM, to DER bytes; raises ValueError."""
+    """Certificates in base64 or base64url of DER or of PEM, or plain PEM, to DER bytes; raises ValueError."""
     data = text.encode("ascii")
     if b"-----BEGIN" not in data:
-        data = parse_base64(text)
+        plain = "".join(text.split()).replace("-", "+").replace("_", "/")
+        data = parse_base64(plain + "=" * (-len(plain) % 4))
     anchors = parse_pem(data.decode("ascii")) if b"-----BEGIN" in data else [data]
     for anchor in anchors:
         parse_certificate(anchor)
@@ -9241,8 +8977,9 @@ def fetch_ca(config, path):
     check_response(response, where, (200,), time.time())
     try:
         value = parse_json(response.body, "the answer")
-        anchors = parse_ca(value["certificate"] if isinstance(value, dict) else "")
-    except (ValueError, KeyError, AttributeError) as error:
+        check_shape(value, {"certificate": "(?s).*"}, "")
+        anchors = parse_ca(value["certificate"])
+    except ValueError as error:
         raise Untrusted(f"{where}: no usable certificate ({error})") from None
     pem = make_pem(anchors).encode()
     if read_file(path, MAX_CERTIFICATES) not in (None, pem):
@@ -9268,6 +9005,8 @@ class SignedSource(HttpSource):
         host = urlsplit(self.url).netloc
         self.url = self.url.replace(host, re.sub(":443$", "", host.lower()), 1)             # as it is signed
         self.signer, self.state, self.peer = signer, state, "the one that identity.ca vouches for"
+        self.speech = SPEECHES[config.wfm.dialect]
+        self.status_path = self.speech.status
         self.context = make_tls_context(ca_file=config.identity.ca, min_tls=config.wfm.min_tls)
 
     def adopt(self, client_id):
@@ -9293,8 +9032,7 @@ class SignedSource(HttpSource):
             theirs = parse_date(response.headers.get("Date"))
             offset = "unknown" if theirs is None else f"{time.time() - theirs:+.0f} s"
             log("error", "the WFM does not accept a signature", method=method, target=url,
-                algorithm=signer.algorithm,
-                base=base.decode("latin-1"), clockOffset=offset)
+                algorithm=signer.algorithm, base=base.decode("latin-1"), clockOffset=offset)
         elif response.status == 404 and url.endswith("/deployments"):
             log("error", "the WFM does not know this client any more; `unenroll`, then `enroll`, begin anew",
                 client=self.client_id)
@@ -9306,10 +9044,10 @@ class SignedSource(HttpSource):
         Raises Untrusted, Unreachable (protocol 2.7, C-068).
         """
         document = {"apiVersion": "onboarding.margo.org/v1alpha1", "kind": "OnboardingRequest",
-                    "certificate": make_base64(self.signer.leaf.der)}
+                    self.speech.certificate: make_base64(self.signer.leaf.der)}
         try:
             answer = self.send("POST", "/onboarding", (200, 201), document=document)
-            client_id = parse_client_id(parse_json(answer.body, "the answer"))
+            client_id = parse_client_id(parse_json(answer.body, "the answer"), self.speech.client_id)
         except (Untrusted, Refused, ValueError) as error:
             reason = getattr(error, "message", error)
             raise Untrusted(f"onboarding refused: {reason};"
@@ -9318,15 +9056,15 @@ class SignedSource(HttpSource):
         return client_id
 
     def put_capabilities(self, device_id, document):
-        """Reports what a device can do: by POST the first time, by PUT afterwards, by the other where the WFM
-        wants that.
+        """Reports what a device can do.
+
+        By POST the first time, by PUT afterwards, by the other one where the WFM wants that.
         """
-        dialect = self.config.wfm.dialect
+        document = load_sent(document, self.config, self.state)
+        path = f"/capabilities/{document['properties']['id']}" if self.speech.flat else "/capabilities"
         methods = ["POST", "PUT"]
-        path = f"/capabilities/{device_id}" if dialect == "b" else "/capabilities"  # a knows no child devices
         if device_id in (self.state["enrollment"] or {}).get("devices", {}):
-            methods = ["PUT", "POST"]
-        document = make_older_capabilities(document, dialect)
+            methods.reverse()
         try:
             self.send(methods[0], path, SUCCESS, document=document)
         except Refused as error:
@@ -9335,65 +9073,68 @@ class SignedSource(HttpSource):
             self.send(methods[1], path, SUCCESS, document=document)
 
     def delete_capabilities(self, device_id):
-        """Deregisters a device; dialect a has nothing of the kind."""
-        if self.config.wfm.dialect == "b":
-            self.send("DELETE", f"/capabilities/{device_id}", (*SUCCESS, 404))
+        """Deregisters a device, where the dialect has a way to."""
+        if self.speech.flat:
+            super().delete_capabilities(load_name(device_id, self.config, self.state))
 
     def post_status(self, deployment_id, document):
         """Reports a deployment's status with that generation's fields."""
+        document = dict(document, deviceId=load_name(document["deviceId"], self.config, self.state))
         super().post_status(deployment_id, make_older_status(document, self.config.wfm.dialect))
 
 
-def parse_client_id(value):
-    """The client id in the answer to an onboarding; raises ValueError."""
-    found = value.get("clientId") if isinstance(value, dict) else None
-    good = isinstance(found, str) and re.fullmatch(r"[^/\\]{1,200}", found) and found.isprintable()
-    if not good or found in (".", ".."):
-        raise ValueError(f"clientId {make_printable(str(found), 100)!r} cannot be one segment of a path")
-    return found
+def load_name(device_id, config, state):
+    """What the WFM calls a device: its id, or what wfm.reported_id makes of it by the client id."""
+    if config.wfm.reported_id == "device" or not state["client"]:
+        return device_id
+    return state["client"]["id"] + device_id[len(get_device_id(config.device)):]
+
+
+def load_sent(document, config, state):
+    """Capabilities of rc.3 as they are sent: in the dialect, with the WFM's name for the device."""
+    sent = make_older_capabilities(document, config.wfm.dialect)
+    sent["properties"]["id"] = load_name(sent["properties"]["id"], config, state)
+    return sent
+
+
+def parse_client_id(value, name):
+    """The client id in the answer to an onboarding, one segment of a path; raises ValueError."""
+    check_shape(value, {name: r"(?!\.\.?$)[^/\\]{1,200}"}, "")
+    if not value[name].isprintable():
+        raise ValueError(f"{name}: found {make_printable(value[name])!r}, expected printable text")
+    return value[name]
 
 
 def make_older_capabilities(document, dialect):
-    """Capabilities of rc.3 as the first preview release has them (protocol 3.5).
-
-    Dialect b is flat, a has roles and resources; neither has labels.
-    """
-    properties = dict(document["properties"])
-    hosting = {key: properties.pop(key) for key in HOSTING_PROPERTIES if key in properties}
-    cpus = hosting.pop("cpus", None)
-    types = hosting.get("supportedDeploymentTypes", ())
+    """Capabilities of rc.3 as the first preview release has them, without labels (protocol 3.5)."""
     heading = {"apiVersion": "device.margo.org/v1alpha1", "kind": "DeviceCapabilitiesManifest"}
-    if dialect == "b":
-        extensions = {key: value for key, value in document.items() if key not in ("properties", "labels")}
-        properties.update(hosting)
-        if cpus:
-            properties["cpu"] = cpus
-        return dict(extensions, properties=properties, **heading)
-    properties.setdefault("roles", [role for kind, role in ROLES if kind in types] or ["Gateway"])
-    if hosting:
-        names = ("memory", "storage", "peripherals", "interfaces")
-        properties["resources"] = {key: hosting[key] for key in names if key in hosting}
-        if cpus:
-            properties["resources"]["cpu"] = max(cpus, key=lambda cpu: cpu["cores"])  # never summed (C-203)
-    return dict(heading, properties=properties)
+    properties = document["properties"]
+    cpus = properties.get("cpus")
+    if SPEECHES[dialect].flat:
+        sent = {key: value for key, value in document.items() if key != "labels"}
+        properties = {"cpu" if key == "cpus" else key: value for key, value in properties.items()}
+        return dict(sent, properties=properties, **heading)
+    sent = {key: value for key, value in properties.items() if key not in HOSTING_PROPERTIES}
+    names = ("memory", "storage", "peripherals", "interfaces")
+    resources = {key: properties[key] for key in names if key in properties}
+    if cpus:
+        resources["cpu"] = max(cpus, key=lambda cpu: cpu["cores"])                  # never summed (C-203)
+    if resources:
+        sent["resources"] = resources
+    types = properties.get("supportedDeploymentTypes", ())
+    sent.setdefault("roles", [role for kind, role in ROLES if kind in types] or ["Gateway"])
+    return dict(heading, properties=sent)
 
 
 def make_older_status(document, dialect):
-    """A status of rc.3 as the first preview release has it (protocol 3.6): no manifest version.
-
-    Dialect a also has neither deviceId nor the source of an error.
-    """
-    without = ("adoptedManifestVersion", "deviceId",
-               "source") if dialect == "a" else ("adoptedManifestVersion",)
+    """A status of rc.3 as the first preview release has it (protocol 3.6)."""
+    import json
 
     def strip(value):
-        if isinstance(value, list):
-            return [strip(item) for item in value]
-        if not isinstance(value, dict):
-            return value
-        return {key: strip(item) for key, item in value.items() if key not in without}
+        return {key: item for key, item in value.items() if key not in SPEECHES[dialect].silent}
 
-    return dict(strip(document), apiVersion="deployment.margo.org/v1alpha1", kind="DeploymentStatusManifest")
+    stripped = json.loads(make_json(document), object_hook=strip)
+    return dict(stripped, apiVersion="deployment.margo.org/v1alpha1", kind="DeploymentStatusManifest")
 
 
 class Signed(Profile):
@@ -9403,7 +9144,7 @@ class Signed(Profile):
 
     @staticmethod
     def takes_children(config):
-        return config.wfm.dialect == "b"
+        return SPEECHES[config.wfm.dialect].flat
 
     def connect(self, keep=True):
         """See Profile.  keep: onboards where that is due, and stores the client id before anything else."""
@@ -9412,7 +9153,7 @@ class Signed(Profile):
         now = time.time()
         signer = load_signer(config)
         check_own(signer.leaf, config, now)
-        warn_of_expiry(signer.leaf, self.store, now)
+        warn_of_own(config, signer.leaf, self.store, now)
         source = SignedSource(config, signer, state)
         key = sha256_digest(signer.leaf.spki)
         if not state["client"] or state["client"]["key"] != key:
@@ -9436,6 +9177,9 @@ class Signed(Profile):
             raise Untrusted(f"identity.key {signer.key} is not the key of identity.certificate")
         return judge_own(signer.leaf, f"signs by {signer.algorithm}", self.config, now)
 
+    def translate(self, document):
+        return load_sent(document, self.config, self.state)
+
     def identify(self):
         """The own key, at this WFM."""
         return f"{self.config.wfm.url}#{sha256_digest(load_signer(self.config).leaf.spki)}"
@@ -9449,70 +9193,96 @@ PROFILES["signed"] = Signed
 # ----------------------------------------------------------------------------------------------------------
 
 PACKAGE_URL_PATTERN = r"https://[^\s/?#@]+/[^\s#@]+"
+OLDER = {
+    "kind?": "ApplicationDeployment(Manifest)?",
+    "metadata": {"annotations?": dict},
+    "spec": {"deploymentProfile": dict},
+}
 
 
 def convert_older(value):
     """An ApplicationDeployment of an older generation (protocol 0 and 3.3) in rc.3's form, see DIALECTS.
 
-    Raises ValueError.
-
-    They are known by `apiVersion` and `kind`.  A name that one does not have is the application's, a
-    namespace is `default`; without `metadata.deviceId` it is for the device that was given it.
+    Raises ValueError.  Such documents carry `apiVersion` or `kind`.  Servers put ids in different places, and
+    need not say what application it is: nothing here is done by that.  A name that is not given is the
+    application's or else the id, a namespace is `default`, and without `metadata.deviceId` the document is
+    for the device that was given it.
     """
     if "apiVersion" not in value and "kind" not in value:
         return None
-    check_member(value, "kind", "", checked("ApplicationDeployment",
-                                            lambda item: item == "ApplicationDeployment"))
-    metadata = check_member(value, "metadata", "", read_dict)
-    spec = check_member(value, "spec", "", read_dict)
-    profile = check_member(spec, "deploymentProfile", "spec.", read_dict)
-    notes = metadata.get("annotations")
-    notes = notes if isinstance(notes, dict) else {}
-    own_id = next((holder["id"] for holder in (value, notes, metadata) if "id" in holder), None)
-    key = "applicationId"
-    application = next((holder[key] for holder in (spec, notes, metadata) if key in holder), None)
+    check_shape(value, OLDER, "")
+    metadata = value["metadata"]
+    spec = value["spec"]
+    profile = spec["deploymentProfile"]
+    notes = metadata.get("annotations") or {}
+
+    def find(key, *holders):
+        return next((holder[key] for holder in holders if holder.get(key) is not None), None)
+
+    own_id = find("id", value, notes, metadata)
+    if own_id is None and re.fullmatch(UUID_PATTERN, str(metadata.get("name"))):
+        own_id = metadata["name"]
+    application = find("applicationId", spec, notes, metadata)
     kind = {"helm.v3": "helm", "docker-compose": "compose"}.get(str(profile.get("type")), profile.get("type"))
-    metadata = {"name": application, "namespace": "default", **metadata}
-    spec = dict(spec, applicationId=application, deploymentProfile=dict(profile, type=kind))
-    return dict(value, id=own_id, metadata=metadata, spec=spec), Dialect(parse_older_package, "ENV.", False)
+    metadata = {"name": application or str(own_id).lower(), "namespace": "default", **metadata}
+    spec = dict(spec, applicationId=application or "none", deploymentProfile=dict(profile, type=kind))
+    return dict(value, id=own_id, metadata=metadata, spec=spec), Dialect(parse_older_package, r"ENV\.", False)
 
 
 def parse_older_package(properties, where, kind):
-    """parse_package of older generations, which name a package by its URL, too, and a chart by that of its
-    repository (6.5).
+    """parse_package of older generations: a package may be named by its URL, and a chart by its repository's.
+
+    See protocol 6.5.
     """
     if "packageLocation" not in properties or "repository" in properties:
         return parse_package(properties, where, kind, "(oci|https)" if kind == "helm" else "oci")
-    url = check_member(properties, "packageLocation", where, PACKAGE_URL_PATTERN)
-    key = None
-    if properties.get("keyLocation"):
-        key = check_member(properties, "keyLocation", where, PACKAGE_URL_PATTERN)
-    return url, "", key
+    shape = {"packageLocation": PACKAGE_URL_PATTERN, "keyLocation?": f"|{PACKAGE_URL_PATTERN}"}
+    check_shape(properties, shape, where)
+    return properties["packageLocation"], "", properties.get("keyLocation") or None
 
 
 def fetch_older(component, config, store, kind):
     """The package of a component of an older generation: (digest, bytes), kept by its digest.
 
-    Raises ComponentError.
-
-    Nothing vouches for its content but TLS, an index's digest and, where the document names a key, a
-    signature.
+    Raises ComponentError.  Nothing vouches for its content but TLS, an index's digest and, where the document
+    names a key, a signature.
     """
     url = component.repository
     if config.wfm.profile == "mtls":
-        raise ComponentError(
-            "INVALID_DEPLOYMENT",
-            f"{make_printable(url)}: this generation takes packages from OCI registries only",
-        )
+        words = f"{make_printable(url)}: this generation takes packages from OCI registries only"
+        raise ComponentError("INVALID_DEPLOYMENT", words)
     if kind == "helm":
         data = fetch_chart(url, component.revision, config)
     else:
         data = fetch_file(url, config)
         if component.key_location:
             run_signature_check(data, url, fetch_file(component.key_location, config), config)
+        if data[:2] != b"\x1f\x8b":
+            data = pack_compose(data, url, config.policy.max_document)
     digest = sha256_digest(data)
     store.save_artifact(digest, data)
     return digest, data
+
+
+def pack_compose(data, url, limit):
+    """A bare compose file as the package that it stands for: a tar+gzip, the same bytes each time.
+
+    Raises ComponentError for what is neither the one nor the other.
+    """
+    import tarfile
+    import zlib
+    try:
+        if len(data) > limit:
+            raise ValueError(f"its {len(data)} bytes are more than policy.max_document")
+        check_shape(load_yaml(data), {"services": dict}, "")
+    except ValueError as error:                     # a YAMLError is one
+        words = f"neither a tar+gzip nor a compose file: {error}"
+        raise ComponentError("ARCHIVE_INVALID", f"{make_printable(url)}: {words}") from None
+    member = tarfile.TarInfo("compose.yaml")
+    member.size = len(data)
+    packer = zlib.compressobj(wbits=31)
+    tar = member.tobuf() + data + bytes(-len(data) % tarfile.BLOCKSIZE + 2 * tarfile.BLOCKSIZE)
+    return packer.compress(tar) + packer.flush()
 
 
 def fetch_chart(repository, revision, config):
@@ -9607,11 +9377,18 @@ def parse_folder(text):
 
 read_branch = scalar("the name of a branch", BRANCH_PATTERN)
 read_folder = scalar("a folder inside the repository", make=parse_folder)
-SCHEMA["wfm"]["status_url"] = read_root_url
+SCHEMA["wfm"]["status_url"] = (read_root_url, None, "root URL of a WFM to report to; without it a branch is")
 SCHEMA["git"] = {
-    "branch": (read_branch, "main"), "path": (read_folder, ""), "verify_signatures": (read_flag, False),
-    "allowed_signers": read_path, "allow_rewrite": (read_flag, False), "token_file": read_path,
-    "username": read_text, "ssh_key": read_path, "known_hosts": read_path}
+    "branch": (read_branch, "main", "branch of the desired state"),
+    "path": (read_folder, "", "its folder of deployments; empty: the whole of it"),
+    "verify_signatures": (read_flag, False, "whether each head has to be signed"),
+    "allowed_signers": (read_path, None, "who may sign: a file as ssh-keygen has it, or exported gpg keys"),
+    "allow_rewrite": (read_flag, False, "whether signers may rewrite history"),
+    "token_file": (read_path, None, "file of the token for https, mode 0600"),
+    "username": (read_text, None, "who the token belongs to; without it the token is a bearer's"),
+    "ssh_key": (read_path, None, "private key for ssh, mode 0600"),
+    "known_hosts": (read_path, None, "file of the host keys that ssh accepts"),
+}
 
 
 def check_git_settings(config):
@@ -9995,39 +9772,61 @@ def make_git_environment(config, home, environ):
                                          "/dev/null"] + [quote(f"-o{option}") for option in options])}
 
 
+# All that git may do: its configuration, whatever the machine's is (C-250).
+GIT_CONFIG = """\
+[protocol]
+	allow = never
+[protocol "https"]
+	allow = always
+[protocol "ssh"]
+	allow = always
+[protocol "file"]
+	allow = always
+[core]
+	hooksPath = /dev/null
+	attributesFile = /dev/null
+	bigFileThreshold = 8m
+[gc]
+	auto = 0
+[maintenance]
+	auto = false
+[credential]
+	helper = ""
+[transfer]
+	bundleURI = false
+[fetch]
+	unpackLimit = 1
+[http]
+	followRedirects = false
+	lowSpeedLimit = 1024
+"""
+
+
 def make_git_config(config, home, header):
-    """The configuration that git finds in its home, as bytes: all that it may do, and the credential, which
-    nobody else sees.
-    """
-    seconds = int(4 * config.wfm.timeout) or 1
-    url = config.wfm.url
-    settings = [
-        ("protocol", "allow", "never"), ('protocol "https"', "allow", "always"), ('protocol "ssh"', "allow",
-                                                                                  "always"),
-        ('protocol "file"', "allow", "always"), ("core", "hooksPath", "/dev/null"), ("core", "attributesFile",
-                                                                                     "/dev/null"),
-        ("core", "bigFileThreshold", "8m"), ("gc", "auto", "0"), ("maintenance", "auto",
-                                                                  "false"), ("credential", "helper", ""),
-        ("transfer", "bundleURI", "false"), ("fetch", "unpackLimit",
-                                                                                   "1"),
-        ("http", "followRedirects", "false"), ("http", "lowSpeedLimit", "1024"), ("http", "lowSpeedTime",
-                                                                                  str(seconds)),
-        ("http", "sslVersion", f"tlsv{config.wfm.min_tls}")]
-    if config.identity.ca:
-        settings += [("http", "sslCAInfo", config.identity.ca),
-                     ("http", "sslCAPath", os.path.join(home, "none"))]
-    if header:
-        settings.append(("http", "extraHeader", f"Authorization: {header}"))
-    if url.startswith("file://"):                   # whoever owns it: the operator named it
-        folder = url[len("file://"):].rstrip("/")
-        settings += [("safe", "directory", folder), ("safe", "directory", folder + "/.git")]
-    if config.git.allowed_signers:
-        settings.append(('gpg "ssh"', "allowedSignersFile", config.git.allowed_signers))
-    lines = []
-    for section, key, value in settings:
-        value = value.replace("\\", "\\\\").replace('"', '\\"')
-        lines.append(f'[{section}]\n\t{key} = "{value}"\n')
-    return "".join(lines).encode()
+    """The configuration that git finds in its home, as bytes, with the credential, which nobody else sees."""
+    settings = {
+        "http.lowSpeedTime": int(4 * config.wfm.timeout) or 1,
+        "http.sslVersion": f"tlsv{config.wfm.min_tls}",
+        "http.sslCAInfo": config.identity.ca,
+        "http.sslCAPath": config.identity.ca and os.path.join(home, "none"),
+        "http.extraHeader": header and f"Authorization: {header}",
+        "gpg \"ssh\".allowedSignersFile": config.git.allowed_signers,
+    }
+    text = GIT_CONFIG
+    for name, value in settings.items():
+        section, _, key = name.rpartition(".")
+        if value:
+            text += f"[{section}]\n\t{key} = {quote_for_git(value)}\n"
+    if config.wfm.url.startswith("file://"):        # whoever owns it: the operator named it
+        folder = config.wfm.url[len("file://"):].rstrip("/")
+        for place in (folder, folder + "/.git"):
+            text += f"[safe]\n\tdirectory = {quote_for_git(place)}\n"
+    return text.encode()
+
+
+def quote_for_git(value):
+    """A value as git's configuration has it."""
+    return '"' + str(value).replace("\\", "\\\\").replace('"', '\\"') + '"'
 
 
 def load_git_header(git):
@@ -10135,7 +9934,8 @@ def parse_files(files):
             if not is_deployment(value):
                 ignored.append(name)
                 continue
-            deployment_id = check_member(parse_document(value)[0], "id", "", UUID_PATTERN)
+            deployment_id = parse_document(value)[0].get("id")
+            check_shape(deployment_id, UUID_PATTERN, "id")
         except ValueError as error:                 # a YAMLError is one
             raise Refused(f"{shown}: {error}") from None
         if deployment_id.lower() in seen:
@@ -10270,28 +10070,33 @@ NotRenewed = define_fault("NotRenewed", 3, "NOT_RENEWED", "The own SVID, still g
 def read_rekey(value, base):
     """A setting that has gone; says what to do instead."""
     raise ValueError("no such setting any more, because a renewal keeps the key; for another key remove"
-                     " identity.key,"
-                     " put a fresh token into identity.est.token_file and run `enroll`")
+                     " identity.key, put a fresh token into identity.est.token_file and run `enroll`")
 
 
 SCHEMA["identity"].update({
-    "enrollment": (choice("off", "est"), "off"), "rekey": read_rekey,
-    "est": {"url": read_root_url, "token_file": read_path, "certificate": read_path, "key": read_path}})
+    "enrollment": (choice("off", "est"), "off", "est: SVIDs are obtained and renewed over EST (draft)"),
+    "rekey": (read_rekey, None, ""),
+    "est": {
+        "url": (read_root_url, None, "EST server; without it the one that the discovery document names"),
+        "token_file": (read_path, None, "file of the token for the first SVID, mode 0600"),
+        "certificate": (read_path, None, "certificate for the first SVID, in place of a token"),
+        "key": (read_path, None, "private key of that certificate, mode 0600"),
+    },
+})
 
 
 def check_est_settings(config):
     """What only enrollment by EST has: [(whether it is wrong, key, words)]."""
     settings, est = config.identity, config.identity.est
-    pair = {bool(est.certificate), bool(est.key)}
-    files = [settings.key, settings.certificate]
     if settings.enrollment != "est":
         return []
+    files = [settings.key, settings.certificate]
     return [
         (config.wfm.profile != "mtls", "identity.enrollment",
          "est gives an SVID, which only wfm.profile mtls uses"),
         (not est.url and not settings.discovery,
          "identity.est.url", "not set, and no identity.discovery either; one of them says where to enroll"),
-        (pair != {not est.token_file},
+        ({bool(est.certificate), bool(est.key)} != {not est.token_file},
          "identity.est", "either token_file, or certificate and key; found both, neither or a half"),
         (all(files) and len(set(map(os.path.normpath, files))) == 1,
          "identity.key", "found the file of identity.certificate, expected one of its own, because a renewal"
@@ -10318,54 +10123,59 @@ COMPANIONS["est"] = Companion(lambda config: config.identity.enrollment == "est"
 def make_renewal_time(leaf):
     """When a certificate is due for renewal, Unix seconds (E-061, E-065).
 
-    Drawn by its own digest, so once and for all, whatever restarts.
+    It is drawn by the certificate's digest, so once and for all, whatever restarts.
     """
     first, last = RENEWAL_WINDOW
     share = first + (last - first) * int(sha256_digest(leaf.der)[7:15], 16) / 16 ** 8
     return leaf.not_before + share * (leaf.not_after - leaf.not_before)
 
 
-def find_est_step(est, leaf, fault, token, clock, asked=False, strays=False):
-    """What is to be done about the own SVID now: "" nothing, "wait", "renew" or "enroll".
+def find_est_step(est, leaf, fault, token, clock, silent=False, asked=False, strays=False):
+    """What is to be done about the own SVID now: "" nothing, "renew" or "enroll".
 
-    est: the state's record.  leaf: the own Certificate, None where there is none.  fault: why it cannot be
-    used, "" where it can.  token: digest of the token that is at hand, "" for the form by certificate, None
-    where there is neither.
-    asked: `enroll` asks for it, which uses a fresh token although the SVID is good (F-35).  strays: the SVID
-    does not lead to the trust bundle any more.  Raises Untrusted where only an operator can help.
+    est: the state's record.  leaf: the own Certificate, or None.  fault: why it cannot be used, "" where it
+    can.  token: digest of the token at hand, "" for the form by certificate, None where there is neither.
+    silent: downtime wants no request.  asked: `enroll` asks, which uses a fresh token although the SVID is
+    good (F-35).  strays: the SVID does not lead to the trust bundle any more.  Raises Untrusted where only an
+    operator can help, Silence where there is no SVID and none is asked for yet.
     """
     now = clock.now
-    stage = est.get("stage")
+    wait = find_wait(est, clock)
     fresh = token if token != est.get("used") else None
-    issued = stage in ("issued", "proving")
+    issued = "answer" in est
+    begun = est.get("token") and not est.get("refused") and (issued or fresh == est["token"])
+    enrolling = fault or begun or asked and fresh
+    if not enrolling and not issued and not strays and now < make_renewal_time(leaf):
+        return ""
     if fault and leaf and now < leaf.not_before:
         raise Untrusted(fault)                      # the clock: a new SVID would not help
     if fault and fresh is None and not issued:
         raise Untrusted(f"{fault}; a fresh enrollment token in identity.est.token_file is needed, or a chain"
-                        " for the request"
-                        " of `margo_agent.py csr`")
-    begun = stage and est.get("token") and not est.get("refused") and (issued or fresh == est["token"])
-    if fault or begun or asked and fresh:
-        return "wait" if find_wait(est, clock) and fresh in (None, est.get("token")) else "enroll"
-    if now < make_renewal_time(leaf) and not strays:
+                        " for the request of `margo_agent.py csr`")
+    if enrolling and fresh not in (None, est.get("token")):
+        wait = 0
+    if fault and wait and est.get("refused"):
+        raise Untrusted(f"{est['refused']}; asked again within an hour, or at once with another token")
+    if fault and (wait or silent):
+        raise Silence("waiting for as long as the identity service, a back-off or downtime asks",
+                      retry_after=wait, exit=3 if wait else 0)
+    if wait or silent:
         return ""
-    return "wait" if find_wait(est, clock) else "renew"
+    return "enroll" if enrolling else "renew"
 
 
 class Enrollment:
     """The own SVID, obtained and renewed over EST.
 
-    What is under way stands in the state's record `est`, which is durable before each next step: with `stage`
-    "asking" the digests of token and key; "issued" the answer as it came; "proving" the chain that was
-    checked.  One rename activates the chain.  So wherever a run ends, the next one goes on from there, with
-    the same key, and never without the old SVID.
+    What is under way stands in the state's record `est`: the digests of `token` and `key` before they are
+    used, then the `answer` as it came.  One rename activates the chain made from it.  So wherever a run ends,
+    the next one goes on from there, with the same key, and never without the old SVID.
     """
 
     def __init__(self, config, store, state, asked):
         self.config, self.store, self.state, self.asked = config, store, state, asked
         self.settings = config.identity
         self.clock = get_clock()
-        self.take_over()
         if asked and self.est.get("failures"):
             self.est["delay"] = 0  # somebody asks for it now; what the service asked for is still waited for
 
@@ -10379,55 +10189,31 @@ class Enrollment:
         self.est.update(members)
         self.store.save_state(self.state)
 
-    def drop(self):
-        """Forgets what was issued, so that the next attempt asks anew."""
-        for name in ("stage", "answer", "chain"):
-            self.est.pop(name, None)
-        if "token" in self.est:
-            self.est["stage"] = "asking"
-
-    def take_over(self):
-        """Goes on from what an older agent left: files beside the state, and a record without stage."""
-        est = self.est
-        paths = [self.store.path(name) for name in ISSUED_FILES]
-        if "key" in est and "stage" not in est:
-            est["stage"] = "asking"
-            if est["key"] == "none yet":
-                del est["key"]
-        answer, chain = (read_file(path, MAX_CERTIFICATES) or b"" for path in paths[:2])
-        if answer:
-            self.keep(stage="issued", answer=make_base64(answer))
-        if b"-----END CERTIFICATE-----" in chain:   # a key may stand beside it, which goes nowhere
-            self.keep(stage="proving", chain=make_pem(parse_pem(chain.decode("ascii", "replace"))))
-        for path in paths:
-            if os.path.exists(path):
-                remove_file(path)
-
     def tend(self):
         """Enrolls or renews where that is due.
 
         Raises Unreachable or Untrusted where there is no SVID to work with, else NotRenewed.
         """
-        chain = self.est.get("chain")
-        if chain and chain.encode() == read_file(self.settings.certificate, MAX_CERTIFICATES):
-            self.finish()                           # a run ended between activation and here
-        if self.est.get("stage") and not os.path.exists(self.settings.key):
-            self.drop()                             # the key that it is for is lost
+        if not os.path.exists(self.settings.key):
+            self.est.pop("answer", None)            # the key that it is for is lost
         leaf, fault = self.load_leaf()
         mark = self.load_mark() if fault or self.asked or "token" in self.est else None
         strays = bool(leaf) and self.state["trust"].get("strays") == sha256_digest(leaf.der)
-        step = find_est_step(self.est, leaf, fault, mark, self.clock, self.asked, strays)
-        if not step or self.has_to_wait(step, leaf, fault):
+        now, downtime = self.clock.now, self.config.poll.downtime
+        # an SVID that would end in downtime is renewed all the same
+        lapses = not fault and is_within_whole(downtime, now, leaf.not_after)
+        silent = is_within_whole(downtime, now, now) and not lapses
+        step = find_est_step(self.est, leaf, fault, mark, self.clock, silent, self.asked, strays)
+        if not step:
             return
         note_draft(self.store, self.state, "enrollment over EST")
         try:
-            self.obtain(leaf, step == "renew", mark)
+            self.obtain(leaf, leaf if step == "renew" else None, mark)
         except (Unreachable, Untrusted, Refused, CommandError) as error:
             self.note_fault(error, None if fault else leaf.not_after)
             if fault:
                 raise
-            words = f"the own SVID, good until {make_time(leaf.not_after)}, is not renewed yet:"
-            words += f" {error.message}"
+            words = f"the own SVID, good until {make_time(leaf.not_after)}, is not renewed yet: {error}"
             if not self.asked:
                 raise NotRenewed(words) from None
             log("warning", words)
@@ -10435,35 +10221,11 @@ class Enrollment:
         self.state["patience"] = {}                 # what the WFM thought of the old SVID no longer counts
         self.finish()
 
-    def has_to_wait(self, step, leaf, fault):
-        """Whether a step waits although the SVID is good.
-
-        Raises Silence or Untrusted where it waits and there is none.
-
-        A renewal waits for the end of the operator's downtime unless the SVID would expire first.
-        """
-        now, downtime = self.clock.now, self.config.poll.downtime
-        if step == "wait" and fault and self.est.get("refused"):
-            raise Untrusted(f"{self.est['refused']}; asked again within an hour, or at once with another"
-                            " token")
-        silent = is_within_whole(downtime, now, now)
-        if not fault:
-            return step == "wait" or silent and not is_within_whole(downtime, now, leaf.not_after)
-        if step == "wait" or silent:
-            raise Silence("waiting for as long as the identity service, a back-off or downtime asks",
-                          retry_after=find_wait(self.est, self.clock), exit=3 if step == "wait" else 0)
-        return False
-
     def load_leaf(self):
-        """(the own leaf or None, why it cannot be used or ""): lost or strange key, validity, and what
-        companions know.
-        """
-        settings = self.settings
+        """(the own leaf or None, why it cannot be used or "")."""
+        settings, leaf = self.settings, None
         try:
             leaf = load_identity(self.config).leaf
-        except Untrusted as error:
-            return None, error.message
-        try:
             check_own(leaf, self.config, self.clock.now)
             if not os.path.exists(settings.key):
                 raise Untrusted(f"identity.key {settings.key}: the key is lost")
@@ -10489,7 +10251,7 @@ class Enrollment:
     def load_authorization(self):
         """The token as HTTP Basic (E-033); raises ConfigError for what cannot be one."""
         path = self.settings.est.token_file
-        loose = ask_looseness("identity.est.token_file", self.settings.est.token_file)
+        loose = ask_looseness("identity.est.token_file", path)
         user, _, secret = (self.load_token() or b"").partition(b":")
         if not secret or b"\n" in user + secret:
             raise ConfigError(f"identity.est.token_file {path}: expected one line, user:secret")
@@ -10500,27 +10262,27 @@ class Enrollment:
     def note_fault(self, error, end):
         """Keeps the back-off that follows from a fault (E-045, E-062).
 
-        end: expiry of the SVID in use; the delay is capped so that several attempts fit before it.
+        end: when the SVID in use expires, or None; another attempt has to fit before that, whatever the
+        service asks (case 4.14).
         """
-        est = self.est
+        record = self.est
         refused = isinstance(error, Untrusted)
-        delay = EST_CAP if refused else grow(EST_FIRST, est.get("failures", 0) + 1, EST_CAP)
+        asked = error.retry_after or 0
+        delay = EST_CAP if refused else grow(EST_FIRST, record.get("failures", 0) + 1, EST_CAP)
         delay *= 1 - get_random() / 2
-        if end is not None:
-            delay = min(delay, (end - self.clock.now) / 4)
         if isinstance(error, Pending):
             log("info", error.message)
-            delay = EST_FIRST if error.retry_after is None else 0
-        est.update(make_wait(est, max(error.retry_after or 0, delay), self.clock))
-        if isinstance(error, Pending):
-            est["failures"] = 0
-        self.keep(refused=error.message if refused else None)
+            record = {"failures": -1}               # it is none
+            delay = 0 if asked else EST_FIRST
+        if end is not None:
+            left = end - self.clock.now
+            delay = min(delay, left / 4)
+            asked = min(asked, left / 2)
+        wait = make_wait(record, max(asked, delay), self.clock)
+        self.keep(refused=error.message if refused else None, **wait)
 
     def finish(self):
-        """Clears up after an activation, as often as it takes.
-
-        The token is erased, and never sent again (E-044).
-        """
+        """Clears up after an activation: the token is erased, and never sent again (E-044)."""
         used = self.est.get("token") or self.est.get("used")
         token = self.load_token()
         if token and sha256_digest(token) == used and not remove_file(self.settings.est.token_file):
@@ -10529,61 +10291,42 @@ class Enrollment:
         self.state["est"] = {"used": used}
         self.store.save_state(self.state)
 
-    def obtain_bundle(self, leaf, since=None):
-        """The current TrustBundle; discovery says with it where to enroll."""
-        domain = make_identity(leaf, "", "").spiffe_id.trust_domain if leaf else None
-        return obtain_trust_bundle(self.config, self.store, self.state, domain, self.clock.now, since=since)
+    def obtain(self, old, renewed, mark):
+        """Goes from wherever an enrollment or renewal stands to its end: request, answer, chain, activation.
 
-    def obtain(self, leaf, renewing, mark):
-        """Goes from wherever an enrollment or renewal stands to its end: request, answer, chain, proof,
-        activation.
+        old: the own leaf, whatever its state, or None.  renewed: the same where it is renewed, else None.
         """
-        renewed = leaf if renewing else None
-        bundle = self.obtain_bundle(leaf)
-        if not self.load_chain(renewed):
-            if self.est.get("stage") != "issued":
-                self.post_request(renewed, mark)
-            bundle = self.obtain_bundle(leaf, self.clock.now)           # a rotation may be under way
-            self.keep(stage="proving", chain=self.obtain_chain(renewed, bundle))
-        chain = self.est["chain"]
-        own = parse_identity(parse_pem(chain), "", self.settings.key)
+        domain = make_identity(old).spiffe_id.trust_domain if old else None
+        # a rotation may be under way, and discovery says where to enroll
+        bundle = obtain_trust_bundle(self.config, self.store, self.state, domain, self.clock.now, anew=True)
+        if "answer" not in self.est:
+            self.post_request(renewed, mark)
+        leaf, issued = self.load_answer(renewed)
+        if old and old.der == leaf.der:
+            return                                  # an earlier run ended just after it had activated it
+        chain = self.obtain_chain(leaf, issued, bundle)
+        own = make_identity(leaf, "", self.settings.key)
         if renewed:
             self.prove(chain, own, bundle)
         write_file(self.settings.certificate, chain.encode(), 0o644)
-        log("info", "new SVID", id=own.spiffe_id.text, notAfter=make_time(own.leaf.not_after),
-            renewal=make_time(make_renewal_time(own.leaf)))
+        log("info", "new SVID", id=own.spiffe_id.text, notAfter=make_time(leaf.not_after),
+            renewal=make_time(make_renewal_time(leaf)))
 
-    def load_chain(self, renewed):
-        """Whether a chain waits for its proof; one that no longer fits what is here by now is given up."""
-        if self.est.get("stage") != "proving":
-            return False
-        try:
-            found = [parse_certificate(der) for der in parse_pem(self.est["chain"])]
-            leaf = find_issued(found, load_public_key(self.settings.key), renewed, None)
-            if self.clock.now <= leaf.not_after:
-                return True
-            reason = "it has expired"
-        except ValueError as error:
-            reason = str(error)
-        log("warning", "an SVID that was issued and waited for its proof is given up", reason=reason)
-        self.drop()
-        return False
-
-    def find_url(self):
-        """Where to enroll; raises Untrusted where nobody says it."""
+    def find_url(self, operation):
+        """The URL of an EST operation; raises Untrusted where nobody says where to enroll."""
         url = self.settings.est.url or self.state["trust"].get("est")
         if not url:
             raise Untrusted(f"identity.discovery {self.settings.discovery} names no {EST_FIELD}, and"
                             " identity.est.url is not set")
-        return url
+        return f"{url}/{operation}"
 
     def post_request(self, renewed, mark):
         """Asks for an SVID, and makes the answer durable before anything else (E-042, E-043)."""
         import base64
         settings = self.settings
         headers = {"Content-Type": CSR_TYPE, "Accept": CERTS_TYPE}
-        url = f"{self.find_url()}/{'simplereenroll' if renewed else 'simpleenroll'}"
-        # a fresh one: no certificate in the other form (E-034)
+        url = self.find_url("simplereenroll" if renewed else "simpleenroll")
+        # a fresh context: with the token no certificate is presented (E-034)
         context, check_peer = obtain_mis_context(self.config, url)
         if renewed:
             load_key_pair(context, settings.certificate, settings.key)
@@ -10597,45 +10340,46 @@ class Enrollment:
         log("info", "asking for an SVID", url=url)
         response = request("POST", url, headers, base64.encodebytes(body), context, self.config.wfm.timeout,
                            MAX_CERTIFICATES, check_peer)
-        answer = parse_certs_only(judge_est_response(response, url, time.time()))
-        self.keep(stage="issued", answer=make_base64(answer))
+        self.keep(answer=make_base64(judge_est_response(response, url, time.time())))
 
     def begin(self, mark):
-        """The first request (DER); what is asked with which key is durable then.
+        """The first request (DER); the token and the key that go together are durable then.
 
         Raises Untrusted for a token that went with another key before.
         """
         path = self.settings.key
-        if not self.est.get("stage") or self.est.get("token") != mark:
-            self.state["est"] = {"stage": "asking", "token": mark, "used": self.est.get("used")}
+        if self.est.get("token") != mark:
+            self.state["est"] = {"token": mark, "used": self.est.get("used")}
             # first: a new key beside an old certificate is then no broken pair
             self.store.save_state(self.state)
         obtain_key(path)
         key = sha256_digest(load_public_key(path))
-        if self.est.get("key", key) != key:
+        if self.est.get("key", key) not in (key, "none yet"):       # this word is of an older agent
             raise Untrusted("the enrollment token was used with a key that is lost; a fresh token is needed")
         self.keep(key=key)
         return run_csr(path, "DER")
 
-    def obtain_chain(self, renewed, bundle):
-        """The chain (PEM) from the answer, checked whole; raises Untrusted, Unreachable.
+    def load_answer(self, renewed):
+        """(the own leaf, [every Certificate]) of what was issued; raises Untrusted.
 
-        An answer that will never do is dropped, so that the next attempt asks anew; one that only time or a
-        newer bundle can mend is kept.
+        An answer that will never do is dropped, so that the next attempt asks anew.
         """
-        key_file = self.settings.key
-        trust_domain = self.state["trust"].get("trustDomain")
         try:
             issued = load_certificates(parse_base64(self.est["answer"]))
-            leaf = find_issued(issued, load_public_key(key_file), renewed, trust_domain)
+            spki = load_public_key(self.settings.key)
+            leaf = find_issued(issued, spki, renewed, self.state["trust"].get("trustDomain"))
             if time.time() > leaf.not_after:
                 check_validity(leaf, time.time())
+            return leaf, issued
         except ValueError as error:
-            self.drop()
+            del self.est["answer"]
             raise Untrusted(f"the certificate that EST issued is refused: {error}") from None
-        response = fetch_from_mis(f"{self.find_url()}/cacerts", self.config, {"Accept": CERTS_TYPE})  # E-039
+
+    def obtain_chain(self, leaf, issued, bundle):
+        """The chain (PEM) from an issued leaf to the trust bundle; raises Untrusted, Unreachable."""
+        response = fetch_from_mis(self.find_url("cacerts"), self.config, {"Accept": CERTS_TYPE})     # E-039
         try:
-            found = load_certificates(parse_certs_only(judge_est_response(response, "cacerts", time.time())))
+            found = load_certificates(judge_est_response(response, "cacerts", time.time()))
         except ValueError as error:
             raise Untrusted(f"cacerts: {error}") from None
         ahead = leaf.not_before - time.time()
@@ -10644,14 +10388,12 @@ class Enrollment:
                           " of ours", retry_after=ahead + 1)
         try:
             check_validity(leaf, time.time())
-            return run_paths(leaf, found + issued, key_file, bundle.anchors)
+            return run_paths(leaf, found + issued, self.settings.key, bundle.anchors)
         except ValueError as error:
             raise Untrusted(f"the SVID issued does not lead to the trust bundle: {error}") from None
 
     def prove(self, chain, own, bundle):
-        """Tries the renewed SVID on a conditional GET; only if the WFM answers does it replace the old one.
-
-        """
+        """Tries the renewed SVID on a conditional GET; it replaces the old one only if the WFM answers."""
         with lend_file(chain.encode()) as file:
             own = own._replace(certificate_file=file.name)
             source = Mtls(self.config, self.store, self.state).open_source(own, bundle, keep=False)
@@ -10659,101 +10401,77 @@ class Enrollment:
 
 
 def run_renewal_csr(leaf, key_file):
-    """A PKCS#10 request (DER) with subject and subjectAltName as they stand in the SVID, byte for byte
-    (E-063).
+    """A PKCS#10 request (DER) that repeats subject and subjectAltName of the SVID byte for byte (E-063).
 
     `openssl req` would encode them again.
     """
     spki = load_public_key(key_file)
-    names = leaf.extensions[OID_SUBJECT_ALT_NAME][2]
     algorithm = make_der(0x30, make_der(0x06, b"\x2a\x86\x48\xce\x3d\x04\x03\x02"))  # ecdsa-with-SHA256
     if b"\x2a\x86\x48\x86\xf7\x0d\x01\x01\x01" in spki[:40]:  # an RSA key
         algorithm = make_der(0x30, make_der(0x06, b"\x2a\x86\x48\x86\xf7\x0d\x01\x01\x0b"), b"\x05\0")
     extension_request = make_der(0x06, b"\x2a\x86\x48\x86\xf7\x0d\x01\x09\x0e")
-    attribute = make_der(0x30, extension_request, make_der(0x31, make_der(0x30, names)))
+    attribute = make_der(0x30, extension_request, make_der(0x31, make_der(0x30, leaf.alt_names)))
     content = make_der(0x30, b"\x02\x01\x00", leaf.subject, spki, make_der(0xA0, attribute))
     signature = run_openssl(["dgst", "-sha256", "-sign", key_file], content)
     return make_der(0x30, content, algorithm, make_der(0x03, b"\0", signature))
 
 
 def judge_est_response(response, operation, now):
-    """The body of a 200 (protocol of the draft, 3.3).
+    """The body of a 200 (the draft's 3.3).
 
-    Raises Pending for 202, Unreachable for what passes, Untrusted for a refusal.  A clock that is wrong is
-    told in the log.
+    Raises Pending for 202, Unreachable for what passes, Untrusted for a refusal.
     """
-    theirs = parse_date(response.headers.get("Date"))
-    if theirs is not None and abs(theirs - now) > CLOCK_SKEW:
-        log("error", f"the clock of this device says {make_time(now)}, that of the identity service"
-            f" {make_time(theirs)};"
-            " set the one that is wrong", code="CLOCK")
-    wait = parse_retry_after(response.headers.get("Retry-After"), now)
-    if response.status == 200:
-        return response.body
     if response.status == 202:                      # E-037
         raise Pending("the identity service has accepted the request and has not decided yet",
-                      retry_after=wait)
-    problem = parse_problem(response.body)
-    words = make_printable(response.body[:500].decode("utf-8", "replace"))
-    if problem:
-        words = problem.detail or problem.title
-        wait = limit_wait(problem.retry_after, now) if wait is None else wait
-    message = f"{operation}: HTTP {response.status}" + (f" ({words})" if words else "")
-    if find_verdict(response.status) == "later":
-        raise Unreachable(message, retry_after=wait)
-    raise Untrusted(message if operation == "cacerts" else f"enrollment authorization refused: {message}")
-
-
-def parse_certs_only(body):
-    """The DER of a certs-only answer: base64 with any white space, or DER or PEM as it came (E-038).
-
-    Raises Untrusted.
-    """
-    if body[:1] == b"\x30":
-        return body
+                      retry_after=parse_retry_after(response.headers.get("Retry-After"), now))
     try:
-        data = parse_base64(re.sub("-----(BEGIN|END) PKCS7-----", "", body.decode("ascii", "replace")))
+        return check_response(response, operation, (200,), now).body
+    except (Refused, Untrusted) as error:
+        words = make_printable(response.body[:500].decode("utf-8", "replace"))
+        refusal = "" if operation == "cacerts" else "enrollment authorization refused: "
+        raise Untrusted(f"{refusal}{operation}: HTTP {response.status} ({words})",
+                        retry_after=error.retry_after) from None
+
+
+def load_certificates(body):
+    """The Certificates of a certs-only answer: base64 with any white space, DER, or PEM (E-038).
+
+    openssl takes it apart, because some servers write BER.  Raises ValueError.
+    """
+    text = re.sub("-----(BEGIN|END) PKCS7-----", "", body.decode("ascii", "replace"))
+    try:
+        data = body if body[:1] == b"\x30" else parse_base64(text)
     except ValueError:
         data = b""
     if data[:1] != b"\x30":
-        words = make_printable(body[:100].decode("utf-8", "replace"))
-        raise Untrusted(f"EST answered 200 with something else than certificates: {words!r}")
-    return data
-
-
-def load_certificates(data):
-    """The Certificates in CMS SignedData; openssl reads it, because some servers write BER.
-
-    Raises ValueError.
-    """
+        raise ValueError("EST answered 200 with something else than certificates:"
+                         f" {make_printable(text, 100)!r}")
     try:
-        found = parse_pem(run_openssl(["pkcs7", "-inform", "DER", "-print_certs"], data).decode("ascii",
-                                                                                                "replace"))
+        pem = run_openssl(["pkcs7", "-inform", "DER", "-print_certs"], data).decode("ascii", "replace")
     except CommandError:
-        found = None
-    if found is None or len(found) > MAX_ISSUED:
-        raise ValueError(f"openssl finds no certs-only message of at most {MAX_ISSUED} certificates in it")
+        raise ValueError("openssl finds no certs-only message in it") from None
+    found = parse_pem(pem)
+    if len(found) > MAX_ISSUED:
+        raise ValueError(f"it holds more than {MAX_ISSUED} certificates")
     return [parse_certificate(der) for der in found]
 
 
 def find_issued(certificates, spki, renewed, trust_domain):
     """The leaf among issued Certificates.
 
-    Raises ValueError unless it is for the own key, of a client, and no other than before.
-
-    spki: the own public key.  renewed: the leaf that it renews, or None.  trust_domain: as the discovery
-    document says, or None.
+    Raises ValueError unless it is for the own public key, of a client, and no other than before.
+    renewed: the leaf that it renews, or None.  trust_domain: as discovery says, or None.
     """
     leaf = next((item for item in certificates if item.spki == spki), None)
     if leaf is None:
         raise ValueError(f"none of the {len(certificates)} certificates issued is for the own key")
-    own = make_identity(leaf, "", "").spiffe_id
-    if trust_domain and own.trust_domain != trust_domain:
+    own = make_identity(leaf).spiffe_id
+    if trust_domain not in (None, own.trust_domain):
         raise ValueError(f"the SVID issued is of trust domain {own.trust_domain}, the discovery document says"
                          f" {trust_domain}")
     if renewed and own.text != renewed.uris[0]:                                                     # E-067
         raise ValueError(f"the SVID issued is {own.text}, the one to be renewed is {renewed.uris[0]}")
-    if renewed and leaf.not_after <= renewed.not_after:
+    if renewed and leaf.der != renewed.der and leaf.not_after <= renewed.not_after:
         raise ValueError("the SVID issued ends no later than the one that it renews")
     return leaf
 
@@ -10762,8 +10480,8 @@ def find_paths(chain, candidates):
     """Every way [Certificate] from a chain upwards, one after the other (E-039); roots are left out."""
     above = []
     if len(chain) < 10:
-        above = [item for item in candidates
-                 if is_issuer(item, chain[-1]) and item.subject != item.issuer and item not in chain]
+        above = [item for item in candidates if is_issued(chain[-1], item.subject, item.key)
+                 and item.subject != item.issuer and item not in chain]
     for item in above:
         yield from find_paths(chain + [item], candidates)
     if not above:
@@ -10811,8 +10529,7 @@ def examine_renewal(agent):
     return "ok", words
 
 
-ISSUED_FILES = ("issued.p7", "issued.pem", "issued.key")        # of an older agent
-TRACES.extend(ISSUED_FILES)
+TRACES.extend(("issued.p7", "issued.pem", "issued.key"))        # of an older agent
 STEPS.insert(0, tend_identity)
 EXAMINE["renewal"] = examine_renewal
 
@@ -10824,139 +10541,106 @@ EXAMINE["renewal"] = examine_renewal
 # Revocation lists, by the draft "MIAF Enrollment, Renewal, and Revocation Profile": signed by the issuer
 # of the SVIDs that they list, named by the discovery document alone.
 CRL_FIELD = "crlUris"
+OID_CRL_NUMBER, OID_CRL_SCOPE = b"\x55\x1d\x14", b"\x55\x1d\x1c"
 MAX_LISTS = 32                      # that a discovery document may name
 CRL_PERIOD = 43200                  # seconds after which a list is asked for again, up to twice that (E-082)
 CRL_FIRST, CRL_CAP = 60, 3600       # seconds between attempts at a list that cannot be had
 
-Crl = define("Crl", "issuer this_update next_update entries number extensions",
-    "What is used of a revocation list: raw name, Unix seconds, raw entries, CRL number, extensions as of a"
-    " Certificate.")
+Crl = define("Crl", "issuer issuer_key this_update next_update serials number",
+    "What is used of a revocation list: raw name, identifier of its issuer's key or None, Unix seconds, the"
+    " serial numbers that it lists, its own number.")
 
-SCHEMA["identity"]["revocation"] = (choice("off", "soft", "require"), "soft")
+SCHEMA["identity"]["revocation"] = (choice("off", "soft", "require"), "soft",
+                                    "whether lists of revoked certificates are asked for, or needed (draft)")
 
 
 def parse_crl(data):
     """A revocation list (DER or PEM) to (DER, Crl).
 
-    Raises ValueError, also for one whose meaning is not understood (E-085).
+    Raises ValueError, also for one of a kind that is not understood (E-085).
     """
     try:
         der = parse_pem(data.decode("ascii"), "X509 CRL")[0] if data[:1] == b"-" else data
-        fields = parse_der(parse_der(parse_der(der)[0][1])[0][1])
+        (_, content, _), = parse_der(der)
+        fields = parse_der(parse_der(content)[0][1])
         if fields[0][:2] != (0x02, b"\1"):
             raise ValueError("it is not of version 2")
         times = [parse_der_time(*field[:2]) for field in fields[3:5]]
-        extensions = parse_extensions(next(value for tag, value, _ in fields[5:] if tag == 0xA0))
-        scope = []
-        if OID_CRL_SCOPE in extensions:
-            scope = parse_der(parse_der(extensions[OID_CRL_SCOPE][1])[0][1])
-        number = int.from_bytes(parse_der(extensions[OID_CRL_NUMBER][1])[0][1], "big")
-        if number >= 2 ** 160:
+        listed = fields[5][1] if fields[5][0] == 0x30 else b""
+        serials = {int.from_bytes(parse_der(entry)[0][1], "big") for _, entry, _ in walk_der(listed)}
+        extensions = parse_extensions(fields[5:], 0xA0)
+        number = parse_der(extensions[OID_CRL_NUMBER][1])[0][1]
+        if len(number) > 21:
             raise ValueError("its number has more than 20 octets")
-    except (IndexError, ValueError, KeyError, StopIteration, UnicodeDecodeError) as error:
+        kinds = {tag for tag, _, _ in parse_der(open_extension(extensions, OID_CRL_SCOPE) or b"")}
+        crl = Crl(fields[2][2], find_issuer_key(extensions), *times, serials, int.from_bytes(number, "big"))
+    except (IndexError, ValueError, KeyError) as error:
         raise ValueError(f"no revocation list with a CRL number ({type(error).__name__}: {error})") from None
     known = (OID_ISSUER_KEY, OID_CRL_NUMBER, OID_CRL_SCOPE)
     strange = [oid.hex() for oid, (critical, _, _) in extensions.items() if critical and oid not in known]
     # a name, and only user certificates, concern every leaf
-    if strange or {tag for tag, _, _ in scope} - {0xA0, 0x81}:
-        words = ", ".join(strange) or "scope"
-        raise ValueError(f"a list of a kind that is not understood (critical {words})")
-    entries = fields[5][1] if fields[5][0] == 0x30 else b""
-    return der, Crl(fields[2][2], times[0], times[1], entries, number, extensions)
+    if strange or kinds - {0xA0, 0x81}:
+        raise ValueError(f"a list of a kind that is not understood (critical {strange or 'scope'})")
+    return der, crl
 
 
-def is_listed(crl, serial):
-    """Whether a Crl lists a serial number.
-
-    The walk is made only where its bytes occur at all, since lists can be long.
-    """
-    wanted = make_der(0x02, serial.to_bytes(serial.bit_length() // 8 + 1, "big"))
-    return wanted in crl.entries and any(parse_der(entry)[0][2] == wanted for _, entry,
-                                         _ in parse_der(crl.entries))
-
-
-def is_same_issuer(crl, leaf):
-    """Whether list and leaf have one issuer: by name and, where both say one, by key identifier."""
-    ids = find_key_id(crl, OID_ISSUER_KEY), find_key_id(leaf, OID_ISSUER_KEY)
-    return crl.issuer == leaf.issuer and (None in ids or ids[0] == ids[1])
+def find_lists(leaf, crls):
+    """Those of some Crls that are by the issuer of a leaf."""
+    return [crl for crl in crls if is_issued(leaf, crl.issuer, crl.issuer_key)]
 
 
 def is_revoked(leaf, crls):
     """Whether one of the lists by the leaf's issuer lists it, whatever the list's age (E-083)."""
-    return any(is_listed(crl, leaf.serial) for crl in crls if is_same_issuer(crl, leaf))
+    return any(leaf.serial in crl.serials for crl in find_lists(leaf, crls))
 
 
 def find_status_fault(leaf, crls, listed, now):
-    """Why the revocation status of a peer's leaf is not known, "" where it is.
-
-    Raises Untrusted if it is revoked (E-083).
-    """
-    if is_revoked(leaf, crls):
-        raise Untrusted("the peer's certificate is revoked")
+    """Why the revocation status of a peer's leaf is not known, "" where it is (E-088)."""
+    end = max((crl.next_update for crl in find_lists(leaf, crls)), default=None)
     if not listed and not crls:
         return "the trust domain names no revocation list"
-    ends = [crl.next_update for crl in crls if is_same_issuer(crl, leaf)]
-    if not ends and len(crls) < len(listed):
+    if end is None and len(crls) < len(listed):
         return "a revocation list could not be had yet"
-    if not ends:
+    if end is None:
         return "no revocation list at hand is by its issuer"
-    return "" if now <= max(ends) else f"the revocation list ended at {make_time(max(ends))}"
+    return "" if now <= end else f"the revocation list ended at {make_time(end)}"
 
 
 def find_list_fault(state, now):
     """Which of the revocation lists that discovery named says nothing of today, "" where all do (E-088)."""
     for url, record in state["crls"].items():
-        end = record["thisUpdate"] + record["validity"] if record.get("digest") else 0
+        if not record.get("digest"):
+            return f"the revocation list {url} could not be had yet"
+        end = record["thisUpdate"] + record["validity"]
         if now > end:
-            return f"the revocation list {url} " + (f"ended at {make_time(end)}" if end else "could not be"
-                                                    " had yet")
+            return f"the revocation list {url} ended at {make_time(end)}"
     return ""
 
 
-def judge_status(leaf, crls, listed, mode, now):
-    """Holds a peer's leaf against the lists (E-087, E-088).
-
-    Raises Untrusted where it is revoked or, by `require`, where that is not known.
-    """
-    fault = find_status_fault(leaf, crls, listed, now)
-    if fault and mode == "require":
-        raise Untrusted("the WFM's revocation status is not known, and identity.revocation is require:"
-                        f" {fault}")
-    if fault:
-        log("warning", "the WFM's revocation status is not known", reason=fault)
-
-
-def load_crl(store, record):
-    """The bytes of one list at hand; None where there is none, or the disk spoilt it."""
-    if not record.get("digest"):
-        return None
-    data = read_file(store.path("crls", record["digest"][7:]), 1024 * MIB)
-    return data if data is not None and sha256_digest(data) == record["digest"] else None
-
-
 def load_crls(store, state):
-    """[Crl] of the verified lists at hand; one that the disk spoilt is a loss that the log tells of."""
-    found = []
+    """{URL: Crl} of the verified lists at hand; one that the disk spoilt is a loss that the log tells of."""
+    found = {}
     for url, record in state["crls"].items():
-        data = load_crl(store, record)
-        if data is not None:
-            found.append(parse_crl(data)[1])
-        elif record.get("digest"):
+        digest = record.get("digest")
+        data = read_file(store.path("crls", digest[7:]), 1024 * MIB) if digest else None
+        if data is not None and sha256_digest(data) == digest:
+            found[url] = parse_crl(data)[1]
+        elif digest:
             log("error", "security: a revocation list at hand is lost; an older one could now pass for the"
                 " newest", url=url)
     return found
 
 
-def refresh_crls(config, store, state, issuers, seek):
-    """Fetches each revocation list that is due (E-081, E-082); no fault of it is more than a line in the log.
+def refresh_revocation(config, store, state, source=None):
+    """Fetches the revocation lists that are due (E-081, E-082); a fault of one is a line in the log.
 
-    issuers: the Certificates that may have signed one; seek: a function that gets more of them.
+    source: the MtlsSource, whose chain may hold the issuer of a list, or None.
     """
-    listed = state["trust"].get("crls") or []
     records = state["crls"]
-    before = make_json(records)
     clock = get_clock()
-    jitter = get_random()
+    listed = state["trust"].get("crls") or []
+    if config.identity.revocation == "off" or not (listed or records):
+        return
     create_folder(store.path("crls"))
     for url in listed:
         note_draft(store, state, "revocation lists")
@@ -10964,64 +10648,82 @@ def refresh_crls(config, store, state, issuers, seek):
         if find_wait(record, clock):
             continue
         try:
-            fetch_crl(config, store, url, records, issuers, seek, clock.now)
+            fetch_crl(config, store, state, url, source, clock.now)
             left = record["validity"] - (clock.now - record["thisUpdate"])
-            record.update(make_wait({}, max(1, min(CRL_PERIOD * (1 + jitter), left / 2)), clock), failures=0)
+            delay = max(1, min(CRL_PERIOD * (1 + get_random()), left / 2))
+            record.update(make_wait({"failures": -1}, delay, clock))
         except (MargoError, ValueError) as error:
-            delay = (1 - jitter) * grow(CRL_FIRST, record.get("failures", 0) + 1, CRL_CAP)
+            delay = (1 - get_random()) * grow(CRL_FIRST, record.get("failures", 0) + 1, CRL_CAP)
             record.update(make_wait(record, max(getattr(error, "retry_after", None) or 0, delay), clock))
-            reason = getattr(error, "message", str(error))
-            log("warning", "a revocation list cannot be had; what is at hand stays", url=url, reason=reason)
+            log("warning", "a revocation list cannot be had; what is at hand stays", url=url,
+                reason=str(error))
     for url in set(records) - set(listed):
         if clock.now > records[url].get("thisUpdate", 0) + records[url].get("validity", 0):
             del records[url]
-    if make_json(records) != before:
-        store.save_state(state)                     # first what counts, then the old files go
-        keep = {record.get("digest", "")[7:] for record in records.values()}
-        for name in set(os.listdir(store.path("crls"))) - keep:
-            remove_file(store.path("crls", name))
+    store.save_state(state)                         # first what counts, then the old files go
+    keep = {record.get("digest", "")[7:] for record in records.values()}
+    for name in set(os.listdir(store.path("crls"))) - keep:
+        remove_file(store.path("crls", name))
 
 
-def fetch_crl(config, store, url, records, issuers, seek, now):
-    """One list from its URL to the disk, once it is verified (E-084 to E-086); raises ValueError, MargoError.
+def fetch_crl(config, store, state, url, source, now):
+    """One list from its URL to the disk, once it is verified (E-084 to E-086).
 
+    Raises ValueError, MargoError.
     """
+    records = state["crls"]
     record = records[url]
-    headers = {}
-    if load_crl(store, record) is not None:
-        pairs = ("If-None-Match", "etag"), ("If-Modified-Since", "modified")
-        headers = {name: record[key] for name, key in pairs if record.get(key)}
+    held = url in load_crls(store, state)
+    headers = {"Accept": "*/*"}
+    if held and record.get("etag"):
+        headers["If-None-Match"] = record["etag"]
     response = fetch_from_mis(url, config, headers, config.policy.max_document)
-    if check_response(response, url, (200, 304) if headers else (200,), now).status == 304:
+    if response.status == 304 and held:
         return
+    check_response(response, url, (200,), now)
     der, crl = parse_crl(response.body)
     if crl.this_update > now + CLOCK_SKEW:
         raise ValueError(f"it begins at {make_time(crl.this_update)}; is the clock of this device right?")
-    signer = ask_signer(der, crl, issuers) or ask_signer(der, crl, seek())
-    if signer is None:
-        raise ValueError("no issuer that is known, and may sign lists, has signed it")
-    key = sha256_digest(signer.spki)
+    key = sha256_digest(ask_signer(der, crl, load_issuers(config, store, source)).spki)
     # of that issuer, wherever it came from
-    numbers = [item["number"] for item in records.values() if item.get("key") == key]
-    if crl.number < max(numbers, default=0):
-        raise ValueError(f"security: its number went back from {max(numbers)} to {crl.number}")
+    newest = max((item["number"] for item in records.values() if item.get("key") == key), default=0)
+    if crl.number < newest:
+        raise ValueError(f"security: its number went back from {newest} to {crl.number}")
     # a list of another issuer takes nothing from what is held of this one
     if record.get("key") not in (None, key):
         records[f"{url}#{record['key'][7:23]}"] = dict(record)
-    digest = sha256_digest(der)
-    write_file(store.path("crls", digest[7:]), der)             # it counts once the state names it
-    if record.get("key") != key or crl.number > record["number"]:
+    if not held or record["key"] != key or crl.number > record["number"]:
+        digest = sha256_digest(der)
+        write_file(store.path("crls", digest[7:]), der)         # it counts once the state names it
         record.update(digest=digest, number=crl.number, key=key, thisUpdate=crl.this_update,
                       validity=crl.next_update - crl.this_update)
-    record.update(etag=response.headers.get("ETag"), modified=response.headers.get("Last-Modified"))
+    record["etag"] = response.headers.get("ETag")
+
+
+def load_issuers(config, store, source):
+    """The Certificates that may have signed a list: anchors, the own chain and the WFM's (E-084).
+
+    Where the WFM's was not seen yet, it is looked at; before Python 3.10 it shows no issuer.
+    """
+    held = load_trust_bundle(config, store)
+    own = read_file(config.identity.certificate, MAX_CERTIFICATES) or b""
+    ders = (held.anchors if held else []) + parse_pem(own.decode("ascii", "replace"))
+    if source:
+        ders += source.chain or fetch_chain(source.url, source.context, config.wfm.timeout)
+    return [parse_certificate(der) for der in ders]
 
 
 def ask_signer(der, crl, issuers):
-    """The one among issuers that may sign lists and has signed this one, or None; openssl says it."""
+    """The one among issuers that may sign lists and has signed this one; openssl says it.
+
+    Raises ValueError where there is none.
+    """
     with lend_file(der) as file:
         command = ["crl", "-inform", "DER", "-noout", "-verify", "-in", file.name, "-CAfile", "/dev/stdin"]
         for item in issuers:
-            if not is_issuer(item, crl) or item.key_usage is not None and CRL_SIGN not in item.key_usage:
+            if not is_issued(crl, item.subject, item.key):
+                continue
+            if item.key_usage is not None and CRL_SIGN not in item.key_usage:
                 continue
             try:
                 # its exit code says it in no old version
@@ -11031,104 +10733,72 @@ def ask_signer(der, crl, issuers):
                 raise
             except CommandError:
                 pass                                # it is by another one
-    return None
-
-
-def fetch_issuers(source):
-    """The Certificates above the WFM's, seen over a connection on which nothing is said."""
-    chain = fetch_chain(source.url, source.context, source.config.wfm.timeout)
-    if sys.version_info < (3, 10):  # which shows what was presented, and not what was verified
-        chain = chain[:1] + [der for der in chain[1:] if ask_issuer(chain[0], der)]
-    return [parse_certificate(der) for der in chain[1:]]
-
-
-def ask_issuer(der, issuer):
-    """Whether a certificate is signed by the key of another one; openssl says it."""
-    with lend_file(make_pem([der]).encode()) as file:
-        try:
-            run_openssl(["verify", "-partial_chain", "-trusted", "/dev/stdin", file.name],
-                        make_pem([issuer]).encode())
-        except CommandError:
-            return False
-    return True
-
-
-def refresh_revocation(config, store, state, source=None):
-    """Fetches the revocation lists that are due.
-
-    An issuer is sought among anchors, own chain and the WFM's chain (E-084).
-    """
-    if config.identity.revocation == "off" or not (state["trust"].get("crls") or state["crls"]):
-        return
-    held = load_trust_bundle(config, store)
-    own = read_file(config.identity.certificate, MAX_CERTIFICATES) or b""
-    ders = (held.anchors if held else []) + parse_pem(own.decode("ascii", "replace"))
-    chain = source.chain if isinstance(source, MtlsSource) else None
-    issuers = [parse_certificate(der) for der in ders + (chain or [])]
-    blind = chain is not None and len(chain) < 2
-    refresh_crls(config, store, state, issuers, lambda: fetch_issuers(source) if blind else [])
+    raise ValueError("no issuer that is known, and may sign lists, has signed it")
 
 
 def load_judge(config, store, state, source, keep):
-    """A function that holds the WFM's leaf against the lists at hand.
+    """A function (leaf, now) that raises Untrusted for a WFM's leaf by the lists at hand (E-083, E-087).
 
     By `require` they are fetched before anything is said.
     """
-    mode = config.identity.revocation
+    mode, crls, listed = config.identity.revocation, [], ()
     if mode == "require" and keep:
         refresh_revocation(config, store, state, source)
-    crls = load_crls(store, state)
-    listed = state["trust"].get("crls") or ()
+    if mode != "off":
+        crls = list(load_crls(store, state).values())
+        listed = state["trust"].get("crls") or ()
     if is_revoked(source.identity.leaf, crls):
         log("error", "the own SVID is revoked; the WFM will refuse it, have a new one issued",
             id=source.client_id)
 
     def judge(leaf, now):
-        if mode == "require" or mode == "soft" and (listed or crls):
-            judge_status(leaf, crls, listed, mode, now)
+        if is_revoked(leaf, crls):
+            raise Untrusted("the peer's certificate is revoked")
+        fault = find_status_fault(leaf, crls, listed, now)
+        if fault and mode == "require":
+            raise Untrusted("the WFM's revocation status is not known, and identity.revocation is require:"
+                            f" {fault}")
+        if fault and (listed or crls):
+            log("warning", "the WFM's revocation status is not known", reason=fault)
     return judge
 
 
 def parse_crl_uris(members, document_url, public, held):
-    """([URL of a list], [words about what was passed over]) from the members of a discovery document (E-080,
-    E-091).
-    """
+    """([URL of a list], [words about what was passed over]) from a discovery document (E-080, E-091)."""
     listed = members.get(CRL_FIELD, [])
-    faults = []
     if not isinstance(listed, list):
-        listed = []
-        faults = [f"{CRL_FIELD} is no list"]
-    good = []
-    for uri in listed:
+        return [], [f"{CRL_FIELD} is no list"]
+    good, faults = [], []
+    for uri in listed[:MAX_LISTS]:
         if isinstance(uri, str) and re.fullmatch(r"https?://[^\s/?#@]+(/[^\s#]*)?", uri):
             good.append(uri)
         else:
             faults.append(f"{CRL_FIELD} holds {make_printable(str(uri), 100)}, which is no http or https URL")
     if held and not good:
         faults.append("it names no revocation lists any more; those at hand count until they end")
-    return good[:MAX_LISTS], faults
+    return good, faults
 
 
 def load_own_flaw(store, state, leaf):
-    """Why the own leaf is of no use to the WFM."""
-    return "the own SVID is revoked; have a new one issued" if is_revoked(leaf,
-                                                                          load_crls(store, state)) else ""
+    """Why the own leaf is of no use to the WFM, "" where it is."""
+    revoked = is_revoked(leaf, load_crls(store, state).values())
+    return "the own SVID is revoked; have a new one issued" if revoked else ""
 
 
 def examine_lists(agent):
     """Whether the revocation lists say something of today."""
     fault = find_list_fault(agent.state, time.time())
-    count = len(agent.state["crls"])
     if fault:
         return "warn", fault
+    count = len(agent.state["crls"])
     return "ok", f"{count} revocation lists (draft)" if count else ""
 
 
 def refresh_after_poll(agent):
     """Fetches revocation lists where there are some and it is time."""
     if not agent.is_downtime():
-        source = None if agent.silent else agent.source
-        refresh_revocation(agent.config, agent.store, agent.state, source)
+        heard = isinstance(agent.source, MtlsSource) and not agent.silent
+        refresh_revocation(agent.config, agent.store, agent.state, agent.source if heard else None)
 
 
 COMPANIONS["crls"] = Companion(
@@ -11470,7 +11140,8 @@ class HelmDriver:
 
 
 DRIVERS["helm"] = make_helm_driver
-SCHEMA["runtime"].update(helm=(read_helm, "auto"), kubeconfig=read_path)
+SCHEMA["runtime"].update(helm=(read_helm, "auto", "path of helm; auto: by PATH, off: no helm components"),
+                         kubeconfig=(read_path, None, "file that leads helm to its cluster"))
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -11635,8 +11306,10 @@ def examine_hooks(agent):
     return "ok", f"{len(hooks)} to be run around changes" if hooks else ""
 
 
-SCHEMA.update(hooks={"run": (list_of(read_path, "a list of file names"), []),
-                     "timeout": (read_duration, "60s")})
+SCHEMA.update(hooks={
+    "run": (list_of(read_path, "a list of file names"), [], "programs that are run around each change"),
+    "timeout": (read_duration, "60s", "limit of one such program"),
+})
 LISTENERS.append(run_hooks)
 EXAMINE.update(hooks=examine_hooks)
 
@@ -12275,7 +11948,8 @@ def command_history(config, options):
 def command_capabilities(config, options):
     """Prints the capabilities document that would be reported."""
     agent = Agent(config)
-    documents = [agent.make_capabilities(device) for device in agent.devices]
+    profile = PROFILES[config.wfm.profile](config, agent.store, agent.store.load_state())
+    documents = [profile.translate(agent.make_capabilities(device)) for device in agent.devices]
     print_json(documents if documents[1:] else documents[0])
 
 

@@ -10,7 +10,8 @@
 #   client.pem, client.key  the SVID of its client CLIENT_ID (default: line-4-cell-2)
 #   site-ca.pem, site.pem, site.key   an ordinary server certificate for localhost, for a registry or an identity service
 #
-# What is there already stays; so a second call with another CLIENT_ID and a new DIR/client.pem moved away adds a client.
+# What is there already stays.  To add a client, move client.pem and client.key away and call this again with its CLIENT_ID.
+# At the end it says which setting of the agent, or which option of examples/wfm.py, takes what.
 set -eu
 umask 077
 dir=${1:?usage: sh examples/pki.sh DIR [CLIENT_ID]}
@@ -18,6 +19,7 @@ client=${2:-line-4-cell-2}
 wfm=spiffe://factory.example/margo/wfm/main
 mkdir -p "$dir"
 cd "$dir"
+had=$(ls)
 
 new_key() {
     openssl genpkey -algorithm EC -pkeyopt ec_paramgen_curve:P-256 -out "$1" 2>/dev/null
@@ -73,6 +75,12 @@ authority site-ca "/O=Example Industries/CN=Test site CA" ""
 leaf wfm ca "/O=Example Industries" "URI:$wfm"
 leaf client ca "/O=Example Industries" "URI:$wfm/client/$client"
 leaf site site-ca "/CN=localhost" "DNS:localhost, IP:127.0.0.1"
+found=$(openssl x509 -in client.pem -noout -ext subjectAltName | sed -n 's/.*URI://p')
+if [ $# -gt 1 ] && [ "$found" != "$wfm/client/$client" ]; then
+    echo "$PWD/client.pem is there already, and it is another client's: $found" >&2
+    echo "move client.pem and client.key away to make one for $client" >&2
+    exit 1
+fi
 if [ ! -e bundle.json ]; then
     cat > bundle.json.tmp <<END
 {"keys": [{"use": "x509-svid", "kty": "EC", "crv": "P-256", "x": "$(coordinate 1)", "y": "$(coordinate 33)",
@@ -81,3 +89,23 @@ if [ ! -e bundle.json ]; then
 END
     mv bundle.json.tmp bundle.json
 fi
+
+tell() {
+    case "
+$had
+" in *"
+$1
+"*) made="was there" ;; *) made=made ;; esac
+    printf '  %-14s %-10s %s\n' "$1" "$made" "$2"
+}
+echo "in $PWD, for trying things out:"
+tell client.pem   "device: identity.certificate, the client ${found##*/}"
+tell client.key   "device: identity.key"
+tell bundle.json  "device: identity.trust_bundle; wfm.py --trust-bundle"
+tell site-ca.pem  "device: registries.HOST.ca for a registry with site.pem; identity.ca with the profile signed"
+tell wfm.pem      "wfm.py --certificate: $wfm"
+tell wfm.key      "wfm.py --key"
+tell site.pem     "wfm.py --site-certificate: a server called localhost"
+tell site.key     "wfm.py --site-key"
+tell ca.key       "signs clients and WFMs: keep it off devices; ca.pem is its certificate"
+tell site-ca.key  "signs servers: keep it off devices"

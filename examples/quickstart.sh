@@ -2,29 +2,32 @@
 # SPDX-License-Identifier: Apache-2.0
 # The main job on real parts, in under two minutes, leaving nothing behind:
 #
-#   sh examples/quickstart.sh [--no-install] [--enroll]
+#   sh examples/quickstart.sh [--install] [--enroll]
 #
 # makes certificates, starts the example Workload Fleet Manager, publishes a small web server as a Compose Archive, lets the agent
 # install, update and remove it, and asks the application itself each time.  What is missing (podman, a container runtime and
-# network, openssl, curl, busybox) is installed by the system's package manager; --no-install only checks.  All else happens in a
-# temporary folder: podman keeps its containers, images and networks there, so what runs on this machine is neither seen nor touched.
+# network, openssl, curl, busybox) is told; --install has the system's package manager install it.  All else happens in a temporary
+# folder: podman keeps its containers, images and networks there, so what runs on this machine is neither seen nor touched.
 #
 # --enroll shows something else: the whole life of an identity in a minute, by certificates that live for seconds.  It needs no podman.
 set -eu
 cd "$(dirname "$0")/.."
 repository=$(pwd)
-install=yes
+install=no
 enroll=no
 for word in "$@"; do
     case $word in
-        --no-install) install=no ;;
+        --install) install=yes ;;
+        --no-install) install=no ;;             # as it is without; it was called so once
         --enroll) enroll=yes ;;
-        *) echo "usage: sh examples/quickstart.sh [--no-install] [--enroll]" >&2; exit 2 ;;
+        *) echo "usage: sh examples/quickstart.sh [--install] [--enroll]" >&2; exit 2 ;;
     esac
 done
 
+bold='' plain=''
+if [ -t 1 ] && [ "${TERM:-dumb}" != dumb ]; then bold=$(printf '\033[1m') plain=$(printf '\033[0m'); fi
 say() {
-    printf '\n\033[1m== %s\033[0m\n' "$*"
+    printf '\n%s== %s%s\n' "$bold" "$*" "$plain"
 }
 
 # need COMMAND PACKAGE: adds the package to the list of what is missing
@@ -49,7 +52,7 @@ fi
 if [ -n "$missing" ]; then
     echo "missing:$missing"
     if [ $install = no ]; then
-        echo "install these, or run without --no-install" >&2
+        echo "install these yourself, or let me do it: sh examples/quickstart.sh --install" >&2
         exit 2
     fi
     sudo=
@@ -81,6 +84,11 @@ mis=
 finish() {
     code=$?
     trap - EXIT INT TERM
+    if [ $code != 0 ] && [ $code -lt 128 ] && [ -e "$work/agent.yaml" ]; then
+        say "It failed; what the agent makes of it" >&2
+        agent doctor >&2 || true
+        [ ! -e "$work/wfm.log" ] || { echo "and the last words of the WFM:"; tail -n 5 "$work/wfm.log"; } >&2
+    fi
     [ -z "$wfm" ] || kill "$wfm" 2>/dev/null || true
     [ -z "$mis" ] || kill "$mis" 2>/dev/null || true
     [ ! -d "$work/engine" ] || remove_engine "$work/engine"

@@ -27,7 +27,12 @@ certificate's key, below /api/v1/clients/<client id>/.  Signatures are verified 
     python3 examples/wfm.py --profile signed --dialect a --certificate pki/site.pem --key pki/site.key --trust-bundle pki/ca.pem \\
         --root-ca pki/site-ca.pem --deployments deployments --state state
 
-stdout has one line for each listener and then for each event; the line `listening https://HOST:PORT` comes when all listeners are ready.
+stdout has one line for each listener, a configuration for a client of this WFM, and then one line for each event; the line
+`listening https://HOST:PORT` comes when all listeners are ready.  A refusal is told in words, to the client and on stdout.
+
+With --page 127.0.0.1:8080 a browser on this machine sees the fleet: each device, what it should run and what it reported, when it
+was last heard.  The page can only be read, has no script, and looks for news every five seconds.
+
 The state directory holds
     clients/<client id>/       desired.json (the last manifest versions), capabilities.json, statuses.json (the latest ones)
     onboarded.json             with --profile signed: the certificate of each client id
@@ -61,9 +66,11 @@ import fnmatch
 import gzip
 import hashlib
 import hmac
+import html
 import http.client
 import http.server
 import io
+import ipaddress
 import json
 import os
 import re
@@ -103,6 +110,8 @@ IMMUTABLE = "private, max-age=31536000, immutable"
 MAX_BODY = 1024 * 1024          # bytes that a client may send
 MAX_DEPTH = 64                  # of objects and arrays within each other, that it may send
 MAX_VERSION = 2 ** 64 - 1       # manifestVersion is an unsigned 64 bit number
+MAX_REFUSALS = 3                # that the fleet page shows of a client
+SILENT = 300                    # seconds after which it marks a client as silent
 GENERATIONS = 8                 # sets of deployments that stay fetchable, the current one included
 TIMEOUT = 30                    # seconds for a handshake, and for each wait for data
 LINGER = 2                      # seconds to wait for each piece of a body that is not wanted, and for the peer's goodbye
@@ -116,6 +125,25 @@ DEVICE_ID = r"[A-Za-z0-9._~-]+(/[A-Za-z0-9._~-]+)*"
 EXTENSION = r"x-[a-z][a-z0-9-]*-extensions"
 REVISION = (r"(0|[1-9]\d*)\.(0|[1-9]\d*)\.(0|[1-9]\d*)"
             r"(-(0|[1-9]\d*|\d*[a-zA-Z-][0-9a-zA-Z-]*)(\.(0|[1-9]\d*|\d*[a-zA-Z-][0-9a-zA-Z-]*))*)?(_[0-9a-zA-Z-]+(\.[0-9a-zA-Z-]+)*)?")
+
+SIZE, LARGE = r"[0-9]+ ?(Ki|Mi|Gi)", r"[0-9]+ ?(Ki|Mi|Gi|Ti|Pi|Ei)"
+OBJECT_NAME, APPLICATION_ID, COMPONENT_NAME = "[a-z0-9]([-a-z0-9.]*[a-z0-9])?", "[-a-z0-9]{1,200}", "[a-z0-9-]+"
+DURATION, HTTPS, OCI, TEXT = r"\d+m\d+s", "https://.+", "oci://.+", r"(?s).+"
+IN_WORDS = {
+    UUID: "a UUID such as 3f1d6f0e-5c35-4c9f-9b43-2f6f6c1f7a10",
+    DEVICE_ID: "a device id: letters, digits and . _ ~ -, with / between a gateway and its child",
+    DEVICE_ID + r"(/\*)?": "a device id such as line-4-cell-2, or gateway/*",
+    REVISION: "a version such as 1.0.0, without v, with _ for +",
+    SIZE: "a size such as 512Mi or 8Gi",
+    LARGE: "a size such as 64Gi or 2Ti",
+    OBJECT_NAME: "a name of small letters, digits, - and .",
+    APPLICATION_ID: "an application id: small letters, digits and -",
+    COMPONENT_NAME: "a name of small letters, digits and -",
+    DURATION: "a time such as 2m0s",
+    HTTPS: "an address that begins with https://",
+    OCI: "an address such as oci://registry.example/name",
+    TEXT: "a text that is not empty",
+}
 
 STATES = ("failed", "removing", "installing", "pending", "removed", "installed")      # most severe first
 HOSTING = ("cpus", "memory", "storage", "peripherals", "interfaces", "otelCollector", "supportedRuntimes", "supportedDeploymentTypes")
@@ -145,6 +173,7 @@ PROBLEMS = {
 
 Request = collections.namedtuple("Request", "method path query headers body client target")     # target: path and query as on the wire
 Reply = collections.namedtuple("Reply", "status headers body")
+Contact = collections.namedtuple("Contact", "at refusals")                  # at: seconds since the epoch; refusals: {request: why}
 
 
 class Problem(Exception):
@@ -168,6 +197,18 @@ def retry_advice(status):
     if status in (429, 500, 503):
         return {"retryable": True, "retryAfterSeconds": 5, "backoffStrategy": "exponential"}
     return {"retryable": False, "backoffStrategy": "none"}
+
+
+def explain(reply):
+    """What a refusal says, in words on one line."""
+    try:
+        document = json.loads(reply.body.decode())
+        said = document["errors"] if "errors" in document and "title" not in document else [document]
+        words = [item.get("detail") or item.get("message") or item.get("title") or item.get("error") for item in said]
+        words += [f"{item['field']} {item['message']}" for item in document.get("errors", ()) if "field" in item]
+        return "; ".join(str(word).rstrip(".") for word in words if word)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return reply.body.decode(errors="replace")
 
 
 def make_json(value):
@@ -296,7 +337,7 @@ class Inspection:
         if not is_kind(value, kind):
             self.add(field, f"must be of type {kind}")
         elif pattern and not re.fullmatch(pattern, value):
-            self.add(field, f"does not match ^{pattern}$")
+            self.add(field, f"must be {IN_WORDS[pattern]}, not {json.dumps(value)[:60]}")
         elif words and value not in words:
             self.add(field, "must be one of " + ", ".join(words))
         else:
@@ -426,8 +467,8 @@ def check_cpu(found, field, item):
 
 
 def check_equipment(found, properties, where):
-    found.member(properties, where, "memory", "string", pattern=r"[0-9]+ ?(Ki|Mi|Gi)")
-    found.member(properties, where, "storage", "string", pattern=r"[0-9]+ ?(Ki|Mi|Gi|Ti|Pi|Ei)")
+    found.member(properties, where, "memory", "string", pattern=SIZE)
+    found.member(properties, where, "storage", "string", pattern=LARGE)
     for field, item in found.items(properties, where, "peripherals", "object"):
         found.member(item, field, "type", "string", words=PERIPHERALS)
         for key in ("manufacturer", "model"):
@@ -485,11 +526,11 @@ def check_error(found, where, holder, state, sources, gateways, dialect):
     field = f"{where}.error"
     if dialect == "a":                      # it knows no source
         for key in ("code", "message"):
-            found.member(error, field, key, "string", pattern=r"(?s).+")
+            found.member(error, field, key, "string", pattern=TEXT)
         if "source" in error:
             found.add(f"{field}.source", "is not allowed here in this dialect")
         return
-    code, source, _ = [found.member(error, field, key, "string", pattern=r"(?s).+") for key in ("code", "source", "message")]
+    code, source, _ = [found.member(error, field, key, "string", pattern=TEXT) for key in ("code", "source", "message")]
     if code in GATEWAY_CODES and source not in [None] + gateways:
         found.add(f"{field}.source", f"code {code} is for gateways, with the gateway's device id as source")
     elif source and sources and source not in sources and source not in gateways:
@@ -527,29 +568,29 @@ def parse_deployment(text, dialect=None):
         value.setdefault("id", notes["id"])
     found.member(value, "", "id", "string", pattern=UUID)
     for key in ("name", "namespace"):
-        found.member(metadata, "metadata", key, "string", pattern="[a-z0-9]([-a-z0-9.]*[a-z0-9])?")
+        found.member(metadata, "metadata", key, "string", pattern=OBJECT_NAME)
     if dialect != "a":
         found.member(metadata, "metadata", "deviceId", "string", pattern=DEVICE_ID + r"(/\*)?")
     spec = found.member(value, "", "spec", "object") or {}
     holder, field = (notes, "metadata.annotations") if "applicationId" in notes else (spec, "spec")
-    found.member(holder, field, "applicationId", "string", pattern="[-a-z0-9]{1,200}")
+    found.member(holder, field, "applicationId", "string", pattern=APPLICATION_ID)
     profile = found.member(spec, "spec", "deploymentProfile", "object") or {}
     where = "spec.deploymentProfile"
     words = ("helm", "compose", "helm.v3") if dialect else ("helm", "compose", "custom")
     kind = found.member(profile, where, "type", "string", words=words)
     names = []
     for field, item in found.items(profile, where, "components", "object", least=1):
-        names.append(found.member(item, field, "name", "string", pattern="[a-z0-9-]+"))
+        names.append(found.member(item, field, "name", "string", pattern=COMPONENT_NAME))
         properties = found.member(item, field, "properties", "object") or {}
         if dialect and kind == "compose":
-            found.member(properties, f"{field}.properties", "packageLocation", "string", pattern="https://.+")
-            found.member(properties, f"{field}.properties", "keyLocation", "string", required=False, pattern="https://.+")
+            found.member(properties, f"{field}.properties", "packageLocation", "string", pattern=HTTPS)
+            found.member(properties, f"{field}.properties", "keyLocation", "string", required=False, pattern=HTTPS)
         else:
-            found.member(properties, f"{field}.properties", "repository", "string", pattern="oci://.+")
+            found.member(properties, f"{field}.properties", "repository", "string", pattern=OCI)
             found.member(properties, f"{field}.properties", "revision", "string", required=not dialect, pattern=REVISION)
         if not (dialect and properties.get("wait") in ("true", "false")):
             found.member(properties, f"{field}.properties", "wait", "boolean", required=False)
-        found.member(properties, f"{field}.properties", "timeout", "string", required=False, pattern=r"\d+m\d+s")
+        found.member(properties, f"{field}.properties", "timeout", "string", required=False, pattern=DURATION)
     if len(set(names)) < len(names):
         found.add(f"{where}.components", "two components have one name")
     parameters = found.member(spec, "spec", "parameters", "object", required=False) or {}
@@ -833,6 +874,16 @@ class Wfm:
         self.spiffe_id, self.prefix, self.options, self.log = spiffe_id, options.prefix.rstrip("/"), options, log
         self.deployments, self.state, self.dialect = options.deployments, options.state, options.dialect
         self.desired, self.lock = {}, threading.RLock()
+        self.contacts = {}                          # client id: Contact, since the start
+
+    def note_contact(self, client, what, refusal):
+        """Remembers when a client was last heard, and what was refused it until the same is taken."""
+        with self.lock:
+            refusals = dict(self.contacts[client].refusals if client in self.contacts else ())
+            refusals.pop(what, None)
+            if refusal:
+                refusals[what] = refusal
+            self.contacts[client] = Contact(time.time(), dict(list(refusals.items())[-MAX_REFUSALS:]))
 
     def find_client(self, certificate, _):
         """The client id that a verified peer certificate (as from SSLSocket.getpeercert) carries, or None."""
@@ -883,7 +934,7 @@ class Wfm:
     def take_capabilities(self, request, device_id, document, devices):
         """Keeps the capabilities of a device beside those at hand; whether there were some before."""
         if not re.fullmatch(DEVICE_ID, device_id):
-            raise Problem("invalid-request", f"the path does not end in a device id (^{DEVICE_ID}$)")
+            raise Problem("invalid-request", f"the path does not end in {IN_WORDS[DEVICE_ID]}")
         parent = device_id.rpartition("/")[0]
         if parent and parent not in devices:
             raise Problem("gateway-not-found", f"report the capabilities of {parent} first")
@@ -1077,6 +1128,7 @@ class SignedWfm(Wfm):
     """The interface of the first preview release, in either dialect: onboarding, client ids, a signature on every request."""
 
     CLIENT = r"/api/v1/clients/([^/]+)"
+    SPELLING = ("certificate", "clientId")          # of the members that onboarding has
     ROUTES = (
         (r"/api/v1/onboarding", {"POST": "onboard"}),
         (r"/api/v1/clients/[^/]+/deployments", {"GET": "get_manifest"}),
@@ -1173,7 +1225,7 @@ class SignedWfm(Wfm):
         """Gives a client its id: the same one each time, as it follows from the key."""
         body, found = read_document(request), Inspection()
         check_heading(found, body, "onboarding.margo.org/v1alpha1", "OnboardingRequest")
-        text = found.member(body, "", "certificate", "string")
+        text = found.member(body, "", self.SPELLING[0], "string")
         found.close("The onboarding request was understood but not accepted.")
         try:
             certificate = decode_certificate(text)
@@ -1191,7 +1243,7 @@ class SignedWfm(Wfm):
         self.keys.pop(client, None)
         write_json(os.path.join(self.state, "onboarded.json"), self.onboarded)
         self.log(client, "onboarded")
-        return Reply(201, {"Content-Type": "application/json"}, make_json({"clientId": client}))
+        return Reply(201, {"Content-Type": "application/json"}, make_json({self.SPELLING[1]: client}))
 
     def put_capabilities(self, request, device_id=None):
         """POST the first time, PUT afterwards; dialect a has one document for the whole client."""
@@ -1415,7 +1467,172 @@ def make_archive(folder, top):
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
-# 10. TLS
+# 10. The fleet page
+# ------------------------------------------------------------------------------------------------------------------------------
+
+PAGE = """<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"><meta http-equiv="refresh" content="5"><title>Fleet of {name}</title><style>
+body {{ font: 15px/1.4 sans-serif; margin: 1.5em; color: #1a2733; }}
+h1 {{ font-size: 1.3em; }}
+table {{ border-collapse: collapse; width: 100%; }}
+th, td {{ text-align: left; vertical-align: top; padding: .4em .7em; border-bottom: 1px solid #ccd5dc; }}
+th {{ background: #eef2f5; }}
+td {{ overflow-wrap: break-word; white-space: pre-line; }}
+td.error {{ overflow-wrap: anywhere; }}
+.installed {{ color: #16723b; }}
+.failed, .silent, .refused {{ color: #b3261e; }}
+.pending, .installing, .removing, .removed, .none {{ color: #8a5a00; }}
+small {{ color: #5b6b78; }}
+</style></head><body><h1>Fleet of {name}</h1>
+<table><thead><tr><th>Device</th><th>Hardware</th><th>Manifest</th><th>Deployment</th><th>Wanted</th><th>Reported</th>
+<th>Error</th><th>Last seen</th></tr></thead><tbody>
+{rows}
+</tbody></table><p><small>{note}</small></p></body></html>
+"""
+PAGE_HEADERS = {
+    "Content-Type": "text/html; charset=utf-8", "Cache-Control": "no-store", "X-Content-Type-Options": "nosniff",
+    "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'"}
+Line = collections.namedtuple("Line", "deployment wanted state error")      # of one deployment on the page, as text
+
+
+class Page:
+    """What the WFM knows of its fleet, for a browser on the same machine: GET / and nothing else, nothing to change."""
+
+    ROUTES = ((r"/", {"GET": "get_page"}),)
+
+    def __init__(self, wfm):
+        self.wfm = wfm
+
+    def answer(self, request):
+        host = request.headers.get("Host", "")
+        if not is_loopback(re.sub(":[0-9]+$", "", host)):           # another name for this machine may be a stranger's trick
+            raise Problem(403, f"this page is not served under the name {printable(host)}")
+        with self.wfm.lock:
+            return dispatch(self, self.ROUTES, request, request.path)
+
+    def get_page(self, request):
+        now = time.time()
+        clients = set(self.wfm.contacts)
+        with contextlib.suppress(FileNotFoundError):
+            clients.update(os.listdir(os.path.join(self.wfm.state, "clients")))
+        rows = [row for client in sorted(clients) for row in self.make_rows(client, now)]
+        name = make_cell(self.wfm.spiffe_id or "this WFM")
+        note = make_cell(f"{len(clients)} clients at {now_text()[:19]}Z; this page looks for news every 5 s")
+        return Reply(200, PAGE_HEADERS, PAGE.format(name=name, rows="\n".join(rows), note=note).encode())
+
+    def make_rows(self, client, now):
+        """The table's rows of one client."""
+        devices = read_json(self.wfm.kept(client, "capabilities.json"), {}) or {client: {}}
+        reports = read_json(self.wfm.kept(client, "statuses.json"), {})
+        state = self.wfm.desired_state(client)
+        served = state.current()
+        adopted = max([body.get("adoptedManifestVersion", 0) for body in reports.values()] + [0])
+        manifest = "\n".join([str(served.version)] + [f"{adopted} adopted"] * bool(adopted) + state.faults)
+        contact = describe_contact(self.wfm.contacts.get(client), now)
+        lines = self.make_lines(served, reports, sorted(devices))
+        rows = []
+        for device in sorted(devices):
+            left = [device, describe_hardware(devices[device]), manifest]
+            rows += make_device_rows(left, lines[device] or [Line("nothing", "", "", "")], contact)
+        return rows
+
+    def make_lines(self, served, reports, devices):
+        """{device: [Line]} of what is served or was reported; what is for none of them stands at the first."""
+        wanted = {item.deployment_id.lower(): self.read_document(item) for item in served.documents}
+        left = [key for key, body in reports.items() if body["status"]["state"] != "removed"]
+        lines = {device: [] for device in devices}
+        for key in sorted(set(wanted) | set(left)):
+            document, report = wanted.get(key), reports.get(key)
+            target = (report or {}).get("deviceId") or ((document or {}).get("metadata") or {}).get("deviceId")
+            lines[target if target in lines else devices[0]].append(make_line(key, key in wanted, document, report))
+        return lines
+
+    def read_document(self, item):
+        """The value of a deployment; None if it cannot be read, as is possible with --lenient."""
+        try:
+            return parse_deployment(item.text, self.wfm.dialect)
+        except (ValueError, YAMLError):
+            return None
+
+
+def make_cell(text, is_headed=False):
+    """Text from anywhere, fit for the page: escaped, line breaks kept, other control characters shown.
+
+    is_headed: what comes after the first line is less important.
+    """
+    lines = [html.escape(printable(line)) for line in str(text).strip().split("\n")]
+    if is_headed and lines[1:]:
+        return f"{lines[0]}\n<small>" + "\n".join(lines[1:]) + "</small>"
+    return "\n".join(lines)
+
+
+def make_device_rows(left, lines, contact):
+    """The rows of one device: what is said of the device stands once, beside all its deployments."""
+    span = f'rowspan="{len(lines)}"'
+    before = "".join(f"<td {span}>{make_cell(text, True)}</td>" for text in left)
+    after = f'<td {span} class="{contact[0]}">{make_cell(contact[1])}</td>'
+    rows = []
+    for line in lines:
+        kind = line.state if line.state in STATES else "none"
+        rows.append(f"<tr>{before}<td>{make_cell(line.deployment, True)}</td><td>{make_cell(line.wanted, True)}</td>"
+                    f'<td class="{kind}">{make_cell(line.state)}</td><td class="error">{make_cell(line.error)}</td>{after}</tr>')
+        before = after = ""
+    return rows
+
+
+def make_line(key, is_wanted, document, report):
+    """The Line of one deployment; document: parsed, None if it is gone or cannot be read; report: its latest, or None."""
+    name, wanted = key, "installed" if is_wanted else "removed"
+    if document:
+        name = f"{document['metadata']['name']}\n{key}"
+        for item in document["spec"]["deploymentProfile"]["components"]:
+            properties = item["properties"]
+            wanted += f"\n{item['name']} {properties.get('revision') or properties.get('packageLocation', '')}"
+    if not report:
+        return Line(name, wanted, "nothing yet", "")
+    holders = [item for item in report["components"] if "error" in item] or [report["status"]]
+    errors = [(holder.get("name"), holder["error"]) for holder in holders if "error" in holder]
+    words = [f"{source + ': ' if source else ''}{error['code']}: {error['message']}" for source, error in errors]
+    return Line(name, wanted, report["status"]["state"], "\n".join(words))
+
+
+def describe_hardware(document):
+    """A device's capabilities in a few words."""
+    properties = document.get("properties", {})
+    resources = properties.get("resources", properties)             # dialect a has them one level down
+    cpus = resources.get("cpus") or resources.get("cpu") or []
+    cpus = cpus if isinstance(cpus, list) else [cpus]
+    words = [f"{cpu['cores']} {cpu.get('architecture', 'cores')}" for cpu in cpus]
+    words += [f"{key} {resources[key]}" for key in ("memory", "storage") if key in resources]
+    lines = [" ".join(properties.get(key, "") for key in ("vendor", "modelNumber", "serialNumber")), ", ".join(words)]
+    return "\n".join(filter(None, map(str.strip, lines))) or "not reported"
+
+
+def describe_contact(contact, now):
+    """(class of the cell, words): when a client was last heard, and what was refused it."""
+    if contact is None:
+        return "silent", "not since this server started"
+    age = int(now - contact.at)
+    words = f"{age} s ago"
+    if age >= 120:
+        words = f"{age // 60} min ago" if age < 7200 else f"{age // 3600} h ago"
+    if contact.refusals:
+        return "refused", "\n".join([words, "refused:"] + list(contact.refusals.values()))
+    return ("silent" if age > SILENT else "heard"), words
+
+
+def is_loopback(host):
+    """Whether a host name or address is this machine's own loopback."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+# ------------------------------------------------------------------------------------------------------------------------------
+# 11. TLS
 # ------------------------------------------------------------------------------------------------------------------------------
 
 def make_wfm_context(certificate, key, trust_bundle, version):
@@ -1473,7 +1690,7 @@ def load_spiffe_id(path):
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
-# 11. HTTP
+# 12. HTTP
 # ------------------------------------------------------------------------------------------------------------------------------
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -1492,7 +1709,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         except ValueError as error:
             self.send_error(400, f"the request target is no URL: {error}")
             return
-        client = self.server.site.find_client(self.connection.getpeercert(), split.path) if isinstance(self.server.site, Wfm) else None
+        is_wfm = isinstance(self.server.site, Wfm)
+        client = self.server.site.find_client(self.connection.getpeercert(), split.path) if is_wfm else None
         request = Request(self.command, split.path, urllib.parse.parse_qs(split.query), self.headers, b"", client, self.path)
         try:
             request = request._replace(body=self.read_body())
@@ -1501,9 +1719,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
             reply = self.find_reply(request, fault)
         except Problem as problem:
             fault, reply = {}, problem.reply()
-        if reply.status >= 400 and isinstance(self.server.site, Wfm):
-            reason = reply.body.decode(errors="replace")
-            self.server.log(client or self.client_address[0], f"{self.command} {self.path}: {reply.status} {reason}")
+        if is_wfm:
+            refusal = f"{self.command} {self.path}: {reply.status} {explain(reply)}" if reply.status >= 400 else ""
+            if refusal:
+                self.server.log(client or self.client_address[0], refusal)
+            if client and reply.status not in (401, 403):               # with these it was not proven who asks
+                self.server.site.note_contact(client, f"{self.command} {request.path}", refusal)
         self.server.record(self, client, None if fault.get("close") else reply.status)
         if fault.get("close"):
             self.close_connection = True
@@ -1604,11 +1825,17 @@ class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
         host, _, port = address.rpartition(":")
         host = host.strip("[]")
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        super().__init__((host, int(port)), Handler)
-        self.url = f"https://{f'[{host}]' if ':' in host else host}:{self.server_address[1]}"
+        try:
+            super().__init__((host, int(port)), Handler)
+        except OSError as error:
+            raise OSError(f"{address}: {error}") from None
+        self.url = f"http{'s' if make_context else ''}://{f'[{host}]' if ':' in host else host}:{self.server_address[1]}"
 
     def finish_request(self, request, client_address):
         request.settimeout(TIMEOUT)
+        if self.make_context is None:               # the page, on loopback
+            self.RequestHandlerClass(request, client_address, self)
+            return
         with request.dup() as spare:
             try:
                 connection = self.make_context().wrap_socket(request, server_side=True)
@@ -1642,7 +1869,7 @@ class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
-# 12. Command line
+# 13. Command line
 # ------------------------------------------------------------------------------------------------------------------------------
 
 def make_parser():
@@ -1670,6 +1897,7 @@ def make_parser():
     add("--packages", metavar="DIR", help="the registry's content: <name>/<tag>/compose.yaml and so on")
     add("--registry-token", metavar="USER:SECRET_FILE", help="the registry demands tokens, given to this user")
     add("--registry-anonymous", action="store_true", help="with --registry-token: also given to nobody in particular")
+    add("--page", metavar="HOST:PORT", help="also show the fleet to a browser here, by http; an address of loopback")
     add("--site-certificate", metavar="FILE", help="server certificate for --mis and --registry")
     add("--site-key", metavar="FILE", help="its private key")
     return parser
@@ -1716,8 +1944,47 @@ def make_servers(options, log):
         site = Registry(options.packages, (user, secret_file) if options.registry_token else None, options.registry_anonymous)
         servers.append(Server("registry", options.registry, make_site, site, *common))
     site = Wfm(spiffe_id, options, log) if options.profile == "mtls" else SignedWfm(options, log)
+    if options.page:
+        servers.append(Server("page", options.page, None, Page(site), Faults(os.devnull), *common[1:]))
     servers.append(Server("listening", options.listen, make_wfm, site, *common))
     return servers
+
+
+def describe_client(options, urls):
+    """A configuration of margo_agent.py for a client of this WFM, with what lies beside the trust bundle; urls: {listener: url}."""
+    folder = os.path.dirname(os.path.abspath(options.trust_bundle))
+
+    def find(name, otherwise):
+        path = os.path.join(folder, name)
+        return path if os.path.exists(path) else otherwise
+
+    certificate, key = find("client.pem", "/etc/margo/client.pem"), find("client.key", "/etc/margo/client.key")
+    ca = find("site-ca.pem", "/etc/margo/site-ca.pem")
+    identity = {"certificate": certificate, "key": key}
+    wfm = {"url": urls["listening"] + options.prefix.rstrip("/")}
+    if options.profile == "signed":
+        wfm.update(profile="signed", dialect=options.dialect)
+        identity["ca"] = os.path.abspath(options.root_ca) if options.root_ca else ca
+    else:
+        identity["trust_bundle"] = os.path.abspath(options.trust_bundle)
+    device = "line-4-cell-2"
+    with contextlib.suppress(OSError, ValueError):
+        device = load_spiffe_id(certificate).rpartition("/")[2]
+    settings = {"state_dir": "agent-state", "wfm": wfm, "identity": identity, "device": {"id": device}}
+    if "registry" in urls:
+        settings["registries"] = {urls["registry"].partition("//")[2]: {"ca": ca}}
+    return settings
+
+
+def print_client(options, urls):
+    """Shows a ready client configuration, indented, so that it can be copied into a file as it is."""
+    settings = describe_client(options, urls)
+    print("agent.yaml of a client of this WFM, for instance:")
+    for key, value in settings.items():
+        print(f"    {key}: {json.dumps(value)}")
+    if options.profile == "mtls":
+        own = settings["identity"]
+        print(f"or by hand: curl -k --cert {own['certificate']} --key {own['key']} {settings['wfm']['url']}/api/v1/deployments")
 
 
 def main(arguments=None):
@@ -1731,6 +1998,8 @@ def main(arguments=None):
             parser.error("--mis is of the profile mtls")
     elif options.dialect or options.root_ca:
         parser.error("--dialect and --root-ca are of the profile signed")
+    if options.page and not is_loopback(options.page.rpartition(":")[0]):
+        parser.error(f"--page {options.page}: the page is for this machine alone, as on 127.0.0.1:8080")
     if options.registry and not options.packages:
         parser.error("--registry needs --packages")
     if not os.path.isdir(options.deployments):
@@ -1742,9 +2011,12 @@ def main(arguments=None):
         parser.error(f"cannot start: {error}")
     ends = {signal.SIGTERM, signal.SIGINT}
     signal.pthread_sigmask(signal.SIG_BLOCK, ends)
+    for server in servers[:-1]:
+        print(f"{server.name} {server.url}", flush=True)
+    print_client(options, {server.name: server.url for server in servers})
     for server in servers:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        print(f"{server.name} {server.url}", flush=True)
+    print(f"{servers[-1].name} {servers[-1].url}", flush=True)
     signal.sigwait(ends)
     with servers[-1].site.lock:             # no file is left half-written
         os._exit(0)

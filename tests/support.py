@@ -75,6 +75,17 @@ def find_layer(version):
     return path if os.path.exists(path) else None
 
 
+def find_prism():
+    """prism, an npm package that mocks an interface by its OpenAPI document; None where it or node is not there."""
+    path = os.path.join(PARTS, "node_modules", "@stoplight", "prism-cli", "dist", "index.js")
+    return path if os.path.exists(path) and shutil.which("node") else None
+
+
+def find_margot():
+    """margot, a publisher of Margo applications, in an environment of its own: it needs a newer Python than these tests."""
+    return shutil.which("margot", path=os.path.join(PARTS, "publisher", "bin")) or shutil.which("margot")
+
+
 CHECKS = {
     "helm3": lambda: find_layer("3"),
     "helm4": lambda: find_layer("4"),
@@ -85,8 +96,13 @@ CHECKS = {
     "podman-compose": lambda: shutil.which("podman-compose") or shutil.which("podman-compose", path=os.path.dirname(sys.executable)),
     "dockerd": lambda: find_dockerd() and shutil.which("docker") and os.geteuid() == 0 and os.path.exists("/bin/busybox"),
     "netavark": find_netavark,
+    "dpkg-deb": lambda: shutil.which("dpkg-deb"),
+    "lintian": lambda: shutil.which("lintian"),
     "docker-registry": lambda: shutil.which("docker-registry"),
     "skopeo": lambda: shutil.which("skopeo"),
+    "chromium": lambda: shutil.which("chromium"),
+    "prism": find_prism,
+    "margot": find_margot,
     "strace": lambda: shutil.which("strace"),
     "git": lambda: shutil.which("git"),
     "sshd": find_sshd,
@@ -372,9 +388,10 @@ class Example(Service):
 
 
 class Wfm(Example):
-    """examples/wfm.py with its folders; `url` and `registry` (host:port) are where it listens; profile: mtls, signed-a or signed-b."""
+    """examples/wfm.py with its folders; `url` and `registry` (host:port) are where it listens; profile: mtls, signed-a or signed-b;
+    stand_in: a kind of tests/stand_ins.py that takes its place."""
 
-    def __init__(self, test, pki, *options, folder=None, profile="mtls"):
+    def __init__(self, test, pki, *options, folder=None, profile="mtls", stand_in=None):
         self.folder = folder or make_folder(test)
         self.state = self.path("state")
         for name in ("deployments", "packages", "state"):
@@ -383,7 +400,8 @@ class Wfm(Example):
         own = "site" if self.dialect else "wfm"
         if self.dialect:
             options += ("--profile", name, "--dialect", self.dialect, "--root-ca", pki.path("site-ca.pem"))
-        argv = start("examples/wfm.py") + ["--listen", "127.0.0.1:0", "--certificate", pki.path(f"{own}.pem"), "--key",
+        program = start("tests/stand_ins.py") + [stand_in] if stand_in else start("examples/wfm.py")
+        argv = program + ["--listen", "127.0.0.1:0", "--certificate", pki.path(f"{own}.pem"), "--key",
                 pki.path(f"{own}.key"), "--trust-bundle", pki.path("bundle.json"), "--deployments", self.path("deployments"), "--state",
                 self.path("state"), "--registry", "127.0.0.1:0", "--packages", self.path("packages"), "--site-certificate", pki.path("site.pem"),
                 "--site-key", pki.path("site.key"), "--log-requests"]

@@ -184,6 +184,14 @@ class Detection(unittest.TestCase):
         self.assertEqual(kinds, ["gpu", "display", "camera", "microphone", "speaker"])
         self.assertEqual(margo_agent.detect_peripherals(self.make_root({})), [])
 
+    def test_the_name_of_the_host_is_told_only_where_that_is_asked_for(self):
+        """Draft: one label as RFC 1123 has it, whatever the host is called; one that is none is left out."""
+        self.assertNotIn("hostname", margo_agent.detect_properties("/"))
+        for name, label in (("plc-4", "plc-4"), ("plc-4.plant.example", "plc-4"), ("plc_4", "plc"), ("x" * 70, "x" * 63), ("a" * 62 + "-b", "a" * 62),
+                            ("_", None), ("", None), ("-", None), ("localhost", "localhost")):
+            with self.subTest(name), mock.patch.object(margo_agent.os, "uname", return_value=mock.Mock(nodename=name, machine="x86_64")):
+                self.assertEqual(margo_agent.detect_properties("/", hostname=True).get("hostname"), label)
+
     def test_two_looks_make_the_same_document(self):
         """P-19: a document that changed by itself would be reported at every poll."""
         self.assertEqual(margo_agent.detect_properties("/"), margo_agent.detect_properties("/"))
@@ -199,6 +207,24 @@ class Command(unittest.TestCase):
         held = support.read_json(wfm.path("state", "clients", support.DEVICE, "capabilities.json"))
         self.assertEqual(list(held.values()), [printed])
         self.assertEqual(json.loads(device.run("capabilities", "--json").stdout), printed)
+
+    def test_a_draft_is_followed_where_a_setting_says_so(self):
+        """The host's name is sent, and sent anew when it changes; values that the device has reach a container by the document's asking."""
+        pki = support.Pki(self)
+        wfm, engine = support.Wfm(self, pki), support.FakeEngine(self)
+        wfm.add_package(support.make_compose())
+        device = support.Device(self, pki, wfm, engine, {"device.hostname": True, "device.parameter_values": {"margo.device.dataPath": "/data"}})
+        document = json.loads(support.make_deployment(parameters={"GREETING": "hi"}, registry=wfm.registry))
+        document["spec"]["parameters"]["greeting"]["valueFrom"] = {"device": {"key": "margo.device.dataPath"}}
+        wfm.publish(json.dumps(document))
+        device.cycle()
+        held = support.read_json(wfm.path("state", "clients", support.DEVICE, "capabilities.json"))
+        self.assertEqual(held[support.DEVICE]["properties"]["hostname"], os.uname().nodename.partition(".")[0])
+        self.assertEqual([container["env"] for container in engine.containers().values()], [["GREETING=/data"]])
+        device.set("device.properties", {"hostname": "another"})
+        device.cycle()
+        held = support.read_json(wfm.path("state", "clients", support.DEVICE, "capabilities.json"))
+        self.assertEqual(held[support.DEVICE]["properties"]["hostname"], "another")
 
     def test_without_an_engine_nothing_is_claimed(self):
         """Deployment types are those that are really there."""

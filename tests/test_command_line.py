@@ -233,7 +233,7 @@ class Doctor(support.DeviceCase):
         os.chmod(key, 0o600)
         self.device.set("identity.certificate", certificate)
         self.device.set("identity.key", key)
-        self.check(0, "warn identity .* 0 days left; have it renewed")
+        self.check(0, "warn identity .* expires in 0 days, at 20.*; have it renewed")
 
     def test_a_file_of_a_registry_that_is_not_there_fails(self):
         self.device.settings["registries"][self.wfm.registry]["ca"] = "/nonexistent/ca.pem"

@@ -299,7 +299,7 @@ class EnvFiles(FileCase):
         self.assertEqual(len(self.read("".join(f"X{n}=$GIVEN\n" for n in range(60000)))), 60000)
 
     def read(self, text):
-        return margo_agent.parse_env_file(text, margo_agent.Variables(GIVEN="1"), "app.env")
+        return margo_agent.parse_env_file(text, margo_agent.Variables({"GIVEN": "1"}), "app.env")
 
     def test_a_parameter_stands_above_the_files_own_default(self):
         """The .env file gives defaults; what the WFM sends wins, also where a later line of .env refers to it."""
@@ -906,17 +906,17 @@ class Readers(unittest.TestCase):
     def test_durations_are_seconds(self):
         for text, expected in (("30s", 30), ("1m30s", 90), ("1h", 3600), ("500ms", 0.5), ("1.5s", 1.5),
                                ("1h0m10s", 3610), ("250us", 0.00025)):
-            self.assertAlmostEqual(margo_agent.to_seconds(text, "here"), expected)
+            self.assertAlmostEqual(margo_agent.parse_period(margo_agent.to_period(text, "here")), expected)
         for text in ("", "30", "s", "1 s", "1s ", "-1s", "1x", "1m30", 5, None):
-            self.assertFault(lambda: margo_agent.to_seconds(text, "services.main.healthcheck"),
+            self.assertFault(lambda: margo_agent.to_period(text, "services.main.healthcheck"),
                              "services.main.healthcheck")
 
     def make_ports(self, *items):
         place = "services.main.ports"
-        return margo_agent.make_ports(margo_agent.read_value(list(items), margo_agent.SERVICE_FORM["ports"], place), place)
+        return margo_agent.read_value(list(items), margo_agent.SERVICE_FORM["ports"], place)
 
     def make_health(self, value, engine="podman"):
-        return margo_agent.make_health(margo_agent.read_value(value, margo_agent.SERVICE_FORM["healthcheck"], "here"), engine)
+        return margo_agent.make_health(margo_agent.read_value(value, margo_agent.SERVICE_FORM["healthcheck"], "here", margo_agent.Variables()), engine)
 
     def test_ports_in_both_syntaxes(self):
         for value, expected in (
@@ -926,16 +926,11 @@ class Readers(unittest.TestCase):
                 ({"target": 80, "published": 90}, "90:80"), ({"target": 80, "published": "90", "host_ip": "::1"}, "[::1]:90:80"),
                 ({"target": 80, "host_ip": "127.0.0.1"}, "127.0.0.1::80"), ({"target": 80, "mode": "host", "name": "x"}, "80")):
             with self.subTest(value=value):
-                self.assertEqual([margo_agent.make_publish(port) for port in self.make_ports(value)], [expected])
+                self.assertEqual([port.argument for port in self.make_ports(value)], [expected])
         for value in ("http", "80:", ":", "80:80:80", "80:80/icmp", "80 :80", "-80:80", {"published": 80}, "65536:80", "80:65536",
                       "80-81:80-82", "80\n:80", "localhost:80:80", "", None, "9" * 5000, "80:0", "[::1:80:80"):
             with self.subTest(value=value):
                 self.assertFault(lambda: self.make_ports("1:1", value), "services.main.ports[1]")
-
-    def test_a_port_that_is_listed_twice_is_one(self):
-        """The engine is asked for a port once: the second time it is in use."""
-        found = self.make_ports("80:80", "80:80/tcp", {"target": 80, "published": 80}, "81:80")
-        self.assertEqual(list(map(margo_agent.make_publish, found)), ["80:80", "81:80"])
 
     def test_a_restart_policy_is_the_engines_own_word(self):
         for value in ("sometimes", "on-failure:", "on-failure:x", "always:3", "", "no\n", True):
@@ -959,7 +954,7 @@ class Readers(unittest.TestCase):
                 self.assertEqual(self.make_health(value), arguments)
 
     def test_docker_takes_the_words_of_a_health_check_quoted(self):
-        arguments = self.make_health({"test": ["CMD", "a", "b c", "$d"]}, "docker")
+        arguments = self.make_health({"test": ["CMD", "a", "b c", "$$d"]}, "docker")
         self.assertEqual(arguments, ["--health-cmd=a 'b c' '$d'"])
 
     def test_one_word_needs_no_shell(self):
@@ -989,6 +984,12 @@ class Ports(FileCase):
         for item, expected in self.CASES:
             with self.subTest(item=item):
                 self.assertEqual(self.settle_service({"ports": [item]}).ports, expected)
+
+
+    def test_a_port_that_is_listed_twice_is_one(self):
+        """The engine is asked for a port once: the second time it is in use."""
+        service = self.settle_service({"ports": ["80:80", "80:80/tcp", {"target": 80, "published": 80}, "81:80"]})
+        self.assertEqual(service.arguments, ["--publish=80:80", "--publish=81:80"])
 
 
 class InsideTheArchive(FileCase):
@@ -1208,7 +1209,7 @@ class Shared(FileCase):
     def test_networks_and_how_they_are_made(self):
         document = {"networks": {"plain": None, "inner": {"internal": True, "labels": ["a=b"]},
                                  "foreign": {"external": True, "name": "plant"}, "older": {"external": {"name": "site"}},
-                                 "six": {"enable_ipv6": True, "attachable": True, "driver_opts": {}, "ipam": {
+                                 "six": {"enable_ipv6": True, "attachable": True, "ipam": {
                                      "driver": "default", "config": [{"subnet": "fd00::/64", "ip_range": "fd00::/80"}]}},
                                  "fixed": {"driver": "bridge",
                                            "ipam": {"config": [{"subnet": "10.1.0.0/24", "gateway": "10.1.0.1"}]}}}}

@@ -90,6 +90,18 @@ class Reading(unittest.TestCase):
             self.assertEqual(margo_agent.load_config(path).identity.key, os.path.join(folder, "client.key"))
 
 
+    def test_every_setting_says_what_it_is_for_in_one_line(self):
+        def check(schema, where):
+            for key, row in schema.items():
+                if isinstance(row, dict):
+                    check(row, f"{where}{key}.")
+                elif where + key != "identity.rekey":       # has gone; what is said of it is what to do instead
+                    self.assertRegex(row[2], r"\A[A-Za-z][ -~]{9,80}\Z", where + key)
+
+        for schema in (margo_agent.SCHEMA, margo_agent.CHILD_SCHEMA, margo_agent.REGISTRY_SCHEMA):
+            check(schema, "")
+
+
 class Refusals(unittest.TestCase):
     def test_an_unknown_key_names_the_nearest_known_one(self):
         self.assertIn("poll.intervall: unknown key; did you mean poll.interval?", faults(poll={"intervall": "5s"}))
@@ -169,7 +181,7 @@ class Windows(unittest.TestCase):
     """Polling windows and downtime, device-local (C-230, C-231)."""
 
     def inside(self, window, moment):
-        return margo_agent.is_within([margo_agent.read_window(window, "")], time.strptime(moment, "%Y-%m-%d %H:%M"))
+        return margo_agent.is_within(margo_agent.read_windows([window], ""), time.strptime(moment, "%Y-%m-%d %H:%M"))
 
     def test_weekdays(self):
         for moment, expected in (("2026-11-23 06:00", True), ("2026-11-23 05:59", False), ("2026-11-27 21:59", True),
@@ -194,4 +206,4 @@ class Windows(unittest.TestCase):
                     "2026-13-24T00:00/2026-14-23T00:00", "2027-02-29T00:00/2027-03-01T00:00",      # F-26
                     "2028-02-30T10:00/2028-02-30T11:00", "2027-01-01T00:00/2027-04-31T00:00"):
             with self.assertRaisesRegex(ValueError, "a window such as", msg=bad):
-                margo_agent.read_window(bad, "")
+                margo_agent.read_windows([bad], "")

@@ -87,15 +87,15 @@ class Manifest(unittest.TestCase):
             ("deployments[0].digest", make_manifest(deployments=entry(digest=" " + digest(b"document")))),
             ("occurs twice", make_manifest(deployments=entry() + entry(deploymentId=HELLO.upper()))),
             ("deployments[0].url", make_manifest(deployments=entry(url=7))),
-            ("another origin", make_manifest(deployments=entry(url="https://evil.example/x"))),
-            ("another origin", make_manifest(deployments=entry(url=f"http://wfm.example:8443/api/v1/deployments/{HELLO}/x"))),
+            ("deployments[0].url", make_manifest(deployments=entry(url="https://[evil.example/x"))),
+            ("deployments[0].url", make_manifest(deployments=entry(url="https://evil.example:none/x"))),
             ("does not end with", make_manifest(deployments=entry(url=f"/api/v1/deployments/{HELLO}/{digest(b'other')}"))),
             ("does not end with", make_manifest(deployments=entry(url=f"/../api/v1/deployments/{HELLO}/{digest(b'document')}"))),
             ("bundle: missing", make_manifest(bundle="dropped")), ("if and only if", make_manifest(bundle=None)),
             ("if and only if", make_manifest(deployments=[])), ("bundle", make_manifest(bundle=[])),
             ("bundle.mediaType", make_manifest(bundle=bundle(mediaType="application/gzip"))),
             ("bundle.digest", make_manifest(bundle=bundle(digest=sha512))),
-            ("bundle.url", make_manifest(bundle=bundle(url="https://wfm.example/api/v1/bundles/" + digest(b"bundle")))))
+            ("bundle.url", make_manifest(bundle=bundle(url="/api/v1/bundles/" + digest(b"document")))))
         for expected, manifest in table:
             with self.subTest(expected=expected, manifest=manifest):
                 with self.assertRaises(margo_agent.Refused) as caught:
@@ -115,6 +115,18 @@ class Manifest(unittest.TestCase):
         """C-110: a wrong or odd size never refuses anything."""
         for size, known in ((None, None), ("many", None), (-1, None), (True, None), (1e9, 10 ** 9), (5, 5)):
             self.assertEqual(parse(make_manifest(deployments=entry(sizeBytes=size))).entries[0].size, known)
+
+    def test_urls_of_another_origin_are_told_and_refuse_nothing(self):
+        """C-058: a WFM behind a proxy names itself otherwise; what is never fetched does no harm."""
+        document, known = digest(b"document"), (HELLO, digest(b"bundle"))
+        for url in ("https://evil.example/x", f"http://wfm.example:8443/api/v1/deployments/{HELLO}/{document}", "ftp://x/y",
+                    f"https://wfm.example/margo/api/v1/deployments/{HELLO}/{document}", "//[::1]:99/", "urn:x\x1b"):
+            with self.subTest(url):
+                manifest = parse(make_manifest(deployments=entry(url=url)))
+                self.assertEqual(((manifest.entries[0].deployment_id, manifest.bundle_digest), manifest.foreign),
+                                 (known, url.replace("\x1b", "\\x1b")))
+        self.assertEqual(parse(make_manifest(bundle=bundle(url="https://wfm.example/b"))).foreign, "https://wfm.example/b")
+        self.assertEqual(parse(make_manifest()).foreign, "")
 
     def test_urls_may_be_absolute_relative_or_escaped(self):
         document = digest(b"document")
@@ -260,6 +272,24 @@ spec:
         self.assertIn("greeting", caught.exception.message)
         self.assertEqual(load(change("spec.parameters.greeting.valueFrom", {"device": {"key": "k"}})).parameters[0].name, "greeting")
 
+    def test_a_value_that_the_device_has_comes_before_the_documents_own(self):
+        """C-182, draft: a device-supplied value; what it does not have, or what is asked for in another form, falls back on `value`."""
+        def value(source, values):
+            text = change("spec.parameters.greeting.valueFrom", source)
+            return margo_agent.parse_deployment(text.encode(), HELLO, values).parameters[0].value
+
+        for source, expected in (({"device": {"key": "margo.device.dataPath"}}, "/data"), ({"device": {"key": "other"}}, "hi"), ({"device": {}}, "hi"),
+                                 ({"device": "margo.device.dataPath"}, "hi"), ({"secret": {"key": "margo.device.dataPath"}}, "hi"), (None, "hi"),
+                                 ({"device": {"key": ["margo.device.dataPath"]}}, "hi"), ("device", "hi"), ({"device": {"key": "list"}}, ["a", "b"])):
+            with self.subTest(source):
+                self.assertEqual(value(source, {"margo.device.dataPath": "/data", "list": ["a", "b"]}), expected)
+                self.assertEqual(value(source, {}), "hi")
+        alone = change("spec.parameters.greeting", {"valueFrom": {"device": {"key": "k"}}, "targets": []}).encode()
+        self.assertEqual(margo_agent.parse_deployment(alone, HELLO, {"k": False}).parameters[0].value, False)
+        with self.assertRaises(margo_agent.ComponentError) as caught:
+            margo_agent.parse_deployment(alone, HELLO, {"K": 1})
+        self.assertIn("device.parameter_values", caught.exception.message)
+
     def test_a_type_that_nothing_here_runs_has_a_code_of_its_own(self):
         """C-168"""
         with self.assertRaises(margo_agent.ComponentError) as caught:
@@ -294,6 +324,97 @@ def read_example(*path):
     """The text of an example document of another generation."""
     with open(os.path.join(support.DATA, "dialects", *path)) as file:
         return file.read()
+
+
+FILES = "https://files.plant.example"
+
+
+def make_older(*, api="margo.org/v1alpha1", kind="ApplicationDeployment", metadata=None, spec=None, properties=None, type="compose", **members):
+    """A document of an older generation as a value, in the shapes that public servers send; None: left out."""
+    component = {"name": "collector", "properties": properties or {"packageLocation": f"{FILES}/collector.tar.gz"}}
+    value = {"apiVersion": api, "kind": kind, "metadata": metadata or {"name": "monitor", "annotations": {"id": HELLO}},
+             "spec": dict({"deploymentProfile": {"type": type, "components": [component]}}, **spec or {}), **members}
+    return {key: item for key, item in value.items() if item is not None}
+
+
+def make_current(**changes):
+    """One of the current generation as a value, with members at dotted paths changed (`...`: dropped)."""
+    text = support.make_deployment(parameters={"GREETING": "hi"})
+    for path, value in changes.items():
+        text = change(path.replace("__", "."), value, text)
+    return json.loads(text)
+
+
+HELM = {"repository": "oci://registry.plant.example/charts/collector", "revision": "2.4.0"}
+REFERENCE = {"appPackageRef": {"id": "com-plant-collector", "version": "1.0"}}
+# Documents of public repositories by their shapes: what became of each, "" where it is read.
+PUBLIC = {
+    "specification, first": (make_current(), ""),
+    "specification, second": (make_current(metadata__x_note="a"), ""),
+    "data model, compose": (make_current(spec__deploymentProfile__deviceConstraints={"capacityRequirements": {"cpu": {"cores": 1}}}), ""),
+    "data model, helm": (make_current(spec__deploymentProfile__type="helm"), ""),
+    "data model, 001": (make_current(**{"x-note-extensions": {}}), ""),
+    "a gateway places it": (make_current(metadata__deviceId="cell-gw/*"), ""),
+    "a server of rc.3": (make_current(spec__parameters={}), ""),
+    "parameters and a bare file at a registry": (make_older(
+        id=HELLO, properties={"packageLocation": "https://registry.plant.example/v2/web/blobs/sha256:" + "0" * 64},
+        spec={"parameters": {"greeting": {"value": "hi", "targets": [{"pointer": "ENV.GREETING", "components": ["collector"]}]}}}), ""),
+    "conformance suite, an application": (make_older(metadata={"name": HELLO}, spec=REFERENCE), ""),
+    "conformance suite, generic": (make_older(metadata={"name": HELLO, "namespace": "x"}, spec=REFERENCE, type="helm", properties=HELM), ""),
+    "conformance suite, many components": (make_older(
+        metadata={"name": HELLO}, spec=REFERENCE, properties={"packageLocation": "oci://registry.plant.example/collector"}), "properties.packageLocation"),
+    "its mock server, a path": (make_older(metadata={"name": HELLO}, properties={"packageLocation": "./collector.tar.gz"}), "properties.packageLocation"),
+    "open WFM of 2025, compose": (make_older(
+        kind="ApplicationDeploymentManifest", metadata={"id": HELLO, "name": "monitor"}, properties={
+            "packageLocation": f"{FILES}/compose.yaml", "timeout": "5m"}), "properties.timeout"),
+    "open WFM of 2025, helm": (make_older(
+        kind="ApplicationDeploymentManifest", metadata={"id": HELLO, "name": "monitor"}, type="helm.v3", properties=dict(HELM, timeout="5m")),
+        "properties.timeout"),
+    "a client that knows its id by the name": (make_older(metadata={"name": HELLO, "namespace": "x"}), ""),
+    "a component without properties": (make_older(
+        metadata={"name": HELLO}, spec={"deploymentProfile": {"type": "compose", "components": [{"name": "collector"}]}}), "components[0].properties"),
+    "a draft, the device has to know": (make_current(spec__parameters__greeting={"valueFrom": {"device": {"key": "k"}}, "targets": []}), "valueFrom"),
+    "a draft, dots in the application": (make_current(metadata__targetName="x", spec__applicationId="com.plant.collector"), "spec.applicationId"),
+}
+
+
+class Public(unittest.TestCase):
+    """What public servers and repositories hold: eighteen documents, and what stands in the way of those that are refused."""
+
+    def test_each_is_read_or_refused_with_the_place(self):
+        self.assertEqual(len(PUBLIC), 18)
+        for name, (value, words) in PUBLIC.items():
+            with self.subTest(name):
+                if not words:
+                    self.assertEqual(load(json.dumps(value)).deployment_id, HELLO)
+                    continue
+                with self.assertRaises(margo_agent.ComponentError) as caught:
+                    load(json.dumps(value))
+                self.assertIn(words, caught.exception.message)
+
+    def test_an_id_is_found_where_servers_put_it(self):
+        """F1: at the top, in the annotations, in metadata, or as a name that is one; the first of these counts, null is none."""
+        for metadata, top in (({"id": HELLO, "name": "n"}, None), ({"name": "n", "annotations": {"id": HELLO}}, None), ({"name": HELLO}, None),
+                              ({"name": OTHER, "id": OTHER}, HELLO), ({"name": OTHER, "id": OTHER, "annotations": {"id": HELLO}}, None),
+                              ({"name": "n", "id": HELLO, "annotations": None}, None), ({"id": HELLO, "annotations": {"id": None}}, None)):
+            with self.subTest(metadata=metadata, top=top):
+                self.assertEqual(load(json.dumps(make_older(metadata=metadata, id=top))).namespace, "default")
+        self.assertEqual(load(json.dumps(make_older(metadata={"id": HELLO.upper()}))).name, HELLO)
+
+    def test_the_current_generation_stays_as_strict_as_it_is(self):
+        """Without `kind` and `apiVersion` nothing of this holds: an id in metadata is none, and the application is named."""
+        for changes, words in (({"id": ..., "metadata__id": HELLO}, "id: found 'None'"), ({"id": ..., "metadata__name": HELLO}, "id: found 'None'"),
+                               ({"spec__applicationId": ..., "spec__appPackageRef": {"id": "a"}}, "spec.applicationId: found 'None'"),
+                               ({f"{FIRST.replace('.', '__')}__properties": {"packageLocation": f"{FILES}/x.tar.gz"}}, "properties.repository"),
+                               ({"metadata__deviceId": ...}, "metadata.deviceId: found 'None'")):
+            with self.subTest(words), self.assertRaises(margo_agent.ComponentError) as caught:
+                load(json.dumps(make_current(**changes)))
+            self.assertIn(words, caught.exception.message)
+
+    def test_an_application_that_is_named_wrongly_is_refused_all_the_same(self):
+        with self.assertRaises(margo_agent.ComponentError) as caught:
+            load(json.dumps(make_older(spec={"applicationId": "Not A Name"})))
+        self.assertIn("spec.applicationId: found 'Not A Name'", caught.exception.message)
 
 
 class Dialects(unittest.TestCase):

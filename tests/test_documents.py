@@ -97,6 +97,18 @@ class Valid(unittest.TestCase):
             margo_agent.ManifestEntry(item["deploymentId"], item["digest"], None) for item in load("mtls", "state-manifest.json")["deployments"]], 2 ** 20)
         self.assertEqual(sorted(data), sorted(item["digest"] for item in load("mtls", "state-manifest.json")["deployments"]))
 
+    def test_addresses_of_another_origin_are_logged_once_and_never_asked(self):
+        """C-058: whatever the manifest says, requests go to wfm.url alone; an unchanged poll says nothing of it again."""
+        manifest = read("mtls", "state-manifest-other-origin.json")
+        for name in ("deployments", load("mtls", "state-manifest.json")["bundle"]["digest"]):
+            source = Folder("mtls", answers={"deployments": manifest, name: manifest if name == "deployments" else (404, {}, b"")})
+            desired, lines = source.fetch()
+            self.assertEqual(len(desired.documents), 3)
+            self.assertEqual([words for level, words in lines if level == "warning" and "another origin" in words], [lines[-1][1]])
+            self.assertEqual({url.split("/api")[0] for _, url, _ in source.asked}, {"https://wfm.plant.example"})
+            accepted = {"version": desired.version, "digest": desired.digest, "etag": None}
+            self.assertEqual(source.fetch(accepted), (None, []))
+
     def test_nothing_should_run_is_a_desired_state(self):
         """C-114"""
         desired, _ = Folder("mtls", answers={"deployments": read("mtls", "state-manifest-empty.json")}).fetch({"version": 42, "digest": "", "etag": None})
@@ -181,6 +193,68 @@ class Valid(unittest.TestCase):
         self.assertRegex(load("signed", "onboarding-response.json")["clientId"], r"^[^/\\]+$")
 
 
+class Roads(unittest.TestCase):
+    """C-105, C-106, C-112: documents come by a bundle or one by one; where one road fails the other is taken, and digests decide."""
+
+    BUNDLE = load("mtls", "state-manifest.json")["bundle"]["digest"]
+    ONE = load("mtls", "state-manifest.json")["deployments"][0]["digest"]
+
+    def make_source(self, small, answers):
+        """A source whose manifest makes the bundle, or single documents, the cheaper road."""
+        manifest = load("mtls", "state-manifest.json")
+        manifest["bundle"]["sizeBytes"] = 1 if small == "bundle" else 10 ** 6
+        return Folder("mtls", answers=dict(answers, deployments=json.dumps(manifest).encode()))
+
+    def roads(self, source):
+        """The roads that were taken, in their order."""
+        found = [url.split("/")[-2] for _, url, _ in source.asked[1:]]
+        return ["bundles" if part == "bundles" else "single" for index, part in enumerate(found)
+                if index == 0 or (part == "bundles") != (found[index - 1] == "bundles")]
+
+    FAULTS = {"not there": (404, {}, b""), "a type of Margo's": (404, {}, b'{"type": "https://docs.margo.org/specification/problem-types#invalid-bundle"}'),
+              "gone": (410, {}, b""), "unknown": (400, {}, b""), "moved": (302, {"Location": "https://elsewhere.example/"}, b""),
+              "a part": (206, {}, b"x"), "other bytes": b"stale", "nothing": b"", "a page": b"<html>Please sign in</html>"}
+
+    def test_where_the_first_road_fails_the_other_one_is_taken(self):
+        for small, broken in (("bundle", self.BUNDLE), ("single", self.ONE)):
+            for name, fault in self.FAULTS.items():
+                with self.subTest(small=small, fault=name):
+                    source = self.make_source(small, {broken: fault})
+                    desired, lines = source.fetch()
+                    self.assertEqual(sorted(desired.documents), sorted(entry.digest for entry in desired.entries))
+                    self.assertEqual(self.roads(source), ["bundles", "single"] if small == "bundle" else ["single", "bundles"])
+                    self.assertEqual([words for level, words in lines if level == "info"], ["documents are fetched the other way"])
+
+    def test_a_bundle_whose_documents_are_others_is_no_road_either(self):
+        """C-117: its digest is what the manifest says, but what is in it is not."""
+        for content in (b"other", None):
+            data = support.make_archive({"x.yaml": content} if content else {})
+            source = self.make_source("bundle", {digest(data): data})
+            manifest = json.loads(source.answers["deployments"].decode())
+            manifest["bundle"].update(digest=digest(data), url=f"/api/v1/bundles/{digest(data)}")
+            source.answers["deployments"] = json.dumps(manifest).encode()
+            self.assertEqual(len(source.fetch()[0].documents), 3)
+
+    def test_only_where_both_roads_fail_the_state_is_refused(self):
+        for small in ("bundle", "single"):
+            for name, fault in self.FAULTS.items():
+                with self.subTest(small=small, fault=name):
+                    source = self.make_source(small, {self.BUNDLE: fault, self.ONE: b"changed"})
+                    with self.assertRaises(margo_agent.Refused) as caught:
+                        source.fetch()
+                    for words in ("; and before: ", COMPOSE, self.BUNDLE if isinstance(fault, tuple) else "bundle: digest mismatch"):
+                        self.assertIn(words, caught.exception.message)
+                    self.assertEqual(caught.exception.exit, 4)
+
+    def test_what_asks_for_patience_or_is_denied_takes_no_other_road(self):
+        for status, kind in ((503, margo_agent.Unreachable), (429, margo_agent.Unreachable), (403, margo_agent.Untrusted)):
+            for small, broken in (("bundle", self.BUNDLE), ("single", self.ONE)):
+                source = self.make_source(small, {broken: (status, {}, b"")})
+                with self.subTest(status=status, small=small), self.assertRaises(kind):
+                    source.fetch()
+                self.assertEqual(len(self.roads(source)), 1)
+
+
 class Answers(unittest.TestCase):
     """The forms in which HTTP may bring a valid manifest."""
 
@@ -229,7 +303,7 @@ class Answers(unittest.TestCase):
 
 MANIFESTS = {"bundle-missing": "bundle: missing", "bundle-null-with-deployments": "if and only if", "bundle-present-without-deployments": "if and only if",
              "digest-algorithm-sha512": "deployments[0].digest", "digest-uppercase-hex": "deployments[0].digest", "duplicate-deployment-id": "occurs twice",
-             "url-digest-differs": "deployments[0].url", "url-other-origin": "another origin", "version-above-u64": "manifestVersion",
+             "url-digest-differs": "deployments[0].url", "version-above-u64": "manifestVersion",
              "version-fractional": "manifestVersion", "version-zero": "manifestVersion"}
 DEPLOYMENTS = {"application-id-uppercase": "spec.applicationId", "device-id-star-in-the-middle": "metadata.deviceId", "duplicate-yaml-key": "namespace",
                "id-not-uuid": "id: found", "memory-with-space": "capacityRequirements.memory", "repository-not-oci": "properties.repository",

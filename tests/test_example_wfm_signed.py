@@ -308,7 +308,7 @@ class Capabilities(SignedCase):
                   ("roles is missing", "properties.roles", ...), ("roles needs at least", "properties.roles", []),
                   ("roles[0] must be", "properties.roles", ["standalone device"]), ("resources is missing", "properties.resources", ...),
                   ("cpu must be of type object", "properties.resources.cpu", [cpu]), ("storage is missing", "properties.resources.storage", ...),
-                  ("memory does not match", "properties.resources.memory", "8GB"), ("architecture must be", "properties.resources.cpu.architecture", "x86"),
+                  ("memory must be a size such as 512Mi or 8Gi, not", "properties.resources.memory", "8GB"), ("architecture must be", "properties.resources.cpu.architecture", "x86"),
                   ("properties.memory is not allowed", "properties.memory", "8Gi"), ("otelCollector is not allowed", "properties.otelCollector", True),
                   ("vendor is missing", "properties.vendor", ...), ("peripherals is missing", "properties.resources.peripherals", ...)),
             "b": (("apiVersion is missing", "apiVersion", ...), ("labels is not allowed", "labels", {}), ("cpu is missing", "properties.cpu", ...),

@@ -117,7 +117,7 @@ class Settings(unittest.TestCase):
     def test_a_protocol_without_child_devices_is_said(self):
         """Protocol 3.5: one document for one client in the earlier generations."""
         config = margo_agent.SCHEMA["wfm"]
-        with unittest.mock.patch.dict(config, profile=(margo_agent.read_text, "mtls"), dialect=(margo_agent.read_text, "a")):
+        with unittest.mock.patch.dict(config, profile=(margo_agent.read_text, "mtls", ""), dialect=(margo_agent.read_text, "a", "")):
             child = make_child("a", {"DOCKER_HOST": "x"})
             for profile, dialect, fine in (("mtls", "a", True), ("signed", "b", True), ("signed", "a", False), ("git", "a", False)):
                 words = self.faults(child, wfm={"url": "https://w", "profile": profile, "dialect": dialect})

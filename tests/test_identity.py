@@ -29,7 +29,7 @@ def read(path):
 
 def make_leaf(uris=(CLIENT_ID,), is_ca=False, usage=frozenset({0}), start=NOW - 100, end=NOW + 100):
     """A Certificate record as parse_certificate makes it; bit 0 of keyUsage is digitalSignature."""
-    return Certificate(b"", b"", b"", 1, start, end, b"", list(uris), is_ca, None if usage is None else set(usage), {})
+    return Certificate(b"", b"", b"", 1, start, end, b"", list(uris), is_ca, None if usage is None else set(usage))
 
 
 def change_environment(test, **values):
@@ -116,8 +116,8 @@ class OwnIdentity(unittest.TestCase):
                 ("x", "wfm", "WFM"), ("x", "a~", "b~"))):
             with self.subTest(wfm):
                 der = self.issue(f"c{index}", f"spiffe://{domain}/margo/wfm/{wfm}/client/{client}")
-                identity = margo_agent.parse_identity([der, b"never read"], "cert", "key")
-                self.assertEqual(identity.wfm_spiffe_id.text, f"spiffe://{domain}/margo/wfm/{wfm}")
+                identity = margo_agent.make_identity(margo_agent.parse_certificate(der), "cert", "key")
+                self.assertEqual(identity.wfm_id, f"spiffe://{domain}/margo/wfm/{wfm}")
                 self.assertEqual(identity.spiffe_id.text, f"spiffe://{domain}/margo/wfm/{wfm}/client/{client}")
                 self.assertEqual((identity.leaf.der, identity.certificate_file, identity.key_file),
                                  (der, "cert", "key"))
@@ -129,17 +129,12 @@ class OwnIdentity(unittest.TestCase):
                                       "margo/wfm/client/a", "Margo/wfm/main/client/a", "a/margo/wfm/main/client/a")):
             der = self.issue(f"c{index}", f"spiffe://{TRUST_DOMAIN}/{path}")
             with self.subTest(path), self.assertRaises(ValueError) as caught:
-                margo_agent.parse_identity([der], "cert", "key")
+                margo_agent.make_identity(margo_agent.parse_certificate(der))
             self.assertIn(f"{path} is not a WFM client's id", str(caught.exception))
-
-    def test_a_file_without_certificates_is_no_identity(self):
-        with self.assertRaises(ValueError) as caught:
-            margo_agent.parse_identity([], "cert", "key")
-        self.assertIn("no certificate", str(caught.exception))
 
     def test_a_damaged_peer_certificate_is_untrusted_and_nothing_else(self):
         """C-011, C-013: wherever a byte is missing or another one; no damage of the id passes."""
-        identity = margo_agent.parse_identity([self.pki.der("client.pem")], "cert", "key")
+        identity = margo_agent.make_identity(margo_agent.parse_certificate(self.pki.der("client.pem")))
         der = self.pki.der("wfm.pem")
         now = time.time()
         margo_agent.check_wfm(der, identity, now)
@@ -241,12 +236,12 @@ class Bundles(unittest.TestCase):
             with self.subTest(known=known, new=new, domain=domain):
                 trust = {"sequence": known, "trustDomain": domain}
                 if accepted:
-                    self.assertEqual(margo_agent.check_sequence(margo_agent.parse_trust_bundle(data), trust, TRUST_DOMAIN).sequence, new)
+                    margo_agent.check_sequence(margo_agent.parse_trust_bundle(data), trust, TRUST_DOMAIN)
                 else:
                     with self.assertRaises(ValueError) as caught:
                         margo_agent.check_sequence(margo_agent.parse_trust_bundle(data), trust, TRUST_DOMAIN)
                     self.assertIn(f"spiffe_sequence went back from {known} to {new}", str(caught.exception))
-        self.assertEqual(margo_agent.check_sequence(margo_agent.parse_trust_bundle(data), {}, TRUST_DOMAIN).sequence, new)
+        margo_agent.check_sequence(margo_agent.parse_trust_bundle(data), {}, TRUST_DOMAIN)
 
 
 class Discovery(unittest.TestCase):
@@ -415,7 +410,7 @@ class Peers(LiveCase):
                 (WFM_ID.replace("main", "Main"), "this client's WFM is " + WFM_ID),
                 (CLIENT_ID, f"the peer is {CLIENT_ID}"),
                 ("spiffe://other.example/margo/wfm/main",
-                 f"the peer is of trust domain other.example, this client of {TRUST_DOMAIN}"),
+                 f"the peer is spiffe://other.example/margo/wfm/main, this client's WFM is {WFM_ID}"),
                 (f"spiffe://{TRUST_DOMAIN}", "is not a SPIFFE ID with a path"),
                 (f"https://{TRUST_DOMAIN}/margo/wfm/main", "is not a SPIFFE ID")):
             with self.subTest(uri):
@@ -660,12 +655,22 @@ class Expiry(LiveCase):
         lines = self.find_warnings()
         self.assertEqual(len(lines), 1, lines)
         self.assertIn("warning", lines[0])
-        self.assertRegex(lines[0], "days=[45]$")
+        self.assertRegex(lines[0], "expires in [45] days, at 20")
         self.assertEqual(self.find_warnings(), [])
         identity = self.status()["identity"]
         self.assertRegex(identity["warning"], "expires in [45] days")
         self.assertIn(identity["notAfter"], lines[0])
         self.assertEqual(identity["id"], CLIENT_ID)
+
+    def test_a_key_that_others_can_read_is_told_once_a_day(self):
+        """By name and mode; with 0600 nothing is said."""
+        name = self.issue(CLIENT_ID)
+        self.carry(name)
+        os.chmod(self.pki.path(f"{name}.key"), 0o600)
+        self.assertNotIn("chmod", self.cycle())
+        os.chmod(self.pki.path(f"{name}.key"), 0o640)
+        self.assertIn(f"warning identity.key {self.pki.path(name + '.key')} has mode 0640; chmod 0600 it", self.cycle())
+        self.assertNotIn("chmod", self.cycle())
 
     def test_before_that_there_is_no_warning(self):
         self.carry(self.issue(CLIENT_ID, start="-30d", end="+11d"))
@@ -761,14 +766,13 @@ class RemoteBundle(RemoteCase):
         self.assertEqual(self.asked(), [])
 
     def test_it_is_asked_for_again_when_the_hint_has_passed(self):
-        """C-040: with the ETag; unchanged is an answer, and the cache stays as it is."""
+        """C-040: where it is the same, the cache stays as it is."""
         self.device.set("identity.refresh", "1d")
         bundle = self.refresh()[0]
-        etag, before = self.state["trust"]["etag"], os.stat(self.store.path("trust-bundle.json"))
+        before = os.stat(self.store.path("trust-bundle.json"))
         self.asked()
         self.assertEqual(self.refresh(NOW + 3600), (bundle, ""))
-        self.assertEqual(self.requests("mis")[0]["headers"]["If-None-Match"], etag)
-        self.assertEqual(self.asked(), [(BUNDLE, 304)])
+        self.assertEqual(self.asked(), [(BUNDLE, 200)])
         self.assertEqual(os.stat(self.store.path("trust-bundle.json")), before)
 
     def test_without_a_hint_the_configuration_says_when(self):
@@ -779,7 +783,7 @@ class RemoteBundle(RemoteCase):
         self.refresh(NOW + 299)
         self.assertEqual(self.asked(), [(BUNDLE, 200)])
         self.refresh(NOW + 300)
-        self.assertEqual(self.asked(), [(BUNDLE, 304)])
+        self.assertEqual(self.asked(), [(BUNDLE, 200)])
 
     def test_http_caching_does_not_defer_a_refresh(self):
         """C-041."""
@@ -794,7 +798,7 @@ class RemoteBundle(RemoteCase):
         """C-040, P-2: a device that once was in the future is not bound to it."""
         self.refresh(NOW + 10 ** 8)
         self.refresh()
-        self.assertEqual(self.asked(), [(BUNDLE, 200), (BUNDLE, 304)])
+        self.assertEqual(self.asked(), [(BUNDLE, 200), (BUNDLE, 200)])
 
     def test_a_new_bundle_replaces_all_anchors(self):
         """C-038, C-039: never old and new together."""
@@ -842,7 +846,7 @@ class RemoteBundle(RemoteCase):
                 self.wfm.fault(dict(fault, path=BUNDLE))
                 self.assertIn(word, self.refuse(Unreachable, Untrusted))
                 self.assertIsNone(self.cached())
-                self.assertEqual({"source", "etag", "sequence", "refreshedAt"} & set(self.state["trust"]), set())
+                self.assertEqual({"source", "sequence", "refreshedAt"} & set(self.state["trust"]), set())
 
     def test_a_304_that_nobody_asked_for_is_no_bundle(self):
         """C-037: without a bundle at hand there is nothing that could be unchanged."""
@@ -871,7 +875,7 @@ class RemoteBundle(RemoteCase):
         self.assertIn("timed out", self.refuse(Unreachable))
 
     def test_a_cache_that_the_disk_spoilt_is_fetched_anew_and_whole(self):
-        """C-042: without If-None-Match, for there is nothing that could be unchanged."""
+        """C-042."""
         for data in (None, b"", b"garbage", b'{"keys": []}'):
             with self.subTest(data):
                 self.refresh()
@@ -884,13 +888,14 @@ class RemoteBundle(RemoteCase):
                 self.assertEqual(self.asked(), [(BUNDLE, 200)])
                 self.assertEqual(self.cached(), read(self.pki.path("bundle.json")))
 
-    def test_an_etag_belongs_to_its_address(self):
-        """C-041: another address is asked without it."""
+    def test_the_same_bundle_from_another_address_is_kept_with_that(self):
+        """C-043: what is remembered of a service names it."""
         self.refresh()
-        self.device.set("identity.trust_bundle", self.mis.replace("localhost", "127.0.0.1") + BUNDLE)
+        url = self.mis.replace("localhost", "127.0.0.1") + BUNDLE
+        self.device.set("identity.trust_bundle", url)
         self.asked()
         self.refresh(NOW + 3600)
-        self.assertEqual(self.asked(), [(BUNDLE, 200)])
+        self.assertEqual((self.asked(), self.state["trust"]["source"]), ([(BUNDLE, 200)], url))
 
     def test_the_service_is_authenticated_by_its_own_anchors_each_time(self):
         """C-030, C-031, C-032, C-044: another authority, another name, or one that only the bundle knows is refused."""
@@ -947,7 +952,7 @@ class RemoteDiscovery(RemoteCase):
         self.assertEqual([item["headers"]["Accept"] for item in self.requests("mis")], ["application/json"] * 2)
         self.assertEqual(self.asked(), [(DISCOVERY, 200), (BUNDLE, 200)])
         self.refresh(NOW + 3600)
-        self.assertEqual(self.asked(), [(DISCOVERY, 200), (BUNDLE, 304)])
+        self.assertEqual(self.asked(), [(DISCOVERY, 200), (BUNDLE, 200)])
 
     def test_a_document_that_is_refused_leads_nowhere(self):
         """C-033, C-035: fail closed without a bundle, else keep it; the bundle's address is not visited."""
@@ -1025,14 +1030,14 @@ class RemoteProcess(RemoteCase):
         self.assertEqual((self.asked(), read(self.store.path("state.json"))), ([], before))
 
     def test_an_unchanged_bundle_is_not_asked_for_before_the_hint_has_passed_again(self):
-        """C-040, P-16: a 304 counts as a refresh, is kept in memory and writes nothing."""
+        """C-040, P-16: the same bundle counts as a refresh, is kept in memory and writes nothing."""
         self.cycle()
         before = read(self.store.path("state.json"))
         self.store.save_memo(dict(self.store.load_memo(), trust=time.time() - 3601))
         self.asked()
         self.cycle()
         self.cycle()
-        self.assertEqual((self.asked(), read(self.store.path("state.json"))), ([(BUNDLE, 304)], before))
+        self.assertEqual((self.asked(), read(self.store.path("state.json"))), ([(BUNDLE, 200)], before))
 
     def test_the_fetched_bundle_decides_about_the_wfm(self):
         """C-006, C-039: one that does not know the WFM's authority ends it, before a request."""

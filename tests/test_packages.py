@@ -744,7 +744,7 @@ class Site:
                     self.send_header(name, value)
                 self.send_header("Content-Length", str(len(body)))
                 self.end_headers()
-                with contextlib.suppress(ConnectionError):          # a client that has read enough
+                with contextlib.suppress(ConnectionError, ssl.SSLError):    # a client that has read enough
                     self.wfile.write(body)
 
             def log_message(self, *_):
@@ -1447,6 +1447,35 @@ class Located(RegistryCase):
         self.assertIn("HTTP 404", self.refuse_located("PULL_FAILED", path="/no.tar.gz"))
         self.site.answers = {"/web.tar.gz": (403, {}, b"")}
         self.assertIn("password_file", self.refuse_located("PULL_UNAUTHORIZED"))
+
+    BARE = b"services: {web: {image: localhost/x}}\n"
+
+    def test_a_bare_compose_file_is_a_package_too(self):
+        """Protocol 6.5, F2: what stands for it is the same archive each time, and holds the file as it came."""
+        self.site.answers["/compose.yaml"] = (200, {"Content-Type": "text/html"}, self.BARE)
+        first, data = self.fetch_located(path="/compose.yaml")
+        self.assertEqual(self.fetch_located(path="/compose.yaml"), (first, data))
+        folder = margo_agent.unpack_package(self.store.load_artifact(first), first, self.folder, MIB, relaxed=True)
+        with open(os.path.join(folder, "compose.yaml"), "rb") as file:
+            self.assertEqual(file.read(), self.BARE)
+        self.site.answers["/compose.yaml"] = (200, {}, self.BARE + b"x-a: 1\n")
+        self.assertNotEqual(self.fetch_located(path="/compose.yaml")[0], first)
+
+    def test_what_is_neither_an_archive_nor_a_compose_file_says_so(self):
+        """F2: a page to sign in at, an empty answer, another document, a zip file, a file beyond all measure."""
+        for content, words in ((b"<html><body>Please sign in</body></html>", "the document: found '<html>"), (b"", "the document: found 'None'"),
+                               (b"id: 7\n", "services: found 'None', expected a mapping"), (b"services: []\n", "services: found '[]'"),
+                               (b"- services\n", "expected a mapping"), (b"PK\3\4\0\0", "line 1"), (b"services: {\n", "line"), (b"\xff\xfe\0", "UTF-8"),
+                               (self.BARE + b"#" * (9 * MIB), "more than policy.max_document")):
+            with self.subTest(content[:20]):
+                self.site.answers["/compose.yaml"] = (200, {}, content)
+                message = self.refuse_located("ARCHIVE_INVALID", path="/compose.yaml")
+                for word in (words, "neither a tar+gzip nor a compose file", "/compose.yaml"):
+                    self.assertIn(word, message)
+
+    def test_a_file_of_a_hundred_mebibytes_is_not_read_to_its_end(self):
+        self.site.answers["/compose.yaml"] = (200, {}, self.BARE + b"#" * (100 * MIB))
+        self.assertIn("longer than 67108864 bytes", self.refuse_located("PULL_FAILED", path="/compose.yaml"))
 
     def test_a_key_without_a_signature_is_a_warning(self):
         self.site.answers["/key.asc"] = (200, {}, b"a key")

@@ -34,7 +34,7 @@ class HttpRoad:
 
     def spoil(self):
         root = "/api/v1/clients/*" if self.dialect else "/api/v1"
-        self.wfm.fault({"method": "GET", "path": f"{root}/deployments/*/sha256:*", "corrupt": True})
+        self.wfm.fault(*({"method": "GET", "path": f"{root}/{kind}", "corrupt": True} for kind in ("deployments/*/sha256:*", "bundles/*")))
 
     def mend(self):
         self.wfm.fault()

@@ -49,7 +49,7 @@ def make_config(algorithm=None, key="EC", ca="site-ca.pem", **signature):
 def make_signer(algorithm=None, key=None, **signature):
     """The Signer of such a configuration."""
     config = make_config(algorithm, key or KINDS[algorithm or "ecdsa-p256-sha256"], **signature)
-    return margo_agent.load_own(config, lambda chain: margo_agent.make_signer(chain, config))
+    return margo_agent.load_own(config, lambda leaf: margo_agent.make_signer(leaf, config))
 
 
 class Base(unittest.TestCase):
@@ -265,6 +265,47 @@ class Documents(unittest.TestCase):
             heading, status={"state": "failed", "error": short}, components=[{"name": "web", "state": "failed", "error": short}]))
 
 
+class Speech(unittest.TestCase):
+    """Rows of the table of dialects: what is sent where, over a wire that only notes it."""
+
+    def talk(self, dialect, answer):
+        """[(method, path, document)] of an onboarding, capabilities and a status."""
+        config = make_config()
+        config.wfm.update(dialect=dialect, reported_id="client")
+        config.device["id"] = DEVICE
+        state, said = margo_agent.make_state(), []
+
+        class Source(margo_agent.SignedSource):
+            def ask(self, method, url, headers, body, limit):
+                said.append((method, url.partition("/api/v1")[2], json.loads(body.decode())))
+                return margo_agent.Response(201, {}, json.dumps(answer).encode())
+
+        source = Source(config, make_signer(), state)
+        state["client"] = {"id": source.onboard(), "key": ""}
+        source.adopt(state["client"]["id"])
+        source.put_capabilities(DEVICE, {"properties": {"id": DEVICE}})
+        source.post_status(HELLO, {"deploymentId": HELLO, "deviceId": DEVICE, "status": {"state": "installed"}, "components": []})
+        return said
+
+    def test_the_open_wfm_of_2025(self):
+        """F1: other names at the onboarding, another path for a status; all else is dialect a."""
+        leaf = base64.b64encode(make_signer().leaf.der).decode()
+        onboarding, capabilities, status = self.talk("a-2025", {"client_id": "c-7"})
+        self.assertEqual((onboarding[:2], onboarding[2]["public_certificate"]), (("POST", "/onboarding"), leaf))
+        self.assertEqual((capabilities[:2], capabilities[2]["properties"]["id"]), (("POST", "/clients/c-7/capabilities"), "c-7"))
+        self.assertEqual((status[1], sorted(status[2])), (f"/clients/c-7/deployment/{HELLO}/status",
+                                                         ["apiVersion", "components", "deploymentId", "kind", "status"]))
+
+    def test_the_others_are_what_they_were(self):
+        for dialect in ("a", "b"):
+            onboarding, _, status = self.talk(dialect, {"clientId": "c-7"})
+            self.assertIn("certificate", onboarding[2])
+            self.assertEqual(status[1], f"/clients/c-7/deployments/{HELLO}/status")
+        with self.assertRaises(margo_agent.Untrusted) as caught:
+            self.talk("a", {"client_id": "c-7"})
+        self.assertIn("clientId: found 'None'", caught.exception.message)
+
+
 class SignedCase(unittest.TestCase):
     dialect = "a"
 
@@ -452,8 +493,12 @@ class Trust(SignedCase):
     def test_every_spelling_of_a_certificate_is_read(self):
         """Protocol 2.7: base64 of DER or of PEM, and PEM."""
         der, pem = self.pki.der("ca.pem"), ssl.DER_cert_to_PEM_cert(self.pki.der("ca.pem"))
-        for text in (pem, base64.b64encode(pem.encode()).decode(), base64.b64encode(der).decode(), base64.encodebytes(der).decode()):
+        whole = [pem, base64.b64encode(pem.encode()).decode(), base64.b64encode(der).decode(), base64.encodebytes(der).decode()]
+        for text in whole + [base64.urlsafe_b64encode(item).decode().rstrip("=") for item in (der, pem.encode())]:              # F8
             self.assertEqual(margo_agent.parse_ca(text), [der])
+        for size in range(1, 5):                    # whatever is missing at the end
+            with self.assertRaises(ValueError):
+                margo_agent.parse_ca(base64.urlsafe_b64encode(b"\xff" * size).decode().rstrip("="))
         for text in ("", "AAAA", "?", "-----BEGIN CERTIFICATE-----", "ä"):
             with self.assertRaises(ValueError):
                 margo_agent.parse_ca(text)
@@ -463,6 +508,20 @@ class Trust(SignedCase):
 
 
 class Requests(SignedCase):
+    def test_a_bare_compose_file_is_deployed(self):
+        """F2: packageLocation names the file itself; parameters reach it as they reach one in an archive."""
+        self.wfm.fault({"path": "/files/*", "status": 200, "body": support.make_compose()})
+        self.publish(parameters={"GREETING": "bare"})
+        self.device.cycle()
+        (container,) = self.engine.containers().values()
+        self.assertEqual((container["env"], self.wfm.statuses()[-1]), (["GREETING=bare"], "installed"))
+        self.device.cycle()
+        self.assertEqual(self.wfm.requests()[-1][2], 304)
+        self.wfm.fault({"path": "/files/*", "status": 200, "body": "<html>Please sign in</html>"})
+        self.publish(parameters={"GREETING": "new"}, components=(("web", "1.1.0"),))
+        self.assertIn("neither a tar+gzip nor a compose file", self.device.cycle(1))
+        self.assertEqual([container["env"] for container in self.engine.containers().values()], [["GREETING=bare"]])
+
     def test_every_attempt_has_a_signature_of_its_own(self):
         """C-067: what is sent again after a lost answer is signed again."""
         self.publish()
@@ -584,6 +643,31 @@ class Capabilities(SignedCase):
         self.assertEqual([request for request in self.asked() if "capabilities" in request[1]],
                          [("POST", "/capabilities", 201), ("PUT", "/capabilities", 201)])
         self.assertEqual(self.kept()[DEVICE]["properties"]["resources"]["memory"], "1Gi")
+
+    def printed(self):
+        return json.loads(self.device.run("capabilities").stdout)
+
+    def test_the_command_prints_what_is_sent(self):
+        """Contract, Commands: in the dialect of the WFM, to the letter."""
+        before = self.printed()
+        self.device.cycle()
+        (sent,) = self.kept().values()
+        self.assertEqual((before, self.printed()), (sent, sent))
+        self.assertEqual(sent["kind"], "DeviceCapabilitiesManifest")
+
+    def test_a_device_may_be_called_by_its_client_id(self):
+        """F1: a WFM that knows no other name refuses all others; the command prints the one that is sent."""
+        self.device.set("wfm.reported_id", "client")
+        self.assertEqual(self.printed()["properties"]["id"], DEVICE)
+        self.publish()
+        self.device.cycle()
+        own_id = self.device.state()["client"]["id"]
+        self.assertEqual((list(self.kept()), self.printed()), ([own_id], self.kept()[own_id]))
+        self.assertEqual(self.printed()["properties"]["id"], own_id)
+        self.assertEqual({item["body"].get("deviceId") for item in self.wfm.reports()}, {own_id if self.dialect == "b" else None})
+        self.device.cycle()
+        self.assertEqual([path.rpartition("/")[2] for _, path, _ in self.asked() if "capabilities" in path],
+                         ["capabilities" if self.dialect == "a" else own_id])
 
     def test_a_wfm_that_forgot_them_is_told_by_post(self):
         self.device.cycle()

@@ -74,6 +74,33 @@ class Poll(SourceCase):
         self.assertEqual(log, "")
         self.assertEqual(self.snapshot(), before)
 
+    def test_an_etag_that_never_brings_a_304_costs_no_writes_and_no_words(self):
+        """F-14, P-16: a weak one that a proxy makes anew, or none at all: all of the manifest comes each time, and nothing else happens."""
+        self.publish()
+        self.device.cycle()
+        before = self.snapshot()
+        for number in range(3):
+            for etag in (f'W/"{number}"', ""):
+                self.wfm.fault({"method": "GET", "path": MANIFEST[1], "status": 200, "headers": {"ETag": etag} if etag else {}, "body": self.manifest()})
+                self.assertEqual(self.device.cycle(0), "")
+        self.assertEqual(self.snapshot(), before)
+
+    def manifest(self):
+        """The manifest as the WFM gives it out."""
+        config = margo_agent.load_config(self.device.config_file)
+        source = margo_agent.MtlsSource(config, margo_agent.load_identity(config), margo_agent.load_trust_bundle(config, margo_agent.Store(config.state_dir)))
+        return source.fetch_manifest(None).body.decode()
+
+    def test_a_coding_that_nobody_asked_for_is_named(self):
+        """F-10: a proxy that packs what it hands on is told of by name; what runs stays."""
+        self.publish()
+        self.device.cycle()
+        self.publish(parameters={"GREETING": "x"})
+        for coding in ("gzip", "br", "deflate"):
+            self.wfm.fault({"method": "GET", "path": MANIFEST[1], "headers": {"Content-Encoding": coding}, "corrupt": True})
+            self.assertIn(f"coding={coding}", self.device.cycle(4))
+        self.assertEqual([container["env"] for container in self.engine.containers().values()], [[]])
+
     def snapshot(self):
         """{path: (inode, size, mtime)} of the state directory."""
         found = {}
@@ -175,18 +202,32 @@ class Refusal(SourceCase):
         (container,) = self.engine.containers().values()
         self.assertEqual(container["env"], ["GREETING=new"])
 
+    NO_BUNDLE = {"path": "/api/v1/bundles/*", "status": 404}
+
     def test_a_flipped_bit_in_a_document(self):
         """C-105, C-106, C-108, D-1: never half an update, and never lost for good."""
-        self.check(4, ["digest mismatch", IDS[0]], {"method": "GET", "path": f"/api/v1/deployments/{IDS[0]}/*", "corrupt": True})
+        fault = {"method": "GET", "path": f"/api/v1/deployments/{IDS[0]}/*", "corrupt": True}
+        self.check(4, ["digest mismatch", IDS[0], "HTTP 404"], fault, self.NO_BUNDLE)
 
     def test_a_document_that_is_not_there(self):
         """C-112, D-1"""
-        self.check(4, ["HTTP 404", IDS[0]], {"method": "GET", "path": f"/api/v1/deployments/{IDS[0]}/*", "status": 404})
+        fault = {"method": "GET", "path": f"/api/v1/deployments/{IDS[0]}/*", "status": 404}
+        self.check(4, ["HTTP 404", IDS[0], "bundle: digest mismatch"], fault, dict(self.NO_BUNDLE, status=200, corrupt=True))
+
+    def test_documents_that_cannot_be_had_one_by_one_come_as_a_bundle(self):
+        """C-105: a WFM whose single documents are missing, or other bytes than the manifest names, is no dead end."""
+        for number, fault in enumerate(({"status": 404}, {"corrupt": True})):
+            self.publish(parameters={"GREETING": f"new {number}"})
+            self.wfm.fault(dict(fault, method="GET", path=f"/api/v1/deployments/{IDS[0]}/*"))
+            self.device.cycle(0)
+            (container,) = self.engine.containers().values()
+            self.assertEqual(container["env"], [f"GREETING=new {number}"])
 
     def test_a_flipped_bit_in_a_bundle(self):
         for index in range(1, 9):
             self.wfm.publish(support.make_deployment(IDS[index], f"app-{index}", registry=self.wfm.registry), IDS[index])
-        self.wfm.fault({"path": "/api/v1/bundles/*", "corrupt": True})
+        single = {"method": "GET", "path": f"/api/v1/deployments/{IDS[3]}/*", "status": 404}
+        self.wfm.fault({"path": "/api/v1/bundles/*", "corrupt": True}, single)
         self.assertIn("bundle: digest mismatch", self.device.cycle(4))
         self.assertEqual(len(self.engine.containers()), 1)
         self.wfm.fault()

@@ -310,6 +310,28 @@ class Limits(TransportCase):
         with self.assertRaises(Unreachable):
             margo_agent.request("GET", server.url + "/x", {}, None, ours, 0.5, 1000)
 
+    def test_interim_answers_without_end_are_given_up(self):
+        """F-10, P-15: each is passed over, fast or slowly, but not for ever; 101 would change the protocol and is an answer."""
+        for code, pause in ((100, 0), (103, 0), (102, 0.05), (199, 0.05)):
+            def serve(connection, over, code=code, pause=pause):
+                with contextlib.suppress(OSError):
+                    while not over.wait(pause):
+                        connection.sendall(f"HTTP/1.1 {code} Not yet\r\nLink: <x>\r\n\r\n".encode())
+            with self.subTest(code=code):
+                start = time.monotonic()
+                self.refuse(Unreachable, serve, timeout=0.2)
+                self.assertLess(time.monotonic() - start, 10)
+        self.assertEqual(self.fetch(b"HTTP/1.1 101 Switching Protocols\r\n\r\n").status, 101)
+
+    def test_interim_answers_to_every_method_are_passed_over(self):
+        """F-10: with a body that is sent, and before every kind of answer; what they say is not mixed with the answer's head."""
+        hint = b"HTTP/1.1 103 Early Hints\r\nETag: \"hint\"\r\nContent-Length: 7\r\n\r\n"
+        for method, status in (("PUT", "201 Created"), ("POST", "200 OK"), ("DELETE", "204 No Content"), ("GET", "304 Not Modified"), ("GET", "503 Later")):
+            server = Server(self, b"HTTP/1.1 100 Continue\r\n\r\n" + hint + answer(status, b"" if status[:3] in ("204", "304") else b"{}"))
+            with self.subTest(method=method, status=status):
+                response = self.get(server, method=method, body=b"{}" if method[0] == "P" else None)
+                self.assertEqual((response.status, response.headers.get("ETag")), (int(status[:3]), None))
+
     def test_what_stands_between_the_pieces_of_a_body_neither_drips_nor_goes_on_for_ever(self):
         """P-15: the length of a chunk byte by byte, or trailers without end, are no pieces whose speed could be counted; plain HTTP drips, too."""
         head = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
@@ -592,6 +614,11 @@ class Problems(unittest.TestCase):
         """C-054: protocol 2.1, error and message."""
         problem = self.parse({"error": "Invalid certificate", "message": "expired"})
         self.assertEqual((problem.title, problem.detail), ("Invalid certificate", "expired"))
+
+    def test_an_error_with_a_capital_is_read(self):
+        """C-054, F7: what the open WFM of the signed generation says."""
+        self.assertEqual(self.parse({"Error": "device ID mismatch"}).title, "device ID mismatch")
+        self.assertEqual(self.parse({"Error": {"code": 7}}).title, "")
 
     def test_types_are_names_cut_to_their_last_part_for_margos_own(self):
         """C-053, C-054: both catalogues; what is not Margo's is left as it is."""

@@ -85,7 +85,7 @@ def make_curve():
     times = []
     for number in range(DEVICES):
         start = number * HOUR // DEVICES
-        leaf = margo_agent.Certificate(os.urandom(64), b"", b"", 1, start, start + LIFETIME, b"", [], False, None, {})
+        leaf = margo_agent.Certificate(os.urandom(64), b"", b"", 1, start, start + LIFETIME, b"", [], False, None)
         times.append(margo_agent.make_renewal_time(leaf))
     return times
 

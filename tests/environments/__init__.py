@@ -124,6 +124,12 @@ def try_unit():
             system.run("sh", "tests/environments/unit.sh", *drop_ins)
 
 
+def try_package():
+    """The Debian package of examples on this machine's own system: its service, its timer, its file for cron."""
+    with booted("/") as system:
+        system.run("sh", "tests/environments/package.sh")
+
+
 def try_cron():
     """A file in /etc/cron.d, with cron's own short PATH."""
     with booted(make_system("bookworm")) as system:
@@ -164,5 +170,5 @@ def try_frozen():
         system.run("sh", "tests/environments/frozen.sh")
 
 
-ENVIRONMENTS = {"unit": try_unit, "cron": try_cron, "debian-13": try_debian_13, "rootless": try_rootless, "i386": try_i386,
+ENVIRONMENTS = {"unit": try_unit, "package": try_package, "cron": try_cron, "debian-13": try_debian_13, "rootless": try_rootless, "i386": try_i386,
                 "busybox": try_busybox, "frozen": try_frozen}

@@ -1,0 +1,550 @@
+"""Parsers under fire: inputs made from good ones by mutation, each parser beside an independent reader.
+
+    python3 -m tests.bench.fuzz                             # names the parsers
+    python3 -m tests.bench.fuzz PARSER COUNT [SEED]         # that many inputs; SEED (1 by default) makes the same ones again
+    python3 -m tests.bench.fuzz --atheris PARSER COUNT [SEED]       # guided by coverage, where the package atheris is installed
+
+A parser is a row of PARSERS (see Parser).  It may return something, or raise what its row allows; everything else is a bug.
+What it returns goes to the row's judge, which says "" or in which way an independent reader reads the same bytes otherwise.
+Inputs whose outcome is of a new kind (the text of the refusal, without its numbers) join those that the next ones are made from.
+Exit code 1 where something was found; each finding is printed in base64, with what is wrong with it, once for each kind.
+tests/test_fuzz.py runs a bounded share of each row; to add a parser, add a row.
+"""
+import base64
+import collections
+import datetime
+import functools
+import json
+import os
+import random
+import re
+import sys
+import tempfile
+import time
+import warnings
+
+if "--atheris" in sys.argv:
+    import atheris
+    with atheris.instrument_imports(include=["margo_agent"]):
+        import margo_agent
+else:
+    import margo_agent
+
+SLOW = 2.0                          # seconds that one input may take
+KEPT = 2000                         # inputs that mutation starts from, at most
+Parser = collections.namedtuple("Parser", "seeds read judge refusals tokens mutate")
+Parser.__doc__ = """How one parser is tried.
+
+seeds: a function that makes good inputs, [bytes].  read: bytes to what the agent reads in them.
+judge: (bytes, what was read) to words of what is wrong with it, or "".  refusals: exceptions that `read` may raise.
+tokens: [bytes] that mutation puts in.  mutate: (chance, bytes, [bytes] of other inputs, tokens) to new bytes.
+"""
+PARSERS = {}
+REFUSALS = (margo_agent.MargoError, margo_agent.YAMLError)
+
+
+def add(name, seeds, read, judge=lambda data, found: "", refusals=REFUSALS, tokens=(), mutate=None):
+    """Adds a row to PARSERS."""
+    PARSERS[name] = Parser(functools.lru_cache(None)(seeds), read, judge, refusals, tuple(tokens), mutate or mutate_bytes)
+
+
+# Mutation.
+
+ODD_BYTES = [b"", b"\0", b"\xff", b"\x7f", b"\x80", b"\n", b"\r\n", b" ", b"\t", b'"', b"'", b"\\", b"{", b"}", b"[", b"]", b":", b",", b"$",
+             b"-", b"0", b"1e999", b"-1", b"18446744073709551616", b"null", b"true", b"NaN", b"\xc3\xa9", b"\xed\xa0\x80", b"\xe2\x80\xa8", b"\x1b[2J"]
+
+
+def mutate_bytes(chance, data, others, tokens):
+    """A few changes by bytes: flip, set, insert, delete, repeat, put in a token or a piece of another input."""
+    data = bytearray(data)
+    for _ in range(chance.choice((1, 1, 1, 2, 3, 6))):
+        place = chance.randrange(len(data) + 1)
+        end = min(len(data), place + chance.choice((1, 1, 2, 4, 16, 64)))
+        kind = chance.randrange(8)
+        if kind == 0 and place < len(data):
+            data[place] ^= 1 << chance.randrange(8)
+        elif kind == 1 and place < len(data):
+            data[place] = chance.randrange(256)
+        elif kind == 2:
+            data[place:place] = bytes(chance.randrange(256) for _ in range(chance.choice((1, 2, 4))))
+        elif kind == 3:
+            del data[place:end]
+        elif kind == 4:
+            data[place:place] = data[place:end] * chance.choice((1, 1, 2, 8, 100))
+        elif kind == 5 and tokens:
+            data[place:end if chance.random() < 0.5 else place] = chance.choice(tokens)
+        elif kind == 6:
+            data[place:end if chance.random() < 0.5 else place] = chance.choice(ODD_BYTES)
+        else:
+            other = chance.choice(others)
+            start = chance.randrange(len(other) + 1)
+            data[place:end] = other[start:start + chance.choice((1, 4, 16, 64, 1000))]
+    return bytes(data)
+
+
+def split_der(data, depth=0):
+    """DER as a tree, [tag, [trees] or bytes]; None where it is none."""
+    try:
+        found = [[tag, value] for tag, value, _ in margo_agent.parse_der(data)]
+    except ValueError:
+        return None
+    for item in found:
+        constructed, hides = item[0] & 0x20, item[0] == 0x04
+        inner = split_der(item[1], depth + 1) if (constructed or hides) and depth < 20 else None
+        item[1] = inner if inner else item[1]
+    return found
+
+
+def join_der(trees):
+    """The DER of trees."""
+    return b"".join(margo_agent.make_der(tag, value if isinstance(value, bytes) else join_der(value)) for tag, value in trees)
+
+
+def list_places(trees):
+    """[(list, index)] of every element of trees."""
+    return [place for index, item in enumerate(trees) for place in
+            [(trees, index)] + (list_places(item[1]) if isinstance(item[1], list) else [])]
+
+
+def mutate_der(chance, data, others, tokens):
+    """Changes of the tree, whose lengths are then right again; every fourth input is changed by bytes, too."""
+    trees = split_der(data)
+    if not trees or chance.random() < 0.25:
+        return mutate_bytes(chance, data, others, tokens)
+    for _ in range(chance.choice((1, 1, 2, 3))):
+        places = list_places(trees)
+        if not places:
+            break
+        home, index = chance.choice(places)
+        kind = chance.randrange(8)
+        if kind == 0:
+            home[index][0] = chance.choice((chance.randrange(256), 0x30, 0x31, 2, 3, 4, 6, 1, 0xA0, 0xA3, 0x86, 0x82, 0x80, 0x17, 0x18, 5))
+        elif kind == 1:
+            del home[index]
+        elif kind == 2:
+            home.insert(chance.randrange(len(home) + 1), home[index])
+        elif kind == 3 and len(home) > 1:
+            other = chance.randrange(len(home))
+            home[index], home[other] = home[other], home[index]
+        elif kind == 4:
+            donor, at = chance.choice(list_places(split_der(chance.choice(others)) or [[5, b""]]))
+            home[index] = donor[at]
+        elif kind == 5:
+            home[index][1] = chance.choice(tokens or ODD_BYTES)
+        elif kind == 6:
+            home[index] = [home[index][0] | 0x20, [home[index]]]
+        elif isinstance(home[index][1], bytes):
+            home[index][1] = mutate_bytes(chance, home[index][1], others, tokens)
+    return join_der(trees)
+
+
+ODD_VALUES = [json.dumps(value) for value in (None, True, False, 0, -1, 1.5, 1e300, 2 ** 64, 10 ** 30, "", "a", "\0", "\u2028", "x" * 300,
+                                              [], {}, [[]], [None], {"": ""})]
+
+
+def list_members(value):
+    """[(mapping or list, key)] of every place below a value of JSON."""
+    keys = list(value) if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ()
+    return [place for key in keys for place in [(value, key)] + list_members(value[key])]
+
+
+def mutate_json(chance, data, others, tokens):
+    """Changes of the tree of a JSON document; every third input is changed by bytes instead."""
+    try:
+        value = json.loads(data)
+        places = list_members(value)
+    except (ValueError, RecursionError):
+        places = []
+    if not places or chance.random() < 0.3:
+        return mutate_bytes(chance, data, others, tokens)
+    for _ in range(chance.choice((1, 1, 2, 3))):
+        home, key = chance.choice(list_members(value) or [({"": 0}, "")])
+        kind = chance.randrange(6)
+        if kind == 0:
+            home[key] = json.loads(chance.choice(ODD_VALUES))
+        elif kind == 1:
+            del home[key]
+        elif kind == 2 and isinstance(home[key], str):
+            home[key] = mutate_bytes(chance, home[key].encode("utf-8", "replace"), others, tokens).decode("utf-8", "replace")
+        elif kind == 3:
+            other, name = chance.choice(list_members(value) or [(home, key)])
+            home[key] = other[name] if other is not home and not isinstance(other[name], (dict, list)) else json.loads(chance.choice(ODD_VALUES))
+        elif kind == 4 and isinstance(home, dict):
+            home[chance.choice(tokens or [b"x"]).decode("utf-8", "replace").strip('"')] = json.loads(chance.choice(ODD_VALUES))
+        elif isinstance(home, list):
+            home.insert(chance.randrange(len(home) + 1), json.loads(json.dumps(home[key])))
+    return json.dumps(value).encode()
+
+
+# Runs.
+
+class Run:
+    """Inputs to one parser: how many were read and refused, how long the slowest took, and what was found."""
+
+    def __init__(self, name, seed):
+        self.name, self.parser, self.seed = name, PARSERS[name], seed
+        self.chance = random.Random(f"{name} {seed}")
+        self.kept = list(self.parser.seeds())
+        self.count = self.accepted = 0
+        self.slowest, self.kinds, self.findings = 0.0, collections.Counter(), {}
+
+    def note(self, kind, data, words):
+        """Keeps one finding of each kind."""
+        self.findings.setdefault(kind, (data, words))
+
+    def find_kind(self, data):
+        """Reads one input; the kind of its outcome."""
+        try:
+            found = self.parser.read(data)
+        except self.parser.refusals as error:
+            text = str(getattr(error, "message", error))
+            return f"{type(error).__name__}: " + re.sub("[0-9]+", "#", re.split("['\"]", text)[0])[:100]
+        except Exception as error:              # a bug by definition
+            trace = error.__traceback__
+            while trace.tb_next:
+                trace = trace.tb_next
+            kind = f"{type(error).__name__} at line {trace.tb_lineno} of {os.path.basename(trace.tb_frame.f_code.co_filename)}"
+            self.note(kind, data, str(error))
+            return kind
+        self.accepted += 1
+        words = self.parser.judge(data, found)
+        if words:
+            self.note("read otherwise: " + re.sub(r"[0-9]+", "#", words)[:60], data, words)
+        return "read"
+
+    def try_one(self, data):
+        """Tries one input."""
+        start = time.monotonic()
+        kind = self.find_kind(data)
+        self.slowest = max(self.slowest, time.monotonic() - start)
+        if self.slowest > SLOW:
+            self.note("slow", data, f"{self.slowest:.1f} s for {len(data)} bytes")
+        self.count += 1
+        self.kinds[kind] += 1
+        if (self.kinds[kind] == 1 or kind == "read" and self.chance.random() < 0.01) and len(data) < 100000:
+            if len(self.kept) < KEPT:
+                self.kept.append(data)
+            else:
+                self.kept[self.chance.randrange(KEPT)] = data
+
+    def go(self, count):
+        """Tries the seeds, then so many mutations."""
+        for data in self.parser.seeds():
+            self.try_one(data)
+        while self.count < count:
+            self.try_one(self.parser.mutate(self.chance, self.chance.choice(self.kept), self.kept, self.parser.tokens))
+        return self
+
+    def go_guided(self, count):
+        """The same by atheris, which ends the process."""
+        with tempfile.TemporaryDirectory() as folder:
+            for index, data in enumerate(self.kept):
+                with open(os.path.join(folder, str(index)), "wb") as file:
+                    file.write(data)
+
+            def custom(data, size, seed):
+                return self.parser.mutate(random.Random(seed), bytes(data), self.kept, self.parser.tokens)[:size]
+
+            def look(data):
+                self.try_one(data)
+                if self.count >= count:
+                    code = tell(self, time.monotonic() - start)
+                    sys.stdout.flush()
+                    os._exit(code)                  # libFuzzer has no other end that leaves words behind
+            start = time.monotonic()
+            arguments = [sys.argv[0], f"-seed={self.seed}", "-max_len=20000", "-verbosity=0", folder]
+            atheris.Setup(arguments, look, custom_mutator=custom)
+            atheris.Fuzz()
+
+
+def tell(run, seconds):
+    """Prints how a run went; its exit code."""
+    print(f"{run.name}: {run.count} inputs of seed {run.seed}, {run.count / seconds:.0f} a second, {run.accepted} read,"
+          f" {len(run.kinds)} kinds of outcome, slowest {1000 * run.slowest:.0f} ms, {len(run.findings)} findings")
+    for kind, (data, words) in run.findings.items():
+        print(f"  {kind}: {words}\n    {base64.b64encode(data[:3000]).decode()}")
+    return 1 if run.findings else 0
+
+
+def main(arguments):
+    """See the module's docstring."""
+    guided = "--atheris" in arguments
+    arguments = [item for item in arguments if item != "--atheris"]
+    if not arguments:
+        print("\n".join(PARSERS))
+        return 0
+    name, count, seed = arguments[0], int(arguments[1]), int(arguments[2]) if arguments[2:] else 1
+    warnings.simplefilter("ignore")
+    margo_agent.log = lambda *_, **__: None
+    run = Run(name, seed)
+    if guided:
+        return run.go_guided(count)
+    start = time.monotonic()
+    return tell(run.go(count), time.monotonic() - start)
+
+
+# Identity: certificates, revocation lists, what an identity service answers.  Judges: the packages cryptography and asn1crypto.
+
+MOMENT = datetime.datetime(2026, 1, 1)
+DER_TOKENS = [bytes.fromhex(text) for text in (
+    "0603551d13", "0603551d0f", "0603551d11", "0603551d0e", "0603551d23", "0603551d14", "0603551d1c", "0603551d1b", "0603551d15", "0101ff",
+    "010100", "30030101ff", "03020106", "03020780", "0500", "3080", "0000", "30818080", "020100", "0201ff", "180f32303236303130313030303030305a",
+    "170d3236303130313030303030305a", "170b323630313031303030305a", "3000", "2480", "a000", "a300")] + [
+    b"spiffe://factory.example/margo/wfm/main", b"spiffe://factory.example/margo/wfm/main/client/a", b"https://x/y", b"Z", b"+0000", b".5Z"]
+
+
+@functools.lru_cache(None)
+def make_keys():
+    """Private keys of several kinds."""
+    from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
+    return [ec.generate_private_key(ec.SECP256R1()), ec.generate_private_key(ec.SECP384R1()), ed25519.Ed25519PrivateKey.generate(),
+            rsa.generate_private_key(65537, 2048)]
+
+
+def make_name(*words):
+    """An X.509 name of some common names."""
+    from cryptography import x509
+    return x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, word) for word in words])
+
+
+def sign(builder, key):
+    """The DER of a certificate or revocation list that a builder makes."""
+    from cryptography.hazmat.primitives import hashes
+    from cryptography.hazmat.primitives.asymmetric import ed25519
+    from cryptography.hazmat.primitives.serialization import Encoding
+    return builder.sign(key, None if isinstance(key, ed25519.Ed25519PrivateKey) else hashes.SHA256()).public_bytes(Encoding.DER)
+
+
+@functools.lru_cache(None)
+def make_certificates():
+    """Certificates of many shapes (DER)."""
+    import ipaddress
+    from cryptography import x509
+    usage = dict.fromkeys(("digital_signature", "content_commitment", "key_encipherment", "data_encipherment", "key_agreement", "key_cert_sign",
+                           "crl_sign", "encipher_only", "decipher_only"), False)
+    uri, names = x509.UniformResourceIdentifier, x509.SubjectAlternativeName
+    shapes = [
+        [], [names([uri("spiffe://factory.example/margo/wfm/main")])],
+        [names([x509.DNSName("localhost"), uri("spiffe://a/b"), uri("https://x/y"), x509.IPAddress(ipaddress.ip_address("127.0.0.1")),
+                x509.DirectoryName(make_name("x")), x509.RFC822Name("a@b.example"), x509.RegisteredID(x509.ObjectIdentifier("1.2.3"))])],
+        [x509.BasicConstraints(True, 3), x509.KeyUsage(**dict(usage, key_cert_sign=True, crl_sign=True))],
+        [x509.BasicConstraints(False, None), x509.KeyUsage(**dict(usage, digital_signature=True, key_agreement=True, decipher_only=True)),
+         names([uri("spiffe://factory.example/margo/wfm/main/client/a")]), x509.SubjectKeyIdentifier(b"\x01" * 20),
+         x509.AuthorityKeyIdentifier(b"\x02" * 20, None, None), x509.ExtendedKeyUsage([x509.ExtendedKeyUsageOID.CLIENT_AUTH])],
+        [x509.AuthorityKeyIdentifier(b"\x02" * 8, [x509.DirectoryName(make_name("y"))], 7),
+         x509.NameConstraints([uri("factory.example")], None), x509.PolicyConstraints(0, None)]]
+    found = []
+    for index, extensions in enumerate(shapes):
+        for key in make_keys():
+            start = (MOMENT, datetime.datetime(1950, 1, 1), datetime.datetime(2050, 1, 1))[index % 3]
+            builder = x509.CertificateBuilder(issuer_name=make_name("Prüfung", "ca"), subject_name=make_name(*"ab"[:index % 3]),
+                                              public_key=key.public_key(), serial_number=(1, 2 ** 158 + 5, 255)[index % 3],
+                                              not_valid_before=start, not_valid_after=start + datetime.timedelta(365))
+            for extension in extensions:
+                builder = builder.add_extension(extension, critical=index % 2 == 0)
+            found.append(sign(builder, key))
+    return found
+
+
+def load_certificate(data):
+    """The cryptography library's reading of a certificate, with all of its extensions; ValueError where it has none."""
+    from cryptography import x509
+    found = x509.load_der_x509_certificate(data)
+    return found, {extension.oid.dotted_string: extension.value for extension in found.extensions}
+
+
+def to_seconds(item, name):
+    """A time of a certificate or list of the cryptography library as Unix seconds."""
+    moment = getattr(item, f"{name}_utc", None) or getattr(item, name).replace(tzinfo=datetime.timezone.utc)
+    return int(moment.timestamp())
+
+
+def judge_certificate(data, own):
+    """In which field a certificate is read otherwise than by the cryptography library, where that reads it at all."""
+    from cryptography import x509
+    try:
+        other, extensions = load_certificate(data)
+        names = extensions.get("2.5.29.17")
+        constraints, usage = extensions.get("2.5.29.19"), extensions.get("2.5.29.15")
+        key_id, issuer_key = extensions.get("2.5.29.14"), extensions.get("2.5.29.35")
+        pairs = {
+            "subject": (own.subject, other.subject.public_bytes()), "issuer": (own.issuer, other.issuer.public_bytes()),
+            "serial": (own.serial, other.serial_number if other.serial_number >= 0 else own.serial),
+            "not_before": (own.not_before, to_seconds(other, "not_valid_before")),
+            "not_after": (own.not_after, to_seconds(other, "not_valid_after")),
+            "uris": (own.uris, names.get_values_for_type(x509.UniformResourceIdentifier) if names else []),
+            "is_ca": (own.is_ca, bool(constraints and constraints.ca)),
+            "sign": (None if own.key_usage is None else [bit in own.key_usage for bit in (0, 5, 6)],
+                     usage and [usage.digital_signature, usage.key_cert_sign, usage.crl_sign]),
+            "key": (own.key, key_id and key_id.digest), "issuer_key": (own.issuer_key, issuer_key and issuer_key.key_identifier)}
+    except Exception:                               # laxer than that library; OpenSSL has judged by then (tests/test_trust.py)
+        return ""
+    return "; ".join(f"{name} is {mine!r} and not {theirs!r}" for name, (mine, theirs) in pairs.items() if mine != theirs)
+
+
+@functools.lru_cache(None)
+def make_lists():
+    """Revocation lists of many shapes (DER and PEM)."""
+    from cryptography import x509
+    found = []
+    for index, key in enumerate(make_keys()):
+        for count in (0, 1, 5):
+            builder = x509.CertificateRevocationListBuilder(make_name("Prüfung", "ca"), MOMENT, MOMENT + datetime.timedelta(7))
+            builder = builder.add_extension(x509.CRLNumber((1, 2 ** 100, 0)[count % 3]), critical=False)
+            if index % 2:
+                builder = builder.add_extension(x509.AuthorityKeyIdentifier(b"\x02" * 20, None, None), critical=False)
+            if count == 5:
+                where = [x509.UniformResourceIdentifier("http://x/a.crl")]
+                builder = builder.add_extension(x509.IssuingDistributionPoint(where, None, index > 1, False, None, False, False), critical=True)
+            for number in range(count):
+                entry = x509.RevokedCertificateBuilder(2 ** (8 * number) + 127, MOMENT)
+                if number % 2:
+                    entry = entry.add_extension(x509.CRLReason(x509.ReasonFlags.key_compromise), critical=False)
+                builder = builder.add_revoked_certificate(entry.build())
+            found.append(sign(builder, key))
+    return found + [b"-----BEGIN X509 CRL-----\n" + base64.encodebytes(item) + b"-----END X509 CRL-----\n" for item in found[:3]]
+
+
+def judge_list(data, found):
+    """In which way a revocation list is read otherwise than by the cryptography library."""
+    from cryptography import x509
+    der, own = found
+    try:
+        other = x509.load_der_x509_crl(der)
+        extensions = {item.oid.dotted_string: item.value for item in other.extensions}
+        key = extensions.get("2.5.29.35")
+        pairs = {"issuer": (own.issuer, other.issuer.public_bytes()), "number": (own.number, extensions["2.5.29.20"].crl_number),
+                 "this_update": (own.this_update, to_seconds(other, "last_update")),
+                 "next_update": (own.next_update, to_seconds(other, "next_update")),
+                 "serials": (own.serials, {entry.serial_number for entry in other}),
+                 "issuer_key": (own.issuer_key, key and key.key_identifier)}
+        scope = extensions.get("2.5.29.28")
+        if scope and (scope.indirect_crl or scope.only_contains_ca_certs or scope.only_contains_attribute_certs or scope.only_some_reasons):
+            return "a list of a narrow kind is taken for a whole one"
+        if "2.5.29.27" in extensions:
+            return "a delta list is taken for a whole one"
+    except Exception:
+        return ""
+    return "; ".join(f"{name} is {mine!r} and not {theirs!r}" for name, (mine, theirs) in pairs.items() if mine != theirs)
+
+
+def make_answers():
+    """Certs-only answers in base64, DER and PEM."""
+    from cryptography import x509
+    from cryptography.hazmat.primitives.serialization import Encoding, pkcs7
+    good = [x509.load_der_x509_certificate(der) for der in make_certificates()[:12]]
+    found = []
+    for count in (1, 2, 5):
+        der = pkcs7.serialize_certificates(good[:count], Encoding.DER)
+        found += [der, base64.encodebytes(der), pkcs7.serialize_certificates(good[:count], Encoding.PEM)]
+    return found
+
+
+def mutate_answer(chance, data, others, tokens):
+    """Changes of the DER within, or of what is around it."""
+    if chance.random() < 0.3 or data[:1] == b"-":
+        return mutate_bytes(chance, data, others, [b"-----BEGIN PKCS7-----", b"-----END PKCS7-----", b"=", b"AAAA"])
+    try:
+        return base64.encodebytes(mutate_der(chance, base64.b64decode(data), [item for item in others if item[:1] == b"0"] or [data], tokens))
+    except ValueError:
+        return mutate_der(chance, data, others, tokens)
+
+
+def judge_answer(data, own):
+    """Whether other certificates are found than by asn1crypto, where that reads the answer at all."""
+    from asn1crypto import cms
+    try:
+        der = data if data[:1] == b"0" else base64.b64decode(re.sub(rb"-----(BEGIN|END) PKCS7-----", b"", data))
+        theirs = [item.chosen.dump() for item in cms.ContentInfo.load(der)["content"]["certificates"]]
+    except Exception:
+        return ""
+    ours = [item.der for item in own]
+    return "" if set(ours) <= set(theirs) else f"certificates that are not in it: {ours} and {theirs}"
+
+
+def make_bundles():
+    """SPIFFE bundles and PEM files."""
+    good = [base64.b64encode(der).decode() for der in make_certificates()[:12]]
+
+    def bundle(*keys, **members):
+        return json.dumps(dict({"keys": list(keys)}, **members)).encode()
+    key = {"use": "x509-svid", "kty": "EC", "crv": "P-256", "x": "a", "y": "b"}
+    return [bundle(dict(key, x5c=[good[0]]), spiffe_sequence=1, spiffe_refresh_hint=300),
+            bundle({"use": "jwt-svid", "kid": "a"}, dict(key, x5c=[good[1], good[2]]), dict(key, x5c=[good[3]])),
+            margo_agent.make_pem(make_certificates()[:3]).encode(), b"# site\r\n" + margo_agent.make_pem(make_certificates()[3:5]).encode()]
+
+
+def judge_bundle(data, own):
+    """Whether other anchors or numbers are found than by json and the cryptography library."""
+    from cryptography import x509
+    from cryptography.hazmat.primitives.serialization import Encoding
+    for der in own.anchors:
+        if not der:
+            return "an anchor without bytes"
+    try:
+        if b"-----BEGIN CERTIFICATE-----" in data:
+            theirs = [item.public_bytes(Encoding.DER) for item in x509.load_pem_x509_certificates(data)]
+            return "" if theirs == own.anchors else "other certificates"
+        value = json.loads(data)
+    except Exception:
+        return ""
+    theirs = [base64.b64decode(key["x5c"][0]) for key in value["keys"] if isinstance(key, dict) and key.get("use") == "x509-svid"]
+    if theirs != own.anchors:
+        return "other anchors"
+    for name, mine in (("spiffe_sequence", own.sequence), ("spiffe_refresh_hint", own.refresh_hint)):
+        if mine is not None and value.get(name) != mine:
+            return f"{name} is {mine!r} and not {value.get(name)!r}"
+    return ""
+
+
+def make_pems():
+    """PEM texts."""
+    good = make_certificates()
+    key = b"-----BEGIN PRIVATE KEY-----\nAAAA\n-----END PRIVATE KEY-----\n"
+    return [margo_agent.make_pem(good[:1]).encode(), margo_agent.make_pem(good[:4]).encode(), key + margo_agent.make_pem(good[4:6]).encode() + b"x\n",
+            margo_agent.make_pem(good[:2]).replace("\n", "\r\n").encode()]
+
+
+def judge_pem(data, own):
+    """Whether other blocks are found than by asn1crypto, in texts of plain lines."""
+    from asn1crypto import pem
+    lines = data.replace(b"\r\n", b"\n").split(b"\n")
+    if any(re.search(rb"-----", line) and not re.fullmatch(rb"-----(BEGIN|END) [A-Z0-9 ]+-----", line) for line in lines):
+        return ""                                   # asn1crypto is laxer about what is a line of a block
+    try:
+        theirs = [der for kind, headers, der in pem.unarmor(data, multiple=True) if kind == "CERTIFICATE" and not headers]
+    except Exception:
+        return ""
+    return "" if own == theirs else f"{len(own)} blocks and not {len(theirs)}"
+
+
+def read_pem(data):
+    """The certificates in a PEM text of any bytes."""
+    return margo_agent.parse_pem(data.decode("ascii"))
+
+
+def judge_discovery(data, own):
+    """Whether the document says otherwise to json."""
+    value = json.loads(data)
+    return "" if (own.trust_domain, own.bundle_uri) == (value["trustDomain"], value["trustBundleUri"]) else "other members"
+
+
+IDENTITY = REFUSALS + (ValueError,)                 # what these functions say they raise; their callers make it Untrusted
+DISCOVERY = {"trustDomain": "factory.example", "trustBundleUri": "https://m/b", "estBaseUri": "https://m/est", "crlUris": ["http://m/a.crl"]}
+PEM_TOKENS = [b"-----BEGIN CERTIFICATE-----", b"-----END CERTIFICATE-----", b"-----", b"\n", b"\r\n", b"=", b"=="]
+JSON_TOKENS = [b'"x509-svid"', b'"jwt-svid"', b'"x5c"', b'"use"', b'"keys"', b'"spiffe_sequence"', b"[]", b"{}", b"https://", b"http://", b"@",
+               b"?", b"#", b'"trustDomain"', b'"trustBundleUri"', b'"estBaseUri"', b'"crlUris"', b"1e3", b"-0"]
+add("certificate", make_certificates, margo_agent.parse_certificate, judge_certificate, IDENTITY, DER_TOKENS, mutate_der)
+add("crl", make_lists, margo_agent.parse_crl, judge_list, IDENTITY, DER_TOKENS, mutate_der)
+add("certs-only", make_answers, margo_agent.load_certificates, judge_answer, IDENTITY, DER_TOKENS, mutate_answer)
+add("bundle", make_bundles, margo_agent.parse_trust_bundle, judge_bundle, IDENTITY, JSON_TOKENS + PEM_TOKENS, mutate_json)
+add("pem", make_pems, read_pem, judge_pem, IDENTITY, PEM_TOKENS)
+add("discovery", lambda: [json.dumps(DISCOVERY).encode()],
+    lambda data: margo_agent.parse_discovery(data, "https://m/d", None, True), judge_discovery, IDENTITY, JSON_TOKENS, mutate_json)
+add("spiffe-id", lambda: [b"spiffe://factory.example/margo/wfm/main/client/a", b"spiffe://a-b.c_d/x/y~z"],
+    lambda data: margo_agent.parse_spiffe_id(data.decode("latin-1")),
+    lambda data, own: "" if own.text.encode() == data and own.trust_domain == own.trust_domain.lower() else "changed", IDENTITY)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
