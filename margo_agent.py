@@ -11367,20 +11367,22 @@ def ask_signature(registry, path, tag, digest, config):
 def parse_signatures(data):
     """A signature object to [(signature in base64, digest of its payload)]; [] for one of another form."""
     try:
-        return [(str(layer["annotations"][SIGNATURE]), check_member(layer, "digest", "", DIGEST_PATTERN))
-                for layer in parse_json(data, "the signature object")["layers"]]
-    except (ValueError, KeyError, TypeError):
+        value = parse_json(data, "the signature object")
+        check_shape(value, {"layers": [{"digest": DIGEST_PATTERN, "annotations": {SIGNATURE: ".*"}}]}, "")
+    except ValueError:
         return []
+    return [(layer["annotations"][SIGNATURE], layer["digest"]) for layer in value["layers"]]
 
 
 def parse_payload(data):
     """The digest of the image that a signed payload is about; "" for one of another form."""
     try:
-        critical = parse_json(data, "the payload")["critical"]
-        known = critical["type"] == "cosign container image signature"
-        return critical["image"]["docker-manifest-digest"] if known else ""
-    except (ValueError, KeyError, TypeError):
+        value = parse_json(data, "the payload")
+        check_shape(value, {"critical": {"type": "cosign container image signature",
+                                         "image": {"docker-manifest-digest": DIGEST_PATTERN}}}, "")
+    except ValueError:
         return ""
+    return value["critical"]["image"]["docker-manifest-digest"]
 
 
 def run_verification(key, payload, signature):
@@ -11409,9 +11411,12 @@ def examine_images(agent):
     return "ok", f"images have to be signed by {key}"
 
 
-SCHEMA["policy"].update(images={
-    "pinned": (read_flag, False), "registries": (list_of(read_text, "a list of registries"), []),
-    "cosign_key": read_path})
+SCHEMA["policy"]["images"] = {
+    "pinned": (read_flag, False, "whether images have to be named by their digest"),
+    "registries": (list_of(read_text, "a list of registries"), [],
+                   "HOST[:PORT][/PATH] from which images may be; empty: from everywhere"),
+    "cosign_key": (read_path, None, "public key by which images have to be signed, as cosign does"),
+}
 JUDGES.append(judge_image)
 EXAMINE.update(images=examine_images)
 
