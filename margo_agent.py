@@ -3400,6 +3400,7 @@ Check = define("Check", "interval retries start",
 # How docker shows a container, in podman's form.
 DOCKER_FORM = ('{"Id":{{json .ID}},"Names":[{{json .Names}}],"State":{{json .State}},'
                '"Status":{{json .Status}},"Labels":{%s}}')
+RUNS_TOO = {"amd64": "386", "arm64": "arm"}         # what a processor usually runs beside its own
 # An engine's words for what does not run.
 AT_REST = ("exited", "created", "initialized", "stopped", "configured")
 
@@ -3791,7 +3792,33 @@ class ComposeDriver:
                 fetched.extend(self.pull(service, timeout))
             except (ComponentError, CommandError) as error:
                 self.excuse(error, service.image, again)
+        self.ask_images(services)
         return workload, project._replace(services=services)
+
+    def ask_images(self, services):
+        """Raises ComponentError for an image that cannot run here, or lacks a health check that is awaited.
+
+        Both are found out before anything stops (K5, K18).
+        """
+        form = "{{.Host.Arch}}" if self.engine == "podman" else "{{.Architecture}}"
+        words = self.run(["info", f"--format={form}"], 60).stdout.decode("utf-8", "replace").strip()
+        own = ARCHITECTURES.get(words, words)
+        checked = set()
+        for service in services:
+            output = self.run(["image", "inspect", service.image], 60, "PULL_FAILED")
+            made_for, check = parse_answer(output.stdout, self.engine, lambda items: parse_image(items[0]))
+            named = [argument.partition("=")[0] for argument in service.arguments]
+            if "--platform" not in named and own and made_for not in (own, RUNS_TOO.get(own)):
+                raise ComponentError(
+                    "INSTALL_FAILED", f"image {service.image} is made for {made_for}, and this device is {own};"
+                    " a `platform` in the file says that it can run it all the same")
+            if "--no-healthcheck" not in named and (check or "--health-cmd" in named):
+                checked.add(service.name)
+        for service in services:
+            for other, (condition, _) in service.depends_on.items():
+                if condition == "service_healthy" and other not in checked:
+                    raise make_fault(f"services.{service.name}.depends_on.{other}: it has no health check"
+                                     " that could be awaited")
 
     def excuse(self, error, image, again):
         """Raises the error for which an image cannot be had, unless one that is here will do (P-1)."""
@@ -4426,6 +4453,12 @@ def parse_seen(item):
     volumes = {make_path(mount["Destination"]): mount["Name"] for mount in mounts}
     return item["Id"], Shown(state["Status"], state.get("ExitCode", 0), item.get("RestartCount", 0), health,
                              volumes, parse_check(item["Config"].get("Healthcheck") or {}))
+
+
+def parse_image(item):
+    """An element of what `image inspect` prints to (architecture, its Check or None)."""
+    check = item.get("Healthcheck") or (item.get("Config") or {}).get("Healthcheck") or {}
+    return item["Architecture"], parse_check(check)
 
 
 def parse_check(item):

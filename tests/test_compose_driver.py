@@ -432,6 +432,27 @@ class Preparation(DriverCase):
                          "pull_policy is never")
         self.assertEqual(self.changes(), [])
 
+    def test_an_image_of_another_architecture_is_found_before_anything_stops(self):
+        """K18: on a device that runs it by an emulator, the file says so."""
+        self.engine.change(images=["localhost/arm:1", "localhost/old:1", IMAGE], made_for={"localhost/arm:1": "arm64", "localhost/old:1": "386"})
+        self.assertFails("INSTALL_FAILED", lambda: self.prepare(make_document({"image": "localhost/arm:1"})),
+                         "localhost/arm:1 is made for arm64, and this device is amd64")
+        for changes in ({"image": "localhost/arm:1", "platform": "linux/arm64"}, {"image": "localhost/old:1"}, {}):
+            self.prepare(make_document(changes))
+
+    def test_a_health_check_that_is_awaited_has_to_be_there(self):
+        """K5: found out before anything stops, as is what turns it off."""
+        def make(check=None):
+            return {"services": {"main": {"image": IMAGE, "depends_on": {"db": {"condition": "service_healthy"}}},
+                                 "db": dict({"image": "localhost/db:1"}, **({"healthcheck": check} if check else {}))}}
+        self.engine.change(images=["localhost/db:1", IMAGE])
+        for check in (None, {"disable": True}, {"interval": "5s"}):
+            self.assertFails("INVALID_DEPLOYMENT", lambda: self.prepare(make(check)), "services.main.depends_on.db: it has no health check")
+        self.prepare(make({"test": "true"}))
+        self.engine.change(checked={"localhost/db:1": {"Test": ["CMD", "x"]}})
+        self.prepare(make())
+        self.assertFails("INVALID_DEPLOYMENT", lambda: self.prepare(make({"disable": True})), "no health check")
+
     def test_nothing_is_pulled_for_a_file_that_is_refused(self):
         self.assertFails("POLICY_DENIED", lambda: self.prepare({"services": {
             "a": {"image": "localhost/new:1"}, "b": {"image": IMAGE, "privileged": True}}}), "services.b.privileged")
