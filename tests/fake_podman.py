@@ -113,6 +113,11 @@ class Engine:
         if name not in self.held["images"]:
             self.held["images"].append(name)
 
+    def tag(self, arguments):
+        if arguments[0] not in self.held["images"]:
+            fail(f"{arguments[0]}: image not known")
+        self.held["images"].append(arguments[1])
+
     def show(self, kind, names):
         """Prints those of some names that there are, and fails where one is missing.
 

@@ -4,6 +4,7 @@ The agent runs as a process against the example WFM; what is asserted is what th
 """
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -435,6 +436,53 @@ class Mirrored:
         self.wfm.withdraw(self.deployment_id)
         self.device.cycle(0)
         self.assertEqual(self.find_names(), set(), "what the agent pulled is pruned")
+
+
+class Memory(EngineCase):
+    """F-02: what the engine remembers is not what is; nobody has to come."""
+
+    def test_a_container_whose_runtime_went_away_with_an_upgrade_is_made_anew(self):
+        conf, old = self.engine.env["CONTAINERS_CONF"], os.path.join(support.make_folder(self), "oldruntime")
+        with open(conf) as file:
+            text = file.read()
+        shutil.copy(shutil.which("runc") or shutil.which("crun"), old)
+        self.addCleanup(support.write, conf, text)
+        support.write(conf, re.sub('runtime = "[a-z]+"', 'runtime = "oldruntime"', text) + f'[engine.runtimes]\noldruntime = ["{old}"]\n')
+        self.publish({"main": service()})
+        self.device.cycle(0)
+        before = self.engine.containers()
+        self.engine.podman("stop", "--time=0", self.name())
+        support.write(conf, text)
+        os.remove(old)
+        self.assertIn("a container that cannot be started is made anew", self.device.cycle(0))
+        self.assertNotEqual(self.engine.containers(), before)
+
+    def test_an_image_of_ours_with_a_damaged_layer_is_pulled_anew(self):
+        support.require("docker-registry")
+        folder, port = support.make_folder(self), support.free_port()
+        image = f"127.0.0.1:{port}/app:1"
+        support.write(os.path.join(folder, "config.yml"), json.dumps({
+            "version": 0.1, "storage": {"filesystem": {"rootdirectory": folder}}, "http": {"addr": f"127.0.0.1:{port}"}}))
+        registry = support.Service(self, ["docker-registry", "serve", os.path.join(folder, "config.yml")])
+        support.wait_for(lambda: "listening on" in registry.read_output(), what="the registry")
+        self.engine.podman("run", "--network=none", "--name=x", IMAGE, "sh", "-c", "echo unique > /tmp/u")
+        self.engine.podman("commit", "--quiet", "x", image)
+        self.engine.podman("rm", "x")
+        self.engine.podman("push", "--tls-verify=false", image)
+        self.engine.podman("rmi", image)
+        self.device.settings["registries"][image.split("/")[0]] = {"insecure": True}
+        self.device.save()
+        self.publish({"main": service(image=image)})
+        self.device.cycle(0)
+        with open(os.path.join(self.engine.folder, "graph", "vfs-images", "images.json")) as file:
+            layer = next(item["layer"] for item in json.load(file) if image in (item.get("names") or ()))
+        self.engine.podman("rm", "--force", "--time=0", self.name())
+        shutil.rmtree(os.path.join(self.engine.folder, "graph", "vfs", "dir", layer))
+        self.assertIn("a damaged image is pulled anew", self.device.cycle(0))
+        self.assertEqual(self.inside("cat", "/tmp/u"), "unique")
+
+    def inside(self, *command):
+        return self.engine.podman("exec", self.name(), *command).strip()
 
 
 class MirroredPodman(Mirrored, EngineCase):
