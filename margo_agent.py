@@ -3400,6 +3400,8 @@ Check = define("Check", "interval retries start",
 # How docker shows a container, in podman's form.
 DOCKER_FORM = ('{"Id":{{json .ID}},"Names":[{{json .Names}}],"State":{{json .State}},'
                '"Status":{{json .Status}},"Labels":{%s}}')
+LOG_LINES = 4000                    # of a log that are looked at for its end
+MAX_LOG = 256 * KIB                 # bytes of them
 RUNS_TOO = {"amd64": "386", "arm64": "arm"}         # what a processor usually runs beside its own
 # An engine's words for what does not run.
 AT_REST = ("exited", "created", "initialized", "stopped", "configured")
@@ -3810,8 +3812,8 @@ class ComposeDriver:
             named = [argument.partition("=")[0] for argument in service.arguments]
             if "--platform" not in named and own and made_for not in (own, RUNS_TOO.get(own)):
                 raise ComponentError(
-                    "INSTALL_FAILED", f"image {service.image} is made for {made_for}, and this device is {own};"
-                    " a `platform` in the file says that it can run it all the same")
+                    "INSTALL_FAILED", f"image {service.image} is made for {made_for}, and this device is"
+                    f" {own}; a `platform` in the file says that it can run it all the same")
             if "--no-healthcheck" not in named and (check or "--health-cmd" in named):
                 checked.add(service.name)
         for service in services:
@@ -4359,15 +4361,17 @@ class ComposeDriver:
 
         The values of parameters are masked.
         """
+        if not container:
+            return ""
         try:
-            output = self.run(["logs", "--tail=20", container], 60) if container else Output(1, b"", "")
+            command = [self.engine, "logs", "--timestamps", f"--tail={LOG_LINES}", container]
+            output = run_command(command, 60, env=self.environ, limit=MAX_LOG, ends=True)
         except CommandError as error:
             return f"; its log cannot be had: {error.message}"
         if output.code:
             return ""
-        text = mask((output.stdout.decode("utf-8", "replace").strip() + "\n"
-                     + output.stderr).strip(), secrets)
-        return f"; its log ends: {make_printable(text[-2048:], 2048)}" if text else ""
+        text = mask(merge_logs(output.stdout, output.errors), secrets)[-2048:]
+        return f"; its log ends: {make_printable(text, 2048)}" if text else ""
 
     def stop(self, ids, deadline):
         """Stops containers within their own grace period, or kills them once the time is over.
@@ -4428,6 +4432,18 @@ class ComposeDriver:
                 self.run(["network", "rm", name], 60, "REMOVE_FAILED")
         for container in find_containers(deployment_id, self.observe(), component):
             raise ComponentError("REMOVE_FAILED", f"container {container.name} is still there")
+
+
+def merge_logs(*streams):
+    """The last 20 lines of what a program said on two streams, each line behind its time, in their order.
+
+    An engine reads each stream by itself, in large pieces: where a program talks a lot, the end of one may
+    come long before that of the other.  So up to ten lines of each are there.
+    """
+    said, errors = [stream.decode("utf-8", "replace").strip().splitlines() for stream in streams]
+    last = said[min(10, len(errors)) - 20:] + errors[min(10, len(said)) - 20:]
+    last.sort(key=lambda line: line.partition(" ")[0])
+    return "\n".join(line.partition(" ")[2] for line in last).strip()
 
 
 def part_containers(containers, claim):
@@ -6215,8 +6231,9 @@ def unpack_package(data, digest, parent, max_unpacked, relaxed=False):
 # 16. Commands
 # ----------------------------------------------------------------------------------------------------------
 
-Output = define("Output", "code stdout stderr",
-                "How a program ended: exit code, stdout bytes, the end of stderr as printable text.")
+Output = define("Output", "code stdout stderr errors",
+                "How a program ended: exit code, stdout, the end of stderr as printable text, and stderr.",
+                b"")
 
 # Which setting needs a program; a missing one is named with it (contract, Shape).
 NEEDED_BY = {"openssl": "`csr`, wfm.profile signed, identity.enrollment est and policy.images need it",
@@ -6267,12 +6284,13 @@ def get_temporary(state_dir, environ):
     return {"TMPDIR": os.path.join(state_dir, "tmp")} if os.geteuid() == 0 or os.path.isdir(runtime) else {}
 
 
-def run_command(argv, timeout, env=None, cwd=None, limit=MAX_OUTPUT, data=b""):
+def run_command(argv, timeout, env=None, cwd=None, limit=MAX_OUTPUT, data=b"", ends=False):
     """The one door to other programs: Output(exit code, stdout bytes, the end of stderr as printable text).
 
     argv: list, never a shell.  The program runs in a process group of its own, which is killed whole after
-    `timeout` seconds or when it prints more than `limit` bytes; `data` is all that it reads.  A non-zero exit
-    code is an answer.  Raises CommandMissing, CommandTimeout, CommandError.
+    `timeout` seconds or when it prints more than `limit` bytes; ends: of more, the end of each stream is
+    kept instead.  `data` is all that it reads.  A non-zero exit code is an answer.  Raises CommandMissing,
+    CommandTimeout, CommandError.
     """
     import subprocess
     try:
@@ -6287,16 +6305,16 @@ def run_command(argv, timeout, env=None, cwd=None, limit=MAX_OUTPUT, data=b""):
     except OSError as error:
         raise CommandError(f"{argv[0]} cannot be started ({error.strerror})") from None
     try:
-        stdout, stderr = serve_pipes(process, memoryview(data), timeout, limit)
+        stdout, stderr = serve_pipes(process, memoryview(data), timeout, limit, ends)
     except subprocess.TimeoutExpired:
         raise CommandTimeout(f"{' '.join(argv[:2])} did not end within {timeout:.0f} s") from None
     finally:
         kill_group(process)
     return Output(process.returncode, stdout,
-                  make_printable(stderr[-8192:].decode("utf-8", "replace").strip(), 8192))
+                  make_printable(stderr[-8192:].decode("utf-8", "replace").strip(), 8192), stderr)
 
 
-def serve_pipes(process, data, timeout, limit):
+def serve_pipes(process, data, timeout, limit, ends=False):
     """Writes `data` to stdin and reads until the process has ended: (stdout, stderr).
 
     A helper may leave something behind that keeps the pipes open, so their end is not waited for once the
@@ -6327,6 +6345,8 @@ def serve_pipes(process, data, timeout, limit):
             heard[pipe] += piece
             if not piece:
                 open_pipes.discard(pipe)
+            if ends:
+                del heard[pipe][:-limit // 2]
         if sum(map(len, heard.values())) > limit:
             raise CommandError(f"{process.args[0]} printed more than {limit} bytes")
         if ended and not ready:
@@ -6493,7 +6513,7 @@ def open_connection(address, timeout, source=None):
 
 
 def make_opener(context, check_peer):
-    """The agent's own opener: it follows no redirect, keeps no cookie, and takes every status as an answer."""
+    """The agent's own opener: it follows no redirect, keeps no cookie, and takes any status as an answer."""
     import http.client
     import urllib.request
 
@@ -6708,7 +6728,8 @@ class Log:
             line = json.dumps(dict(fields, time=make_time(time.time()), level=level, message=message),
                               sort_keys=True, separators=(",", ":"))
         else:
-            facts = "".join(f" {key}={make_printable(str(value), 2000)}" for key, value in fields.items())
+            facts = "".join(f" {key}={make_printable(str(value), MAX_MESSAGE)}"
+                            for key, value in fields.items())
             line = f"{make_time(time.time())} {level:7} {make_printable(message, 4000)}{facts}"
         try:
             sys.stderr.write(line + "\n")

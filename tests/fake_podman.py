@@ -253,7 +253,8 @@ class Engine:
         if self.held.get("logless"):
             fail("this log driver cannot be read")
         _, container = self.find(split(arguments)[1][0])
-        self.say("first line\n" + "\n".join(container["env"]) + "\nlast words")
+        for number, line in enumerate(["first line", *container["env"], "last words"]):
+            self.say(f"2026-11-28T10:00:00.{number:09}Z {line}")
 
 
 def is_hanging(folder, command):

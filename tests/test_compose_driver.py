@@ -71,6 +71,27 @@ class JudgeStartup(unittest.TestCase):
         self.assertEqual(self.judge("a", a=("running",), b=("exited", 1)), (None, {}, set()))
 
 
+class Logs(unittest.TestCase):
+    """The end of a log, as an error tells it."""
+
+    def merge(self, said, errors):
+        streams = ["".join(f"2026-11-28T10:00:{second:02}.000000000Z {text}\n" for second, text in lines) for lines in (said, errors)]
+        return margo_agent.merge_logs(*(stream.encode() for stream in streams)).split("\n")
+
+    def test_both_streams_are_told_in_their_order(self):
+        self.assertEqual(self.merge([(1, "a"), (3, "c d")], [(2, "b"), (4, "e")]), ["a", "b", "c d", "e"])
+        self.assertEqual(self.merge([], []), [""])
+        self.assertEqual(self.merge([(1, "a"), (1, "b")], []), ["a", "b"])
+
+    def test_twenty_lines_and_of_each_stream_the_last_ten(self):
+        """A program that talks a lot on one stream and says on the other why it ends."""
+        many = [(number, f"out {number}") for number in range(1, 51)]
+        self.assertEqual(self.merge(many, []), [f"out {number}" for number in range(31, 51)])
+        self.assertEqual(self.merge(many, [(3, "why")]), ["why"] + [f"out {number}" for number in range(32, 51)])
+        found = self.merge(many, [(2, f"err {number}") for number in range(30)])
+        self.assertEqual(found, [f"err {number}" for number in range(20, 30)] + [f"out {number}" for number in range(41, 51)])
+
+
 class Masking(unittest.TestCase):
     def test_a_value_is_masked_however_it_is_spelt(self):
         """D-35: a tool's words come with control characters escaped, and tools quote a text of several lines line by line."""
@@ -194,7 +215,7 @@ class DriverCase(FileCase):
         patch.start()
         self.addCleanup(patch.stop)
 
-    def run_here(self, argv, timeout, env=None):
+    def run_here(self, argv, timeout, env=None, limit=0, ends=False):
         """The engine of files in this process: a process for each of hundreds of commands would take too long."""
         for argument in argv:
             self.assertNotIn(b"\0", os.fsencode(argument))
