@@ -7,29 +7,32 @@ it so.  It proves the device's identity by an X.509-SVID, reports what the devic
 state, verifies it, compares it with what runs, drives container commands to close the gap, and reports how
 that went.  It never listens; every connection starts here.
 
-Commands.   enroll | run [--once] | plan | status | history | capabilities | csr | doctor | retry [ID] |
-            unenroll [--purge] | version
-Exit codes. 0 as desired, 1 a deployment failed, 2 usage or configuration, 3 unreachable or to be reported
-            later, 4 desired state refused, 5 identity or trust, 6 another instance runs, 70 a bug.
-Files.      The configuration (-c, $MARGO_CONFIG, /etc/margo/agent.yaml) and one state directory; see README.
+Usage.      margo_agent.py [-c FILE] [-v|-q] [--log-format text|json] COMMAND
+            (or --config, --verbose, --quiet; `COMMAND --help` explains one)
+Files.      The configuration (-c FILE, else $MARGO_CONFIG, else
+            /etc/margo/agent.yaml) and one state directory.
+Exit codes. 0 as desired, 1 a deployment failed, 2 usage or configuration,
+            3 unreachable or to be reported later, 4 desired state refused,
+            5 identity or trust, 6 another instance runs, 70 a bug.
 
-Stable for embedding: main, Agent, load_config, load_yaml, YAMLError, MargoError, PROFILES, __version__.  All
-else may change.
+Stable for embedding: what __all__ names, `Agent.cycle` with the fields of the Outcome that it returns, and
+log.level and log.callback(level, message, fields).  All else may change.
 
 How to read it: from top to bottom, as a newspaper: what the agent does, then how, then with what.  To follow
 one poll, read 1 to 6; `Agent.cycle` is where it begins.  A section uses only 1, 2 and sections below it;
 optional ones and the command line, which stand at the end, use all of it, and nobody names what is in them.
-   1 Constants and errors          12 Drivers                       23 Signed (optional)
-   2 Records                       13 Compose driver                24 Older documents (optional)
-   3 Agent                         14 Compose file                  25 Git (optional)
-   4 Plan                          15 Packages                      26 Enrollment (optional)
-   5 Apply                         16 Commands                      27 Revocation (optional)
-   6 Deployment status             17 Transport                     28 Helm (optional)
-   7 Desired-state source          18 Store                         29 Gateway (optional)
-   8 Desired state                 19 Configuration                 30 Hooks (optional)
-   9 Identity and trust            20 X.509                         31 Image policy (optional)
-  10 Eligibility                   21 YAML                          32 Doctor (optional)
-  11 Capabilities                  22 Small encodings               33 Command line
+   1 Constants and errors         13 Capabilities                   25 Signed (optional)
+   2 Records                      14 Compose driver                 26 Older documents (optional)
+   3 Agent                        15 Compose file                   27 Git (optional)
+   4 Plan                         16 Packages                       28 Enrollment (optional)
+   5 Apply                        17 Commands                       29 Revocation (optional)
+   6 Deployment status            18 Transport                      30 Helm (optional)
+   7 Devices                      19 Store                          31 Gateway (optional)
+   8 Turns                        20 Patience                       32 Hooks (optional)
+   9 Desired-state source         21 Configuration                  33 Image policy (optional)
+  10 Desired state                22 X.509                          34 Doctor (optional)
+  11 Identity and trust           23 YAML                           35 Commands for people (optional)
+  12 Eligibility                  24 Small encodings              36 Command line
 "C-nnn" and "E-nnn" in comments and docstrings are rules of Margo's protocol and of its drafts
 (tests/data/rules.txt), "P-nn" and "D-nn" are mistakes of other agents, which a test of the same mark keeps
 out; "F-nn" and "K-nn" are what fleets and compose files met.
@@ -44,7 +47,9 @@ import time
 from collections import ChainMap, namedtuple
 
 __version__ = "0.1.0"
-__all__ = ["main", "Agent", "load_config", "load_yaml", "YAMLError", "MargoError", "PROFILES", "__version__"]
+__all__ = ["main", "Agent", "load_config", "load_yaml", "status", "log", "PROFILES", "__version__",
+           "MargoError", "ConfigError", "Unreachable", "StorageError", "Refused", "Untrusted", "Locked",
+           "YAMLError"]
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -52,15 +57,16 @@ __all__ = ["main", "Agent", "load_config", "load_yaml", "YAMLError", "MargoError
 # ----------------------------------------------------------------------------------------------------------
 
 # What optional rooms add where they are defined; nothing outside names anything in them.
-# See also SCHEMA, CHECKS, STEPS, EXAMINE and COMPANIONS.
+# See also SCHEMA, CHECKS, STEPS, DEVICES, ASSIGN, LISTENERS and COMPANIONS.
 PROFILES = {}                       # {wfm.profile: its Profile class}
 OPTIONS = {"enroll": {}}            # {command: {option: (name of its value, function of config and value)}}
 COMMANDS = {}                       # {name: (its function, to an exit code or nothing for 0; its options,
-                                    # each with what follows it; its operand)}
+                                    # each with what follows it; its operands)}; its docstring is its help
 JUDGES = []                         # functions of (image, config) to the name by which it is pulled, once
                                     # nothing speaks against it; else ComponentError
-DRIVERS = {}                        # {deployment type: function of (config, child, others, claim) to its
-                                    # driver, or to None}
+DRIVERS = {}                        # {deployment type: function of (config, child, others) to its driver or
+                                    # None}
+EXAMINE = {}                        # {what `doctor` checks: function of the Agent to (ok or warn, words)}
 TRACES = []                         # names in the state directory that `unenroll` removes
 
 KIB = 1024
@@ -95,6 +101,8 @@ DEVICE_ID_PATTERN = r"[A-Za-z0-9._~-]+(/[A-Za-z0-9._~-]+)*"
 
 # Most severe first (C-133).
 STATES = ("failed", "removing", "installing", "pending", "removed", "installed")
+GOING = ("removing", "removed")     # those of what is not wanted any more
+CHANGES = ("install", "update")     # verbs of a plan that make a version run
 
 RETRY_FIRST, RETRY_CAP = 30, 3600   # seconds between attempts at a failed deployment
 REPAIRS = 5                         # repairs within RETRY_CAP before pauses between them grow, too
@@ -103,6 +111,7 @@ MAX_NAMED = 100                     # workloads of other owners that `status` na
 BACKOFF_FIRST, BACKOFF_CAP = 1, 900  # seconds between attempts at a WFM that cannot be reached
 STOP_GRACE = 20                     # seconds for the current step once the process is asked to end
 STOP_LIMIT = 90                     # seconds until a cycle that was asked to end is killed by its parent
+MAX_SHIFT = 3 * 3600                # seconds by which a clock may be put forward, at most
 CYCLE_RETRY = 60                    # seconds to the next cycle after one that said nothing
 HUNG = 1800                         # seconds without a move after which a cycle is killed
 MAX_WAIT = 86400.0                  # seconds that anybody can ask this device to wait
@@ -128,6 +137,7 @@ class MargoError(Exception):
 
     exit = 70
     code = "INTERNAL"
+    result = "failed"                   # the word of `lastPoll.result`
     status, retry_after, strategy = 0, None, ""
 
     def __init__(self, message, code=None, **facts):
@@ -137,20 +147,25 @@ class MargoError(Exception):
         vars(self).update(facts)
 
 
-def define_fault(name, exit, code, meaning, base=MargoError):
-    """A kind of MargoError: its exit code, its stable text and its meaning, which is its docstring."""
-    return type(name, (base,), {"exit": exit, "code": code, "__doc__": meaning})
+def define_fault(name, exit, code, meaning, base=MargoError, result="failed"):
+    """A kind of MargoError: its exit code, stable text, meaning (its docstring) and word for `lastPoll`."""
+    return type(name, (base,), {"exit": exit, "code": code, "__doc__": meaning, "result": result})
 
 
 ConfigError = define_fault("ConfigError", 2, "CONFIGURATION", "The command line or configuration is wrong.")
-Unreachable = define_fault("Unreachable", 3, "UNREACHABLE", "The WFM cannot be reached or asks for patience.")
-Silence = define_fault("Silence", 3, "UNREACHABLE", "No request is made now; not a fault.", Unreachable)
-Waiting = define_fault("Waiting", 3, "REMOVALS_UNCONFIRMED", "So much is removed only once it is confirmed.")
+Unreachable = define_fault("Unreachable", 3, "UNREACHABLE", "The WFM cannot be reached or asks for patience.",
+                           result="unreachable")
+Silence = define_fault("Silence", 3, "UNREACHABLE", "No request is made now; not a fault.", Unreachable,
+                       "unreachable")
+Waiting = define_fault("Waiting", 3, "REMOVALS_UNCONFIRMED", "So much is removed only once it is confirmed.",
+                       result="refused")
 Interrupted = define_fault("Interrupted", 3, "INTERRUPTED", "The process was asked to end before its time.")
 StorageError = define_fault("StorageError", 3, "STORAGE", "The state directory cannot be read or written.")
 NoMemory = define_fault("NoMemory", 3, "MEMORY", "The device has not enough memory for a step.")
-Refused = define_fault("Refused", 4, "REFUSED", "The desired state is refused as a whole; what runs stays.")
-Untrusted = define_fault("Untrusted", 5, "UNTRUSTED", "Own identity or the peer's cannot be trusted.")
+Refused = define_fault("Refused", 4, "REFUSED", "The desired state is refused as a whole; what runs stays.",
+                       result="refused")
+Untrusted = define_fault("Untrusted", 5, "UNTRUSTED", "Own identity or the peer's cannot be trusted.",
+                         result="untrusted")
 Locked = define_fault("Locked", 6, "LOCKED", "Another instance works on the same state directory.")
 CommandError = define_fault("CommandError", 1, "COMMAND", "A helper program could not be run to its end.")
 CommandMissing = define_fault("CommandMissing", 1, "COMMAND", "The program is missing.", CommandError)
@@ -187,9 +202,14 @@ class Forbidden(ComponentError):
 # ----------------------------------------------------------------------------------------------------------
 
 def define(name, fields, meaning, *defaults):
-    """A record type: a named tuple of `fields`, documented by `meaning`; `defaults`: of the last fields."""
+    """A record type: a named tuple of `fields`, documented by `meaning`; `defaults`: of the last fields.
+
+    One with a deployment's id has a `key`, too: the id in lower case, by which the state knows it.
+    """
     record = namedtuple(name, fields, defaults=defaults)
     record.__doc__ = meaning
+    if "deployment_id" in record._fields:           # ids are told apart without regard to case
+        record.key = property(lambda self: self.deployment_id.lower())
     return record
 
 
@@ -231,7 +251,7 @@ Container = define("Container",
     "", 0, "", "")
 Claim = define("Claim", "owner owners deployments ids images",
     "By what a workload is ours: the owner that this agent is, all that it was, and what its state tells of:"
-    " ids of deployments in lower case and of containers, see is_ours; and the state's `pulled`.", ())
+    " keys of deployments and ids of containers, see is_ours; and the state's `pulled`.", ())
 Action = define("Action", "deployment_id verb reason target device_id culprit",
     "One step of a plan: a word of EXECUTE and why; the Target, where it is wanted; the device it is done on;"
     " culprit: (component, service) that is repaired in vain.", None, "", None)
@@ -241,91 +261,21 @@ Clock = define("Clock", "now boot uptime",
 Device = define("Device", "device_id settings drivers silence",
     "A device on which workloads run: its id, its part of the configuration, {deployment type: driver}; of"
     " another one than this: the ComponentError that the WFM is told where it does not answer.", None)
-Seen = define("Seen", "containers silent",
-    "What a device shows now: [Container], and {deployment type: CommandError} of what does not answer.")
+Seen = define("Seen", "containers drivers silent",
+    "What a device shows now: [Container], {deployment type: driver} of what answers, and {deployment type:"
+    " CommandError} of what does not.")
 Share = define("Share", "device targets records unseen",
-    "What a device has to care for: its Device, [Target] that should run there, {id in lower case: record}"
-    " of what is at home there, {id in lower case: CommandError} of what cannot be seen now.")
+    "What a device has to care for: its Device, [Target] that should run there, {key: record} of what is at"
+    " home there, {key: CommandError} of what cannot be seen now.")
 Outcome = define("Outcome", "code result detail delay",
     "How a cycle went: exit code, the word of `lastPoll.result`, detail for people, seconds to the next one.")
 
-
-def claim_nothing():
-    """The Claim of nobody."""
-    return Claim("", (), (), ())
+NOBODY = Claim("", (), (), ())
 
 
 # ----------------------------------------------------------------------------------------------------------
 # 3. Agent
 # ----------------------------------------------------------------------------------------------------------
-
-def make_clock_fault(now, stored):
-    """What is wrong with a clock that stands before the last write of the state, in words."""
-    return (f"the clock of this device says {make_time(now)}, and its state was written at"
-            f" {make_time(stored)}: set the clock")
-
-
-def load_own_device(config, device_id, claim):
-    """[Device]: this one.  claim: as for make_compose_driver."""
-    others = [f"{device_id}/{child.id}" for child in config.device.children]
-    return [Device(device_id, config.device, make_drivers(config, others=others, claim=claim))]
-
-
-def assign_here(targets, records, devices, silent, offers):
-    """[Share] of the one device there is: what another one is meant for is refused as WRONG_DEVICE (protocol
-    9).
-    """
-    device = devices[0]
-    own_id, found = device.device_id, []
-    for target in targets:
-        error = target.error
-        if target.deployment and not error:
-            wanted = target.deployment.device_id or own_id
-            error = find_reason(target.deployment, device, offers)
-            if wanted != own_id:
-                words = f"metadata.deviceId is {wanted}, this device is {own_id}"
-                error = ComponentError("WRONG_DEVICE", words)
-        found.append(target._replace(error=error, device_id=own_id))
-    return [make_share(device, found, records, silent[own_id])]
-
-
-def find_reason(deployment, device, offers):
-    """The ComponentError for which a deployment cannot run on a device, or None.
-
-    offers: {device id: capabilities document}.
-    """
-    try:
-        if deployment.type not in device.drivers:
-            words = f"nothing on {device.device_id} runs {deployment.type} components"
-            hint = "" if device.silence else f"; see runtime.{deployment.type}"
-            raise ComponentError("UNSUPPORTED_TYPE", words + hint)
-        if deployment.constraints:
-            check_eligibility(deployment.constraints, offers[device.device_id])
-    except ComponentError as error:
-        return error
-    return None
-
-
-# What optional rooms let `doctor` check: {name: function of the Agent to (ok or warn, words)}.
-EXAMINE = {}
-# What makes the devices that the agent serves, this one first: functions of (Settings, own device id,
-# claim).
-DEVICES = [load_own_device]
-# What says which deployment belongs on which device: the last one counts.  All are pure; see assign_here.
-ASSIGN = [assign_here]
-
-
-class Work:
-    """One action under way: its device, its generator, what it takes and holds there, and what has to be
-    cleared before.
-    """
-
-    def __init__(self, action, device, steps, tools):
-        self.action, self.device, self.steps, self.tools = action, device, steps, tools
-        self.takes = self.holds = frozenset()
-        self.before = []
-        self.begun = False
-
 
 class Agent:
     """The client of one WFM.  `Agent(config).cycle()` is all that a supervisor of your own needs to call.
@@ -337,19 +287,13 @@ class Agent:
         self.config, self.stopping = config, stopping
         self.store = Store(config.state_dir)
         self.device_id = get_device_id(config.device)
-        self.owner = None                           # what its workloads are labelled with, once known
-        self.devices = []
-        for load in DEVICES:
-            self.devices += load(config, self.device_id, self.make_claim)
-        self.answering = {}                         # {device id: {type: driver}} that answered the last look
+        self.devices = load_devices(config, self.device_id)
         self.state = None                           # what state.json holds, while a cycle has it
         self.source = None                          # connected when the WFM is first needed
-        self.silent = False                         # whether the WFM is not spoken to any more in this cycle
         self.profile = None                         # how wfm.profile is served, for the state at hand
+        self.answering = {}                         # {device id: {type: driver}} that answered the last look
         self.asked = False                          # whether a person asks for an SVID, by `enroll`
         self.starting = 0                           # seconds until the first contact since the device started
-        self.changed = False                        # whether this cycle had something to do
-        self.faults = []                            # what went wrong in this cycle
 
     def cycle(self):
         """One cycle: every step in turn.  Returns an Outcome.
@@ -376,11 +320,14 @@ class Agent:
         except MargoError:
             self.store.unlock()
             raise
-        self.owner, self.faults, self.answering = None, [], {}
-        self.silent = self.changed = False
+        self.faults = []                            # what went wrong in this cycle
+        self.answering = {}
+        self.silent = False                         # whether the WFM is not spoken to any more in this cycle
+        self.changed = False                        # whether this cycle had something to do
         return self
 
     def __exit__(self, *_):
+        self.store.save_memo()
         self.store.unlock()
         self.source = self.profile = None
 
@@ -396,67 +343,31 @@ class Agent:
             self.profile = PROFILES[self.config.wfm.profile](self.config, self.store, self.state)
         return self.profile
 
-    def make_claim(self):
-        """The Claim by which drivers tell what is this agent's.
-
-        An identity that cannot be read now counts as the one before.
-        """
-        owners = self.state["owners"]
-        if self.owner is None:
-            try:
-                self.owner = make_owner(self.get_profile().identify(), self.device_id)
-                if self.owner != (owners or [""])[-1]:
-                    before = [owner for owner in owners if owner != self.owner]
-                    self.state["owners"] = before[1 - HISTORY:] + [self.owner]
-            except Untrusted:
-                self.owner = (owners or [""])[-1]
-        return make_claim(self.owner, self.state)
-
     def check_patience(self, spread=True):
-        """Raises Silence where the WFM, a back-off or the operator's downtime says not to speak now.
-
-        spread: or where a whole fleet may just be starting.
-        """
+        """Raises Silence where nobody is to be asked now; spread: or where a fleet may just be starting."""
         clock = get_clock()
-        if self.is_downtime():
-            raise Silence("downtime: no request is made", exit=0)               # the operator's own wish
-        left = find_wait(self.state["patience"], clock)
-        why = "the WFM or a back-off asks"
-        if not left and spread and clock.boot and clock.uptime < START_WINDOW:
-            left = self.spread_start(clock)
-            why = "a fleet that has just started does not arrive at once"
-            self.starting = max(0, left)
-        if left > 0:
-            raise Silence(f"waiting until {make_time(clock.now + left)}: {why}", retry_after=left)
-
-    def spread_start(self, clock):
-        """Seconds until the first contact since this boot.
-
-        It is 0 where that cannot be remembered, because each run would wait anew.
-        """
-        memo = self.store.load_memo()
-        if memo.get("boot") != clock.boot:
-            start = make_start(clock.uptime, self.config.poll, self.state["accepted"], get_random())
-            memo = dict(memo, boot=clock.boot, start=start)
-            if not self.store.save_memo(memo):
-                return 0
-        return memo["start"] - clock.uptime
+        self.starting = 0
+        if spread and not find_wait(self.state["patience"], clock):
+            known = self.state["accepted"]
+            self.starting = load_start(self.store, self.config.poll, known, clock, get_random())
+        silence = find_silence(self.state["patience"], self.is_downtime(), self.starting, clock)
+        if silence:
+            raise silence
 
     def is_downtime(self):
         """Whether the operator wants no communication now."""
         return is_within(self.config.poll.downtime, time.localtime())
 
     def note_fault(self, error, began):
-        """Logs what went wrong, keeps the back-off that follows from it, and whether this cycle still speaks
-        to the WFM.
+        """Logs what went wrong, and keeps what follows from it: a back-off, and silence for this cycle.
 
         One time-out a cycle is enough, and without an SVID there is nothing to speak with.
         """
         self.faults.append(error)
-        self.silent = self.silent or isinstance(error, (Unreachable, Untrusted)) or bool(
-            isinstance(error, Refused) and error.retry_after)
+        final = isinstance(error, (Unreachable, Untrusted))
+        self.silent = self.silent or final or isinstance(error, Refused) and bool(error.retry_after)
         if isinstance(error, Silence):
-            log("debug", error.message)
+            log_wait(error.message)
             return
         stored = self.store.find_time()
         if isinstance(error, Untrusted) and time.time() < stored:   # no verdict on certificates is one (P-2)
@@ -464,134 +375,96 @@ class Agent:
             error.message += f"; {make_clock_fault(time.time(), stored)}"
         long = {"retryAfter": f"{error.retry_after:.0f} s"} if (error.retry_after or 0) > 3600 else {}
         log("error", error.message, code=error.code, **long)
-        if isinstance(error, (Unreachable, Refused, Untrusted)):
-            before = self.state["patience"]
-            delay = error.retry_after or 0
-            if isinstance(error, Unreachable):
-                failures = before.get("failures", 0) + 1
-                delay = make_backoff(failures, error.retry_after, error.strategy, get_random())
-            self.state["patience"] = make_wait(before, delay, get_clock()._replace(now=began))
+        if final or isinstance(error, Refused):
+            clock = get_clock()._replace(now=began)
+            self.state["patience"] = make_patience(self.state["patience"], error, clock, get_random())
 
     def exchange(self):
         """Speaks with the WFM: capabilities where they changed, the outbox, the desired state.
 
-        A WFM that answers, and does not take a status, is polled all the same (P-9).
+        A WFM that does not take a report is polled all the same (P-9).
         """
         if self.silent:
             return
         self.check_patience()
-        source = self.connect()
-        fault = desired = None
+        self.connect()
         self.report_capabilities()
-        try:
-            self.flush_outbox()
-        except MargoError as error:
-            if not error.status:
-                raise
-            fault = error
-        if not self.config.poll.window or is_within(self.config.poll.window, time.localtime()):
-            desired = self.fetch_desired(source)
-            self.state["patience"] = self.state["patience"] if fault else {}
+        self.flush_outbox()
+        window = self.config.poll.window
+        if window and not is_within(window, time.localtime()):
+            log_wait("outside poll.window: the WFM is not asked for anything new")
+            return
+        desired = self.fetch_desired()
+        self.state["patience"] = {}
         if desired:
             self.accept(desired)
             self.changed = True
-        if fault:
-            raise fault
 
-    def fetch_desired(self, source):
-        """The Desired that a source has, None where nothing changed.
+    def fetch_desired(self):
+        """The Desired that the source has; None where nothing changed.
 
         An ETag that alone is new is kept in memory: two servers behind one name may differ in it (P-16).
         """
-        accepted = dict(self.state["accepted"] or {})
-        digest, etag = self.store.load_memo().get("etag") or ("", "")
-        if accepted and digest == accepted["digest"]:
-            accepted["etag"] = etag
-        before = accepted.get("etag")
-        desired = source.fetch_desired(accepted or None, self.store.load_artifact)
-        if not desired and accepted.get("etag") != before:
-            memo = dict(self.store.load_memo(), etag=[accepted["digest"], accepted["etag"]])
-            self.store.save_memo(memo)
+        accepted = self.state["accepted"]
+        if not accepted:
+            return self.source.fetch_desired(None, self.store.load_artifact)
+        memo = self.store.load_memo()
+        digest, etag = memo.get("etag") or ("", "")
+        etag = etag if digest == accepted["digest"] else accepted["etag"]
+        needed = [target.digest for target in list_targets(accepted) if self.is_needed(target)]
+        lost = None in map(self.store.load_artifact, needed)        # it is fetched again (D-9)
+        asked = dict(accepted, etag=etag, incomplete=lost)
+        desired = self.source.fetch_desired(asked, self.store.load_artifact)
+        if not desired and asked["etag"] != etag:
+            memo["etag"] = [accepted["digest"], asked["etag"]]
         return desired
 
-    def make_capabilities(self, device):
-        """The capabilities document of a device as it is; a child is what the configuration says of it."""
-        detected = {"peripherals": [], "interfaces": []}
-        if not device.silence:
-            detected = detect_properties(self.config.state_dir, hostname=self.config.device.hostname)
-        return make_capabilities(detected, device.settings, device.device_id, sorted(device.drivers))
-
     def report_capabilities(self, always=False):
-        """PUTs the capabilities of all devices before anything else, and again where they changed."""
-        documents = {device.device_id: self.make_capabilities(device) for device in self.devices}
-        report_devices(documents, self.source, self.store, self.state, always)
+        """PUTs the capabilities of all devices, before anything else and where they changed."""
+        documents = load_capabilities(self.devices, self.config)
+        report_devices(documents, self.source, self.state, always)
 
     def accept(self, desired):
-        """Makes a verified desired state the accepted one: first its documents, then the state, all durable
-        (C-111).
-        """
+        """Makes a verified desired state the accepted one, durable: first its documents, then it (C-111)."""
         self.check_removals(desired)
         state = self.state
-        at = make_time(time.time())
+        records = state["deployments"]
         for digest, data in desired.documents.items():
             self.store.save_artifact(digest, data)
+        at = make_time(time.time())
         state["waiting"] = None
-        state["history"] = make_history(state, desired.entries, desired.version, at)
-        entries = [{"deploymentId": entry.deployment_id, "digest": entry.digest} for entry in desired.entries]
-        state["accepted"] = {"version": desired.version, "etag": desired.etag, "digest": desired.digest,
-                             "acceptedAt": at, "deployments": entries}
-        for entry in desired.entries:
-            record = state["deployments"].get(entry.deployment_id.lower())
-            same = record and record["adopted"]["digest"] == entry.digest
-            if same and record["state"] not in ("removing", "removed"):
-                record["adopted"]["version"] = desired.version      # the new manifest defines it, too (E-113)
-                enqueue_status(state, record, self.device_id)
-        new = [item for item in entries if item["deploymentId"].lower() not in state["deployments"]]
-        targets = self.make_targets(dict(state["accepted"], deployments=new), self.store.load_artifact)
-        targets = [target for share in self.assign(targets, {}) for target in share.targets]
-        for target in [target for target in targets if not target.error]:
-            # Received, not started (protocol 5.1); what may run anywhere is at home here until it is placed.
-            home = target.device_id if target.deployment.device_id == target.device_id else self.device_id
-            record = begin_record(make_record(target, home), target)
-            state["deployments"][target.deployment_id.lower()] = record
-            enqueue_status(state, record, self.device_id)
+        state["history"] = make_history(state, desired, at)
+        state["accepted"] = make_accepted(desired, at)
+        new = []
+        for target in list_targets(state["accepted"]):
+            record = records.get(target.key)
+            if not record:
+                new.append(read_target(target, self.store.load_artifact, self.config))
+            elif record["adopted"]["digest"] == target.digest and record["state"] not in GOING:
+                record["adopted"]["version"] = target.version       # the new manifest defines it, too (E-113)
+                enqueue_status(state, record)
+        for share in self.assign(new, {}):
+            for target in share.targets:
+                if not target.error:                # received, not started (protocol 5.1)
+                    records[target.key] = make_pending(target, self.device_id)
+                    enqueue_status(state, records[target.key])
         self.store.save_state(state)
         log("info", "desired state accepted", version=desired.version, deployments=len(desired.entries))
 
     def check_removals(self, desired):
-        """Raises Waiting where a manifest removes more than policy.max_removals and no second poll has
-        confirmed it (contract, Guard).
-        """
+        """Raises Waiting where a manifest removes more than is allowed and no second poll confirmed it."""
         limit = self.config.policy.max_removals
-        wanted = {entry.deployment_id.lower() for entry in desired.entries}
-        gone = [key for key in self.state["deployments"] if key not in wanted]
+        gone = self.state["deployments"].keys() - {entry.key for entry in desired.entries}
         if limit is not None and len(gone) > limit and self.state["waiting"] != desired.digest:
             self.state["waiting"] = desired.digest
             raise Waiting(f"version {desired.version} would remove {len(gone)} deployments,"
                           f" policy.max_removals is {limit}; nothing is done until the next poll confirms it")
 
-    def make_targets(self, accepted, load_document):
-        """[Target] of an accepted desired state; documents are read only where deciding takes them."""
-        targets = []
-        known = {device.device_id for device in self.devices}
-        for item in accepted["deployments"]:
-            target = Target(item["deploymentId"], item["digest"], accepted["version"], None, None)
-            record = self.state["deployments"].get(target.deployment_id.lower())
-            needed = needs_document(target, record) or record["deviceId"] not in known
-            targets.append(self.read_target(target, load_document) if needed else target)
-        return targets
-
-    def read_target(self, target, load_document):
-        """The target with its Deployment, or with the ComponentError for which there is none."""
-        data = load_document(target.digest)
-        try:
-            if data is None:
-                words = "its document is missing from the state directory; the next poll brings it anew"
-                raise ComponentError("INTERNAL", words)
-            values = self.config.device.parameter_values
-            return target._replace(deployment=parse_deployment(data, target.deployment_id, values))
-        except ComponentError as error:
-            return target._replace(error=error, deployment=data and make_outline(data, target.deployment_id))
+    def is_needed(self, target):
+        """Whether deciding on a target takes its document."""
+        record = self.state["deployments"].get(target.key)
+        known = [device.device_id for device in self.devices]
+        return needs_document(target, record) or record["deviceId"] not in known
 
     def assign(self, targets, silent):
         """[Share] of each device.
@@ -600,100 +473,90 @@ class Agent:
         """
         offers = {}
         if any(target.deployment and target.deployment.constraints for target in targets):
-            offers = {device.device_id: self.make_capabilities(device) for device in self.devices}
+            offers = load_capabilities(self.devices, self.config)
         silent = {device.device_id: silent.get(device.device_id, {}) for device in self.devices}
         return ASSIGN[-1](targets, self.state["deployments"], self.devices, silent, offers)
 
     def decide(self, accepted, load_document):
-        """([Action], {device id: Seen}): what has to be done so that what was accepted runs, and what all
-        devices show now.
+        """([Action], {device id: Seen}): what to do so that what was accepted runs, and what is there now.
 
-        Documents of what is not as it should be are read, and decided upon again: its device may have to be
-        another one.
+        The documents of what is not as it should be are read, and it is decided again: another device may
+        have to run it.
         """
-        targets = self.make_targets(accepted, load_document)
+        records = self.state["deployments"]
+        targets = [read_target(target, load_document, self.config) if self.is_needed(target) else target
+                   for target in list_targets(accepted)]
         new = [begin_record(make_record(target, ""), target) for target in targets if target.deployment]
-        seen = observe_devices(self.devices, [*self.state["deployments"].values(), *new])
+        claim = obtain_claim(self.get_profile(), self.device_id)
+        seen = observe_devices(self.devices, [*records.values(), *new], claim)
+        self.answering = {device_id: sight.drivers for device_id, sight in seen.items()}
         silent = {device_id: sight.silent for device_id, sight in seen.items()}
         containers = {device_id: sight.containers for device_id, sight in seen.items()}
-        for device in self.devices:
-            answers = set(device.drivers) - set(silent[device.device_id])
-            self.answering[device.device_id] = {kind: device.drivers[kind] for kind in sorted(answers)}
-        settle = self.config.runtime.settle
         mark = make_mark(self.config.runtime.environment)
         while True:
             shares = self.assign(targets, silent)
-            actions = make_actions(shares, self.state["deployments"], containers, get_clock(), settle, mark)
-            unread = {action.deployment_id for action in actions
-                      if action.verb in ("install", "update") and not action.target.deployment}
+            actions = make_actions(shares, records, containers, get_clock(), self.config.runtime.settle, mark)
+            unread = {action.key for action in actions
+                      if action.verb in CHANGES and not action.target.deployment}
             if not unread:
                 return actions, seen
-            targets = [self.read_target(target, load_document) if target.deployment_id in unread else target
+            targets = [read_target(target, load_document, self.config) if target.key in unread else target
                        for target in targets]
 
-    def reconcile(self):
+    def reconcile(self, accepted=None):
         """Makes what runs match what was accepted.
 
-        What does not answer has not nothing: nothing is done blindfold, and CommandError says so (D-16).
+        An engine that does not answer is not an empty one: what runs there is left alone, and CommandError
+        says so (D-16).
         """
-        accepted = self.state["accepted"]
+        accepted = accepted or self.state["accepted"]
         if not accepted:
             return                                  # what runs is left alone until a WFM says what should
         actions, seen = self.decide(accepted, self.store.load_artifact)
-        refused = [action.target.digest for action in actions if action.verb == "refuse"]
-        if None in map(self.store.load_artifact, refused):
-            accepted["incomplete"] = True           # a document was lost: the next poll asks for it
         if any(action.verb != "keep" for action in actions):
             self.prune()                            # before anything is pulled, too (P-5)
-        troubles = self.carry_out(actions, seen)
+        troubles = self.carry_out(actions, seen, accepted["version"])
         for device in self.devices:
+            sight = seen[device.device_id]
             name = f"child device {device.device_id}: " if device.silence else ""
-            troubles += [name + fault.message for fault in seen[device.device_id].silent.values()]
-            if not self.changed:
-                for driver in self.answering[device.device_id].values():
-                    driver.tend(seen[device.device_id].containers, get_random())
+            troubles += [name + fault.message for fault in sight.silent.values()]
+            for driver in () if self.changed else sight.drivers.values():
+                driver.tend(sight.containers, get_random())
         if self.changed:
             self.prune()
         if troubles:
             raise CommandError(f"{'; '.join(dict.fromkeys(troubles))}; what runs there is left as it is")
 
     def prune(self):
-        """Housekeeping with everything that answers; see the function of this name."""
+        """Housekeeping on everything that answers, where it is wished."""
         if self.config.runtime.prune:
-            drivers = [self.answering[device.device_id].values() for device in self.devices]
-            prune(self.state, self.store, dict(zip(map(make_prefix, self.devices), drivers)))
+            prune(self.state, self.store, self.device_id, self.answering)
 
-    def carry_out(self, actions, seen):
-        """Carries out a plan: group by group, and in a group whatever is ready whose turn it is.
-
-        Returns in words what went wrong and fails no deployment: a leftover that cannot be removed.
-        """
-        troubles, cleared = [], {}
-        for action in actions:
-            if action.verb == "clear":
-                cleared.setdefault(action.deployment_id.lower(), []).append(action)
-        for group in make_groups(actions, self.state["deployments"]):
-            ready, stopped = {}, False
+    def carry_out(self, actions, seen, version):
+        """Carries out a plan, group by group; returns what went wrong and fails no deployment, in words."""
+        records = self.state["deployments"]
+        troubles = []
+        for group in make_groups(actions, records):
+            ready = {}
             for action in group:
                 self.check_stopping()
-                work = self.begin(action, seen)
-                if action.verb in ("install", "update"):
-                    others = cleared.get(action.deployment_id.lower(), ())
-                    work.before = [self.begin(other, seen) for other in others]
-                try:
-                    if self.advance(work):
-                        ready[action.deployment_id.lower()] = work
-                except (CommandError, ComponentError) as error:
-                    troubles.append(error.message)
+                step = self.begin(action, seen, version, troubles)
+                if action.verb in CHANGES:
+                    step.before = [self.begin(other, seen, version, troubles) for other in actions
+                                   if other.verb == "clear" and other.key == action.key]
+                if self.advance(step):
+                    ready[action.key] = step
+            stopped = False
             while ready:
                 if not stopped:                     # what was stopped for another one starts again first
                     self.check_stopping()
-                waiting = {key: (work.takes, work.holds) for key, work in ready.items()}
-                held = {key: find_held_ports(record) for key, record in self.state["deployments"].items()
-                        if key not in ready}
-                key, verb, words = find_turn(waiting, held)
-                stopped = stopped or verb == "stop"
-                if not self.take_turn(ready[key], verb, words, troubles):
+                waiting = {key: (step.takes, step.holds) for key, step in ready.items()}
+                held = {key: find_held_ports(records[key]) for key in records.keys() - ready}
+                key, *turn = find_turn(waiting, held)
+                if turn[0] == "stop":
+                    ready[key].holds = set()
+                    stopped = True
+                if not self.advance(ready[key], turn):
                     ready.pop(key)
         return troubles
 
@@ -702,134 +565,103 @@ class Agent:
         if self.stopping():
             raise Interrupted("ended before everything was done; the next run goes on from here")
 
-    def begin(self, action, seen):
-        """The Work on an action, before its first step."""
-        key = action.deployment_id.lower()
-        device = next(device for device in self.devices if device.device_id == action.device_id)
-        record = self.state["deployments"].get(key)
+    def begin(self, action, seen, version, troubles):
+        """The Step of an action, before anything of it is done."""
+        record = self.state["deployments"].get(action.key)
+        home = record and record["deviceId"]
         holds = find_held_ports(record) if record else set()
-        if record and record["deviceId"] not in seen and action.verb != "keep":
+        if record and home not in seen and action.verb != "keep":
             log("warning", "its device is no longer configured; what runs there is forgotten",
-                deployment=action.deployment_id, device=record["deviceId"])
-        if not record or action.verb != "clear" and action.target and record["deviceId"] != device.device_id:
+                deployment=action.deployment_id, device=home)
+        moves = home != action.device_id and action.target and action.verb != "clear"
+        if not record or moves:
             target = action.target or Target(action.deployment_id, "", 0, None, None)
-            record = make_record(target, device.device_id)      # new here; elsewhere it is cleared
-        device_id = device.device_id
-        containers = seen[device_id].containers
-        tools = Tools(self.config, self.store, self.answering[device_id], containers, device_id,
-                      self.state["accepted"]["version"], [], get_clock, get_random)
+            record = make_record(target, action.device_id)
+        sight = seen[action.device_id]
         verb = action.verb
         if self.is_downtime():
-            verb, record = hold_quiet(action, record, containers, get_clock())
-        work = Work(action, device, EXECUTE[verb](action, record, tools), tools)
-        work.holds = holds
-        return work
+            verb, record = hold_quiet(action, record, sight.containers, get_clock())
+        return Step(verb, action=action, record=record, holds=holds, sight=sight, config=self.config,
+                    store=self.store, version=version, troubles=troubles)
 
-    def take_turn(self, work, verb, words, troubles):
-        """Carries on with a step that is ready, as find_turn says; whether it is still to be done.
-
-        What moves is removed from where it was before it starts.
-        """
-        fault = ComponentError("PORT_IN_USE", words) if verb == "fail" else None
-        moves = bool(work.before)
-        while work.before and not fault:
-            try:
-                self.advance(work.before.pop())
-            except (CommandError, ComponentError) as error:
-                if isinstance(error, Forbidden):
-                    fault = error
-                else:
-                    troubles.append(error.message)
-        if verb == "stop" and not fault:
-            work.holds = set()
-            return moves or self.advance(work, True)
-        return self.advance(work, False, fault)
-
-    def advance(self, work, answer=None, fault=None):
+    def advance(self, step, turn=None):
         """Carries on with a step until it is ready to change something, or done; whether it is ready.
 
-        Every change of a record is durable, and told where the WFM can be told, before the next one.  answer,
-        fault: what its claim is answered by.
+        Every change of a record is durable, and told where the WFM can be told, before the next one.  turn:
+        the verb and the words of find_turn, for a step that was ready.
         """
-        action, item = work.action, None
+        action = step.action
         try:
-            item = work.steps.throw(fault) if fault else work.steps.send(answer)
+            item = step.course.send(turn)
             while not isinstance(item, Ready):
-                if not work.begun:
+                if not step.begun:
                     word = PRINTED.get(action.verb, action.verb)
                     log("error" if word == "refuse" else "info", word, deployment=action.deployment_id,
                         reason=action.reason)
-                work.begun = self.changed = True
+                step.begun = self.changed = True
                 if item:
-                    self.keep(work, item)
-                item = next(work.steps)
+                    self.keep(step, item)
+                item = next(step.course)
         except StopIteration:
-            record = self.state["deployments"].get(action.deployment_id.lower())
-            if work.begun and record and action.verb != "clear":
+            record = self.state["deployments"].get(action.key)
+            if step.begun and record and action.verb != "clear":
                 log("info", record["state"], deployment=action.deployment_id, name=record["name"])
             return False
-        work.takes = item.takes
+        step.takes = item.takes
         return True
 
-    def keep(self, work, record):
+    def keep(self, step, record):
         """Makes a record durable, with what was fetched for it, and tells the WFM."""
-        fetched = work.tools.fetched
-        prefix = make_prefix(work.device)
-        images = [prefix + name for name in fetched if not re.fullmatch(DIGEST_PATTERN, name)]
-        self.state["pulled"] = sorted(set(self.state["pulled"]).union(images))
+        prefix = make_prefix(step.action.device_id, self.device_id)
+        images = {prefix + name for name in step.fetched if not re.fullmatch(DIGEST_PATTERN, name)}
+        self.state["pulled"] = sorted(images.union(self.state["pulled"]))
         if record["state"] not in ("installed", "removed"):     # the next attempt finds it here (P-15)
-            record = dict(record, fetched=sorted(set(record["fetched"]).union(fetched)))
-        self.state["deployments"][record["deploymentId"].lower()] = record
-        enqueue_status(self.state, record, self.device_id)
+            record = dict(record, fetched=sorted({*record["fetched"], *step.fetched}))
+        self.state["deployments"][step.action.key] = record
+        enqueue_status(self.state, record)
         self.store.save_state(self.state)
-        self.flush_outbox(quiet=True)
+        self.silent = not self.flush_outbox() or self.silent    # one time-out is enough
 
-    def flush_outbox(self, quiet=False):
-        """Sends every waiting status, oldest first.
+    def flush_outbox(self):
+        """Sends every waiting status that is due, oldest first; whether the WFM could be reached.
 
-        One that the WFM refuses for good is dropped, and `status` says so.
-
-        One that fails goes to the end, so that it does not hold up the others.  quiet: in the middle of
-        applying; trouble on the wire then only means that it is sent later.
+        One that it does not take waits by a back-off of its own, and holds up nothing else (P-9).
         """
-        for key in list(self.state["outbox"]):
+        state = self.state
+        for key, status in list(state["outbox"].items()):
+            clock = get_clock()
             if self.silent or not self.source:
-                return
-            status = self.state["outbox"][key]
-            refused = None
+                return True
+            if find_wait(state["waits"].get(key, {}), clock):
+                continue
             try:
                 self.source.post_status(status["deploymentId"], status)
+                acknowledge_status(state, key)
             except (Refused, Unreachable, Untrusted) as error:
-                if not isinstance(error, Refused) or error.status < 400:
-                    self.state["outbox"][key] = self.state["outbox"].pop(key)
-                    if not quiet:
-                        raise
-                    self.note_fault(error, time.time())
-                    log("warning", "a status cannot be sent now and waits in the outbox", deployment=key)
-                    return
-                refused = {"state": status["status"]["state"], "at": make_time(time.time()),
-                           "reason": error.message}
-                log("error", "the WFM refuses a status for good; it is dropped", deployment=key,
-                    reason=error.message)
-            acknowledge_status(self.state, key, refused)
+                words = put_off_status(state, key, error, clock, get_random())
+                if key in state["outbox"]:
+                    self.faults.append(error)
+                    log("warning", words, deployment=key, reason=error.message)
+                else:
+                    log("error", f"{words}; it is dropped", deployment=key, reason=error.message)
+                answered = bool(error.status) or isinstance(error, Refused)
+                if error.retry_after or not answered:
+                    return answered                 # the others come next time
+        return True
 
     def conclude(self, began):
-        """The Outcome of a cycle, kept where `status` finds it.
-
-        The disk is written only if something changed.
-        """
+        """The Outcome of a cycle, kept where `status` finds it; writes the disk only if something changed."""
         state = self.state
         fault = max(self.faults, key=lambda fault: fault.exit, default=None)
         failed = any(record["state"] == "failed" for record in state["deployments"].values())
-        result, code = judge_cycle(fault, self.changed, failed, bool(state["outbox"]))
-        if state["history"] and state["accepted"]:
-            newest = state["history"][-1]
-            newest["outcome"] = make_outcome(state)
-            if isinstance(fault, Refused):
-                newest["refused"] = fault.message
-            elif not fault:
-                newest.pop("refused", None)
-        last = {"at": make_time(began), "result": result, "detail": fault.message if fault else ""}
+        result, code = judge_cycle(fault, self.changed, failed, bool(state["outbox"] or state["waits"]))
+        detail = fault.message if fault else ""
+        note_outcome(state, fault)
+        memo = self.store.load_memo()
+        memo["lastPoll"] = last = {"at": make_time(began), "result": result, "detail": detail}
+        if self.answering:
+            known = None if self.changed else memo.get("others")
+            memo["others"] = ask_others(self.answering, known)[:MAX_NAMED]
         try:
             if make_state_data(state) != self.store.saved:
                 state["lastPoll"] = last
@@ -837,13 +669,7 @@ class Agent:
         except StorageError as error:
             log("error", error.message, code=error.code)
             code = max(code, error.exit)
-        memo = self.store.load_memo()
-        others = memo.get("others")
-        if self.answering:
-            others = ask_others(self.answering, None if self.changed else others)[:MAX_NAMED]
-        self.store.save_memo(dict(memo, lastPoll=last, others=others or []))
-        delay = make_delay(self.config, state, fault, get_clock(), get_random())
-        return Outcome(code, result, last["detail"], delay)
+        return Outcome(code, result, detail, make_delay(self.config, state, fault, get_clock(), get_random()))
 
 
 # What a cycle does, in order: functions of the Agent.  A MargoError ends that step alone.
@@ -851,36 +677,18 @@ STEPS = [Agent.exchange, Agent.reconcile, Agent.flush_outbox]
 
 
 def judge_cycle(fault, changed, failed, waiting):
-    """(word of `lastPoll.result`, exit code) of a cycle.
+    """(word of `lastPoll.result`, exit code) of a cycle; the operator's own silence is no fault.
 
     fault: the worst MargoError, or None.  changed: whether there was something to do.  failed: whether a
-    deployment has failed. waiting: whether a status waits in the outbox.  The operator's own silence is no
-    fault.
+    deployment has failed.  waiting: whether a report waits to be taken.
     """
-    silence = isinstance(fault, Silence) and not fault.exit
-    code = 0 if silence or not fault else fault.exit
-    code = max(code, 1 if failed else 0, 3 if waiting and not silence else 0)
-    words = ((Unreachable, "unreachable"), ((Refused, Waiting), "refused"), (Untrusted, "untrusted"),
-             (MargoError, "failed"))
-    for kind, word in words if not silence else ():
-        if isinstance(fault, kind):
-            return word, code
+    silence = bool(fault) and not fault.exit
+    code = max(fault.exit if fault else 0, 1 if failed else 0, 3 if waiting and not silence else 0)
+    if fault and not silence:
+        return fault.result, code
     if failed:
         return "failed", code
     return "applied" if changed else "unchanged", code
-
-
-def make_prefix(device):
-    """What stands before the name of an image that was pulled on a device, in the state's `pulled`."""
-    return device.device_id + " " if device.silence else ""
-
-
-def make_others_words(others):
-    """Each workload of another owner, in words."""
-    return [
-        f"{item['deploymentId']}  {item['name']} of {item['owner'] or 'no owner that is known'}"
-        for item in others
-    ]
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -891,27 +699,11 @@ def make_others_words(others):
 PRINTED = {"restore": "update", "give_up": "refuse", "clear": "remove"}
 
 
-def needs_document(entry, record):
-    """Whether deciding on a manifest entry takes its document: not for what is installed, or failed, in that
-    revision.
-    """
-    if record is None or record["adopted"]["digest"] != entry.digest or record["refused"]:
+def needs_document(target, record):
+    """Whether deciding on a target takes its document: not where just that is installed, or has failed."""
+    if record is None or record["adopted"]["digest"] != target.digest or record["refused"]:
         return True
     return record["state"] not in ("installed", "failed")
-
-
-def make_share(device, targets, records, silent):
-    """The Share of a device: what should run there (targets), what is at home there (records), what cannot be
-    seen now.
-
-    silent: {deployment type: CommandError} of what does not answer there.
-    """
-    wanted = {target.deployment_id.lower(): target for target in targets}
-    unseen = {}
-    for key in {**records, **wanted}:
-        for kind in sorted(find_kinds(records.get(key), wanted.get(key)) & set(silent)):
-            unseen[key] = silent[kind]
-    return Share(device, targets, records, unseen)
 
 
 def make_actions(shares, records, containers, clock, settle=0, mark=""):
@@ -920,78 +712,55 @@ def make_actions(shares, records, containers, clock, settle=0, mark=""):
     records: those of all devices.  containers: {device id: [Container]}.  What a deployment has left on a
     device where it is not at home any more is cleared once it runs where it belongs, or when it is about to.
     """
-    homes = {target.deployment_id.lower(): "" if target.error else target.device_id
+    homes = {target.key: "" if target.error else target.device_id
              for share in shares for target in share.targets}
     actions, strays = [], []
     placed = set()              # what runs where it belongs, or is about to
     for share in shares:
-        device_id = share.device.device_id
+        there = containers[share.device.device_id]
         placed.update(key for key, record in share.records.items() if record["state"] == "installed")
-        there = containers[device_id]
         for action in make_plan(share.targets, share.records, there, clock, settle, mark, share.unseen):
-            action = hold_back(action, share)._replace(device_id=device_id)
-            key = action.deployment_id.lower()
-            record = records.get(key)
-            if action.verb == "remove" and (key in homes or record and key not in share.records):
+            action = hold_back(action, share)._replace(device_id=share.device.device_id)
+            record = records.get(action.key)
+            elsewhere = action.key in homes or record and action.key not in share.records
+            if action.verb == "remove" and elsewhere:
                 strays.append(action._replace(verb="clear"))
                 continue
-            if action.verb == "install" and record and record["running"] and record["deviceId"] != device_id:
-                action = action._replace(reason=f"moves here from {record['deviceId']}")
-            if action.verb in ("install", "update"):
-                placed.add(key)
+            if action.verb in CHANGES:
+                placed.add(action.key)
+                if record and record["running"] and record["deviceId"] != action.device_id:
+                    action = action._replace(reason=f"moves here from {record['deviceId']}")
             actions.append(action)
     for stray in strays:
-        key = stray.deployment_id.lower()
-        if key not in homes:
+        home = homes.get(stray.key)
+        if home is None:
             actions.append(stray)
-        elif homes[key] and key in placed:
-            actions.append(stray._replace(reason=f"belongs on {homes[key]}"))
+        elif home and stray.key in placed:
+            actions.append(stray._replace(reason=f"belongs on {home}"))
     return sorted(actions, key=lambda action: action.verb not in ("remove", "clear"))
 
 
-def hold_back(action, share):
-    """The action as far as it can be seen what is there: nothing is done blindfold (D-16).
-
-    It waits where this device itself does not answer; what the WFM is told of another one is the device's
-    `silence`.
-    """
-    key = action.deployment_id.lower()
-    silence = share.device.silence
-    fault = share.unseen.get(key)
-    if not fault or action.verb in ("keep", "refuse"):
-        return action
-    if not silence:
-        return action._replace(verb="keep", reason=f"waits ({action.reason}): {fault.message}")
-    target = action.target
-    if not target:
-        adopted = share.records[key]["adopted"]
-        target = Target(action.deployment_id, adopted["digest"], adopted["version"], None, None)
-    reason = f"{silence.code}: {silence.message}"
-    return action._replace(verb="refuse", reason=reason, target=target._replace(error=silence))
-
-
 def make_plan(targets, records, containers, clock, settle=0, mark="", unseen=()):
-    """What to do on one device, as [Action]: removals first, to free what they hold, then the manifest's own
-    order.
+    """[Action] for one device: removals first, to free what they hold, then the manifest's own order.
 
     targets: [Target], deployment and error both None where needs_document said so.  records: those of the
     state's `deployments` that are at home here.  containers: [Container] as observed.  clock: a Clock.
-    settle, mark: `runtime.settle` and make_mark of `runtime.environment`.  unseen: ids in lower case of
-    deployments of which not everything could be observed (then nothing is taken for drift).
+    settle, mark: `runtime.settle` and make_mark of `runtime.environment`.  unseen: keys of deployments of
+    which not everything could be observed (then nothing is taken for drift).
     """
-    wanted = {target.deployment_id.lower() for target in targets}
+    wanted = {target.key for target in targets}
     seen = {}
     for container in containers:
-        seen.setdefault(container.deployment_id.lower(), []).append(container)
-    orphans = {key: items[-1].deployment_id for key, items in seen.items()}
-    orphans.update((key, record["deploymentId"]) for key, record in records.items()
-                   if record["state"] != "removed")
-    plan = [Action(orphans[key], "remove", "not in the desired state") for key in sorted(orphans)
+        seen.setdefault(container.key, []).append(container)
+    unwanted = {key: items[-1].deployment_id for key, items in seen.items()}
+    unwanted.update((key, record["deploymentId"]) for key, record in records.items()
+                    if record["state"] != "removed")
+    plan = [Action(unwanted[key], "remove", "not in the desired state") for key in sorted(unwanted)
             if key not in wanted]
     for target in targets:
-        key = target.deployment_id.lower()
-        there = None if key in unseen else seen.get(key, [])
-        plan.append(make_action(target, records.get(key), there, clock, settle, mark)._replace(target=target))
+        there = None if target.key in unseen else seen.get(target.key, [])
+        action = make_action(target, records.get(target.key), there, clock, settle, mark)
+        plan.append(action._replace(target=target))
     return plan
 
 
@@ -1001,9 +770,10 @@ def make_action(target, record, containers, clock, settle, mark):
         return Action(target.deployment_id, verb, reason, culprit=culprit)
 
     same = record and record["adopted"]["digest"] == target.digest
+    state = record and record["state"]
     retry = find_wait(record["retry"], clock) if record else 0
     pause = find_wait(record["repair"], clock) if record else 0
-    if same and record["state"] == "failed" and record["fallback"] and not pause and (target.error or retry):
+    if same and state == "failed" and record["fallback"] and not pause and (target.error or retry):
         words = find_drift(record["running"]["services"], containers, clock.now, settle)[1]
         if words:
             return act("restore", f"drift: {words}; the version before is brought back")
@@ -1016,15 +786,15 @@ def make_action(target, record, containers, clock, settle, mark):
         return act(change, "another revision")
     if record["refused"]:
         return act(change, "was refused before, and can be carried out now")
-    if record["state"] == "failed" and retry:
+    if state == "failed" and retry:
         due = make_time(clock.now + retry)
         return act("keep", f"failed ({record['error']['code']}); next attempt at {due}")
-    if record["state"] == "failed":
+    if state == "failed":
         return act(change, f"failed before, attempt {record['retry'].get('failures', 0) + 1}")
-    if record["state"] in ("pending", "removed") and not record["running"]:
+    if state in ("pending", "removed") and not record["running"]:
         return act("install", "new")
-    if record["state"] != "installed":
-        return act(change, f"was interrupted while {record['state']}")
+    if state != "installed":
+        return act(change, f"was interrupted while {state}")
     services = {item["name"]: item["services"] for item in record["components"]}
     culprit, words = find_drift(services, containers, clock.now, settle)
     if words and pause:
@@ -1037,7 +807,8 @@ def make_action(target, record, containers, clock, settle, mark):
 
 def hold_quiet(action, record, containers, clock):
     """(verb, record) of an action in downtime: nothing is fetched (protocol 10), the version before runs."""
-    if action.verb not in ("install", "update") or is_at_hand(record, action.target):
+    versions = filter(None, (record["running"], record["previous"]))
+    if action.verb not in CHANGES or action.target.digest in [version["digest"] for version in versions]:
         return action.verb, record
     record = begin_record(record, action.target)
     there = find_containers(record["deploymentId"], containers)
@@ -1047,8 +818,7 @@ def hold_quiet(action, record, containers, clock):
 
 
 def find_drift(services, containers, now, settle):
-    """((component, service), words) for what differs between what was installed and its containers, or ("",
-    "") (P-12, D-23).
+    """((component, service), words) for what differs from what was installed, or ("", "") (P-12, D-23).
 
     services: {component: {service: facts}}; containers: those of this deployment, or None.
     """
@@ -1085,108 +855,64 @@ def judge_containers(found, facts, now, settle):
     return "is being restarted over and over" if restarted and 0 <= now - container.started < settle else ""
 
 
-def make_groups(actions, records):
-    """Actions in the order in which they are carried out, as [[Action]].
-
-    Those of one group are made ready before any is done.
-
-    What frees comes before what takes: removals, then repairs, then the updates of what runs, as one group,
-    because one may take what another gives up; last what is new.  What is cleared because it moves is left to
-    the step that it moves by.
-    """
-    moving = {action.deployment_id.lower() for action in actions if action.verb in ("install", "update")}
-    first, updates, new = [], [], []
-    for action in actions:
-        record = records.get(action.deployment_id.lower())
-        if action.verb not in ("install", "update"):
-            first += [] if action.verb == "clear" and action.deployment_id.lower() in moving else [[action]]
-        elif not record or not record["running"]:
-            new.append([action])
-        elif record["running"]["digest"] == action.target.digest and record["deviceId"] == action.device_id:
-            first.append([action])
-        else:
-            updates.append(action)
-    return first + [updates] + new
-
-
-def find_held_ports(record):
-    """{(device id, address or "", port, protocol)} of the host's ports that a deployment's containers hold,
-    as far as known.
-    """
-    services = [item["services"] for item in record["components"]] if record["state"] != "removed" else []
-    if record["fallback"]:
-        services = record["running"]["services"].values()       # the version before runs still
-    facts = [facts for item in services for facts in item.values()]
-    running = [item for item in facts if not item["finished"]]
-    return {(record["deviceId"], *port) for item in running for port in item.get("ports", ())}
-
-
-def find_clash(takes, holds):
-    """A port among those of `takes` that one of `holds` keeps from being taken, or None.
-
-    The address "" is every one.
-    """
-    for port in sorted(takes):
-        for device_id, address, *rest in holds:
-            meets = address == port[1] or "" in (address, port[1])
-            if meets and (device_id, *rest) == (port[0], *port[2:]):
-                return port
-    return None
-
-
-def find_turn(waiting, held):
-    """Which of the deployments that are ready to be changed goes on now, and how: (id, verb, words).
-
-    waiting: {id: (ports it takes, ports it holds)}, in order.  held: {id: ports} of all others.  The verbs:
-    `go`; `fail`, in words, where somebody keeps a port that it takes; `stop` for one that has to free its
-    ports first, because each waits for another one.
-    """
-    blocking = []
-    for key, (takes, _) in waiting.items():
-        rivals = [(other, ports, ports) for other, ports in held.items()]
-        rivals += [(other, holds, keeps) for other, (keeps, holds) in waiting.items() if other != key]
-        blocked = False
-        for other, holds, keeps in rivals:
-            port = find_clash(takes, {port for port in holds if find_clash({port}, keeps)})
-            if port:
-                where = f"{port[1] or '*'}:{port[2]}/{port[3]}"
-                return key, "fail", f"the host's port {where} is held by deployment {other}, which keeps it"
-            if find_clash(takes, holds):
-                blocking.append(other)
-                blocked = True
-        if not blocked:
-            return key, "go", ""
-    return blocking[0], "stop", ""
-
-
 # ----------------------------------------------------------------------------------------------------------
 # 5. Apply
 # ----------------------------------------------------------------------------------------------------------
 
-Tools = define("Tools", "config store drivers containers device_id version fetched clock jitter",
-    "What one step takes: Settings, Store, {deployment type: driver} of what answers on the device,"
-    " [Container] there, the device's id, the accepted version, a list"
-    " for what is fetched (digests, images), functions for a Clock and for a number in [0, 1).")
 Change = define("Change", "event name record deployment rollback kind",
     "What listeners are told of: install, update or removal of the component `name`; rollback: on the way"
     " back to the version before; kind: the deployment type of what is removed.", None)
-Revision = define("Revision", "deployment packages services",
-    "A version of a deployment: its Deployment, and what is known of it: {component: package}, {component:"
-    " {service: facts}}.")
 Ready = define("Ready", "takes",
     "What a step says once all that can fail or say no has been done, and nothing is touched: the host's"
-    " ports that it will take, as find_held_ports has them.")
-# Functions (before or after, Change, Tools, error or None) of optional rooms; `before` may raise Forbidden.
+    " ports that it will take, as find_held_ports has them.  It is answered by the verb and the words of"
+    " find_turn.")
+# Functions (before or after, Change, Step, error or None) of optional rooms; `before` may raise Forbidden.
 LISTENERS = []
 
 
-class Notices:
-    """The changes of one step: every listener agrees to all of them before the first is made, and hears what
-    came of each.
+class Step:
+    """One action under way.
+
+    action, record      the Action, and the record that it begins with
+    takes, holds        ports of the host that it will take, and that it holds, see find_held_ports
+    sight               what its device shows: Seen
+    config, store       Settings and Store
+    version             the accepted version
+    troubles            a list for what goes wrong and fails no deployment, in words
+    course              the generator that carries it out, see EXECUTE
+    before              Steps that clear what moves here, where it was
+    fetched             digests of packages and names of images that it has fetched
+    begun               whether it has changed something
     """
 
-    def __init__(self, tools):
-        self.tools, self.agreed = tools, []
+    def __init__(self, verb, **facts):
+        vars(self).update(facts)
+        self.course = EXECUTE[verb](self)
+        self.before, self.fetched = [], []
+        self.takes = set()
+        self.begun = False
+
+    def get_driver(self, kind):
+        """The driver for a deployment type; raises ComponentError UNSUPPORTED_TYPE."""
+        if kind not in self.sight.drivers:
+            words = f"nothing on this device runs {kind} components; see runtime.{kind}"
+            raise ComponentError("UNSUPPORTED_TYPE", words)
+        return self.sight.drivers[kind]
+
+    def look(self, record):
+        """Looks anew at what there is of a deployment; raises CommandError."""
+        self.sight = self.sight._replace(containers=observe_all(self.sight.drivers, record))
+
+    def fail(self, record, name, error, refused=False):
+        """The record after a ComponentError of the component `name`, or of all (None)."""
+        return fail_record(record, name, error, get_clock(), get_random(), refused)
+
+
+class Notices:
+    """The changes of one step: listeners agree to all before the first is made, and hear of each."""
+
+    def __init__(self, step):
+        self.step, self.agreed = step, []
 
     def __enter__(self):
         return self
@@ -1194,14 +920,21 @@ class Notices:
     def ask(self, change):
         """Raises ComponentError where a listener forbids the change."""
         for listener in LISTENERS:
-            listener("before", change, self.tools, None)
+            listener("before", change, self.step, None)
         self.agreed.append(change)
 
     def tell(self, change, error=None):
         """The change has been made, or nothing comes of it."""
         self.agreed.remove(change)
         for listener in LISTENERS:
-            listener("after", change, self.tools, error)
+            listener("after", change, self.step, error)
+
+    def remove(self, change):
+        """Removes all of one component; raises ComponentError, CommandError."""
+        deadline = time.monotonic() + COMPONENT_TIMEOUT
+        driver = self.step.get_driver(change.kind)
+        driver.remove(change.record["deploymentId"], change.name, self.step.sight.containers, deadline)
+        self.tell(change)
 
     def __exit__(self, kind, error, _):
         for change in self.agreed[:] if isinstance(error, MargoError) else ():
@@ -1209,274 +942,269 @@ class Notices:
 
 
 class Installation:
-    """A deployment on its way to a version: the record so far, the component at work, and whether anything
-    was touched.
-    """
+    """A deployment on its way to a version: its record so far, and whether anything was touched."""
 
-    def __init__(self, record, tools):
-        self.record, self.tools = record, tools
+    def __init__(self, record, step):
+        self.record, self.step = record, step
         self.name, self.touched, self.services = None, False, {}
 
-    def run(self, revision, rollback=False):
+    def run(self, deployment, packages, services, rollback=False):
         """Makes a version run, and nothing else of its deployment.
 
-        Yields the record at each change, for the caller to make durable before the next step, and Ready
-        before anything is touched.
-
-        All that can fail or say no comes before that: everything is fetched and verified, and every listener
-        agrees (D-11, P-20). One that is answered by True has to free its ports first, and is made again.
-        rollback: it is the version before that is brought back, in one go.
+        All that can fail or say no comes first: everything is fetched and verified, and every listener agrees
+        (D-11, P-20).  Then it yields Ready, and after that the record at each change, which the caller makes
+        durable before the next one.  packages, services: what is known of the version, {component: package}
+        and {component: {service: facts}}.  rollback: the version before is brought back, in one go.
         """
-        tools, deployment = self.tools, revision.deployment
-        containers = observe_all(tools.drivers, self.record) if rollback else tools.containers
-        prepared = []
+        step = self.step
+        if rollback:
+            step.look(self.record)
+        prepared, changes = [], []
         for component in deployment.components:
             self.name = component.name
-            driver = get_driver(deployment.type, tools)
-            prepared.append(driver.prepare(deployment, component, revision.packages.get(self.name),
-                                           tools.store, tools.fetched))
-        changes = []
-        for name in [component.name for component in deployment.components]:
-            event = "update" if rollback or revision.packages.get(name) else "install"
-            changes.append(Change(event, name, self.record, deployment, rollback))
-        dropped = find_dropped(self.record, deployment, containers, rollback)
-        with Notices(tools) as notices:
+            driver = step.get_driver(deployment.type)
+            known = packages.get(self.name)
+            prepared.append(driver.prepare(deployment, component, known, step.store, step.fetched))
+            event = "update" if rollback or known else "install"
+            changes.append(Change(event, self.name, self.record, deployment, rollback))
+        dropped = find_dropped(self.record, deployment, step.sight.containers, rollback)
+        with Notices(step) as notices:
             for change in changes + dropped:
                 self.name = None if change.kind else change.name
                 notices.ask(change)
             self.name = None
-            ports = [port for workload, _ in prepared for port in driver.list_ports(workload)]
-            takes = {(tools.device_id, *port) for port in ports}
-            while not rollback and (yield Ready(takes)):
-                self.free_ports()
-                containers = observe_all(tools.drivers, self.record)
+            if not rollback:
+                yield from self.take_turn([port for item, _ in prepared for port in driver.list_ports(item)])
             for component, change, (workload, package) in zip(deployment.components, changes, prepared):
                 self.name = component.name
                 if not rollback:
                     self.record = set_component(self.record, self.name, "installing")
                     yield self.record
                 self.touched = True
-                services = driver.apply(workload, containers, revision.services.get(self.name, {}),
-                                        time.monotonic() + component.timeout)
-                self.services[self.name] = services
+                deadline = time.monotonic() + component.timeout
+                known = services.get(self.name, {})
+                self.services[self.name] = driver.apply(workload, step.sight.containers, known, deadline)
                 notices.tell(change)
-                facts = {"services": services, "package": package}
-                self.record = set_component(self.record, self.name, "installed", **facts)
+                self.record = set_component(self.record, self.name, "installed", package=package,
+                                            services=self.services[self.name])
                 if not rollback and self.record["state"] != "installed":    # said once nothing else is left
                     yield self.record
             self.name = None
             for change in dropped:
-                remove_component(change, containers, notices)
+                notices.remove(change)
 
-    def free_ports(self):
-        """Stops what holds a port of the host, so that another deployment can take it."""
-        self.touched = True
-        running = self.record["running"] or {}
-        services = [item["services"] for item in self.record["components"]]
-        if "services" in running:
-            services = running["services"].values()
-        facts = [facts for item in services for facts in item.values()]
-        ids = [item["id"] for item in facts if item.get("ports")]
-        if ids:
-            get_driver(running["type"], self.tools).stop(ids, time.monotonic() + COMPONENT_TIMEOUT)
+    def take_turn(self, ports):
+        """Waits for its turn, and frees its own ports first where others wait for them.
+
+        What moves is then removed from where it was.
+        """
+        step = self.step
+        verb = "stop"
+        while verb == "stop":
+            verb, words = yield Ready({(step.action.device_id, *port) for port in ports})
+            if verb == "fail":
+                raise ComponentError("PORT_IN_USE", words)
+            while step.before:
+                other = step.before.pop()
+                try:
+                    clear(other)
+                except (CommandError, ComponentError) as error:
+                    if isinstance(error, Forbidden):
+                        raise
+                    step.troubles.append(error.message)
+            ids = [facts["id"] for facts in list_facts(self.record) if facts.get("ports")]
+            if verb == "stop" and ids:
+                self.touched = True
+                driver = step.get_driver(self.record["running"]["type"])
+                driver.stop(ids, time.monotonic() + COMPONENT_TIMEOUT)
+                step.look(self.record)
 
     def fail(self, error, deployment):
-        """The record after a failure, with the version before running again where runtime.on_failure says so
-        (P-8).
-        """
-        tools, name, words = self.tools, self.name, error.message
+        """The record after a failure; as runtime.on_failure says, the version before runs again (P-8)."""
+        name, words = self.name, error.message
         code = error.code if isinstance(error, ComponentError) else "INSTALL_FAILED"
         code = "OUT_OF_MEMORY" if isinstance(error, NoMemory) else code
         log("error", "deployment failed", deployment=deployment.deployment_id, component=name, code=code,
             reason=words)
         begun = self.record["state"] != "pending"               # else it has only freed its ports
-        if self.touched and begun and tools.config.runtime.on_failure != "rollback":
+        if self.touched and begun and self.step.config.runtime.on_failure != "rollback":
             self.record = dict(self.record, fallback=False)     # it is left as it is, for inspection
-        elif self.touched and self.record["fallback"]:
-            words = f"{words}; {self.go_back()}"
-        elif self.touched and not self.record["running"]:
-            words = f"{words}; {self.take_back(deployment)}"
-        error = ComponentError(code, words, retry_after=error.retry_after)
-        return fail_record(self.record, name, error, tools.clock(), tools.jitter())
+        elif self.touched and (self.record["fallback"] or not self.record["running"]):
+            words = f"{words}; {self.undo(deployment)}"
+        return self.step.fail(self.record, name, ComponentError(code, words, retry_after=error.retry_after))
+
+    def undo(self, deployment=None):
+        """Brings the version before back, or else removes what a first installation has begun.
+
+        Returns what came of it, in words.
+        """
+        try:
+            return self.go_back() if self.record["running"] else self.take_back(deployment)
+        except (ComponentError, CommandError, MemoryError) as error:
+            words = f"going back failed too: {to_fault(error).message}"
+            log("error", words, deployment=self.record["deploymentId"])
+            return words
 
     def take_back(self, deployment):
-        """Removes what a first installation has begun, so that nothing crashes on and on.
-
-        What ran before it, of a state that was lost, runs again.  Returns what came of it, in words.
+        """Removes what was begun, so that nothing crashes on and on; what ran before it, of a state that was
+        lost, runs again.
         """
-        before = find_containers(deployment.deployment_id, self.tools.containers)
-        try:
-            if before and self.record.get("found"):
-                driver = get_driver(before[0].type, self.tools)
-                return driver.bring_back(before, time.monotonic() + COMPONENT_TIMEOUT)
-            list(self.run(Revision(deployment._replace(components=[]), {}, {}), rollback=True))
-        except (ComponentError, CommandError, MemoryError) as error:
-            return f"taking it back failed too: {to_fault(error).message}"
-        components = [dict(item, state="pending", services={}) for item in self.record["components"]]
-        self.record = dict(self.record, components=components)
+        before = find_containers(deployment.deployment_id, self.step.sight.containers)
+        if before and self.record.get("found"):
+            driver = self.step.get_driver(before[0].type)
+            return driver.bring_back(before, time.monotonic() + COMPONENT_TIMEOUT)
+        list(self.run(deployment._replace(components=[]), {}, {}, rollback=True))
+        self.record = set_component(self.record, None, "pending", services={})
         return "it is taken back until the next attempt"
 
     def go_back(self):
-        """Brings the version before back after an update that failed; what came of it, in words."""
+        """Makes the version before run."""
         before = self.record["running"]
         self.services = {}
-        try:
-            data = self.tools.store.load_artifact(before["digest"])
-            if data is None:
-                raise ComponentError("INTERNAL", "its document is not in the state directory any more")
-            values = self.tools.config.device.parameter_values
-            deployment = parse_deployment(data, self.record["deploymentId"], values)
-            list(self.run(Revision(deployment, before["packages"], before["services"]), rollback=True))
-        except (ComponentError, CommandError, MemoryError) as error:
-            words = to_fault(error).message
-            log("error", "roll-back failed", deployment=self.record["deploymentId"], reason=words)
-            return f"bringing the version before back failed too: {words}"
+        deployment = load_deployment(self.record["deploymentId"], before["digest"], self.step.store,
+                                     self.step.config)
+        list(self.run(deployment, before["packages"], before["services"], rollback=True))
         log("warning", "rolled back; the version before runs again", deployment=self.record["deploymentId"],
             digest=before["digest"])
         self.record = dict(self.record, running=dict(before, services=self.services))
         return "the version before runs again"
 
 
-def apply_install(action, record, tools):
+def apply_install(step):
     """Makes one deployment as its target says, new or not; a failure ends in a failed record."""
-    target = action.target
-    revision = Revision(target.deployment, {item["name"]: item["package"] for item in record["components"]},
-                        {item["name"]: item["services"] for item in record["components"]})
+    target, record = step.action.target, step.record
+    packages, services = ({item["name"]: item[part] for item in record["components"]}
+                          for part in ("package", "services"))
     running = record["running"]
     if running and running["digest"] == target.digest == record["adopted"]["digest"]:
-        record = count_repair(record, tools.clock())
+        record = count_repair(record, get_clock())
     if record["state"] == "pending" and not running and not record["retry"]:
-        record = dict(record, found=bool(find_containers(target.deployment_id, tools.containers)))
-    job = Installation(begin_record(record, target), tools)
+        record = dict(record, found=bool(find_containers(target.deployment_id, step.sight.containers)))
+    job = Installation(begin_record(record, target), step)
     yield job.record
     try:
-        yield from job.run(revision)
-        yield finish_record(job.record, make_mark(tools.config.runtime.environment))
+        yield from job.run(target.deployment, packages, services)
+        yield finish_record(job.record, make_mark(step.config.runtime.environment))
     except (ComponentError, CommandError, MemoryError) as error:
         yield job.fail(to_fault(error), target.deployment)
 
 
-def apply_restore(action, record, tools):
+def apply_restore(step):
     """Mends the version before while another one waits for its next attempt; its error stays (P-1, P-12)."""
+    record = step.record
     yield record
-    job = Installation(count_repair(record, tools.clock()), tools)
-    job.go_back()
+    job = Installation(count_repair(record, get_clock()), step)
+    job.undo()
     components = [dict(new, state=old["state"], error=old["error"])
                   for new, old in zip(job.record["components"], record["components"])]
     yield dict(job.record, state=record["state"], error=record["error"], components=components)
 
 
-def apply_give_up(action, record, tools):
-    """Fails a deployment that was repaired in vain too often, with the end of the log of what does not last
-    (P-6, P-7).
-    """
-    component, _ = action.culprit
-    there = [container.id for container in find_containers(record["deploymentId"], tools.containers)
-             if (container.component, container.service) == action.culprit]
+def apply_give_up(step):
+    """Fails a deployment that was repaired in vain too often, and says how its log ends (P-6, P-7)."""
+    record, culprit = step.record, step.action.culprit
+    there = [container.id for container in find_containers(record["deploymentId"], step.sight.containers)
+             if (container.component, container.service) == culprit]
     try:                                            # without its document nobody knows what to mask
-        data = tools.store.load_artifact(record["adopted"]["digest"]) or b""
-        values = tools.config.device.parameter_values
-        deployment = parse_deployment(data, record["deploymentId"], values)
-        secrets = make_variables(deployment, component).values()
-        words = get_driver(deployment.type, tools).tail_log((there or [""])[-1], secrets)
+        digest = record["adopted"]["digest"]
+        deployment = load_deployment(record["deploymentId"], digest, step.store, step.config)
+        secrets = make_variables(deployment, culprit[0]).values()
+        words = step.get_driver(deployment.type).tail_log((there or [""])[-1], secrets)
     except MargoError:
         words = ""
-    error = ComponentError("UNSTABLE", action.reason + words)
-    failed = fail_record(record, component, error, tools.clock(), 0)
+    failed = step.fail(record, culprit[0], ComponentError("UNSTABLE", step.action.reason + words))
     yield dict(failed, retry=dict(record["repair"], failures=failed["retry"]["failures"]))
 
 
-def apply_refusal(action, record, tools):
+def apply_refusal(step):
     """Fails a deployment that cannot be what is wanted; what was said already is not said again."""
-    target, error = action.target, action.target.error
+    record, target = step.record, step.action.target
     same = record["refused"] and record["adopted"]["digest"] == target.digest
-    if not same or record["error"]["message"] != error.message:
-        record = begin_record(record, target)
-        yield fail_record(record, None, error, tools.clock(), tools.jitter(), refused=True)
+    if not same or record["error"]["message"] != target.error.message:
+        yield step.fail(begin_record(record, target), None, target.error, refused=True)
 
 
-def apply_nothing(action, record, tools):
+def apply_nothing(step):
     """Does nothing."""
     yield from ()
 
 
-def apply_removal(action, record, tools):
-    """Removes all of a deployment, last component first, once every listener agrees.
-
-    Only an empty engine counts as removed (D-21).
-    """
-    adopted = dict(record["adopted"], version=tools.version)
-    there = find_components(record["deploymentId"], tools.containers)
+def apply_removal(step):
+    """Removes all of a deployment, last component first; only an empty engine counts as removed (D-21)."""
+    record = step.record
+    there = find_components(record["deploymentId"], step.sight.containers)
     if there and not record["components"]:          # the state was lost; they are still reported (C-131)
         found = [dict(BLANK, name=name) for name in sorted({name for name, _ in there})]
         record = dict(record, type=there[0][1], components=found)
+    adopted = dict(record["adopted"], version=step.version)
     record = dict(set_component(record, None, "removing"), error=None, adopted=adopted)
     yield record
-    deployment = load_deployment(record, tools.store)
+    try:                                            # listeners are told of it
+        digest = (record["running"] or record["adopted"])["digest"]
+        deployment = load_deployment(record["deploymentId"], digest, step.store, step.config)
+    except ComponentError:
+        deployment = make_nothing(record)
     names = [component["name"] for component in record["components"]]
     known = [(name, record["type"]) for name in names[::-1]]
-    here = record["deviceId"] == tools.device_id                # else its device is forgotten
+    here = record["deviceId"] == step.action.device_id          # else its device is forgotten
     held = {component["name"] for component in record["components"] if here and component["services"]}
-    unknown = [found for found in there if found not in known]
-    changes = [Change("removal", name, record, deployment, False, kind) for name, kind in unknown + known]
+    changes = [Change("removal", name, record, deployment, False, kind)
+               for name, kind in [item for item in there if item not in known] + known
+               if kind in step.sight.drivers or name in held]
     name = None
     try:
-        with Notices(tools) as notices:
+        with Notices(step) as notices:
             for change in changes:
                 name = change.name if change.name in names else None
-                if change.kind in tools.drivers:
-                    notices.ask(change)
-                elif change.name in held:
-                    get_driver(change.kind, tools)              # it may run still
+                step.get_driver(change.kind)        # it may run still
+                notices.ask(change)
             for change in changes:
                 name = change.name if change.name in names else None
-                if change.kind in tools.drivers:
-                    remove_component(change, tools.containers, notices)
-                if (change.name, change.kind) in known:
-                    record = set_component(record, change.name, "removed")
+                notices.remove(change)
+                if name and change.kind == record["type"]:
+                    record = set_component(record, name, "removed")
                     if record["state"] != "removed":            # said below, once nothing is left
                         yield record
     except MargoError as error:
         log("error", "removal failed", deployment=record["deploymentId"], component=name,
             reason=error.message)
         code = error.code if isinstance(error, ComponentError) else "REMOVE_FAILED"
-        yield fail_record(record, name, ComponentError(code, error.message), tools.clock(), tools.jitter())
+        yield step.fail(record, name, ComponentError(code, error.message))
         return
-    remove_folder(tools.store.path("deployments", record["deploymentId"].lower()))
-    yield dict(record, state="removed", running=None, previous=None)
+    remove_folder(step.store.path("deployments", step.action.key))
+    yield dict(set_component(record, None, "removed"), state="removed", running=None, previous=None)
 
 
-def apply_clearing(action, record, tools):
+def clear(step):
     """Removes what a deployment has where it is not at home; raises ComponentError, CommandError."""
-    yield None
-    nothing = Deployment(record["deploymentId"], record["name"], "", "", "", [], [], None)
-    with Notices(tools) as notices:
-        dropped = find_dropped(dict(record, deviceId=tools.device_id), nothing, tools.containers)
+    record = dict(step.record, deviceId=step.action.device_id)
+    with Notices(step) as notices:
+        dropped = find_dropped(record, make_nothing(record), step.sight.containers)
         for change in dropped:
             notices.ask(change)
         for change in dropped:
-            remove_component(change, tools.containers, notices)
+            notices.remove(change)
 
 
-# Each verb of a plan: a generator of (Action, record, Tools) that carries it out.  It yields None or the
-# record at each change, and perhaps Ready; one that yields nothing has nothing to do.
+def apply_clearing(step):
+    """Clears a device of what belongs elsewhere; where that cannot be done, no deployment fails."""
+    yield None
+    try:
+        clear(step)
+    except (CommandError, ComponentError) as error:
+        step.troubles.append(error.message)
+
+
+# Each verb of a plan: a generator of a Step that carries it out.  It yields None or the record at each
+# change, and perhaps Ready; one that yields nothing has nothing to do.
 EXECUTE = {"install": apply_install, "update": apply_install, "restore": apply_restore,
            "give_up": apply_give_up, "remove": apply_removal, "clear": apply_clearing,
            "refuse": apply_refusal, "keep": apply_nothing}
 
 
-def is_at_hand(record, target):
-    """Whether all that a target takes was on the device before."""
-    versions = filter(None, (record["running"], record["previous"]))
-    return target.digest in [version["digest"] for version in versions]
-
-
-def get_driver(kind, tools):
-    """The driver for a deployment type; raises ComponentError UNSUPPORTED_TYPE."""
-    if kind not in tools.drivers:
-        words = f"nothing on this device runs {kind} components; see runtime.{kind}"
-        raise ComponentError("UNSUPPORTED_TYPE", words)
-    return tools.drivers[kind]
+def make_nothing(record):
+    """The Deployment of which nothing but its record is known."""
+    return Deployment(record["deploymentId"], record["name"], "", "", record["type"], [], [], None)
 
 
 def find_components(deployment_id, containers):
@@ -1492,37 +1220,13 @@ def find_dropped(record, deployment, containers, rollback=False):
             if (name, kind) not in wanted]
 
 
-def remove_component(change, containers, notices):
-    """Removes all of one component."""
-    deadline = time.monotonic() + COMPONENT_TIMEOUT
-    driver = notices.tools.drivers[change.kind]
-    driver.remove(change.record["deploymentId"], change.name, containers, deadline)
-    notices.tell(change)
-
-
-def load_deployment(record, store):
-    """The Deployment that a record tells of, as far as the state directory still has its document."""
-    digest = (record["running"] or record["adopted"])["digest"]
-    try:
-        return parse_deployment(digest and store.load_artifact(digest) or b"", record["deploymentId"])
-    except MargoError:
-        return Deployment(record["deploymentId"], record["name"], "", "", record["type"], [], [], None)
-
-
-def prune(state, store, drivers):
-    """Removes what neither the current nor the previous version of any deployment needs: artifacts, unpacked
-    packages, images that the agent pulled; nothing else on the device.
-
-    Changes state["pulled"].  drivers: {prefix of an entry of `pulled`: [driver that answers]}.
-    """
-    digests, images = find_needed(state)
-    store.prune_artifacts(digests)
-    for entry in state["pulled"]:
-        device_id, space, name = entry.rpartition(" ")
-        there = drivers.get(device_id + space, ())
-        if name not in images and any(driver.remove_image(name) for driver in there):
-            log("info", "image pruned", image=entry)
-            state["pulled"] = [other for other in state["pulled"] if other != entry]
+def load_deployment(deployment_id, digest, store, config):
+    """The Deployment of a revision; raises ComponentError where its document is lost, or none."""
+    load = store.load_artifact if digest else {}.get            # there is none of what was never known
+    target = read_target(Target(deployment_id, digest, 0, None, None), load, config)
+    if target.error:
+        raise target.error
+    return target.deployment
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1553,9 +1257,17 @@ def make_record(target, device_id):
 BLANK = {"services": {}, "package": None}           # of a component of which nothing else is known
 
 
+def make_pending(target, own_id):
+    """The record of what was received and is not begun (protocol 5.1).
+
+    What may run on any child is at home on this device, `own_id`, until it is placed.
+    """
+    home = target.device_id if target.deployment.device_id == target.device_id else own_id
+    return begin_record(make_record(target, home), target)
+
+
 def begin_record(record, target):
-    """The record as work on the target's revision begins: all components pending, its version adopted (E-112,
-    E-114).
+    """The record as work on a revision begins: all components pending, its version adopted (E-112, E-114).
 
     What an earlier revision left (services, packages) stays known until the new one has replaced it.
     """
@@ -1575,17 +1287,6 @@ def begin_record(record, target):
                 fallback=bool(running and running["digest"] != target.digest))
 
 
-def count_repair(record, clock):
-    """The record as a repair of what was installed begins: some are free, then the pauses after them grow
-    (P-7).
-    """
-    last = record["repair"]
-    recent = 0 <= clock.now - last.get("at", 0) < last.get("delay", 0) + RETRY_CAP
-    repairs = last["failures"] if last and recent else 0
-    pause = grow(RETRY_FIRST, repairs + 2 - REPAIRS, RETRY_CAP) if repairs + 1 >= REPAIRS else 0
-    return dict(record, repair=make_wait({"failures": repairs}, pause, clock))
-
-
 def set_component(record, name, state, error=None, **facts):
     """The record with one component changed (None: all of them), its overall state following (C-133)."""
     components = [dict(item, state=state, error=error, **facts) if name in (None, item["name"]) else item
@@ -1595,13 +1296,10 @@ def set_component(record, name, state, error=None, **facts):
 
 
 def fail_record(record, component, error, clock, jitter, refused=False):
-    """The record after a ComponentError: the component failed, what comes later stays pending, the next
-    attempt is due later with each failure.
+    """The record after a ComponentError: the component failed, and what comes after it stays pending.
 
     component: its name, or None where the deployment failed as a whole.  jitter: a number in [0, 1).
     """
-    asked = min(error.retry_after or 0, 2 * RETRY_CAP)
-    delay = grow(RETRY_FIRST, record["retry"].get("failures", 0) + 1, RETRY_CAP) * (0.75 + 0.5 * jitter)
     source = error.source or component or record["name"]
     told = {"code": error.code, "source": source, "message": error.message}
     if component:
@@ -1611,15 +1309,12 @@ def fail_record(record, component, error, clock, jitter, refused=False):
         components = [dict(item, state="failed", error=dict(told, source=error.source or item["name"]))
                       for item in record["components"]]
         record = dict(record, components=components)
-    retry = make_wait(record["retry"], max(delay, asked), clock)
+    retry = make_retry(record["retry"], error.retry_after, clock, jitter)
     return dict(record, state="failed", error=told, refused=refused, retry=retry)
 
 
 def finish_record(record, mark=""):
-    """The record once all of the revision that was worked on is installed.
-
-    mark: make_mark of its environment.
-    """
+    """The record once all of its revision is installed.  mark: make_mark of its environment."""
     images = {facts["image"] for item in record["components"] for facts in item["services"].values()} - {""}
     packages = {item["name"]: item["package"] for item in record["components"]}
     running = {"digest": record["adopted"]["digest"], "packages": packages, "images": sorted(images),
@@ -1630,33 +1325,305 @@ def finish_record(record, mark=""):
                 found=False)
 
 
-def make_history(state, entries, version, at):
-    """The history with one more accepted desired state: what it adds, changes and removes against the one
-    before.
+def make_overall_state(states):
+    """The most severe of some component states (C-133)."""
+    return min(states, key=STATES.index)
+
+
+def make_status(record):
+    """A DeploymentStatusManifest (protocol 3.6), with `error` only where there is one (C-131 to C-137)."""
+    status = {"state": record["state"]}
+    if record["state"] == "failed" and record["error"]:
+        status["error"] = record["error"]
+    components = []
+    for component in record["components"]:
+        entry = {"name": component["name"], "state": component["state"]}
+        if component["error"]:
+            entry["error"] = component["error"]
+        components.append(entry)
+    return {"deploymentId": record["deploymentId"], "deviceId": record["deviceId"],
+            "adoptedManifestVersion": record["adopted"]["version"], "status": status,
+            "components": components}
+
+
+def enqueue_status(state, record):
+    """Puts a record's status into the outbox, in place of an older one, unless the WFM has it (C-139)."""
+    key = record["deploymentId"].lower()
+    status = make_status(record)
+    state["outbox"].pop(key, None)
+    if state["reported"].get(key) != sha256_digest(make_json(status)):
+        state["outbox"][key] = status
+    else:
+        state["waits"].pop(key, None)
+
+
+def put_off_status(state, key, error, clock, jitter):
+    """What becomes of a status that the WFM has not taken, in words: it waits longer each time.
+
+    One that it refuses for good (400 and above) is dropped; and so is a `removed` that it has answered by
+    faults for a day: it may not know the deployment.
     """
-    before = (state["accepted"] or {}).get("deployments", ())
-    old = {item["deploymentId"].lower(): item["digest"] for item in before}
-    new = {entry.deployment_id.lower(): entry.digest for entry in entries}
-    changed = sorted(key for key in new if key in old and new[key] != old[key])
-    return state["history"][1 - HISTORY:] + [{
-        "version": version, "at": at, "added": sorted(set(new) - set(old)),
-        "removed": sorted(set(old) - set(new)), "changed": changed, "outcome": "pending"}]
+    wait = make_hold(state["waits"].get(key, {}), error, clock, jitter)
+    removed = state["outbox"][key]["status"]["state"] == "removed"
+    final = isinstance(error, Refused) and error.status >= 400
+    if final or removed and 0 < wait["since"] <= clock.now - MAX_WAIT:
+        acknowledge_status(state, key, error.message, make_time(clock.now))
+        return "the WFM refuses a status for good" if final else "the WFM has not taken a `removed` for a day"
+    state["waits"][key] = wait
+    return "a status cannot be sent now and waits in the outbox"
 
 
-def make_outcome(state):
-    """How the newest accepted desired state stands: applied, pending, or which deployments failed and why."""
-    records = state["deployments"].values()
-    failed = [f"{record['deploymentId']} failed ({record['error']['code']})" for record in records
-              if record["state"] == "failed"]
-    installed = [record for record in records if record["state"] == "installed"]
-    done = len(installed) == len(records) == len(state["accepted"]["deployments"])
-    return "; ".join(failed) or ("applied" if done else "pending")
+def acknowledge_status(state, key, refused="", at=""):
+    """The WFM has this status, or will never take it: `refused` says why, `at` when it said so.
+
+    A removed deployment is forgotten with its last report.
+    """
+    status = state["outbox"].pop(key)
+    state["waits"].pop(key, None)
+    state["dropped"].pop(key, None)
+    if refused:
+        dropped = {"state": status["status"]["state"], "at": at, "reason": refused}
+        state["dropped"] = dict(list(state["dropped"].items())[1 - HISTORY:], **{key: dropped})
+    state["reported"][key] = sha256_digest(make_json(status))
+    if status["status"]["state"] == "removed":
+        state["reported"].pop(key)
+        if state["deployments"].get(key, {}).get("state") == "removed":
+            state["deployments"].pop(key)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# 7. Devices
+# ----------------------------------------------------------------------------------------------------------
+
+def load_own_device(config, own_id):
+    """[Device]: this one."""
+    others = [f"{own_id}/{child.id}" for child in config.device.children]
+    return [Device(own_id, config.device, make_drivers(config, others=others))]
+
+
+def assign_here(targets, records, devices, silent, offers):
+    """[Share] of the one device there is; what is meant for another one is WRONG_DEVICE (protocol 9)."""
+    device = devices[0]
+    own_id, found = device.device_id, []
+    for target in targets:
+        error = target.error
+        if target.deployment and not error:
+            wanted = target.deployment.device_id or own_id
+            error = find_reason(target.deployment, device, offers)
+            if wanted != own_id:
+                words = f"metadata.deviceId is {wanted}, this device is {own_id}"
+                error = ComponentError("WRONG_DEVICE", words)
+        found.append(target._replace(error=error, device_id=own_id))
+    return [make_share(device, found, records, silent[own_id])]
+
+
+# What makes the devices that the agent serves, this one first: functions of (Settings, own device id).
+DEVICES = [load_own_device]
+# What says which deployment belongs on which device: the last one counts.  All are pure; see assign_here.
+ASSIGN = [assign_here]
+
+
+def load_devices(config, own_id):
+    """[Device] that the agent serves, this one first."""
+    return [device for load in DEVICES for device in load(config, own_id)]
+
+
+def find_reason(deployment, device, offers):
+    """The ComponentError for which a deployment cannot run on a device, or None.
+
+    offers: {device id: capabilities document}.
+    """
+    try:
+        if deployment.type not in device.drivers:
+            words = f"nothing on {device.device_id} runs {deployment.type} components"
+            hint = "" if device.silence else f"; see runtime.{deployment.type}"
+            raise ComponentError("UNSUPPORTED_TYPE", words + hint)
+        if deployment.constraints:
+            check_eligibility(deployment.constraints, offers[device.device_id])
+    except ComponentError as error:
+        return error
+    return None
+
+
+def make_share(device, targets, records, silent):
+    """The Share of a device, from what should run there and what is at home there.
+
+    silent: {deployment type: CommandError} of what does not answer there.
+    """
+    wanted = {target.key: target for target in targets}
+    unseen = {}
+    for key in {**records, **wanted}:
+        for kind in sorted(find_kinds(records.get(key), wanted.get(key)) & set(silent)):
+            unseen[key] = silent[kind]
+    return Share(device, targets, records, unseen)
+
+
+def hold_back(action, share):
+    """The action as far as it can be seen what is there: nothing is done blindfold (D-16).
+
+    It waits where this device itself does not answer; of another one the WFM is told the device's `silence`.
+    """
+    silence = share.device.silence
+    fault = share.unseen.get(action.key)
+    if not fault or action.verb in ("keep", "refuse"):
+        return action
+    if not silence:
+        return action._replace(verb="keep", reason=f"waits ({action.reason}): {fault.message}")
+    target = action.target
+    if not target:
+        adopted = share.records[action.key]["adopted"]
+        target = Target(action.deployment_id, adopted["digest"], adopted["version"], None, None)
+    reason = f"{silence.code}: {silence.message}"
+    return action._replace(verb="refuse", reason=reason, target=target._replace(error=silence))
+
+
+def make_drivers(config, child=None, others=()):
+    """{deployment type: driver} of what a device can run; arguments as make_compose_driver takes them.
+
+    A driver has observe, ask_strangers, tail_log, tend, prepare, list_ports, apply, remove, remove_image
+    and, where it holds ports of the host, stop; no other section knows what it drives.
+    """
+    drivers = {kind: make(config, child, others) for kind, make in DRIVERS.items()}
+    return {kind: driver for kind, driver in drivers.items() if driver}
+
+
+def obtain_claim(profile, device_id):
+    """The Claim by which drivers tell what is this agent's; notes a new owner in the state.
+
+    An identity that cannot be read now counts as the one before.
+    """
+    owners = profile.state["owners"]
+    try:
+        owner = make_owner(profile.identify(), device_id)
+    except Untrusted:
+        owner = (owners or [""])[-1]
+    if owner not in ("", *owners[-1:]):
+        before = [other for other in owners if other != owner]
+        profile.state["owners"] = before[1 - HISTORY:] + [owner]
+    return make_claim(owner, profile.state)
+
+
+def find_nothing():
+    """The look at a child device that cannot be reached from here."""
+    raise CommandError("the engine's command that its connection needs is not installed here")
+
+
+def list_looks(drivers, records, claim=None):
+    """{deployment type: function that looks} of what has to be asked on one device.
+
+    That is an engine in any case, because there may be leftovers (P-11), and a cluster where a deployment
+    needs one.  claim: by what a workload is ours; None: as it was told last.
+    """
+    known = {kind: [record for record in records if kind in find_kinds(record)] for kind in drivers}
+    return {kind: lambda kind=kind: drivers[kind].observe(known[kind], claim)
+            for kind in drivers if kind == "compose" or known[kind]}
+
+
+def try_look(function):
+    """What it returns, or the CommandError that it raises."""
+    try:
+        return function()
+    except CommandError as error:
+        return error
+
+
+def observe_devices(devices, records, claim):
+    """{device id: Seen}: all engines are asked at once, and each is waited for up to its own limit.
+
+    records: those of all deployments that are there, or will be.  claim: by what a workload is ours.
+    """
+    looks = []
+    seen = {device.device_id: Seen([], dict(device.drivers), {}) for device in devices}
+    for device in devices:
+        found = list_looks(device.drivers, records, claim)
+        if device.silence and not device.drivers:
+            found = dict.fromkeys(("compose", "helm"), find_nothing)
+        looks += [(device.device_id, kind, function) for kind, function in found.items()]
+    functions = [function for _, _, function in looks]
+    if len(looks) < 2:
+        answers = list(map(try_look, functions))
+    else:
+        from concurrent.futures import ThreadPoolExecutor
+        with ThreadPoolExecutor(LOOKS) as pool:
+            answers = list(pool.map(try_look, functions))
+    for (device_id, kind, _), answer in zip(looks, answers):
+        if isinstance(answer, CommandError):
+            seen[device_id].silent[kind] = answer
+            seen[device_id].drivers.pop(kind, None)
+        else:
+            seen[device_id].containers.extend(answer)
+    return seen
+
+
+def ask_others(answering, known=None):
+    """[{owner, deploymentId, name, type}] of workloads of other owners, as the last look has shown.
+
+    answering: {device id: {type: driver}}.  known: an earlier list; then clusters are not asked again.
+    """
+    others = {item["name"]: item for item in known or () if item["type"] == "helm"}
+    for device_id, drivers in answering.items():
+        for kind, driver in drivers.items():
+            found = try_look(driver.ask_strangers) if kind == "compose" or known is None else []
+            if isinstance(found, CommandError):
+                log("warning", "workloads of other owners cannot be named", device=device_id,
+                    reason=found.message)
+                continue
+            for item in found:
+                others[item.id] = {"owner": make_printable(item.owner), "name": item.name, "type": kind,
+                                   "deploymentId": item.deployment_id}
+    return list(others.values())
+
+
+def observe_all(drivers, record, claim=None):
+    """Every container of ours on one device, as far as a deployment may have some there.
+
+    claim: as for list_looks.  Raises CommandError where something does not answer.
+    """
+    looks = list_looks(drivers, [record], claim)
+    return [container for function in looks.values() for container in function()]
+
+
+def find_kinds(record, target=None):
+    """The deployment types that a deployment is, was when it ran last, and will be: all are asked for it."""
+    kinds = {record["type"], (record["running"] or record).get("type", record["type"])} if record else set()
+    return kinds | ({target.deployment.type} if target and target.deployment else set())
+
+
+def make_others_words(others):
+    """Each workload of another owner, in words."""
+    return [f"{item['deploymentId']}  {item['name']} of {item['owner'] or 'no owner that is known'}"
+            for item in others]
+
+
+def make_mark(environment):
+    """A short mark of `runtime.environment`, which a deployment's containers were given (C-185)."""
+    return sha256_digest(make_json(environment))[7:23] if environment else ""
+
+
+def make_prefix(device_id, own_id):
+    """What stands before the name of an image that was pulled on a device, in the state's `pulled`."""
+    return "" if device_id == own_id else device_id + " "
+
+
+def prune(state, store, own_id, answering):
+    """Removes what neither the current nor the previous version of any deployment needs.
+
+    That are artifacts, unpacked packages, and images that the agent pulled: nothing else on the device.
+    Changes state["pulled"].  answering: {device id: {type: driver}} of what answers.
+    """
+    digests, images = find_needed(state)
+    store.prune_artifacts(digests)
+    drivers = {make_prefix(device_id, own_id): found.values() for device_id, found in answering.items()}
+    for entry in state["pulled"]:
+        device_id, space, name = entry.rpartition(" ")
+        there = drivers.get(device_id + space, ())
+        if name not in images and any(driver.remove_image(name) for driver in there):
+            log("info", "image pruned", image=entry)
+            state["pulled"] = [other for other in state["pulled"] if other != entry]
 
 
 def find_needed(state):
-    """({artifact digest}, {image}) that the accepted desired state and the last two versions of each
-    deployment need (P-5).
-    """
+    """({artifact digest}, {image}) that the desired state and the last two versions of all need (P-5)."""
     digests = {item["digest"] for item in (state["accepted"] or {}).get("deployments", ())}
     images = set()
     for record in state["deployments"].values():
@@ -1672,63 +1639,83 @@ def find_needed(state):
     return digests, images
 
 
-def make_overall_state(states):
-    """The most severe of some component states (C-133)."""
-    return min(states, key=STATES.index)
+# ----------------------------------------------------------------------------------------------------------
+# 8. Turns
+# ----------------------------------------------------------------------------------------------------------
+
+def list_facts(record):
+    """[facts] of each service of the version that runs, as far as known."""
+    services = [component["services"] for component in record["components"]]
+    if record["fallback"]:
+        services = record["running"]["services"].values()       # the version before runs still
+    return [facts for items in services for facts in items.values()]
 
 
-def make_status(record, device_id):
-    """A DeploymentStatusManifest (protocol 3.6): one entry a component, `error` only where there is one
-    (C-131 to C-137).
+def make_groups(actions, records):
+    """[[Action]] in the order in which they are carried out; a group is made ready before any of it is done.
+
+    What frees comes before what takes: removals and repairs, then the updates of what runs, as one group,
+    because one may take what another gives up; last what is new.  What is cleared because it moves is left to
+    the step by which it moves.
     """
-    status = {"state": record["state"]}
-    if record["state"] == "failed" and record["error"]:
-        status["error"] = record["error"]
-    components = []
-    for component in record["components"]:
-        entry = {"name": component["name"], "state": component["state"]}
-        if component["error"]:
-            entry["error"] = component["error"]
-        components.append(entry)
-    return {"deploymentId": record["deploymentId"], "deviceId": record.get("deviceId") or device_id,
-            "adoptedManifestVersion": record["adopted"]["version"], "status": status,
-            "components": components}
+    moving = {action.key for action in actions if action.verb in CHANGES}
+    first, updates, new = [], [], []
+    for action in actions:
+        record = records.get(action.key)
+        running = record and record["running"]
+        if action.verb in CHANGES and not running:
+            new.append([action])
+        elif action.verb in CHANGES and (running["digest"], record["deviceId"]) != (
+                action.target.digest, action.device_id):
+            updates.append(action)
+        elif action.verb != "clear" or action.key not in moving:
+            first.append([action])
+    return first + [updates] + new
 
 
-def enqueue_status(state, record, device_id):
-    """Puts a record's status into the outbox, in place of an older one, unless the WFM has acknowledged the
-    very same (C-139).
+def find_held_ports(record):
+    """{(device id, address or "", port, protocol)} of the host's ports that a deployment is known to hold."""
+    if record["state"] == "removed":
+        return set()
+    running = [facts for facts in list_facts(record) if not facts["finished"]]
+    return {(record["deviceId"], *port) for facts in running for port in facts.get("ports", ())}
+
+
+def find_clash(takes, holds):
+    """A port of `takes` that is one of `holds`, or None.  The address "" is every one."""
+    for port in sorted(takes):
+        for device_id, address, *rest in holds:
+            meets = address == port[1] or "" in (address, port[1])
+            if meets and (device_id, *rest) == (port[0], *port[2:]):
+                return port
+    return None
+
+
+def find_turn(waiting, held):
+    """Which of the deployments that are ready to be changed goes on now, and how: (key, verb, words).
+
+    waiting: {key: (ports it takes, ports it holds)}, in order.  held: {key: ports} of all others.  The verbs:
+    `go`; `fail`, in words, where somebody keeps a port that it takes; `stop` for one that has to free its
+    ports first, because each waits for another one.
     """
-    key = record["deploymentId"].lower()
-    status = make_status(record, device_id)
-    state["outbox"].pop(key, None)
-    if state["reported"].get(key) != sha256_digest(make_json(status)):
-        state["outbox"][key] = status
-
-
-def acknowledge_status(state, key, refused=None):
-    """The WFM has this status (or will never take it; `refused` says why): out of the outbox.
-
-    A removed deployment is forgotten with its last report.
-    """
-    status = state["outbox"].pop(key)
-    state["dropped"].pop(key, None)
-    if refused:
-        state["dropped"] = dict(list(state["dropped"].items())[1 - HISTORY:], **{key: refused})
-    state["reported"][key] = sha256_digest(make_json(status))
-    if status["status"]["state"] == "removed":
-        state["reported"].pop(key)
-        if state["deployments"].get(key, {}).get("state") == "removed":
-            state["deployments"].pop(key)
-
-
-def make_mark(environment):
-    """A short mark of `runtime.environment`, which a deployment's containers were given (C-185)."""
-    return sha256_digest(make_json(environment))[7:23] if environment else ""
+    rivals = {**{key: (ports, ports) for key, ports in held.items()}, **waiting}
+    blocking = []
+    for key, (takes, _) in waiting.items():
+        found = [other for other in rivals if other != key and find_clash(takes, rivals[other][1])]
+        for other in found:
+            keeps, holds = rivals[other]
+            port = find_clash(takes, {port for port in holds if find_clash({port}, keeps)})
+            if port:
+                where = f"{port[1] or '*'}:{port[2]}/{port[3]}"
+                return key, "fail", f"the host's port {where} is held by deployment {other}, which keeps it"
+        if not found:
+            return key, "go", ""
+        blocking += found
+    return blocking[0], "stop", ""
 
 
 # ----------------------------------------------------------------------------------------------------------
-# 7. Desired-state source
+# 9. Desired-state source
 # ----------------------------------------------------------------------------------------------------------
 
 def check_digest(data, digest, what):
@@ -1877,9 +1864,10 @@ class HttpSource:
 class MtlsSource(HttpSource):
     """Management Interface 1.0.0-rc.3: mutual TLS; the SVID is all that says who asks (C-020)."""
 
-    def __init__(self, config, identity, bundle):
+    def __init__(self, config, identity, bundle, memo):
         super().__init__(config)
         self.identity = identity
+        self.memo = memo                            # the Store's, see load_memo
         self.client_id = identity.spiffe_id.text
         self.peer = identity.wfm_id
         self.context = load_wfm_context(identity, bundle.anchors, config.wfm.min_tls)
@@ -1898,6 +1886,35 @@ class MtlsSource(HttpSource):
         for judge in self.judges:
             judge(leaf, now)
         self.chain = chain
+
+    def put_capabilities(self, device_id, document):
+        """Reports what a device can do; repeating it is harmless (C-080)."""
+        self.send_of("PUT", device_id, document)
+
+    def delete_capabilities(self, device_id):
+        """Deregisters a device; one that the WFM does not know is deregistered already."""
+        try:
+            self.send_of("DELETE", device_id)
+        except Refused as error:
+            if error.status != 404:
+                raise
+
+    def send_of(self, method, device_id, document=None):
+        """One request about a device.
+
+        The specification leaves open how a child's id, `gateway/child`, stands in a path.  Where the WFM
+        knows nothing at one form, the other one is tried, and what worked is noted.
+        """
+        forms = [device_id, device_id.replace("/", "%2F")]
+        if self.memo.get("escaped"):
+            forms.reverse()
+        try:
+            self.send(method, f"/capabilities/{forms[0]}", SUCCESS, document=document)
+        except Refused as error:
+            if error.code != "HTTP 404" or forms[0] == forms[1]:
+                raise
+            self.send(method, f"/capabilities/{forms[1]}", SUCCESS, document=document)
+            self.memo["escaped"] = forms[0] == device_id
 
 
 class Profile:
@@ -1969,12 +1986,12 @@ class Mtls(Profile):
         check_own(identity.leaf, config, now)
         warn_of_own(config, identity.leaf, store, now)
         bundle = obtain_trust_bundle(config, store, state, identity.spiffe_id.trust_domain, now, keep)
-        judge_own_chain(config, identity, bundle, store, state, keep)
+        judge_own_chain(config, identity, bundle, store, state)
         return self.open_source(identity, bundle, keep)
 
     def open_source(self, identity, bundle, keep):
         """The MtlsSource of an Identity, with what companions have to say."""
-        source = MtlsSource(self.config, identity, bundle)
+        source = MtlsSource(self.config, identity, bundle, self.store.load_memo())
         for companion in COMPANIONS.values():
             if companion.judge:
                 source.judges.append(companion.judge(self.config, self.store, self.state, source, keep))
@@ -2010,7 +2027,7 @@ PROFILES["mtls"] = Mtls
 
 
 # ----------------------------------------------------------------------------------------------------------
-# 8. Desired state
+# 10. Desired state
 # ----------------------------------------------------------------------------------------------------------
 
 NAME_PATTERN = r"[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?"              # Kubernetes' object names
@@ -2325,8 +2342,27 @@ def parse_bundle(data, entries, max_unpacked):
     return documents
 
 
+def list_targets(accepted):
+    """[Target] of an accepted desired state; their documents are not read yet."""
+    return [Target(item["deploymentId"], item["digest"], accepted["version"], None, None)
+            for item in accepted["deployments"]]
+
+
+def read_target(target, load_document, config):
+    """The target with its Deployment, or with why there is none.  load_document: digest to bytes or None."""
+    data = load_document(target.digest)
+    try:
+        if data is None:
+            words = "its document is missing from the state directory; the next poll brings it anew"
+            raise ComponentError("INTERNAL", words)
+        return target._replace(deployment=parse_deployment(data, target.deployment_id,
+                                                           config.device.parameter_values))
+    except ComponentError as error:
+        return target._replace(error=error, deployment=data and make_outline(data, target.deployment_id))
+
+
 # ----------------------------------------------------------------------------------------------------------
-# 9. Identity and trust
+# 11. Identity and trust
 # ----------------------------------------------------------------------------------------------------------
 
 EXPIRY_WARNING = 0.2  # share of the own certificate's lifetime that is left when `run` begins to warn
@@ -2460,7 +2496,7 @@ def warn_of_own(config, leaf, store, now):
     if words and not 0 <= now - memo.get("warnedAt", 0) < 86400:
         for line in words:
             log("warning", line)
-        store.save_memo(dict(memo, warnedAt=now))
+        memo["warnedAt"] = now
 
 
 def describe_own(config, load, known_id, now):
@@ -2565,7 +2601,7 @@ def run_own_handshake(certificate_file, key_file, anchors):
             raise ValueError(getattr(error, "verify_message", None) or make_printable(str(error))) from None
 
 
-def judge_own_chain(config, identity, bundle, store, state, keep):
+def judge_own_chain(config, identity, bundle, store, state):
     """Raises Untrusted for a new own chain that does not lead to the trust bundle (E-012).
 
     A chain that once did is used on after the bundle has changed, because the WFM decides; `strays` in the
@@ -2588,8 +2624,7 @@ def judge_own_chain(config, identity, bundle, store, state, keep):
         return
     state["identity"] = leaf
     state["trust"].pop("strays", None)
-    if keep:
-        store.save_memo(dict(memo, checked=mark))
+    memo["checked"] = mark
 
 
 # Trust bundle and discovery.
@@ -2774,8 +2809,7 @@ def fetch_trust_bundle(config, store, state, held, trust_domain, now, keep):
             trust[name] = found.parts[name] if found else None
     answer = fetch_from_mis(url, config)
     check_response(answer, f"trust bundle {url}", (200,), now)
-    if keep:
-        store.save_memo(dict(store.load_memo(), trust=now))
+    store.load_memo()["trust"] = now
     bundle = parse_trust_bundle(answer.body)
     check_sequence(bundle, trust, trust_domain)
     if bundle == held and trust.get("source") == url:
@@ -2915,7 +2949,7 @@ def run_csr(path, form="PEM"):
 
 
 # ----------------------------------------------------------------------------------------------------------
-# 10. Eligibility
+# 12. Eligibility
 # ----------------------------------------------------------------------------------------------------------
 
 def check_eligibility(constraints, capabilities):
@@ -3058,7 +3092,7 @@ def is_contained(expressions, value, combine):
 
 
 # ----------------------------------------------------------------------------------------------------------
-# 11. Capabilities
+# 13. Capabilities
 # ----------------------------------------------------------------------------------------------------------
 
 # What shows equipment: its kind, a folder of /sys, a pattern of the names in it; and of some a file or folder
@@ -3221,167 +3255,79 @@ def make_capabilities(detected, device, device_id, deployment_types):
     return document
 
 
-def report_devices(documents, source, store, state, always):
-    """PUTs each of {device id: capabilities document} that changed, a gateway's own first.
+def load_capabilities(devices, config):
+    """{device id: capabilities document} as they are now; a child is what the configuration says of it."""
+    documents = {}
+    for device in devices:
+        nothing = {"peripherals": [], "interfaces": []}
+        own = not device.silence
+        detected = detect_properties(config.state_dir, hostname=config.device.hostname) if own else nothing
+        documents[device.device_id] = make_capabilities(detected, device.settings, device.device_id,
+                                                        sorted(device.drivers))
+    return documents
 
-    Those of a device that has gone are DELETEd (C-081, C-082, C-220, C-223).  always: all are sent.  Changes
-    and saves state["enrollment"].
+
+def report_devices(documents, source, state, always):
+    """PUTs what changed of {device id: capabilities document}, a gateway's own first.
+
+    DELETEs that of a device that has gone (C-081, C-082, C-220, C-223).  always: all are sent, and every
+    fault is raised.  Changes state["enrollment"].  What the WFM does not take waits by a back-off
+    of its own, and holds up nothing else.
     """
-    for device_id in documents:
-        report_device(device_id, documents, source, store, state, always)
-    devices = state["enrollment"]["devices"]
-    for device_id in sorted(set(devices) - set(documents), reverse=True):
+    known = (state["enrollment"] or {}).get("devices", {})
+    for device_id in [*documents, *sorted(set(known) - set(documents), reverse=True)]:
+        key = f"capabilities {device_id}"
+        wait = state["waits"].get(key, {})
+        clock = get_clock()
+        if find_wait(wait, clock) and not always:
+            continue
         try:
-            source.delete_capabilities(device_id)
-            log("info", "a device has gone; its capabilities are withdrawn", device=device_id)
-        except Refused as error:
-            log("error", "the WFM refuses to forget a device", device=device_id, reason=error.message)
-            if error.status < 400:
-                continue                            # nobody judged that: it is asked for again
-        devices.pop(device_id)
-        store.save_state(state)
+            report_device(device_id, documents, source, state, always)
+            state["waits"].pop(key, None)
+        except (Refused, Unreachable, Untrusted) as error:
+            answered = error.status or isinstance(error, Refused)
+            if always or not state["enrollment"] or not answered:
+                raise
+            log("error", "the WFM does not take the capabilities", device=device_id, reason=error.message)
+            state["waits"][key] = make_hold(wait, error, clock, get_random())
 
 
-def report_device(device_id, documents, source, store, state, always, again=True):
-    """PUTs one device's capabilities.
+def report_device(device_id, documents, source, state, always, again=True):
+    """PUTs one device's capabilities, or DELETEs those of one that has gone; raises what is no verdict.
 
     A WFM that does not know the gateway of a child is told of the gateway first (protocol 2.2).
     """
-    enrolled = state["enrollment"]
     own_id = next(iter(documents))
-    digest = sha256_digest(make_json(documents[device_id]))
-    devices = enrolled["devices"] if enrolled else {}
+    devices = dict((state["enrollment"] or {}).get("devices", {}))
+    digest = device_id in documents and sha256_digest(make_json(documents[device_id]))
     if devices.get(device_id) == digest and not always:
         return
     try:
-        source.put_capabilities(device_id, documents[device_id])
-        log("info", "capabilities reported", device=device_id)
-    except Refused as error:
-        if not enrolled:
-            raise
-        if again and device_id != own_id and error.code in ("gateway-not-found", "HTTP 404"):
-            report_device(own_id, documents, source, store, state, True)
-            report_device(device_id, documents, source, store, state, True, again=False)
-            return
-        log("error", "the WFM refuses the capabilities", device=device_id, reason=error.message)
-        if error.code not in ("invalid-request", "semantic-error", "HTTP 400", "HTTP 413", "HTTP 422"):
-            return                                  # no verdict on the document: it is sent again (C-082)
-    # What was refused is noted, too: it is not sent again unchanged.
-    state["enrollment"] = {"id": source.client_id, "devices": dict(devices, **{device_id: digest})}
-    store.save_state(state)
-
-
-# ----------------------------------------------------------------------------------------------------------
-# 12. Drivers
-# ----------------------------------------------------------------------------------------------------------
-
-def make_drivers(config, child=None, others=(), claim=claim_nothing):
-    """{deployment type: driver} of what a device can run; arguments as make_compose_driver takes them.
-
-    A driver has observe, ask_strangers, tail_log, tend, prepare, list_ports, apply, remove, remove_image
-    and, where it holds ports of the host, stop; no other section knows what it drives.
-    """
-    drivers = {kind: make(config, child, others, claim) for kind, make in DRIVERS.items()}
-    return {kind: driver for kind, driver in drivers.items() if driver}
-
-
-def find_nothing():
-    """The look at a child device that cannot be reached from here."""
-    raise CommandError("the engine's command that its connection needs is not installed here")
-
-
-def list_looks(drivers, records):
-    """{deployment type: function that looks} of what has to be asked on one device.
-
-    An engine in any case, because a leftover is looked for there (P-11), a cluster only where a
-    deployment needs one.
-    """
-    known = {kind: [record for record in records if kind in find_kinds(record)] for kind in drivers}
-    return {
-        kind: lambda kind=kind: drivers[kind].observe(known[kind])
-        for kind in drivers
-        if kind == "compose" or known[kind]
-    }
-
-
-def try_look(function):
-    """What it returns, or the CommandError that it raises."""
-    try:
-        return function()
-    except CommandError as error:
-        return error
-
-
-def observe_devices(devices, records):
-    """{device id: Seen}: all engines are asked at once, and each is waited for up to its own limit.
-
-    records: those of all deployments that are there, or will be.
-    """
-    looks = []
-    seen = {device.device_id: Seen([], {}) for device in devices}
-    for device in devices:
-        found = list_looks(device.drivers, records)
-        if device.silence and not device.drivers:
-            found = dict.fromkeys(("compose", "helm"), find_nothing)
-        looks += [(device.device_id, kind, function) for kind, function in found.items()]
-    functions = [function for _, _, function in looks]
-    if len(looks) < 2:
-        answers = list(map(try_look, functions))
-    else:
-        from concurrent.futures import ThreadPoolExecutor
-        with ThreadPoolExecutor(LOOKS) as pool:
-            answers = list(pool.map(try_look, functions))
-    for (device_id, kind, _), answer in zip(looks, answers):
-        if isinstance(answer, CommandError):
-            seen[device_id].silent[kind] = answer
+        if digest:
+            source.put_capabilities(device_id, documents[device_id])
+            log("info", "capabilities reported", device=device_id)
         else:
-            seen[device_id].containers.extend(answer)
-    return seen
-
-
-def ask_others(answering, known=None):
-    """Workloads of other owners, as the last look has shown them: [{owner, deploymentId, name, type}].
-
-    answering: {device id: {type: driver}}.  known: what an earlier list told, so that clusters are not
-    asked again.
-    """
-    others = {item["name"]: item for item in known or () if item["type"] == "helm"}
-    for device_id, drivers in answering.items():
-        for kind, driver in drivers.items():
-            found = try_look(driver.ask_strangers) if kind == "compose" or known is None else []
-            if isinstance(found, CommandError):
-                log(
-                    "warning",
-                    "workloads of other owners cannot be named",
-                    device=device_id,
-                    reason=found.message,
-                )
-                continue
-            for item in found:
-                others[item.id] = {"owner": make_printable(item.owner), "name": item.name, "type": kind,
-                                   "deploymentId": item.deployment_id}
-    return list(others.values())
-
-
-def observe_all(drivers, record):
-    """Every container of ours on one device, as far as a deployment may have some there.
-
-    Raises CommandError where something does not answer.
-    """
-    return [container for function in list_looks(drivers, [record]).values() for container in function()]
-
-
-def find_kinds(record, target=None):
-    """The deployment types whose drivers have to tell of a deployment.
-
-    That is what it is, was when it ran last, and will be.
-    """
-    kinds = {record["type"], (record["running"] or record).get("type", record["type"])} if record else set()
-    return kinds | ({target.deployment.type} if target and target.deployment else set())
+            source.delete_capabilities(device_id)
+            log("info", "a device has gone; its capabilities are withdrawn", device=device_id)
+    except Refused as error:
+        if again and digest and device_id != own_id and error.code in ("gateway-not-found", "HTTP 404"):
+            report_device(own_id, documents, source, state, True)
+            report_device(device_id, documents, source, state, True, again=False)
+            return
+        judged = error.code in ("invalid-request", "semantic-error", "HTTP 400", "HTTP 413", "HTTP 422")
+        if not state["enrollment"] or not judged and (digest or error.status < 400):
+            raise                                   # no verdict on the document: it is sent again (C-082)
+        log("error", "the WFM refuses the capabilities", device=device_id, reason=error.message)
+    # What was refused is noted, too: it is not sent again unchanged.
+    if digest:
+        devices[device_id] = digest
+    else:
+        devices.pop(device_id)
+    state["enrollment"] = {"id": source.client_id, "devices": devices}
 
 
 # ----------------------------------------------------------------------------------------------------------
-# 13. Compose driver
+# 14. Compose driver
 # ----------------------------------------------------------------------------------------------------------
 
 Changes = define("Changes", "kept idle making leaving",
@@ -3400,6 +3346,7 @@ Check = define("Check", "interval retries start",
 # How docker shows a container, in podman's form.
 DOCKER_FORM = ('{"Id":{{json .ID}},"Names":[{{json .Names}}],"State":{{json .State}},'
                '"Status":{{json .Status}},"Labels":{%s}}')
+PULL_NOTE = 60                      # seconds between two words about a pull
 LOG_LINES = 4000                    # of a log that are looked at for its end
 MAX_LOG = 256 * KIB                 # bytes of them
 RUNS_TOO = {"amd64": "386", "arm64": "arm"}         # what a processor usually runs beside its own
@@ -3593,11 +3540,11 @@ def make_child_environment(environ, connection):
     return dict({key: item for key, item in environ.items() if key not in CONNECTIONS}, **connection)
 
 
-def make_compose_driver(config, child=None, others=(), claim=claim_nothing, environ=None):
+def make_compose_driver(config, child=None, others=(), environ=None):
     """The ComposeDriver of the configuration, None where nothing on this device runs compose components.
 
     child: (device id, connection) of a child device, whose connection says which engine it has; others: ids
-    of all other devices; claim: a function for the Claim that holds now.
+    of all other devices.
     """
     environ = dict(os.environ if environ is None else environ)
     environ.update(get_temporary(config.state_dir, environ))
@@ -3605,11 +3552,11 @@ def make_compose_driver(config, child=None, others=(), claim=claim_nothing, envi
         kinds = {CONNECTIONS.get(key) for key in child[1]} & {"podman", "docker"}
         environ = make_child_environment(environ, child[1])
         engine = kinds and find_engine(max(kinds), environ)
-        return ComposeDriver(engine, config, environ, child, ["", *others], claim) if engine else None
+        return ComposeDriver(engine, config, environ, child, ["", *others]) if engine else None
     engine = find_engine(config.runtime.engine, environ)
     if config.runtime.compose == "off" or engine is None:
         return None
-    return ComposeDriver(engine, config, environ, others=others, claim=claim)
+    return ComposeDriver(engine, config, environ, others=others)
 
 
 # Where podman looks for its own helpers, beside PATH.
@@ -3630,9 +3577,10 @@ class ComposeDriver:
     Containers are found by their labels, by one query for all, and judged by what the engine shows of them.
     """
 
-    def __init__(self, engine, config, environ=None, child=("", {}), others=(), claim=claim_nothing):
-        self.engine, self.config, self.claim = engine, config, claim
+    def __init__(self, engine, config, environ=None, child=("", {}), others=()):
+        self.engine, self.config = engine, config
         self.environ = os.environ if environ is None else environ
+        self.claim = NOBODY                         # by what a container is ours, as of the last look
         self.strangers = []                         # [Container] not ours that the last look has shown
         self.device_id, self.connection = child
         self.others = frozenset(others)             # devices whose containers are not ours, even here
@@ -3650,12 +3598,14 @@ class ComposeDriver:
             raise ComponentError(code, f"{self.engine} {arguments[0]} failed: {output.stderr[-1500:]}")
         return output
 
-    def observe(self, records=()):
+    def observe(self, records=(), claim=None):
         """Every container of ours in any state, by one query.
 
         records: of the deployments that are known to need this driver; a leftover is looked for all the same
-        (P-11).  Raises CommandError where the engine does not answer.
+        (P-11).  claim: by what one is ours; None: as it was told last.  Raises CommandError where the engine
+        does not answer.
         """
+        self.claim = claim or self.claim
         form = "json"
         if self.engine != "podman":
             form = DOCKER_FORM % ",".join(f'"{name}":{{{{json (.Label "{name}")}}}}' for name in LABELS)
@@ -3665,7 +3615,7 @@ class ComposeDriver:
             words = f"{self.engine} ps: {output.stderr[-500:]}"
             raise CommandError(f"the container engine does not answer ({words})")
         found = parse_containers(output.stdout, self.engine, time.time())
-        ours, self.strangers = part_containers(found, self.claim())
+        ours, self.strangers = part_containers(found, self.claim)
         return [container for container in ours if container.device_id not in self.others]
 
     def ask_strangers(self):
@@ -3685,7 +3635,7 @@ class ComposeDriver:
                                 self.config.policy.max_unpacked, relaxed=not component.revision)
         workload = Workload(own_id, name, make_project_name(name, own_id), folder,
                             make_variables(deployment, name), self.config.runtime.environment, component.wait,
-                            self.device_id, self.claim().owner)
+                            self.device_id, self.claim.owner)
         again = bool(known) and known["digest"] == package["digest"]
         images = dict(known.get("images", {})) if again else {}
         prepared = self.resolve(workload, PULL_TIMEOUT, again, fetched, images)
@@ -3708,7 +3658,7 @@ class ComposeDriver:
                                      f" {make_printable(made_for, 60)}; what is shared has a name of its own",
                                      "POLICY_DENIED")
                 if wanted[name] is not None and owner and not is_ours(
-                        self.claim(), workload.deployment_id, owner, facts.get("id")):
+                        self.claim, workload.deployment_id, owner, facts.get("id")):
                     words = "remove it there" if kind == "container" else advice
                     raise ComponentError("NAME_TAKEN", f"{kind} {name} belongs to another agent,"
                                          f" {make_printable(owner, 300)}: {words}")
@@ -3736,9 +3686,9 @@ class ComposeDriver:
         """[[address or "", port, protocol]] of the host that what was prepared will hold."""
         return [port for service in prepared[1].services for port in service.ports]
 
-    def check(self):
+    def check(self, claim):
         """What `doctor` says of this driver; raises CommandError."""
-        return f"{self.engine} answers, {len(self.observe())} containers of ours"
+        return f"{self.engine} answers, {len(self.observe((), claim))} containers of ours"
 
     def ask(self, argv):
         """The mapping that a program prints as JSON; {} where it prints none."""
@@ -3888,7 +3838,7 @@ class ComposeDriver:
             raise ComponentError("PULL_FAILED", "docker knows an image by its digest under its registry's own"
                                  " name alone; give the daemon this mirror instead")
         command = program + ["pull", "--quiet"] + platform + options + [name]
-        output = run_command(command, timeout, env=environ)
+        output = run_command(command, timeout, env=environ, watch=follow_pull(name, environ))
         if output.code:                             # a full disk is told of in the system's own words
             full = os.strerror(errno.ENOSPC).lower() in output.stderr.lower()
             raise ComponentError("DISK_FULL" if full else "PULL_FAILED",
@@ -4050,7 +4000,7 @@ class ComposeDriver:
         there = {}
         for name, labels, facts in self.inspect_names(
                 "network", sorted({*names, *job.project.networks}), names):
-            ours = is_ours(self.claim(), job.workload.deployment_id, labels.get(LABEL_OWNER, ""))
+            ours = is_ours(self.claim, job.workload.deployment_id, labels.get(LABEL_OWNER, ""))
             there[name] = labels if ours else {}, facts.get("internal", False)
         return there
 
@@ -4196,7 +4146,7 @@ class ComposeDriver:
         Its registry has to have it.
         """
         platform = [argument for argument in service.arguments if argument.startswith("--platform=")]
-        if f"{self.device_id} {service.image}".strip() not in self.claim().images:
+        if f"{self.device_id} {service.image}".strip() not in self.claim.images:
             return
         probe = self.run(["create"] + marks + platform + ["--network=none", service.image, "true"], 60)
         if not probe.code:
@@ -4428,10 +4378,30 @@ class ComposeDriver:
         arguments = ["network", "ls", f"--filter=label={LABEL_PROJECT}={project}", "--format={{.Name}}"]
         output = self.run(arguments, 60, "REMOVE_FAILED")
         for name, labels, _ in self.inspect_names("network", output.stdout.decode().split()):
-            if is_ours(self.claim(), deployment_id, labels.get(LABEL_OWNER, "")):
+            if is_ours(self.claim, deployment_id, labels.get(LABEL_OWNER, "")):
                 self.run(["network", "rm", name], 60, "REMOVE_FAILED")
         for container in find_containers(deployment_id, self.observe(), component):
             raise ComponentError("REMOVE_FAILED", f"container {container.name} is still there")
+
+
+def follow_pull(image, environ):
+    """A function to call while an image is pulled: it logs how far that is, each minute or so.
+
+    podman keeps what it has fetched of layers in its folder for temporary files, until they are unpacked.
+    """
+    start = time.monotonic()
+    due = [start + PULL_NOTE]
+
+    def tell():
+        now = time.monotonic()
+        if now < due[0]:
+            return
+        due[0] = now + PULL_NOTE
+        files = [os.path.join(folder, name) for folder, _, names in os.walk(environ.get("TMPDIR", ""))
+                 for name in names]
+        fetched = sum(os.path.getsize(path) for path in files if os.path.exists(path))
+        log("info", "an image is being pulled", image=image, seconds=int(now - start), fetched=fetched)
+    return tell
 
 
 def merge_logs(*streams):
@@ -4522,7 +4492,7 @@ DRIVERS["compose"] = make_compose_driver
 
 
 # ----------------------------------------------------------------------------------------------------------
-# 14. Compose file
+# 15. Compose file
 # ----------------------------------------------------------------------------------------------------------
 
 def find_parameters(deployment, component):
@@ -5725,7 +5695,7 @@ def make_labels(workload, service, digest):
 
 
 # ----------------------------------------------------------------------------------------------------------
-# 15. Packages
+# 16. Packages
 # ----------------------------------------------------------------------------------------------------------
 
 COMPOSE_ARTIFACT = "application/vnd.org.margo.component.compose+json"
@@ -6228,7 +6198,7 @@ def unpack_package(data, digest, parent, max_unpacked, relaxed=False):
 
 
 # ----------------------------------------------------------------------------------------------------------
-# 16. Commands
+# 17. Commands
 # ----------------------------------------------------------------------------------------------------------
 
 Output = define("Output", "code stdout stderr errors",
@@ -6284,13 +6254,13 @@ def get_temporary(state_dir, environ):
     return {"TMPDIR": os.path.join(state_dir, "tmp")} if os.geteuid() == 0 or os.path.isdir(runtime) else {}
 
 
-def run_command(argv, timeout, env=None, cwd=None, limit=MAX_OUTPUT, data=b"", ends=False):
+def run_command(argv, timeout, env=None, cwd=None, limit=MAX_OUTPUT, data=b"", ends=False, watch=None):
     """The one door to other programs: Output(exit code, stdout bytes, the end of stderr as printable text).
 
     argv: list, never a shell.  The program runs in a process group of its own, which is killed whole after
     `timeout` seconds or when it prints more than `limit` bytes; ends: of more, the end of each stream is
-    kept instead.  `data` is all that it reads.  A non-zero exit code is an answer.  Raises CommandMissing,
-    CommandTimeout, CommandError.
+    kept instead.  `data` is all that it reads.  watch: a function that is called time and again meanwhile.
+    A non-zero exit code is an answer.  Raises CommandMissing, CommandTimeout, CommandError.
     """
     import subprocess
     try:
@@ -6305,7 +6275,7 @@ def run_command(argv, timeout, env=None, cwd=None, limit=MAX_OUTPUT, data=b"", e
     except OSError as error:
         raise CommandError(f"{argv[0]} cannot be started ({error.strerror})") from None
     try:
-        stdout, stderr = serve_pipes(process, memoryview(data), timeout, limit, ends)
+        stdout, stderr = serve_pipes(process, memoryview(data), timeout, limit, ends, watch)
     except subprocess.TimeoutExpired:
         raise CommandTimeout(f"{' '.join(argv[:2])} did not end within {timeout:.0f} s") from None
     finally:
@@ -6314,7 +6284,7 @@ def run_command(argv, timeout, env=None, cwd=None, limit=MAX_OUTPUT, data=b"", e
                   make_printable(stderr[-8192:].decode("utf-8", "replace").strip(), 8192), stderr)
 
 
-def serve_pipes(process, data, timeout, limit, ends=False):
+def serve_pipes(process, data, timeout, limit, ends, watch):
     """Writes `data` to stdin and reads until the process has ended: (stdout, stderr).
 
     A helper may leave something behind that keeps the pipes open, so their end is not waited for once the
@@ -6351,6 +6321,8 @@ def serve_pipes(process, data, timeout, limit, ends=False):
             raise CommandError(f"{process.args[0]} printed more than {limit} bytes")
         if ended and not ready:
             break
+        if watch:
+            watch()
         if time.monotonic() > deadline:
             raise subprocess.TimeoutExpired(process.args, 0)
     process.wait(max(0.0, deadline - time.monotonic()))
@@ -6380,7 +6352,7 @@ def kill_group(process):
 
 
 # ----------------------------------------------------------------------------------------------------------
-# 17. Transport
+# 18. Transport
 # ----------------------------------------------------------------------------------------------------------
 
 Response = define("Response", "status headers body", "An HTTP answer: int, email.message.Message, bytes.")
@@ -6703,7 +6675,7 @@ def check_response(response, where, accepted, now):
 
 
 # ----------------------------------------------------------------------------------------------------------
-# 18. Store
+# 19. Store
 # ----------------------------------------------------------------------------------------------------------
 
 class Log:
@@ -6715,13 +6687,16 @@ class Log:
     LEVELS = ("debug", "info", "warning", "error")
 
     def __init__(self):
-        self.level, self.form = "info", "text"
+        self.level, self.form, self.callback = "info", "text", None
 
     def __call__(self, level, message, **fields):
         """Writes one event; `fields` are facts for machines and never hold a secret or a parameter's value.
 
         """
         if self.LEVELS.index(level) < self.LEVELS.index(self.level):
+            return
+        if self.callback:                           # set by whoever embeds the agent
+            self.callback(level, message, fields)
             return
         if self.form == "json":
             import json
@@ -6740,6 +6715,11 @@ class Log:
 
 
 log = Log()
+
+
+def log_wait(words):
+    """Says why nothing is asked now, to a person at a terminal: a log would have it at each poll."""
+    log("info" if sys.stderr.isatty() else "debug", words)
 
 
 def write_file(path, data, mode=0o600, temporary=None):
@@ -6893,6 +6873,8 @@ def make_state():
                 revocations in crls/
     drafts      the drafts in use, as the log was told
     patience    {failures, at, delay, boot, uptime}: no request before `delay` seconds have passed
+    waits       {id in lower case, or `capabilities` and a device id: back-off}: of reports that the WFM has
+                not taken, see make_hold
     waiting     digest of a manifest that removes more than policy.max_removals and is not confirmed yet
     owners      [text]: what this agent has called itself on the engine, newest last (see make_owner)
     pulled      [image, after a child device's id and a space where it is there]: what it pulled and may prune
@@ -6903,7 +6885,53 @@ def make_state():
     return {
         "schema": 2, "enrollment": None, "client": None, "accepted": None, "deployments": {}, "outbox": {},
         "dropped": {}, "reported": {}, "trust": {}, "identity": None, "est": {}, "crls": {}, "drafts": [],
-        "patience": {}, "waiting": None, "owners": [], "pulled": [], "history": [], "lastPoll": None}
+        "patience": {}, "waits": {}, "waiting": None, "owners": [], "pulled": [], "history": [],
+        "lastPoll": None}
+
+
+def make_accepted(desired, at=""):
+    """What the state keeps of a Desired; at: when it was accepted."""
+    deployments = [{"deploymentId": entry.deployment_id, "digest": entry.digest} for entry in desired.entries]
+    return {"version": desired.version, "etag": desired.etag, "digest": desired.digest, "acceptedAt": at,
+            "deployments": deployments}
+
+
+def make_history(state, desired, at):
+    """The history with one more accepted desired state: what it adds, changes and removes against the one
+    before.
+    """
+    before = (state["accepted"] or {}).get("deployments", ())
+    old = {item["deploymentId"].lower(): item["digest"] for item in before}
+    new = {entry.key: entry.digest for entry in desired.entries}
+    changed = sorted(key for key in new if key in old and new[key] != old[key])
+    return state["history"][1 - HISTORY:] + [{
+        "version": desired.version, "at": at, "added": sorted(set(new) - set(old)),
+        "removed": sorted(set(old) - set(new)), "changed": changed, "outcome": "pending"}]
+
+
+def note_outcome(state, fault):
+    """Notes in the history how the newest accepted desired state stands, and the Refused that came after it.
+
+    fault: the worst of the cycle, or None.
+    """
+    if not state["history"] or not state["accepted"]:
+        return
+    newest = state["history"][-1]
+    newest["outcome"] = make_outcome(state)
+    if isinstance(fault, Refused):
+        newest["refused"] = fault.message
+    elif not fault:
+        newest.pop("refused", None)
+
+
+def make_outcome(state):
+    """How the newest accepted desired state stands: applied, pending, or which deployments failed and why."""
+    records = state["deployments"].values()
+    failed = [f"{record['deploymentId']} failed ({record['error']['code']})" for record in records
+              if record["state"] == "failed"]
+    installed = [record for record in records if record["state"] == "installed"]
+    done = len(installed) == len(records) == len(state["accepted"]["deployments"])
+    return "; ".join(failed) or ("applied" if done else "pending")
 
 
 def make_state_data(state):
@@ -6986,7 +7014,8 @@ class Store:
         # bytes of state.json as they lie on the disk, and of what its copy is kept for
         self.saved = self.core = None
         self.locked = None
-        self.memo = None                            # as load_memo read it; right as long as the lock is held
+        self.memo = None                            # what load_memo has read, and save_memo will write
+        self.noted = b""                            # the bytes of that as they lie there
 
     def path(self, *names):
         """A path below the state directory."""
@@ -7140,27 +7169,34 @@ class Store:
         folder = os.environ.get("RUNTIME_DIRECTORY", "/run/margo-agent").split(":")[0]
         return os.path.join(folder, sha256_digest(os.path.abspath(self.folder).encode())[7:23] + ".json")
 
-    def save_memo(self, memo):
-        """Notes the last contact; whether that could be written."""
-        path = self.memo_path()
-        try:
-            create_folder(os.path.dirname(path), 0o755)
-            write_file(path, make_json(memo))
-        except (OSError, StorageError) as error:
-            log("debug", "the last contact cannot be noted", path=path, reason=str(error))
-            return False
-        self.memo = memo
-        return True
-
     def load_memo(self):
-        """What save_memo noted last, or {}; read once, until the lock is taken again."""
+        """What was noted in memory last, or {}: a dictionary to be changed, see save_memo.
+
+        It is read once, and anew where the lock is taken.
+        """
         if self.memo is None:
             try:
-                memo = parse_json(read_file(self.memo_path(), MAX_ANSWER) or b"{}", self.memo_path())
+                self.noted = read_file(self.memo_path(), MAX_ANSWER) or b"{}"
+                memo = parse_json(self.noted, self.memo_path())
             except (StorageError, ValueError):
                 memo = {}                           # it is a note, not a state
             self.memo = memo if isinstance(memo, dict) else {}
-        return dict(self.memo)
+        return self.memo
+
+    def save_memo(self):
+        """Notes what was changed of it; whether that could be written."""
+        data = make_json(self.load_memo())
+        if data == self.noted:
+            return True
+        path = self.memo_path()
+        try:
+            create_folder(os.path.dirname(path), 0o755)
+            write_file(path, data)
+        except (OSError, StorageError) as error:
+            log("debug", "the last contact cannot be noted", path=path, reason=str(error))
+            return False
+        self.noted = data
+        return True
 
 
 ENGINE_SOCKETS = ("docker.sock", "podman.sock", "containerd.sock", "crio.sock")
@@ -7301,7 +7337,218 @@ def load_part(path):
 
 
 # ----------------------------------------------------------------------------------------------------------
-# 19. Configuration
+# 20. Patience
+# ----------------------------------------------------------------------------------------------------------
+
+def grow(first, times, cap):
+    """Exponential back-off: `first` (seconds) after the first of so many failures in a row, doubled by each
+    further one, at most `cap`.
+    """
+    return min(cap, first * 2 ** min(max(times - 1, 0), 30))
+
+
+def make_wait(record, delay, clock):
+    """The record of one more failure in a row, before whose end nothing is tried again: {failures, at, delay,
+    boot, uptime}.
+
+    record: the one of the failures before, or {}.  delay: seconds from now.  clock: a Clock.
+    """
+    return {"failures": record.get("failures", 0) + 1, "at": clock.now, "delay": delay,
+            "boot": clock.boot, "uptime": clock.uptime}
+
+
+def find_wait(record, clock):
+    """Seconds still to wait by a record of make_wait, or by {}.
+
+    They are counted by the clock that nobody sets where this is the same boot, else by the wall clock: where
+    that has jumped, no wait gets longer than it was (P-2).
+    """
+    same = bool(clock.boot) and record.get("boot") == clock.boot
+    passed = clock.uptime - record["uptime"] if same else clock.now - record.get("at", 0)
+    delay = record.get("delay", 0)
+    return delay - passed if 0 <= passed < delay else 0
+
+
+def make_retry(record, asked, clock, jitter):
+    """The record of one more failure of a deployment; asked: seconds that somebody wants to be left alone."""
+    delay = grow(RETRY_FIRST, record.get("failures", 0) + 1, RETRY_CAP) * (0.75 + 0.5 * jitter)
+    return make_wait(record, max(delay, min(asked or 0, 2 * RETRY_CAP)), clock)
+
+
+def count_repair(record, clock):
+    """The record as a repair of what was installed begins: some are free, then the pauses after them grow
+    (P-7).
+    """
+    last = record["repair"]
+    recent = 0 <= clock.now - last.get("at", 0) < last.get("delay", 0) + RETRY_CAP
+    repairs = last["failures"] if last and recent else 0
+    pause = grow(RETRY_FIRST, repairs + 2 - REPAIRS, RETRY_CAP) if repairs + 1 >= REPAIRS else 0
+    return dict(record, repair=make_wait({"failures": repairs}, pause, clock))
+
+
+def make_patience(record, error, clock, jitter):
+    """The record of one more fault at the WFM: how long it is left alone."""
+    delay = error.retry_after or 0
+    if isinstance(error, Unreachable):
+        failures = record.get("failures", 0) + 1
+        delay = make_backoff(failures, error.retry_after, error.strategy, jitter)
+    return make_wait(record, delay, clock)
+
+
+def make_hold(record, error, clock, jitter):
+    """The record of one more report that was not taken; since: when the WFM first answered one by a fault."""
+    delay = make_backoff(record.get("failures", 0) + 1, error.retry_after, error.strategy, jitter)
+    return dict(make_wait(record, delay, clock), since=record.get("since") or error.status and clock.now)
+
+
+def make_backoff(failures, asked, strategy, jitter):
+    """Seconds to leave a WFM alone after some failures in a row: exponential with full jitter, starting at
+    what it asked for and never less (C-056); exactly that where it says `fixed` or `none` (C-057).
+    """
+    asked = asked or 0
+    if asked and strategy in ("fixed", "none"):
+        return asked
+    return asked + jitter * max(0, grow(asked or 2 * BACKOFF_FIRST, failures, BACKOFF_CAP) - asked)
+
+
+def make_start(uptime, poll, known, jitter):
+    """The uptime before which a device that has just started leaves its WFM alone: a fleet that regains power
+    arrives spread over one interval (P-19), and two minutes at most, because a device may be switched on for
+    less than its interval (F-27).  One that never had a desired state asks at once.
+    """
+    spread = jitter * min(poll.interval, START_SPREAD)
+    return uptime + spread if known and poll.jitter and uptime < START_WINDOW else 0
+
+
+def load_start(store, poll, known, clock, jitter):
+    """Seconds until the first contact since this boot; 0 where they cannot be noted: each run would wait.
+
+    known: whether there is a desired state.
+    """
+    if not clock.boot or clock.uptime >= START_WINDOW:
+        return 0
+    memo = store.load_memo()
+    if memo.get("boot") != clock.boot:
+        memo.update(boot=clock.boot, start=make_start(clock.uptime, poll, known, jitter))
+        if not store.save_memo():
+            return 0
+    return max(0, memo["start"] - clock.uptime)
+
+
+def find_silence(patience, downtime, starting, clock):
+    """The Silence for which nobody is asked now, or None.
+
+    patience: a record of make_wait.  downtime: whether it is the operator's.  starting: seconds until the
+    first contact since the device started.
+    """
+    if downtime:
+        return Silence("downtime: no request is made", exit=0)
+    left = find_wait(patience, clock)
+    why = "the WFM or a back-off asks" if left else "a fleet that has just started does not arrive at once"
+    left = left or starting
+    words = f"waiting until {make_time(clock.now + left)}: {why}"
+    return Silence(words, retry_after=left) if left else None
+
+
+def make_spread(device_id, spread):
+    """Seconds that a run of this device waits of the `spread` over which a fleet's runs begin.
+
+    They are the same at each run, so that what cron starts at an interval speaks at that interval (P-19).
+    """
+    return int(sha256_digest(device_id.encode())[7:15], 16) / 2 ** 32 * spread
+
+
+def make_delay(config, state, fault, clock, jitter):
+    """Seconds until a daemon's next cycle: the interval with its jitter, later after refusals, earlier where
+    an attempt is due.
+    """
+    interval = config.poll.interval * (1 + config.poll.jitter * (2 * jitter - 1))
+    patience = state["patience"]
+    if isinstance(fault, (Refused, Untrusted)) and patience:
+        slower = grow(interval, patience.get("failures", 1) + 1, BACKOFF_CAP)
+        return max(interval, patience.get("delay", 0), slower)
+    left = fault.retry_after if isinstance(fault, Silence) else patience.get("delay")
+    if left:
+        return max(1.0, min(interval, left))        # workloads are watched while the WFM is waited for
+    attempts = [find_wait(record["retry"], clock) for record in state["deployments"].values()
+                if record["state"] == "failed" and not record["refused"]]
+    attempts += [max(CYCLE_RETRY, find_wait(record, clock)) for record in state["waits"].values()]
+    return max(1.0, min([interval] + attempts))
+
+
+def limit_wait(seconds, now):
+    """What somebody asks to wait, None or seconds from `now` (Unix seconds): a day at most.
+
+    A number as large as the clock's is a moment (Unix seconds, or milliseconds), not a duration.
+    """
+    if seconds is None:
+        return None
+    if seconds >= 1e12:
+        seconds /= 1000
+    if seconds >= 1e9:
+        seconds -= now
+    return max(0.0, min(seconds, MAX_WAIT))
+
+
+def parse_retry_after(text, now):
+    """`Retry-After` in either form to seconds from `now` (Unix seconds), None where there is none or it is
+    unreadable (C-056).
+    """
+    text = text or ""
+    if re.fullmatch(r"[0-9]+", text.strip()):
+        return limit_wait(float(text.strip()), now)  # float strips less than strip does
+    moment = parse_date(text)
+    return None if moment is None else limit_wait(max(0.0, moment - now), now)
+
+
+def covers(windows, local):
+    """Whether one of the windows holds a device-local minute (struct_time)."""
+    now = 60 * local.tm_hour + local.tm_min
+    stamp = time.strftime(MINUTE, local)
+    for days, start, end in windows:
+        if days is None:
+            inside = start <= stamp < end
+        elif start < end:
+            inside = local.tm_wday in days and start <= now < end
+        else:
+            inside = local.tm_wday in days and now >= start or (local.tm_wday - 1) % 7 in days and now < end
+        if inside:
+            return True
+    return False
+
+
+def is_within(windows, local):
+    """Whether a device-local moment (struct_time) lies in one of the windows.
+
+    What a clock that is put forward leaves out of a window is made up for right after that (F-25).
+    """
+    if covers(windows, local):
+        return True
+    now = int(time.mktime(local))
+    before = time.localtime(now - MAX_SHIFT).tm_gmtoff
+    if not windows or before >= (local.tm_gmtoff or before):
+        return False
+    change = now - now % 60
+    while time.localtime(change - 60).tm_gmtoff == local.tm_gmtoff:
+        change -= 60
+    skipped = [time.gmtime(change + second) for second in range(before, local.tm_gmtoff, 60)]
+    return sum(covers(windows, minute) for minute in skipped) > (now - change) // 60
+
+
+def is_within_whole(windows, start, end):
+    """Whether all the time between two moments (Unix seconds, by the minute) lies in windows."""
+    moments = range(int(start), int(max(start, end)) + 1, 60)
+    return bool(windows) and all(is_within(windows, time.localtime(moment)) for moment in moments)
+
+
+def make_clock_fault(now, stored):
+    """What is wrong with a clock that stands before the last write of the state, in words."""
+    return (f"the clock of this device says {make_time(now)}, and its state was written at"
+            f" {make_time(stored)}: set the clock")
+
+
+# ----------------------------------------------------------------------------------------------------------
+# 21. Configuration
 # ----------------------------------------------------------------------------------------------------------
 
 def parse_duration(text):
@@ -7596,30 +7843,6 @@ def parse_window(text):
 read_windows = list_of(scalar("a window", make=parse_window), "a list of windows")
 
 
-def is_within(windows, local):
-    """Whether the device-local `local` (struct_time) lies in one of the windows."""
-    now = 60 * local.tm_hour + local.tm_min
-    stamp = time.strftime(MINUTE, local)
-    for days, start, end in windows:
-        if days is None:
-            inside = start <= stamp < end
-        elif start < end:
-            inside = local.tm_wday in days and start <= now < end
-        else:
-            inside = local.tm_wday in days and now >= start or (local.tm_wday - 1) % 7 in days and now < end
-        if inside:
-            return True
-    return False
-
-
-def is_within_whole(windows, start, end):
-    """Whether all the time between two moments (Unix seconds, in steps of a minute) lies in windows of
-    device-local time.
-    """
-    moments = range(int(start), int(max(start, end)) + 1, 60)
-    return bool(windows) and all(is_within(windows, time.localtime(moment)) for moment in moments)
-
-
 # What leads a command to an engine or a cluster elsewhere, and which command that is; a child device is
 # reached by one of them.
 CONNECTIONS = {"CONTAINER_HOST": "podman", "CONTAINER_CONNECTION": "podman",
@@ -7666,8 +7889,8 @@ SCHEMA = {
     "device": dict(DEVICE_SCHEMA,
                    children=(checked("a list", lambda value: isinstance(value, list)), [],
                              "devices behind this gateway, see README"),
-                   hostname=(read_flag, False, "draft: whether capabilities tell the name of the host"),
-                   parameter_values=(read_labels, {}, "draft: values for parameters with `valueFrom`")),
+                   hostname=(read_flag, False, "whether the host's name is told, a draft"),
+                   parameter_values=(read_labels, {}, "values for parameters with `valueFrom`, a draft")),
     "poll": {
         "interval": (read_duration, "60s", "time between polls of `run`"),
         "jitter": (read_share, "10%", "by how much each interval may differ, so that fleets spread out"),
@@ -7875,7 +8098,7 @@ def check_shape(value, shape, where):
 
 
 # ----------------------------------------------------------------------------------------------------------
-# 20. X.509
+# 22. X.509
 # ----------------------------------------------------------------------------------------------------------
 
 # DER: only what a certificate or a revocation list needs.  Bounds are checked at each step, and nothing is
@@ -8019,7 +8242,7 @@ def make_pem(ders):
 
 
 # ----------------------------------------------------------------------------------------------------------
-# 21. YAML
+# 23. YAML
 # ----------------------------------------------------------------------------------------------------------
 
 # YAML 1.2, one document, core schema. Parse functions go from coarse to fine; the position moves from token
@@ -8623,7 +8846,7 @@ def measure_depth(value):
 
 
 # ----------------------------------------------------------------------------------------------------------
-# 22. Small encodings
+# 24. Small encodings
 # ----------------------------------------------------------------------------------------------------------
 
 def sha256_digest(data):
@@ -8700,71 +8923,6 @@ def parse_base64(text):
     return base64.b64decode("".join(text.split()), validate=True)
 
 
-def grow(first, times, cap):
-    """Exponential back-off: `first` (seconds) after the first of so many failures in a row, doubled by each
-    further one, at most `cap`.
-    """
-    return min(cap, first * 2 ** min(max(times - 1, 0), 30))
-
-
-def make_wait(record, delay, clock):
-    """The record of one more failure in a row, before whose end nothing is tried again: {failures, at, delay,
-    boot, uptime}.
-
-    record: the one of the failures before, or {}.  delay: seconds from now.  clock: a Clock.
-    """
-    return {"failures": record.get("failures", 0) + 1, "at": clock.now, "delay": delay,
-            "boot": clock.boot, "uptime": clock.uptime}
-
-
-def find_wait(record, clock):
-    """Seconds still to wait by a record that make_wait made, or {}: by the clock that nobody sets where this
-    is the same boot.
-
-    Else by the wall clock, which may have jumped: no jump makes the wait longer than it was (P-2).
-    """
-    same = bool(clock.boot) and record.get("boot") == clock.boot
-    passed = clock.uptime - record["uptime"] if same else clock.now - record.get("at", 0)
-    delay = record.get("delay", 0)
-    return delay - passed if 0 <= passed < delay else 0
-
-
-def make_backoff(failures, asked, strategy, jitter):
-    """Seconds to leave a WFM alone after some failures in a row: exponential with full jitter, starting at
-    what it asked for and never less (C-056); exactly that where it says `fixed` or `none` (C-057).
-    """
-    asked = asked or 0
-    if asked and strategy in ("fixed", "none"):
-        return asked
-    return asked + jitter * max(0, grow(asked or 2 * BACKOFF_FIRST, failures, BACKOFF_CAP) - asked)
-
-
-def make_start(uptime, poll, known, jitter):
-    """The uptime before which a device that has just started leaves its WFM alone: a fleet that regains power
-    arrives spread over one interval (P-19), and two minutes at most, because a device may be switched on for
-    less than its interval (F-27).  One that never had a desired state asks at once.
-    """
-    spread = jitter * min(poll.interval, START_SPREAD)
-    return uptime + spread if known and poll.jitter and uptime < START_WINDOW else 0
-
-
-def make_delay(config, state, fault, clock, jitter):
-    """Seconds until a daemon's next cycle: the interval with its jitter, later after refusals, earlier where
-    an attempt is due.
-    """
-    interval = config.poll.interval * (1 + config.poll.jitter * (2 * jitter - 1))
-    patience = state["patience"]
-    if isinstance(fault, (Refused, Untrusted)):
-        slower = grow(interval, patience.get("failures", 1) + 1, BACKOFF_CAP)
-        return max(interval, patience.get("delay", 0), slower)
-    left = fault.retry_after if isinstance(fault, Silence) else patience.get("delay")
-    if left:
-        return max(1.0, min(interval, left))        # workloads are watched while the WFM is waited for
-    attempts = [find_wait(record["retry"], clock) for record in state["deployments"].values()
-                if record["state"] == "failed" and not record["refused"]]
-    return max(1.0, min([interval] + attempts))
-
-
 def parse_date(text):
     """A date of HTTP, in any of its forms, to Unix seconds; None where there is none or it is unreadable."""
     from datetime import timezone
@@ -8774,31 +8932,6 @@ def parse_date(text):
         return (moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)).timestamp()
     except (TypeError, ValueError, IndexError, OverflowError):
         return None
-
-
-def limit_wait(seconds, now):
-    """What somebody asks to wait, None or seconds from `now` (Unix seconds): a day at most.
-
-    A number as large as the clock's is a moment (Unix seconds, or milliseconds), not a duration.
-    """
-    if seconds is None:
-        return None
-    if seconds >= 1e12:
-        seconds /= 1000
-    if seconds >= 1e9:
-        seconds -= now
-    return max(0.0, min(seconds, MAX_WAIT))
-
-
-def parse_retry_after(text, now):
-    """`Retry-After` in either form to seconds from `now` (Unix seconds), None where there is none or it is
-    unreadable (C-056).
-    """
-    text = text or ""
-    if re.fullmatch(r"[0-9]+", text.strip()):
-        return limit_wait(float(text.strip()), now)  # float strips less than strip does
-    moment = parse_date(text)
-    return None if moment is None else limit_wait(max(0.0, moment - now), now)
 
 
 def unpack_gzip(data, max_unpacked):
@@ -8857,7 +8990,7 @@ def unpack_tar(data, max_unpacked, max_entries):
 
 
 # ----------------------------------------------------------------------------------------------------------
-# 23. Signed (optional)
+# 25. Signed (optional)
 # ----------------------------------------------------------------------------------------------------------
 
 Signer = define("Signer", "leaf key algorithm label components keyid alg",
@@ -9243,7 +9376,7 @@ PROFILES["signed"] = Signed
 
 
 # ----------------------------------------------------------------------------------------------------------
-# 24. Older documents (optional)
+# 26. Older documents (optional)
 # ----------------------------------------------------------------------------------------------------------
 
 PACKAGE_URL_PATTERN = r"https://[^\s/?#@]+/[^\s#@]+"
@@ -9411,7 +9544,7 @@ FETCHERS["https"] = fetch_older
 
 
 # ----------------------------------------------------------------------------------------------------------
-# 25. Git (optional)
+# 27. Git (optional)
 # ----------------------------------------------------------------------------------------------------------
 
 PUSH_ATTEMPTS = 5                   # how often a status is put on top of what others pushed meanwhile
@@ -10106,7 +10239,7 @@ TRACES.append("git")                # its credential, too
 
 
 # ----------------------------------------------------------------------------------------------------------
-# 26. Enrollment (optional)
+# 28. Enrollment (optional)
 # ----------------------------------------------------------------------------------------------------------
 
 # Enrollment and renewal over EST (RFC 7030), by the draft "MIAF Enrollment, Renewal, and Revocation Profile".
@@ -10589,7 +10722,7 @@ EXAMINE["renewal"] = examine_renewal
 
 
 # ----------------------------------------------------------------------------------------------------------
-# 27. Revocation (optional)
+# 29. Revocation (optional)
 # ----------------------------------------------------------------------------------------------------------
 
 # Revocation lists, by the draft "MIAF Enrollment, Renewal, and Revocation Profile": signed by the issuer
@@ -10865,7 +10998,7 @@ EXAMINE["lists"] = examine_lists
 
 
 # ----------------------------------------------------------------------------------------------------------
-# 28. Helm (optional)
+# 30. Helm (optional)
 # ----------------------------------------------------------------------------------------------------------
 
 def read_helm(value, base):
@@ -10917,11 +11050,11 @@ def list_texts(value):
     return [] if value is None or isinstance(value, bool) else [scalar_text(value)]
 
 
-def make_helm_driver(config, child=None, _=(), claim=claim_nothing, environ=None):
+def make_helm_driver(config, child=None, _=(), environ=None):
     """The HelmDriver of the configuration; None where there is no helm, or no cluster to use it with.
 
     Nothing is started to tell.  child: (device id, connection) of a child device, whose connection may name
-    its cluster; claim: as for make_compose_driver.
+    its cluster.
     """
     environ = os.environ if environ is None else environ
     setting = config.runtime.helm
@@ -10939,7 +11072,7 @@ def make_helm_driver(config, child=None, _=(), claim=claim_nothing, environ=None
     # they would steer it behind our back
     environ = {key: item for key, item in environ.items() if not key.startswith("HELM_")}
     environ.update(get_temporary(config.state_dir, environ), **({"KUBECONFIG": path} if path else {}))
-    return HelmDriver("helm" if setting == "auto" else setting, config, environ, claim)
+    return HelmDriver("helm" if setting == "auto" else setting, config, environ)
 
 
 def make_values(deployment, component):
@@ -11021,8 +11154,9 @@ class HelmDriver:
     Archives, so helm needs no access to registries.
     """
 
-    def __init__(self, helm, config, environ, claim=claim_nothing):
-        self.helm, self.config, self.environ, self.claim = helm, config, environ, claim
+    def __init__(self, helm, config, environ):
+        self.helm, self.config, self.environ = helm, config, environ
+        self.claim = NOBODY                         # by what a release is ours, as of the last look
 
     def run(self, arguments, timeout):
         """The Output of one helm command."""
@@ -11033,13 +11167,13 @@ class HelmDriver:
         seconds = max(1, int(deadline - time.monotonic()))
         return self.run(arguments + [f"--timeout={seconds}s"], seconds + 30)
 
-    def observe(self, records=()):
+    def observe(self, records=(), claim=None):
         """Every release of ours in any state; raises CommandError.
 
-        Where no deployment is known to need Helm, nothing is asked.
+        Where no deployment is known to need Helm, nothing is asked.  claim: as for the ComposeDriver.
         """
         found = []
-        claim = self.claim()
+        claim = self.claim = claim or self.claim
         wanted = {make_release_name(component["name"], record["deploymentId"])
                   for record in records for component in record["components"]}
         for owner in dict.fromkeys([claim.owner, *sorted(claim.owners), ""]) if records else ():
@@ -11062,7 +11196,7 @@ class HelmDriver:
 
     def make_foreign(self):
         """The selector of releases that carry no owner of this agent's, or none at all."""
-        claim = self.claim()
+        claim = self.claim
         owners = sorted(map(make_owner_value, {claim.owner, *claim.owners}))
         return f"{LABEL_OWNER} notin ({','.join(owners)})"
 
@@ -11123,7 +11257,7 @@ class HelmDriver:
             return {"release": facts}
         for container in present:
             self.repair(container, release.namespace, facts, deadline)
-        owner = self.claim().owner
+        owner = self.claim.owner
         labels = f"{LABEL_DEPLOYMENT}={release.deployment_id}"
         if owner:
             labels += f",{LABEL_OWNER}={make_owner_value(owner)}"
@@ -11199,17 +11333,17 @@ SCHEMA["runtime"].update(helm=(read_helm, "auto", "path of helm; auto: by PATH, 
 
 
 # ----------------------------------------------------------------------------------------------------------
-# 29. Gateway (optional)
+# 31. Gateway (optional)
 # ----------------------------------------------------------------------------------------------------------
 
-def load_child_devices(config, own_id, claim):
-    """[Device] of each child of a see-thru gateway (protocol 9).  claim: as for make_compose_driver."""
+def load_child_devices(config, own_id):
+    """[Device] of each child of a see-thru gateway (protocol 9)."""
     devices = []
     ids = [f"{own_id}/{child.id}" for child in config.device.children]
     for device_id, child in zip(ids, config.device.children):
         others = [other for other in ids if other != device_id]
         silence = ComponentError("102", f"child device {device_id} does not answer", source=own_id)
-        drivers = make_drivers(config, (device_id, child.connection), others, claim)
+        drivers = make_drivers(config, (device_id, child.connection), others)
         devices.append(Device(device_id, child, drivers, silence))
     return devices
 
@@ -11217,7 +11351,7 @@ def load_child_devices(config, own_id, claim):
 def assign(targets, records, devices, silent, offers):
     """[Share] of each device: which deployment belongs where, or why on none; see assign_here and find_place.
 
-    targets: [Target].  records: {id in lower case: record}.  devices: [Device], the gateway first.  silent:
+    targets: [Target].  records: {key: record}.  devices: [Device], the gateway first.  silent:
     {device id: {deployment type: CommandError}} of what does not answer.  offers: {device id: capabilities
     document}, where a rule asks for one.
     """
@@ -11228,7 +11362,7 @@ def assign(targets, records, devices, silent, offers):
     homes = dict(before)
     found = []
     for target in targets:
-        key = target.deployment_id.lower()
+        key = target.key
         error = target.error
         if target.deployment and not error:
             others = [home for other, home in homes.items() if other != key]
@@ -11288,7 +11422,7 @@ def find_place(deployment, held, own_id, children, find_reason, loads):
 def examine_children(agent):
     """Whether every child device answers."""
     children = agent.devices[1:]
-    seen = observe_devices(children, [])
+    seen = observe_devices(children, [], obtain_claim(agent.get_profile(), agent.device_id))
     words = [f"{device_id} does not answer ({fault.message}); see its connection in device.children"
              for device_id, sight in seen.items() for fault in list(sight.silent.values())[:1]]
     if words:
@@ -11302,10 +11436,10 @@ ASSIGN.append(assign)
 
 
 # ----------------------------------------------------------------------------------------------------------
-# 30. Hooks (optional)
+# 32. Hooks (optional)
 # ----------------------------------------------------------------------------------------------------------
 
-def run_hooks(moment, change, tools, error):
+def run_hooks(moment, change, step, error):
     """Runs the operator's hooks `before` or `after` a change of one component: the event as argument, the
     facts as JSON on stdin.
 
@@ -11315,11 +11449,11 @@ def run_hooks(moment, change, tools, error):
     """
     facts = {}
     event = f"{moment}-{change.event}"
-    for path in tools.config.hooks.run:
+    for path in step.config.hooks.run:
         facts = facts or make_facts(change, event, error)
         environ = {key: os.environ[key] for key in ("PATH", "HOME", "LANG", "TZ") if key in os.environ}
         try:
-            output = run_command([path, event], tools.config.hooks.timeout, env=environ,
+            output = run_command([path, event], step.config.hooks.timeout, env=environ,
                                  data=make_json(facts))
             words = f"ended with {output.code}: {output.stderr[-1500:]}" if output.code else ""
         except CommandError as fault:
@@ -11369,7 +11503,7 @@ EXAMINE.update(hooks=examine_hooks)
 
 
 # ----------------------------------------------------------------------------------------------------------
-# 31. Image policy (optional)
+# 33. Image policy (optional)
 # ----------------------------------------------------------------------------------------------------------
 
 IMAGE_TYPES = ", ".join((OCI_INDEX, OCI_MANIFEST, "application/vnd.docker.distribution.manifest.list.v2+json",
@@ -11476,12 +11610,15 @@ EXAMINE.update(images=examine_images)
 
 
 # ----------------------------------------------------------------------------------------------------------
-# 32. Doctor (optional)
+# 34. Doctor (optional)
 # ----------------------------------------------------------------------------------------------------------
 
 def command_doctor(config, options):
-    """Checks everything that a run needs: one line a check, ok, warn or FAIL with the mend; changes
-    nothing.
+    """Checks everything that a run needs, and changes nothing.
+
+    Each check is a line: ok, warn, or FAIL, with what to do about it.
+
+    Example: margo_agent.py doctor --json
     """
     agent = Agent(config)
     failed = False
@@ -11501,7 +11638,7 @@ def command_doctor(config, options):
 
 
 def examine_storage(agent):
-    """Whether the state can be read and written, and is not about to fill its disk."""
+    """Whether the state can be read and written, and has room to grow."""
     agent.state = agent.store.load_state()
     folder = agent.store.folder
     while not os.path.exists(folder):
@@ -11521,25 +11658,20 @@ def examine_wait(agent):
     """Whether the WFM, or a back-off, keeps the next run from asking."""
     clock = get_clock()
     left = find_wait(agent.state["patience"], clock)
-    words = f"until {make_time(clock.now + left)} the WFM or a back-off asks to wait; `retry` ends that"
-    return "warn", words if left else ""
+    return "warn", left and (f"until {make_time(clock.now + left)} the WFM or a back-off asks to wait;"
+                             " `retry` ends that")
 
 
 def examine_labels(agent):
-    """Whether every label is called so that no other's has its name.
-
-    Margo recommends a domain before it (C-088).
-    """
+    """Whether every label has a name that nobody else uses: with a domain before it (C-088)."""
     names = {name for device in agent.devices for name in device.settings.labels}
     bare = sorted(name for name in names if not re.match(r"[^/.]+(\.[^/.]+)+/.", name))
-    if not bare:
-        return "ok", ""
-    return "warn", (f"device.labels {', '.join(bare)}: put a domain of yours before it, such as"
-                    " example.com/zone")
+    return "warn", bare and (f"device.labels {', '.join(bare)}: put a domain of yours before it, such as"
+                             " example.com/zone")
 
 
 def examine_clock(agent):
-    """Whether the clock can be right: certificates are judged by it."""
+    """Whether the clock can be right, by which certificates are judged."""
     now = time.time()
     stored = agent.store.find_time()
     if now < stored:
@@ -11557,26 +11689,21 @@ def examine_engine(agent):
             "warn",
             "nothing here runs Compose applications; install podman or docker, or see runtime.compose",
         )
-    words = [driver.check() for driver in drivers.values()]
+    claim = obtain_claim(agent.get_profile(), agent.device_id)
+    words = [driver.check(claim) for driver in drivers.values()]
     lacks, notes = drivers["compose"].list_lacks() if "compose" in drivers else ([], [])
     return "warn" if lacks else "ok", "; ".join(words + lacks + notes)
 
 
 def examine_others(agent):
-    """Whether workloads of another owner run here: they are left alone, and may hold what this agent's need.
-
-    """
+    """Whether workloads of another owner run here: they are left alone, but may hold a port or a name."""
     others = ask_others({device.device_id: device.drivers for device in agent.devices})
     words = "; ".join(make_others_words(others))
-    return (
-        ("warn", f"{len(others)} workloads are not this agent's and are left alone: {words}")
-        if others
-        else ("ok", "")
-    )
+    return "warn", others and f"{len(others)} workloads are not this agent's and are left alone: {words}"
 
 
 def examine_registries(agent):
-    """Whether the files are there that registries name."""
+    """Whether the files are there that `registries` names."""
     for host, entry in agent.config.registries.items():
         for key in ("ca", "password_file"):
             if entry[key] and read_file(entry[key], MAX_CERTIFICATES) is None:
@@ -11586,7 +11713,8 @@ def examine_registries(agent):
 
 def examine_connection(agent):
     """Whether the WFM answers, is the one it should be, and what it says can be accepted."""
-    desired = agent.connect(keep=False).fetch_desired(agent.state["accepted"], agent.store.load_artifact)
+    agent.connect(keep=False)
+    desired = agent.fetch_desired()
     return "ok", f"{agent.config.wfm.url} is {agent.source.peer}; " + (
         f"version {desired.version} is there to be accepted" if desired else "nothing new")
 
@@ -11595,18 +11723,217 @@ COMMANDS["doctor"] = (command_doctor, {}, "")
 
 
 # ----------------------------------------------------------------------------------------------------------
-# 33. Command line
+# 35. Commands for people (optional)
+# ----------------------------------------------------------------------------------------------------------
+
+def look_at(config, word):
+    """What there is of a deployment that somebody names: (Store, record, drivers of its device, a look).
+
+    The look is a function that returns its containers, or raises CommandError.  Raises ConfigError,
+    StorageError.
+    """
+    agent = Agent(config)
+    agent.state = agent.store.load_state()
+    record = find_record(agent.state, word)
+    drivers = [device.drivers for device in agent.devices if device.device_id == record["deviceId"]]
+    drivers = drivers[0] if drivers else {}
+    claim = obtain_claim(agent.get_profile(), agent.device_id)
+    return agent.store, record, drivers, lambda: find_containers(
+        record["deploymentId"], observe_all(drivers, record, claim))
+
+
+def command_describe(config, options):
+    """Prints what the device knows, without network; of one deployment everything there is to know.
+
+    NAME is the name of a deployment, its id, or the beginning of its id.
+
+    Example: margo_agent.py status hello
+    """
+    if not options["operands"]:
+        return command_status(config, options)
+    store, record, _, look = look_at(config, options["operands"][0])
+    seen = try_look(look)
+    trouble = isinstance(seen, CommandError)
+    containers = [] if trouble else seen
+    adopted = record["adopted"]
+    target = Target(record["deploymentId"], adopted["digest"], adopted["version"], None, None)
+    deployment = read_target(target, store.load_artifact, config).deployment
+    report = make_details(record, deployment, containers, get_clock())
+    if "--json" in options:
+        return print_json(report)
+    print_row(report["state"], f"{report['deploymentId']}  {report['name']}  on {report['deviceId']}")
+    print_row("document", f"{report['digest']}, of manifest version {report['version']}")
+    for part in report["components"]:
+        words = f"{part['name']}  {part['revision']}"
+        print_row(f"  {part['state']}", words + make_error_words(part["error"]))
+    for item in report["containers"]:
+        since = f" since {item['since']}" if item["since"] else ""
+        ports = f"  ports {', '.join(item['ports'])}" if item["ports"] else ""
+        print_row(item["state"], f"{item['name']}{since}  {item['image']}{ports}")
+    if trouble:
+        print_row("containers", seen.message)
+    if report["attempts"]:
+        print_row("attempts", f"{report['attempts']} failed; the next one is due"
+                  f" {report['nextAttempt'] or 'with the next run'}, `retry {report['name']}` tries at once")
+    if report["before"]:
+        runs = "runs in its place" if record["fallback"] else "is kept to go back to"
+        print_row("before", f"the version of document {report['before']} {runs}")
+
+
+def make_details(record, deployment, containers, clock):
+    """What `status NAME` tells: what `status` does, and revisions, containers, attempts, the way back.
+
+    deployment: the Deployment that is worked on, or None.  containers: as its engine shows them.
+    """
+    report = make_deployment_report(record)
+    components = deployment.components if deployment else ()
+    known = {item.name: f"{item.repository} {item.revision}" for item in components}
+    for part in report["components"]:
+        part["revision"] = known.get(part["name"], "")
+    services = {item["name"]: item["services"] for item in record["components"]}
+    shown = []
+    for container in containers:
+        facts = services.get(container.component, {}).get(container.service, {})
+        ports = [f"{address}:{port}/{kind}".lstrip(":") for address, port, kind in facts.get("ports", ())]
+        since = make_time(container.started) if container.started else None
+        shown.append({"name": container.name, "component": container.component, "ports": ports,
+                      "service": container.service, "state": container.state, "since": since,
+                      "image": facts.get("image", "")})
+    left = find_wait(record["retry"], clock)
+    before = record["running"] if record["fallback"] else record["previous"]
+    return dict(report, version=record["adopted"]["version"], containers=shown,
+                attempts=record["retry"].get("failures", 0), before=(before or {}).get("digest"),
+                nextAttempt=make_time(clock.now + left) if left else None)
+
+
+def command_logs(config, options):
+    """Shows what the containers of a deployment, or of one service of it, have written.
+
+    NAME is the name of a deployment, its id, or the beginning of its id.  `--tail N` shows the last N lines
+    of each container, `-f` goes on with what comes.
+
+    Example: margo_agent.py logs hello --tail 50
+    """
+    name, *services = options["operands"]
+    _, record, drivers, look = look_at(config, name)
+    found = [container for container in look() if container.service in services or not services]
+    driver = drivers.get(found[0].type) if found else None
+    if not hasattr(driver, "engine"):
+        where = make_printable(f"service {services[0]} of {name}" if services else name)
+        raise ConfigError(f"{where} has no container here; `status {record['name']}` shows what there is")
+    if found[1:] and driver.engine == "docker":
+        names = ", ".join(sorted(container.service for container in found))
+        raise ConfigError(f"docker shows one container at a time; name one of the services {names}")
+    flags = [f"--tail={options['--tail']}"] if "--tail" in options else []
+    flags += ["--follow"] * ("-f" in options) + ["--names"] * bool(found[1:])
+    argv = [driver.engine, "logs", *flags, *(container.id for container in found)]
+    os.execvpe(argv[0], argv, get_command_environment(driver.environ))
+
+
+def command_config(config, options):
+    """Prints the configuration that is in force: what the file says, and the default of all else.
+
+    What may be a secret is masked.  `--check` only says whether the file can be used.  `--example` prints a
+    file to start from, with every setting and what it is for.
+
+    Example: margo_agent.py config --example > agent.yaml
+    """
+    if "--check" in options:
+        print(f"{options['-c']} can be used")       # else it has been said why not
+    elif "--example" in options:
+        print("\n".join(make_example(SCHEMA, EXAMPLE)))
+    else:
+        document = expand_environment(load_yaml(read_file(options["-c"], MIB)), os.environ, "", [])
+        print("\n".join(make_listing(SCHEMA, document or {})))
+
+
+# What an example of a configuration sets, by names of examples/pki.sh; all else is commented out.
+EXAMPLE = {"wfm": {"url": "https://localhost:8443"},
+           "identity": {"certificate": "client.pem", "key": "client.key", "trust_bundle": "bundle.json"}}
+PARTS = {"registries": ("registry.example:5000:", REGISTRY_SCHEMA), "children": ("-", CHILD_SCHEMA)}
+
+
+def make_listing(schema, document, indent=""):
+    """The lines of a configuration that leaves nothing out: what the file does not say is marked."""
+    lines = []
+    for key, entry in schema.items():
+        value = document.get(key)
+        if isinstance(entry, dict):
+            lines += [f"{indent}{key}:", *make_listing(entry, value or {}, indent + "  ")]
+            continue
+        reader, default, meaning = entry
+        note = "  # default" if value is None else ""
+        if not meaning:                             # no setting any more
+            continue
+        if reader is read_environment and value:    # it may hold what nobody should see
+            value = dict.fromkeys(value, "...")
+        lines.append(f"{indent}{key}: {make_yaml(default if value is None else value)}{note}")
+    return lines
+
+
+def make_example(schema, chosen, indent=""):
+    """The lines of a configuration to start from: what is not `chosen` is commented out, with its default."""
+    lines = []
+    for key, entry in schema.items():
+        if isinstance(entry, dict):
+            lines += ["", f"{indent}{key}:", *make_example(entry, chosen.get(key, {}), indent + "  ")]
+            continue
+        reader, default, meaning = entry
+        if not meaning:
+            continue
+        try:
+            reader(object(), "")
+        except ValueError as error:                 # of what it would take
+            meaning += f" ({str(error).partition(':')[0]})"
+        value = make_yaml(chosen.get(key, default))
+        lines += [f"{indent}# {meaning}", f"{indent}{'' if key in chosen else '# '}{key}: {value}".rstrip()]
+        if key in PARTS:
+            name, schema = PARTS[key]
+            lines += [f"{indent}# {line}" for line in [f"  {name}", *make_example(schema, {}, "    ")]]
+    return lines
+
+
+def make_yaml(value):
+    """A value as YAML on one line; None is nothing."""
+    if value is None:
+        return ""
+    text = make_json(value).decode()
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return scalar_text(value)
+    try:
+        return value if isinstance(value, str) and load_yaml(value) == value else text
+    except YAMLError:
+        return text
+
+
+COMMANDS.update(
+    status=(command_describe, {"--json": ""}, "[NAME]"),
+    logs=(command_logs, {"--tail": "N", "-f": ""}, "NAME [SERVICE]"),
+    config=(command_config, {"--check": "", "--example": ""}, ""))
+
+
+# ----------------------------------------------------------------------------------------------------------
+# 36. Command line
 # ----------------------------------------------------------------------------------------------------------
 
 def command_run(config, options):
-    """`run --once`: one cycle; `run`: one after the other, each in a process of its own."""
+    """`run --once`: one cycle; `run`: one after the other, each in a process of its own.
+
+    --spread: the cycle begins at the device's own moment within that time, for fleets that cron starts.
+    """
+    try:
+        spread = read_duration(options.get("--spread", "1"), "") if "--spread" in options else 0
+    except ValueError as error:
+        raise ConfigError(f"--spread: found {options['--spread']!r}, expected {error}") from None
     if "--once" not in options:
-        return start_watch(options)
+        if spread:
+            raise ConfigError("--spread: belongs to run --once; a daemon has poll.jitter")
+        return start_watch(config, options["arguments"])
     import signal
     asked = []
 
     def stop(number, _):
-        # the current step takes too long: what it has started is ended, the next run goes on
+        # The current step takes too long: what it has started is ended, and the next run goes on.
         if number == signal.SIGALRM:
             raise Interrupted(f"ended in the middle of a step, {STOP_GRACE} s after it was asked to")
         asked.append(True)
@@ -11616,33 +11943,56 @@ def command_run(config, options):
         signal.signal(number, stop)
     descriptor = os.environ.pop("MARGO_DELAY_FD", None)
     agent = Agent(config, lambda: bool(asked))
-    outcome = agent.cycle()
-    end = time.monotonic() + agent.starting
-    if agent.starting and not descriptor:           # workloads are up; nobody else waits for this run's turn
+
+    def wait(seconds):
+        end = time.monotonic() + seconds
         while time.monotonic() < end and not asked:
             time.sleep(0.2)
+
+    if spread:
+        seconds = make_spread(agent.device_id, spread)
+        log_wait(f"waiting {seconds:.0f} s: --spread has a fleet's runs begin one after the other")
+        wait(seconds)
+    outcome = agent.cycle()
+    if agent.starting and not descriptor:           # workloads are up; nobody else waits for this run's turn
+        wait(agent.starting)
         outcome = agent.cycle()
     log("debug", "cycle done", result=outcome.result, code=outcome.code)
+    if "--json" in options:
+        print_json(outcome._asdict())
     if descriptor:
-        os.write(int(descriptor), f"{outcome.delay:.3f}".encode())
+        words = make_life_sign(agent.state, outcome)
+        os.write(int(descriptor), f"{outcome.delay:.3f} {words}".encode("utf-8", "replace"))
     return outcome.code
 
 
-def start_watch(options):
-    """Turns this process into the parent of the daemon: a bare interpreter that holds `watch` and nothing
-    else of this file.
+def make_life_sign(state, outcome):
+    """How a cycle went, for `systemctl status`."""
+    states = [record["state"] for record in state["deployments"].values()]
+    words = f"{outcome.result}, {states.count('installed')} of {len(states)} deployments installed"
+    detail = outcome.detail and f"; {make_printable(outcome.detail, 200)}"
+    return f"{words}{detail}; next cycle in {outcome.delay:.0f} s"
 
-    The program goes in by a pipe, so that neither this file's compiled code nor a compiler's memory stays
-    behind; it is the compiled form, which is there where this file's source is not.
+
+def start_watch(config, arguments):
+    """Turns this process into the parent of the daemon: a bare interpreter that runs `watch`.
+
+    The program is read from a pipe, in compiled form.  So neither this file nor a compiler stays in memory,
+    and it works where only the compiled file is installed.
     """
     import marshal
     parts = {
         part.__name__: part.__code__
-        for part in (notify, complain, start_cycle, read_answer, count_wakes, end_cycle, watch)
+        for part in (notify, write_line, start_cycle, read_answer, count_wakes, end_cycle, watch)
     }
-    program = (f"import marshal\nfor name, code in marshal.loads({marshal.dumps(parts)!r}).items():\n"
-               "    globals()[name] = type(lambda: None)(code, globals())\n"
-               f"raise SystemExit(watch({make_child(options)!r}, {CYCLE_RETRY}, {HUNG}, {STOP_LIMIT}))\n")
+    last = "the daemon has ended" if log.level in ("debug", "info") else ""
+    arguments = make_child(arguments), CYCLE_RETRY, HUNG, STOP_LIMIT, last
+    program = ("import marshal, os, time\n"
+               f"for name, code in marshal.loads({marshal.dumps(parts)!r}).items():\n"
+               f"    globals()[name] = type(lambda: None)(code, globals())\nLINE = {LINES[log.form]!r}\n"
+               f"raise SystemExit(watch(*{arguments!r}))\n")
+    log("info", "the daemon has started", version=__version__, profile=config.wfm.profile,
+        wfm=config.wfm.url, interval=f"{config.poll.interval:.0f} s")
     reader, writer = os.pipe()
     os.write(writer, program.encode())              # a pipe holds 64 KiB, this is far smaller
     os.close(writer)
@@ -11650,55 +12000,60 @@ def start_watch(options):
     os.execv(sys.executable, [sys.executable, "-I", "-S", "-", "margo-agent"])
 
 
-def make_child(options):
-    """The command line of one cycle: this very file, as a module where it can be, because then its
-    compiled form is kept.
+def make_child(arguments):
+    """The command line of one cycle.
+
+    This file is run as a module where its name allows that, because Python then keeps its compiled form.
     """
-    path = os.path.abspath(__file__)
-    folder, name = os.path.split(path)
-    stem, suffix = os.path.splitext(name)
-    start = [sys.executable, "-I", "-S", path]
-    if suffix in (".py", ".pyc") and "." not in stem:
-        code = ("import sys; sys.path.insert(0, sys.argv.pop(1)); from importlib import import_module; "
-                f"sys.exit(import_module({stem!r}).main(sys.argv[1:]))")
-        start = [sys.executable, "-I", "-S", "-c", code, folder]
-    return start + options["arguments"] + ["--once"]
+    start = [os.path.abspath(__file__)]
+    folder, name = os.path.split(start[0])
+    stem, _, suffix = name.partition(".")
+    if suffix in ("py", "pyc"):
+        code = f"import sys; sys.path.insert(0, {folder!r}); sys.exit(__import__({stem!r}).main())"
+        start = ["-c", code]
+    return [sys.executable, "-I", "-S", *start, *arguments, "--once"]
 
 
-# The daemon's parent: these functions run in an interpreter that has nothing else of this file, so they
-# import what they need.
+# The daemon's parent: these functions run in an interpreter that has nothing else of this file but `os`,
+# `time` and LINE.  What more they need they import.
+
+# How a line of the log is written, by its form.
+LINES = {"text": "%s %-7s %s\n", "json": '{"time":"%s","level":"%s","message":"%s"}\n'}
+LINE = LINES["text"]
+
 
 def notify(address, text):
-    """Tells systemd something, where it listens."""
+    """Sends systemd a message, where it listens."""
     if not address:
         return
     import socket
     try:
-        # who does not read does not keep us
+        # This must not block when nobody reads.
         kind = socket.SOCK_DGRAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK
         with socket.socket(socket.AF_UNIX, kind) as peer:
             peer.connect("\0" + address[1:] if address.startswith("@") else address)
             peer.send(text.encode())
     except OSError:
-        pass                                        # nobody listens any more: no reason to end
+        pass                                        # nobody listens any more
 
 
-def complain(text):
+def write_line(level, text):
     """Writes one line as the log does."""
-    import os
-    import time
+    line = LINE % (time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), level, text)
     try:
-        os.write(2, f"{time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())} error   {text}\n".encode())
+        os.write(2, line.encode() if text else b"")
     except OSError:
         pass                                        # nobody listens any more
 
 
 def start_cycle(child, signals):
-    """(process id, pipe by which it says how long to wait) of a new cycle; raises OSError."""
-    import os
+    """Starts a cycle: (its process id, the pipe by which it says how long to wait after it).
+
+    Raises OSError.
+    """
     import signal
     reader, writer = os.pipe()
-    os.set_blocking(reader, False)                  # whoever else keeps the other end open cannot stop us
+    os.set_blocking(reader, False)                  # a helper may keep the other end open
     pid = os.fork()
     if not pid:
         try:
@@ -11707,7 +12062,8 @@ def start_cycle(child, signals):
             os.set_inheritable(writer, True)
             os.execve(child[0], child, dict(os.environ, MARGO_DELAY_FD=str(writer)))
         except OSError as error:
-            complain(f"{child[0]} cannot be started ({error.strerror}); is Python still where it was?")
+            words = f"{child[0]} cannot be started ({error.strerror}); is Python still where it was?"
+            write_line("error", words)
         finally:
             os._exit(127)
     os.close(writer)
@@ -11715,10 +12071,9 @@ def start_cycle(child, signals):
 
 
 def read_answer(reader):
-    """What a cycle that has ended said by its pipe; closes it."""
-    import os
+    """What a cycle that has ended has said in its pipe, which is closed."""
     try:
-        return os.read(reader, 64)
+        return os.read(reader, 1024)
     except BlockingIOError:
         return b""
     finally:
@@ -11726,11 +12081,10 @@ def read_answer(reader):
 
 
 def count_wakes(pid):
-    """How often the kernel has let a process go on after a wait.
+    """How often a process has woken from a wait, as the kernel counts it.
 
-    Where that cannot be told, another number each time.
+    Where there is no process (0), or the kernel does not tell, the number is another one each time.
     """
-    import time
     try:
         with open(f"/proc/{pid}/status") as file:
             return int(file.read().partition("voluntary_ctxt_switches:")[2].split()[0])
@@ -11739,49 +12093,47 @@ def count_wakes(pid):
 
 
 def end_cycle(pid, limit):
-    """Asks a cycle to end after its current step, and kills it after `limit` seconds; the daemon's exit code.
+    """Asks a cycle to end after its current step, and kills it after `limit` seconds.
 
+    Returns the daemon's exit code.
     """
-    import os
     import signal
-    import time
     end = time.monotonic() + limit
     os.kill(pid, signal.SIGTERM)
     while not os.waitpid(pid, os.WNOHANG)[0]:
         if time.monotonic() > end:
-            complain(f"the cycle did not end within {limit} s, and is killed")
+            write_line("error", f"the cycle did not end within {limit} s, and is killed")
             os.kill(pid, signal.SIGKILL)
             return 1
         signal.sigtimedwait({signal.SIGCHLD}, 0.5)
     return 0
 
 
-def watch(child, fallback, hung, limit):
-    """Runs `child` (an argument list) over and over; returns the exit code.
+def watch(child, fallback, hung, limit, last):
+    """Runs cycles one after the other; returns the daemon's exit code.
 
-    A child says by a pipe how long to wait, else `fallback` seconds count.  SIGTERM and SIGINT end it
-    after the current step, SIGHUP starts a cycle at once (each reads the configuration anew).  systemd's
-    watchdog is fed while cycles can be started and move: one that the kernel has not seen wake for `hung`
-    seconds waits for what will never come, because each of its own waits is shorter, and is killed.  Five
-    in a row that cannot be started end the daemon.
+    child: the command line of a cycle, which says in a pipe how long to wait after it, else `fallback`, and
+    how it went.  last: how the log ends.  SIGTERM and SIGINT end the daemon after the current step, SIGHUP
+    starts a cycle at once; each reads the configuration anew.
+
+    A cycle that has not woken from a wait for `hung` seconds hangs, because its own waits are shorter: it is
+    killed.  systemd's watchdog is fed while cycles can be started and move; five in a row that cannot end it.
     """
-    import os
     import signal
-    import time
     signals = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD}
     signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     address = os.environ.get("NOTIFY_SOCKET", "")
     beat = int(os.environ.get("WATCHDOG_USEC") or 0) / 2e6 or 3600.0
     notify(address, "READY=1")
-    pid, due, moved, seen, proven, failures = 0, 0.0, 0.0, None, False, 0
+    pid = due = moved = seen = proven = failures = 0
     while True:
         now = time.monotonic()
         if not pid and now >= due:
             try:
                 pid, reader = start_cycle(child, signals)
-                due, moved = None, now
+                due = None
             except OSError as error:
-                complain(f"no cycle can be started ({error.strerror})")
+                write_line("error", f"no cycle can be started ({error.strerror})")
                 failures += 1
                 due = now + fallback
         wait = hung / 4 if pid else max(0.0, due - now)
@@ -11789,68 +12141,71 @@ def watch(child, fallback, hung, limit):
         now = time.monotonic()
         if number in (signal.SIGTERM, signal.SIGINT):
             notify(address, "STOPPING=1")
-            return end_cycle(pid, limit) if pid else 0
+            code = end_cycle(pid, limit) if pid else 0
+            write_line("info", last)
+            return code
         if number == signal.SIGHUP:
-            due = 0.0
+            due = 0
         ended, status = os.waitpid(pid, os.WNOHANG) if pid else (0, 0)
         if ended:
-            answer = read_answer(reader)
-            if status == 2 << 8 and not proven:     # a configuration that never worked
+            answer, _, words = read_answer(reader).partition(b" ")
+            if words:
+                notify(address, "STATUS=" + words.decode("utf-8", "replace"))
+            if status == 2 << 8 and not proven:     # the configuration has never worked
                 return 2
-            # Python itself failed, or is not there
+            # Python itself failed, or has gone.
             failures = failures + 1 if not answer and status in (1 << 8, 127 << 8) else 0
             pid, proven = 0, True
             due = now + float(answer or fallback) if due is None else due
         if failures >= 5:
-            complain("five cycles in a row could not be started; this process ends, so that its supervisor"
-                     " learns of it")
+            write_line("error", "five cycles in a row could not be started; this process ends, so that its"
+                       " supervisor learns of it")
             return 1
-        before = seen
-        seen = count_wakes(pid) if pid else None
-        moved = moved if pid and seen == before else now
+        wakes = count_wakes(pid)
+        if wakes != seen:
+            seen, moved = wakes, now
         if now - moved > hung:
-            complain(f"the cycle has not moved for {hung} s, and is killed")
+            write_line("error", f"the cycle has not moved for {hung} s, and is killed")
             os.kill(pid, signal.SIGKILL)
         elif not failures:
             notify(address, "WATCHDOG=1")
 
 
 def command_enroll(config, options):
-    """Establishes trust and reports capabilities; safe to repeat.  --fetch-ca: first gets the WFM's root
-    CA (profile signed).
+    """Makes this device known to the WFM: checks its identity and reports its capabilities.
+
+    It may be repeated at any time.  `--fetch-ca FILE` first downloads the WFM's root CA (profile signed).
     """
     for name, (_, act) in OPTIONS["enroll"].items():
         if name in options:
             act(config, options[name])
-    exchange = STEPS.index(Agent.exchange)
-    reconcile = STEPS.index(Agent.reconcile)
     with Agent(config) as agent:
-        agent.store.save_memo({})                   # the trust bundle is asked for whatever its age
+        agent.store.load_memo().clear()             # the trust bundle is asked for whatever its age
         agent.state["trust"].pop("refreshedAt", None)
         agent.asked = True
         try:
-            for step in STEPS[:exchange]:
-                step(agent)
-            source = agent.connect()
-            agent.report_capabilities(always=True)
-            for step in STEPS[exchange + 1:reconcile]:
-                step(agent)
+            for step in STEPS[:STEPS.index(Agent.reconcile)]:
+                if step is Agent.exchange:
+                    source = agent.connect()
+                    agent.report_capabilities(always=True)
+                else:
+                    step(agent)
         finally:
-            # also what was learnt of the trust bundle before it failed
-            agent.store.save_state(agent.state)
+            agent.store.save_state(agent.state)     # also what was learnt of the trust bundle
         print(f"enrolled: {source.client_id} with {config.wfm.url} as device {agent.device_id}")
 
 
 def command_unenroll(config, options):
-    """Deregisters at the WFM and forgets the relationship; --purge first removes the workloads."""
+    """Deregisters this device at the WFM and forgets what was agreed.
+
+    Workloads are left running.  `--purge` removes them first, but never their volumes.
+    """
     with Agent(config) as agent:
-        state, failed = agent.state, False
+        state = agent.state
         if not any(state[part] for part in ("enrollment", "client", "deployments", "trust")):
             print("not enrolled")
             return
-        if "--purge" in options:
-            failed = purge(agent)
-        if failed:
+        if "--purge" in options and purge(agent):
             raise StorageError("not everything could be removed; nothing was forgotten, run unenroll --purge"
                                " again")
         if state["enrollment"]:
@@ -11867,132 +12222,144 @@ def command_unenroll(config, options):
         agent.store.save_state(agent.state)
         for name in TRACES:
             remove_folder(agent.store.path(name))
-        agent.store.save_memo({})
+        agent.store.load_memo().clear()
         print("unenrolled" + (f"; {len(kept)} deployments were left running" if kept else ""))
 
 
 def purge(agent):
-    """Removes every workload and reports it; True where something could not be removed."""
+    """Removes every workload and reports that; whether something could not be removed."""
     if agent.state["enrollment"]:
         agent.connect()
-    accepted = agent.state["accepted"] or {"etag": None, "digest": "", "version": 0}
-    agent.state["accepted"] = dict(accepted, deployments=[], incomplete=True)
-    agent.reconcile()
+    version = (agent.state["accepted"] or {}).get("version", 0)
+    agent.reconcile({"version": version, "deployments": []})
     try:
-        agent.flush_outbox()                        # also what a purge that was cut off has left to be told
+        agent.flush_outbox()                        # also what an earlier purge could not report
     except Untrusted as error:
         log("warning", "the WFM does not take the last reports", reason=error.message)
     return any(record["state"] != "removed" for record in agent.state["deployments"].values())
 
 
 def command_plan(config, options):
-    """Polls and prints what `run --once` would do; changes nothing, neither here nor at the WFM."""
+    """Shows what `run --once` would do, and changes nothing: neither here nor at the WFM."""
     agent = Agent(config)
     agent.state = agent.store.load_state()
-    accepted = agent.state["accepted"]
-    documents, desired = {}, None
-    if agent.is_downtime():
-        log("warning", "downtime: the WFM is not asked; this follows from what was accepted before")
-    else:
-        agent.check_patience(spread=False)
-        desired = agent.connect(keep=False).fetch_desired(accepted, agent.store.load_artifact)
-    if desired:
-        entries = [{"deploymentId": entry.deployment_id, "digest": entry.digest} for entry in desired.entries]
-        accepted = {"version": desired.version, "deployments": entries}
-        documents = desired.documents
-        try:
-            agent.check_removals(desired)
-        except Waiting as error:
-            log("warning", error.message)
-
+    accepted, documents = fetch_accepted(agent)
     actions, seen = [], {}
     if accepted:
         load = agent.store.load_artifact
         actions, seen = agent.decide(accepted, lambda digest: documents.get(digest) or load(digest))
     others = ask_others(agent.answering)
-    changed = {action.deployment_id for action in actions if action.verb in ("install", "update")}
-    # else it is part of a move
-    actions = [action._replace(verb=PRINTED.get(action.verb, action.verb)) for action in actions
-               if action.verb != "clear" or action.deployment_id not in changed]
+    # What clears the way for an installation elsewhere is part of it.
+    moved = {action.deployment_id for action in actions if action.verb in ("install", "update")}
+    items = [{"deploymentId": action.deployment_id, "action": PRINTED.get(action.verb, action.verb),
+              "reason": action.reason, "deviceId": action.device_id}
+             for action in actions if action.verb != "clear" or action.deployment_id not in moved]
+    version = accepted["version"] if accepted else None
     if "--json" in options:
-        items = [{"deploymentId": action.deployment_id, "action": action.verb, "reason": action.reason,
-                  "deviceId": action.device_id} for action in actions]
-        print_json({"version": accepted["version"] if accepted else None, "actions": items, "others": others})
+        print_json({"version": version, "actions": items, "others": others})
     else:
-        print(f"desired state: version {accepted['version'] if accepted else 'none'}")
-        for action in actions:
-            where = f"on {action.device_id}: " if len(agent.devices) > 1 else ""
-            print(f"{action.verb:8}{action.deployment_id}  {where}{make_printable(action.reason)}")
+        print(f"desired state: version {version or 'none'}")
+        for item in items:
+            where = f"on {item['deviceId']}: " if len(agent.devices) > 1 else ""
+            print(f"{item['action']:8}{item['deploymentId']}  {where}{make_printable(item['reason'])}")
         for words in make_others_words(others):
             print(f"other   {words}; it is left alone")
     for fault in seen[agent.device_id].silent.values() if seen else ():
         raise fault
 
 
+def fetch_accepted(agent):
+    """What the next run would accept, or has accepted before: (its part of the state, its new documents)."""
+    accepted = agent.state["accepted"]
+    if agent.is_downtime():
+        log("warning", "downtime: the WFM is not asked; this follows from what was accepted before")
+        return accepted, {}
+    agent.check_patience(spread=False)
+    agent.connect(keep=False)
+    desired = agent.fetch_desired()
+    if not desired:
+        return accepted, {}
+    try:
+        agent.check_removals(desired)
+    except Waiting as error:
+        log("warning", error.message)
+    return make_accepted(desired), desired.documents
+
+
 def command_status(config, options):
-    """Prints what the device knows, without network."""
-    store = Store(config.state_dir)
-    document = make_status_report(config, store.load_state(), store.load_memo(), time.time())
+    """Prints what the device knows, without asking anybody."""
+    document = status(config)
     if "--json" in options:
         return print_json(document)
-    identity = document["identity"]
-    desired = document["desiredState"]
-    last = document["lastPoll"]
-    print(f"profile    {document['profile']}, {'enrolled' if document['enrolled'] else 'not enrolled'}")
+    identity, desired, last = (document[name] for name in ("identity", "desiredState", "lastPoll"))
     until = f", valid until {identity['notAfter']}" if identity["notAfter"] else ""
     warning = identity["warning"] and f"  ! {identity['warning']}"
-    print(f"identity   {identity['id'] or 'none yet'}{until}{warning}")
+    print_row("profile", f"{document['profile']}, {'' if document['enrolled'] else 'not '}enrolled")
+    print_row("identity", (identity["id"] or "none yet") + until + warning)
     version = f"version {desired['version']}, accepted {desired['acceptedAt']}"
-    print(f"desired    {version if desired['version'] else 'none accepted yet'}")
-    poll = f"{last['at']} {last['result']} {make_printable(last['detail'])}".rstrip()
-    print(f"last poll  {poll if last['at'] else 'never'}")
-    print(f"outbox     {document['outbox']}")
+    print_row("desired", version if desired["version"] else "none accepted yet")
+    print_row("last poll", f"{last['at']} {last['result']} {last['detail']}" if last["at"] else "never")
+    print_row("outbox", str(document["outbox"]))
     for item in document["dropped"]:
-        reason = make_printable(item["reason"])
-        print(f"dropped    {item['deploymentId']} {item['state']} at {item['at']}: {reason}")
+        print_row("dropped", f"{item['deploymentId']} {item['state']} at {item['at']}: {item['reason']}")
     for deployment in document["deployments"]:
         where = f"  on {deployment['deviceId']}" if config.device.children else ""
-        print(f"{deployment['state']:10} {deployment['deploymentId']}  {deployment['name']}{where}")
-        for component in deployment["components"]:
-            error = component["error"]
-            reason = f"  {error['code']}: {make_printable(error['message'])}" if error["code"] else ""
-            print(f"  {component['state']:8} {component['name']}{reason}")
-        if deployment["error"]["code"] and not any(c["error"]["code"] for c in deployment["components"]):
-            print(f"  {deployment['error']['code']}: {make_printable(deployment['error']['message'])}")
+        print_row(deployment["state"], f"{deployment['deploymentId']}  {deployment['name']}{where}")
+        # Only a document that cannot be read leaves a deployment without components.
+        for part in deployment["components"] or [dict(deployment, name="")]:
+            print_row(f"  {part['state']}", part["name"] + make_error_words(part["error"]))
     for words in make_others_words(document["others"]):
-        print(f"other      {words}; it is left alone")
+        print_row("other", f"{words}; it is left alone")
+
+
+def make_error_words(error):
+    """What follows the name of something that may have failed."""
+    return f"  {error['code']}: {error['message']}" if error["code"] else ""
+
+
+def print_row(name, words):
+    """Prints a line of a table of two columns."""
+    print(f"{name:10} {make_printable(words.strip(), MAX_MESSAGE)}")
+
+
+def make_deployment_report(record):
+    """What `status` tells of a deployment."""
+    def tell(item, *keys):
+        error = item["error"] or {"code": "", "source": "", "message": ""}
+        return dict({key: item[key] for key in keys}, error=error)
+
+    return dict(tell(record, "deploymentId", "name", "state", "deviceId"), digest=record["adopted"]["digest"],
+                components=[tell(item, "name", "state") for item in record["components"]])
+
+
+def status(config):
+    """What the device knows, as the object that `status --json` prints; raises StorageError.
+
+    config: what load_config returns.  Nobody is asked, neither the WFM nor the engine.
+    """
+    store = Store(config.state_dir)
+    return make_status_report(config, store.load_state(), store.load_memo(), time.time())
 
 
 def make_status_report(config, state, memo, now):
     """The object of `status --json` (contract)."""
-    no_error = {"code": "", "source": "", "message": ""}
-    accepted = state["accepted"] or {"version": None, "etag": None, "acceptedAt": None}
-    deployments = [{
-        "deploymentId": record["deploymentId"],
-        "name": record["name"],
-        "state": record["state"],
-        "digest": record["adopted"]["digest"],
-        "deviceId": record["deviceId"],
-        "error": record["error"] or no_error,
-        "components": [{"name": component["name"], "state": component["state"],
-                        "error": component["error"] or no_error} for component in record["components"]],
-    } for _, record in sorted(state["deployments"].items())]
+    accepted = state["accepted"] or {}
     return {
         "version": __version__,
         "profile": config.wfm.profile,
         "enrolled": bool(state["enrollment"]),
         "identity": PROFILES[config.wfm.profile](config, Store(config.state_dir), state).describe(now),
-        "desiredState": {key: accepted[key] for key in ("version", "etag", "acceptedAt")},
+        "desiredState": {key: accepted.get(key) for key in ("version", "etag", "acceptedAt")},
         "lastPoll": memo.get("lastPoll") or state["lastPoll"] or {"at": None, "result": None, "detail": ""},
         "outbox": len(state["outbox"]),
-        "deployments": deployments,
+        "deployments": [make_deployment_report(record) for _, record in sorted(state["deployments"].items())],
         "dropped": [dict(refused, deploymentId=key) for key, refused in state["dropped"].items()],
         "others": memo.get("others", []),
     }
 
 
 def command_history(config, options):
-    """Prints the last accepted desired states, newest first: when, version, what changed, outcome."""
+    """Prints the last accepted desired states, newest first: when, version, what changed, what came of it."""
     history = Store(config.state_dir).load_state()["history"][::-1]
     if "--json" in options:
         return print_json({"history": history})
@@ -12008,7 +12375,7 @@ def command_capabilities(config, options):
     """Prints the capabilities document that would be reported."""
     agent = Agent(config)
     profile = PROFILES[config.wfm.profile](config, agent.store, agent.store.load_state())
-    documents = [profile.translate(agent.make_capabilities(device)) for device in agent.devices]
+    documents = list(map(profile.translate, load_capabilities(agent.devices, config).values()))
     print_json(documents if documents[1:] else documents[0])
 
 
@@ -12017,7 +12384,7 @@ def command_csr(config, options):
     if not config.identity.key:
         raise ConfigError("identity.key: not set; it says where the key is kept")
     if config.identity.get("enrollment") == "est":
-        # an enrollment under way makes the key itself; the lock goes with this process
+        # An enrollment under way makes the key itself.  The lock goes with this process.
         store = Store(config.state_dir)
         store.create()
         store.lock()
@@ -12035,108 +12402,158 @@ def command_csr(config, options):
 
 
 def command_retry(config, options):
-    """Clears the back-off of failed deployments; without an ID also what the WFM or an identity service has
-    asked to wait.  The next run tries again.
+    """Lets the next run try failed deployments at once.
+
+    Without a name it tries all of them, and no longer waits as the WFM or an identity service has asked.
     """
     with Agent(config) as agent:
-        wanted = (options["operand"] or "").lower()
-        records = [record for key, record in agent.state["deployments"].items()
-                   if record["state"] == "failed" and wanted in ("", key)]
-        for record in records:
+        state = agent.state
+        records = list(state["deployments"].values())
+        if options["operands"]:
+            records = [find_record(state, options["operands"][0])]
+        failed = [record for record in records if record["state"] == "failed"]
+        if options["operands"] and not failed:
+            raise ConfigError(f"{options['operands'][0]} is no failed deployment; `status` lists them")
+        for record in failed:
             record.update(retry={}, repair={})
-        if not wanted:
-            agent.state["patience"] = {}
-            agent.state["est"].update(delay=0)
-        agent.store.save_state(agent.state)
-        if wanted and not records:
-            raise ConfigError(f"{options['operand']} is no failed deployment; `status` lists them")
-        print(f"{len(records)} failed deployments will be tried again by the next run")
+        if not options["operands"]:
+            state.update(patience={}, waits={})
+            state["est"].update(delay=0)
+        agent.store.save_state(state)
+        if "--json" in options:
+            return print_json({"retried": [record["deploymentId"] for record in failed]})
+        print(f"{len(failed)} failed deployment{'s'[:len(failed) != 1]} will be tried again by the next run")
+
+
+def find_record(state, word):
+    """The record of a deployment by its id, the beginning of its id, or its name; raises ConfigError."""
+    records = state["deployments"]
+    found = [key for key in records if key.startswith(word.lower()) or records[key]["name"] == word]
+    if len(found) != 1:
+        fault = "may be several deployments" if found else "is no deployment of this device"
+        raise ConfigError(f"{make_printable(word)} {fault}; `status` lists their ids and names")
+    return records[found[0]]
 
 
 def command_version(config, options):
     """Prints the version and the supported profiles."""
+    if "--json" in options:
+        return print_json({"version": __version__, "profiles": list(PROFILES)})
     print(f"margo_agent {__version__} (profiles: {', '.join(PROFILES)})")
 
 
 def print_json(value):
-    """One JSON document on stdout, for people and programs alike."""
+    """Prints one JSON document, for people and programs alike."""
     import json
     encoding = (sys.stdout.encoding or "").lower().replace("-", "")
     print(json.dumps(value, indent=2, ensure_ascii=encoding != "utf8"))
 
 
-COMMANDS.update({
+JSON = {"--json": ""}
+for name, row in {
     "enroll": (command_enroll, {name: word for name, (word, _) in OPTIONS["enroll"].items()}, ""),
-    "run": (command_run, {"--once": ""}, ""),
-    "plan": (command_plan, {"--json": ""}, ""),
-    "status": (command_status, {"--json": ""}, ""),
-    "history": (command_history, {"--json": ""}, ""),
-    "capabilities": (command_capabilities, {"--json": ""}, ""),
+    "run": (command_run, {"--once": "", "--spread": "TIME", **JSON}, ""),
+    "plan": (command_plan, JSON, ""),
+    "status": (command_status, JSON, ""),
+    "history": (command_history, JSON, ""),
+    "capabilities": (command_capabilities, JSON, ""),
     "csr": (command_csr, {"--out": "FILE"}, ""),
-    "retry": (command_retry, {}, "[ID]"),
+    "retry": (command_retry, JSON, "[NAME]"),
     "unenroll": (command_unenroll, {"--purge": ""}, ""),
-    "version": (command_version, {}, "")})
-GLOBAL_OPTIONS = {"-c": "FILE", "-v": "", "-q": "", "--log-format": "text|json"}
-USAGE = "usage: margo_agent.py [-c FILE] [-v|-q] [--log-format text|json] COMMAND\n"
+    "version": (command_version, JSON, ""),
+}.items():
+    COMMANDS.setdefault(name, row)                  # an optional room may know more of a command
+GLOBAL_OPTIONS = {"-c": "FILE", "-v": "", "-q": "", "--log-format": "text|json", "--help": ""}
+SPELLINGS = {"--config": "-c", "--verbose": "-v", "--quiet": "-q", "-h": "--help", "help": "--help",
+             "--version": "version"}
 
 
 def parse_arguments(arguments):
-    """The command line to a dictionary: `command`, `operand`, each option given; raises ConfigError."""
-    options = {"command": None, "operand": None, "arguments": list(arguments)}
+    """The command line as a dictionary: `command`, `operands`, `arguments` as given, and each option.
+
+    Raises ConfigError.
+    """
+    options = {"command": None, "operands": [], "arguments": list(arguments)}
     rest = list(arguments)
     while rest:
         word = rest.pop(0)
-        known = dict(GLOBAL_OPTIONS, **(COMMANDS[options["command"]][1] if options["command"] else {}))
-        name, equals, value = word.partition("=")
-        if name in known and known[name] and (equals or rest):
-            options[name] = value if equals else rest.pop(0)
-        elif word in known and not known[word]:
-            options[word] = True
-        elif word.startswith("-"):
-            fault = "unknown option"
-            if name in known:
-                fault = "needs a value" if known[name] else "takes no value"
-            raise ConfigError(f"{make_printable(word)}: {fault}; this command knows {' '.join(known)}")
-        elif options["command"] is None:
-            if word not in COMMANDS:
-                raise ConfigError(f"{make_printable(word)}: unknown command; one of {', '.join(COMMANDS)}")
-            options["command"] = word
-        elif COMMANDS[options["command"]][2] and options["operand"] is None:
-            options["operand"] = word
+        word = word if options["command"] else SPELLINGS.get(word, word)
+        if word.startswith("-"):
+            parse_option(word, rest, options)
+        elif options["command"]:
+            options["operands"].append(word)
         else:
-            raise ConfigError(f"{make_printable(word)}: {options['command']} takes no such operand")
+            options["command"] = check_word(word, "command", COMMANDS)
     if options.get("--log-format", "text") not in ("text", "json"):
         raise ConfigError("--log-format: text or json")
     return options
 
 
-def print_help():
-    """The commands, one line each, from their own docstrings."""
-    print(USAGE)
-    for name, (function, known, operand) in COMMANDS.items():
-        words = "".join(f"[{option} {value}".rstrip() + "]" for option, value in known.items()) or operand
-        meaning = " ".join((function.__doc__ or "").split())
-        print(f"  {name:13} {words:17} {meaning}".rstrip())
-    print("\nconfiguration: -c FILE, else $MARGO_CONFIG, else /etc/margo/agent.yaml")
-    # python -OO keeps no docstrings
-    print("".join((__doc__ or "").partition("Exit codes")[1:]).partition("Files.")[0])
+def parse_option(word, rest, options):
+    """Adds an option to `options`, with its value, which may be the first word of the `rest`."""
+    known = dict(GLOBAL_OPTIONS, **(COMMANDS[options["command"]][1] if options["command"] else {}))
+    name, _, value = word.partition("=")
+    if not word.startswith("--"):                   # -cFILE, -vq
+        name = word[:2]
+        value = word[2:].lstrip("=")
+    name = check_word(SPELLINGS.get(name, name), "option", known)
+    if known[name]:
+        if not value and not rest:
+            raise ConfigError(f"{name}: needs a value, {known[name]}")
+        options[name] = value or rest.pop(0)
+        return
+    options[name] = True
+    if value and word.startswith("--"):
+        raise ConfigError(f"{make_printable(word)}: takes no value")
+    rest[:0] = [f"-{value}"] * bool(value)
+
+
+def check_word(word, kind, known):
+    """The word, where it is known; else raises ConfigError that names the nearest one."""
+    if word in known:
+        return word
+    import difflib
+    near = difflib.get_close_matches(word, list(known), 1)
+    hint = f"did you mean {near[0]}?" if near else f"one of {', '.join(known)}"
+    raise ConfigError(f"{make_printable(word)}: unknown {kind}; {hint}")
+
+
+def print_help(command=None):
+    """Prints the usage of all commands, with the first sentence on each, or everything on one."""
+    import textwrap
+    if not command:                                 # Python's option -OO keeps no docstrings
+        print((__doc__ or "\n\n\n\n").split("\n\n")[2] + "\n")
+    for name in [command] if command else COMMANDS:
+        function, known, operands = COMMANDS[name]
+        words = f" {name} {operands}".rstrip()
+        words += "".join(f" [{option} {value}".rstrip() + "]" for option, value in known.items())
+        first, _, more = (function.__doc__ or "").partition("\n\n")
+        print(textwrap.fill(f"{words:27} {first}", 79, subsequent_indent=" " * 28))
+        if command:
+            print("\n" + textwrap.dedent(more))
 
 
 def run_main(arguments):
     """Reads command line and configuration and runs the command; returns its exit code or raises."""
-    if not arguments or arguments[0] == "help" or {"-h", "--help"} & set(arguments):
-        print_help()
-        return 0 if arguments else 2
-    if arguments == ["--version"]:
-        arguments = ["version"]
     options = parse_arguments(arguments)
+    command = options["command"]
     log.form = options.get("--log-format", "text")
-    if options["command"] is None:
+    if not arguments or "--help" in options:
+        print_help(command)
+        return 0 if arguments else 2
+    if not command:
         raise ConfigError("no command; one of " + ", ".join(COMMANDS))
-    function = COMMANDS[options["command"]][0]
-    if function is command_version:
+    function, _, operands = COMMANDS[command]
+    operands = operands.split()
+    given = options["operands"]
+    for extra in given[len(operands):]:
+        raise ConfigError(f"{make_printable(extra)}: {command} takes no such operand")
+    if not given and operands and operands[0].isalpha():
+        raise ConfigError(f"{command}: needs {operands[0]}")
+    if function is command_version or "--example" in options:
         return function(None, options) or 0
-    config = load_config(options.get("-c") or os.environ.get("MARGO_CONFIG") or "/etc/margo/agent.yaml")
+    options["-c"] = options.get("-c") or os.environ.get("MARGO_CONFIG") or "/etc/margo/agent.yaml"
+    config = load_config(options["-c"])
     log.level = "error" if "-q" in options else config.log.level
     if "-v" in options:
         log.level = "debug"
@@ -12144,8 +12561,10 @@ def run_main(arguments):
 
 
 def prepare_streams():
-    """Standard streams that are there and take any text: a closed one (`>&-`) leads nowhere, and no file
-    of ours takes its place; what the locale's encoding lacks is escaped.
+    """Makes the standard streams take any text.
+
+    A closed one (`>&-`) leads nowhere, so that no file of ours takes its place.  What the locale's encoding
+    lacks is escaped.
     """
     spare = 0
     while spare < 3:
@@ -12159,41 +12578,43 @@ def prepare_streams():
 
 
 def main(arguments=None):
-    """The command line: a list of arguments (default: those of the process) to an exit code.
+    """The command line: takes a list of arguments (default: those of the process), returns an exit code.
 
-    Never raises for what went wrong.
+    It never raises for what went wrong.
     """
     try:
         prepare_streams()
         code = run_main(sys.argv[1:] if arguments is None else list(arguments))
         sys.stdout.flush()
         return code
-    except (MargoError, MemoryError) as error:
-        error = to_fault(error)
-        log("error", error.message, code=error.code)
-        return error.exit
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 0                                    # the reader of our output has seen enough
     except KeyboardInterrupt:
         return 130
-    except Exception as error:          # a bug: one line for the operator, the rest for whoever mends it
-        import errno
-        # `idna` needs unicodedata
-        if isinstance(error, ImportError) or str(error).startswith("unknown encoding"):
-            log.form = "text"                       # the other form needs a module itself
-            log("error", f"this Python lacks a part of its standard library ({error}); install it (see"
-                " README, Small devices)", code=ConfigError.code)
-            return ConfigError.exit
-        import traceback
-        if getattr(error, "errno", 0) == errno.ENOSPC:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-            log("error", f"the output cannot be written ({error.strerror})", code=StorageError.code)
-            return StorageError.exit
-        log("error", f"bug: {type(error).__name__}: {error}; run again with -v and report what it prints",
-            code="INTERNAL")
-        log("debug", traceback.format_exc())
-        return 70
+    except Exception as error:
+        return tell_fault(to_fault(error))
+
+
+def tell_fault(error):
+    """Logs what ended a command, and returns the exit code for it."""
+    import errno
+    # `idna` needs unicodedata
+    if isinstance(error, ImportError) or str(error).startswith("unknown encoding"):
+        log.form = "text"                           # the other form needs a module itself
+        error = ConfigError(f"this Python lacks a part of its standard library ({error}); install it (see"
+                            " README, Small devices)")
+    elif getattr(error, "errno", 0) == errno.ENOSPC:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        error = StorageError(f"the output cannot be written ({error.strerror})")
+    if isinstance(error, MargoError):
+        log("error", error.message, code=error.code)
+        return error.exit
+    import traceback
+    log("error", f"bug: {type(error).__name__}: {error}; run again with -v and report what it prints",
+        code=MargoError.code)
+    log("debug", traceback.format_exc())
+    return MargoError.exit
 
 
 if __name__ == "__main__":

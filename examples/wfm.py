@@ -863,7 +863,7 @@ class Wfm:
     """The Management Interface for the clients of one WFM; `answer` takes a Request and returns a Reply or raises a Problem."""
 
     ROUTES = (
-        (r"/api/v1/capabilities/(.+)", {"PUT": "put_capabilities", "DELETE": "delete_capabilities"}),
+        (r"/api/v1/capabilities/(.+)", {"PUT": "put_capabilities", "DELETE": "delete_capabilities"}),      # see --child-path
         (r"/api/v1/deployments", {"GET": "get_manifest"}),
         (r"/api/v1/deployments/([^/]+)/status", {"POST": "post_status"}),
         (r"/api/v1/deployments/([^/]+)/([^/]+)", {"GET": "get_deployment"}),
@@ -897,7 +897,11 @@ class Wfm:
         if not request.path.startswith(self.prefix + "/"):
             raise Problem(404, f"the interface is below {self.prefix}/")
         with self.lock:
-            return dispatch(self, self.ROUTES, request, request.path[len(self.prefix):])
+            path = request.path[len(self.prefix):]
+            child = re.fullmatch(r"/api/v1/capabilities/(.+(/|%2[Ff]).+)", path)
+            if child and self.options.child_path not in ("both", "segments" if child.group(2) == "/" else "segment"):
+                raise Problem(404, "there is nothing at this path")
+            return dispatch(self, self.ROUTES, request, path)
 
     def kept(self, client, name):
         return os.path.join(self.state, "clients", client, name)
@@ -1886,6 +1890,8 @@ def make_parser():
     add("--deployments", metavar="DIR", required=True, help="the desired state: ApplicationDeployment files")
     add("--state", metavar="DIR", required=True, help="where versions, capabilities and statuses are kept")
     add("--prefix", metavar="/PATH", default="", help="path before /api/v1, to try a client with a base URL that has one")
+    add("--child-path", choices=("both", "segments", "segment"), default="both", help="how a gateway's child has to stand in a path:"
+        " gateway/child, gateway%%2Fchild, or either (default)")
     add("--root-ca", metavar="FILE", help="signed: what GET /api/v1/onboarding/certificate gives out")
     add("--id", metavar="SPIFFE-ID", help="the WFM's own SPIFFE ID, to try a client with a certificate that carries a wrong one")
     add("--tls", choices=("1.3", "1.2"), default="1.3", help="1.2: speak that version only, to see whether a client refuses it")

@@ -323,6 +323,122 @@ class Cycle(AgentCase):
         self.assertEqual((done.returncode, self.running()), (0, ["running"]), done.stderr)
 
 
+class Reports(AgentCase):
+    """What the WFM does not take holds up nothing else, and has a back-off of its own."""
+
+    SECOND = HELLO[:-1] + "1"
+
+    def sent(self, kind="/status"):
+        return [path.split("/")[-2] for method, path, _ in self.wfm.requests() if method != "GET" and kind in path]
+
+    def polls(self):
+        return [path for method, path, _ in self.wfm.requests() if path.endswith("/deployments")]
+
+    def test_a_status_that_is_not_taken_slows_nothing_down(self):
+        """P-9: neither the polls nor what is told of others; it is not sent again before its time."""
+        for fault in ({"status": 500}, {"close": True}, {"status": 503, "headers": {"Retry-After": "3600"}}):
+            with self.subTest(fault):
+                self.wfm.fault(dict(fault, method="POST", path=f"*/{HELLO}/status"))
+                value = str(fault)
+                for deployment_id, name in ((HELLO, "hello"), (self.SECOND, "second")):
+                    self.wfm.publish(support.make_deployment(deployment_id, name, registry=self.wfm.registry,
+                                                             parameters={"GREETING": value}), deployment_id)
+                self.device.cycle(3)
+                state = self.device.state()
+                (name,) = state["waits"]
+                self.assertEqual((name, state["patience"]), (HELLO, {}))
+                count, polls = self.sent().count(HELLO), len(self.polls())
+                state["waits"][name].update(delay=600)
+                support.write(os.path.join(self.device.state_dir, "state.json"), json.dumps(state))
+                for _ in range(2):
+                    self.device.cycle(3)
+                self.assertEqual((self.sent().count(HELLO), len(self.polls())), (count, polls + 2))
+                self.assertEqual(self.device.status()["outbox"], 1)
+                self.wfm.fault()
+                self.assertEqual(self.device.run("retry").returncode, 0)
+                self.device.cycle(0)
+                self.assertEqual((self.wfm.statuses()[-1], self.wfm.statuses(self.SECOND)[-1]), ("installed", "installed"))
+
+    def test_a_removed_that_the_wfm_never_takes_is_given_up_after_a_day(self):
+        """One that does not know the deployment answers by 500 for ever."""
+        self.publish()
+        self.device.cycle()
+        self.wfm.withdraw()
+        self.wfm.fault({"method": "POST", "status": 500})
+        self.device.cycle(3)
+        state = self.device.state()
+        state["waits"][HELLO].update(since=time.time() - 86401, at=0)
+        state["waits"][HELLO].pop("boot")
+        support.write(os.path.join(self.device.state_dir, "state.json"), json.dumps(state))
+        self.assertIn("has not taken a `removed` for a day; it is dropped", self.device.cycle(0))
+        status = self.device.status()
+        self.assertEqual([(item["deploymentId"], item["state"]) for item in status["dropped"]], [(HELLO, "removed")])
+        self.assertEqual((status["outbox"], status["deployments"]), (0, []))
+
+    def test_capabilities_that_are_not_taken_slow_nothing_down_either(self):
+        """C-082: they are sent again after a back-off, and `enroll` sends them at once."""
+        self.publish()
+        self.device.cycle()
+        self.device.set("device.labels", {"hall": 4})
+        self.wfm.fault({"method": "PUT", "status": 503, "headers": {"Retry-After": "3600"}})
+        self.publish(parameters={"GREETING": "x"})
+        for _ in range(2):
+            self.device.cycle(3)
+        self.assertEqual(self.wfm.statuses().count("installed"), 2)
+        self.assertEqual(len(self.sent("/capabilities/")), 2)
+        self.assertEqual(self.device.run("enroll").returncode, 3)
+        self.wfm.fault()
+        self.assertEqual(self.device.run("enroll").returncode, 0)
+        self.device.cycle(0)
+        self.assertEqual((len(self.sent("/capabilities/")), self.device.state()["waits"]), (4, {}))
+
+    def test_capabilities_of_a_device_that_is_not_enrolled_come_first(self):
+        """C-080"""
+        self.wfm.fault({"method": "PUT", "status": 500})
+        self.device.cycle(3)
+        self.assertEqual(self.polls(), [])
+
+
+class Windows(unittest.TestCase):
+    """F-25: windows of device-local time on the days on which the clocks change."""
+
+    def setUp(self):
+        patch = mock.patch.dict(os.environ, TZ="Europe/Berlin")
+        patch.start()
+        self.addCleanup(time.tzset)
+        self.addCleanup(patch.stop)
+        time.tzset()
+
+    def minutes(self, window, day):
+        """The minutes of a day that lie in a window: how many, and the first as clock time."""
+        start = int(time.mktime(time.strptime(day, "%Y-%m-%d")))
+        read = margo_agent.read_windows([window], "")
+        found = [moment for moment in range(start, start + 86400, 60) if margo_agent.is_within(read, time.localtime(moment))]
+        return len(found), time.strftime("%H:%M", time.localtime(found[0])) if found else None
+
+    def test_what_the_clock_skips_is_made_up_for_right_after_it(self):
+        """On 28 March 2027 the clocks go from 02:00 to 03:00."""
+        for window, expected in (("02:00-03:00", (60, "03:00")), ("02:30-02:45", (15, "03:00")), ("Sun 02:00-03:00", (60, "03:00")),
+                                 ("2027-03-28T02:00/2027-03-28T03:00", (60, "03:00")), ("01:00-03:00", (120, "01:00")),
+                                 ("03:00-04:00", (60, "03:00")), ("02:00-04:00", (60, "03:00")), ("04:00-05:00", (60, "04:00")),
+                                 ("Sat 02:00-03:00", (0, None)), ("Sat 23:00-02:30", (150, "00:00"))):
+            with self.subTest(window):
+                self.assertEqual(self.minutes(window, "2027-03-28"), expected)
+
+    def test_on_other_days_nothing_is_added(self):
+        for day in ("2027-03-27", "2027-03-29", "2027-06-01"):
+            self.assertEqual(self.minutes("02:30-02:45", day), (15, "02:30"))
+
+    def test_an_hour_that_comes_twice_lies_in_its_window_twice(self):
+        """31 October 2027"""
+        self.assertEqual(self.minutes("02:00-03:00", "2027-10-31"), (120, "02:00"))
+
+    def test_half_an_hour_is_skipped_elsewhere(self):
+        with mock.patch.dict(os.environ, TZ="Australia/Lord_Howe"):
+            time.tzset()
+            self.assertEqual(self.minutes("02:00-02:30", "2026-10-04"), (30, "02:30"))
+
+
 class Times(unittest.TestCase):
     CONFIG = margo_agent.make_config({"wfm": {"url": "https://x"}, "identity": {"certificate": "c", "key": "k", "trust_bundle": "b"}}, "/", {})
 
@@ -386,12 +502,50 @@ class Times(unittest.TestCase):
         self.assertEqual(margo_agent.make_start(20, margo_agent.Settings({"interval": 60, "jitter": 0}), True, 0.5), 0)
 
 
+class Spread(AgentCase):
+    def test_each_device_has_a_moment_of_its_own_and_keeps_it(self):
+        """P-19: what cron starts everywhere at the same second arrives spread over the time that is given."""
+        found = [margo_agent.make_spread(f"device-{number}", 50) for number in range(1000)]
+        self.assertTrue(0 <= min(found) < 1 and 49 < max(found) < 50)
+        self.assertTrue(all(150 < sum(low <= item < low + 10 for item in found) < 250 for low in range(0, 50, 10)))
+        self.assertEqual(found[7], margo_agent.make_spread("device-7", 50))
+
+    def test_a_run_waits_for_its_moment_and_ends_when_it_is_asked_to(self):
+        share = margo_agent.make_spread(DEVICE, 1)
+        start = time.monotonic()
+        self.assertEqual(self.device.run("run", "--once", f"--spread={3 / share:.0f}s").returncode, 0)
+        self.assertGreater(time.monotonic() - start, 2.5)
+        process = subprocess.Popen(self.device.command("run", "--once", "--spread", "1h"), env=self.device.env, stderr=subprocess.DEVNULL)
+        self.addCleanup(support.end, process)
+        time.sleep(1)
+        process.send_signal(signal.SIGTERM)
+        self.assertEqual(process.wait(20), 0)
+
+    def test_what_is_no_time_is_said(self):
+        for options, words in ((("--once", "--spread", "soon"), "--spread: found 'soon', expected"), (("--spread", "50s"), "run --once")):
+            done = self.device.run("run", *options)
+            self.assertEqual(done.returncode, 2)
+            self.assertIn(words, done.stderr)
+
+
+class Terminal(AgentCase):
+    def test_why_nothing_is_asked_is_said_to_a_person_and_not_to_a_log(self):
+        self.device.set("poll.window", ["2000-01-01T00:00/2000-01-02T00:00"])
+        self.assertNotIn("outside poll.window", self.device.cycle())
+        leader, follower = os.openpty()
+        with os.fdopen(leader, "rb", 0) as screen:
+            process = subprocess.Popen(self.device.command("run", "--once"), env=self.device.env, stderr=follower)
+            os.close(follower)
+            self.assertEqual(process.wait(60), 0)
+            self.assertIn(b"outside poll.window", screen.read(10000))
+
+
 class Daemon(AgentCase):
-    def start(self, **env):
-        """`run` as a process of its own."""
+    def start(self, *options, **env):
+        """`run` as a process of its own; options: those before the command."""
         self.log = tempfile.TemporaryFile()
         self.addCleanup(self.log.close)
-        process = subprocess.Popen(self.device.command("run"), env=dict(self.device.env, **env), stderr=self.log, stdin=subprocess.DEVNULL)
+        process = subprocess.Popen(self.device.command(*options, "run"), env=dict(self.device.env, **env), stderr=self.log, stdin=subprocess.DEVNULL)
         self.addCleanup(support.end, process)
         return process
 
@@ -419,18 +573,22 @@ class Daemon(AgentCase):
         self.assertIsNone(process.poll())
 
     def test_systemd_hears_that_it_is_ready_alive_and_stopping(self):
+        self.publish()
         path = os.path.join(self.device.folder, "notify")
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as peer:
             peer.bind(path)
             peer.settimeout(20)
             process = self.start(NOTIFY_SOCKET=path, WATCHDOG_USEC="200000")
-            self.assertEqual(peer.recv(100), b"READY=1")
-            self.assertEqual([peer.recv(100), peer.recv(100)], [b"WATCHDOG=1"] * 2)
-            support.wait_for(self.polls, what="the first poll")
+            self.assertEqual(peer.recv(200), b"READY=1")
+            words = [peer.recv(200)]
+            while not words[-1].startswith(b"STATUS="):
+                words.append(peer.recv(200))
+            self.assertEqual(set(words[:-1]), {b"WATCHDOG=1"})
+            self.assertRegex(words[-1].decode(), "^STATUS=applied, 1 of 1 deployments installed; next cycle in [0-9]+ s$")
+            self.assertEqual(peer.recv(200), b"WATCHDOG=1")
             process.send_signal(signal.SIGINT)
-            words = []
             while b"STOPPING=1" not in words:
-                words.append(peer.recv(100))
+                words.append(peer.recv(200))
         self.assertEqual(process.wait(20), 0)
 
     def test_a_configuration_that_never_worked_ends_it(self):
@@ -452,6 +610,29 @@ class Daemon(AgentCase):
         count = len(self.polls())
         process.send_signal(signal.SIGHUP)
         support.wait_for(lambda: len(self.polls()) > count, what="another poll")
+
+    def test_its_log_has_a_line_when_it_starts_and_when_it_ends(self):
+        """In the form that was asked for, and none where only errors are wanted."""
+        process = self.start()
+        self.log_holds(f"the daemon has started version={margo_agent.__version__} profile=mtls wfm={self.wfm.url} interval=60 s")
+        support.wait_for(self.polls, what="the first poll")
+        process.send_signal(signal.SIGTERM)
+        self.assertEqual(process.wait(20), 0)
+        self.log_holds("Z info    the daemon has ended\n")
+        for options, expected in ((["--log-format", "json"], True), (["-q"], False)):
+            count = len(self.polls())
+            process = self.start(*options)
+            support.wait_for(lambda: len(self.polls()) > count, what="a poll")
+            process.send_signal(signal.SIGTERM)
+            self.assertEqual(process.wait(20), 0)
+            lines = os.pread(self.log.fileno(), 10 ** 6, 0).decode().splitlines()
+            if expected:
+                documents = [json.loads(line) for line in lines]
+                self.assertEqual([item["message"] for item in (documents[0], documents[-1])],
+                                 ["the daemon has started", "the daemon has ended"])
+                self.assertEqual(documents[-1]["level"], "info")
+            else:
+                self.assertEqual(lines, [])
 
     def log_holds(self, words):
         def read():

@@ -209,13 +209,14 @@ class DriverCase(FileCase):
         self.start_patch(mock.patch.dict(os.environ, self.engine.env))
         if not self.starts_processes:
             self.start_patch(mock.patch.object(margo_agent, "run_command", self.run_here))
-        self.driver = margo_agent.ComposeDriver("podman", self.config, claim=lambda: self.claim)
+        self.driver = margo_agent.ComposeDriver("podman", self.config)
+        self.driver.claim = self.claim
 
     def start_patch(self, patch):
         patch.start()
         self.addCleanup(patch.stop)
 
-    def run_here(self, argv, timeout, env=None, limit=0, ends=False):
+    def run_here(self, argv, timeout, env=None, limit=0, ends=False, watch=None):
         """The engine of files in this process: a process for each of hundreds of commands would take too long."""
         for argument in argv:
             self.assertNotIn(b"\0", os.fsencode(argument))
@@ -508,6 +509,26 @@ class Preparation(DriverCase):
                          [(f"{PROJECT}-main-1", support.HELLO, "web", "main", "running")])
 
 
+class SlowPull(DriverCase):
+    starts_processes = True
+
+    def test_the_log_says_now_and_then_how_far_a_pull_is(self):
+        """On a slow link nobody has to guess whether anything comes."""
+        temporary = os.path.join(self.config.state_dir, "tmp")
+        os.makedirs(temporary)
+        self.engine.change(images=[])
+        podman = os.path.join(self.engine.folder, "bin", "podman")
+        os.rename(podman, podman + ".real")
+        support.write(podman, '#!/bin/sh\nif [ "$1" = pull ]; then mkdir "$TMPDIR/storage1"; head -c 3000000 /dev/zero > "$TMPDIR/storage1/1"; '
+                      f'sleep 1.5; fi\nexec {podman}.real "$@"\n', 0o755)
+        self.driver.environ = dict(os.environ, TMPDIR=temporary)
+        with mock.patch.object(margo_agent, "PULL_NOTE", 0.5), mock.patch.object(margo_agent, "log") as log:
+            self.prepare(make_document({}))
+        notes = [call[1] for call in log.call_args_list if call[0][1] == "an image is being pulled"]
+        self.assertIn((IMAGE, 3000000), [(note["image"], note["fetched"]) for note in notes])
+        self.assertLess(len(notes), 5)
+
+
 class Updates(DriverCase):
     def make(self, **changes):
         """Two services; changes: keys of `b`."""
@@ -749,9 +770,9 @@ class Owners(DriverCase):
 
     def test_what_an_earlier_identity_made_is_still_ours(self):
         self.apply(make_document({}))
-        self.claim = self.claim._replace(owner="another now", owners={OWNER})
+        claim = self.claim._replace(owner="another now", owners={OWNER})
+        self.assertEqual(len(self.driver.observe((), claim)), 1)
         self.check_names(make_document({}))
-        self.assertEqual(len(self.driver.observe()), 1)
 
 
 class Handover(DriverCase):
@@ -894,7 +915,7 @@ class Memory(DriverCase):
                 self.engine.change(unpullable=[] if served else ["registry.example/app:1"])
                 self.engine.change(containers={}, images=["registry.example/app:1"], damaged=["registry.example/app:1"])
                 images = frozenset(["registry.example/app:1"] if mine else [])
-                self.driver.claim = lambda images=images: self.claim._replace(images=images)
+                self.driver.claim = self.claim._replace(images=images)
                 self.engine.forget_calls()
                 if expected:
                     self.apply(document)
@@ -903,7 +924,7 @@ class Memory(DriverCase):
                 self.assertEqual(["image", "rm", "registry.example/app:1"] in self.changes(), expected)
 
     def test_an_image_that_is_well_is_not_pulled_for_an_option_that_is_not(self):
-        self.driver.claim = lambda: self.claim._replace(images=frozenset([IMAGE]))
+        self.driver.claim = self.claim._replace(images=frozenset([IMAGE]))
         self.engine.change(external={f"{PROJECT}-main-1": "e" * 64})
         self.apply(make_document({}))
         self.assertNotIn(["image", "rm", IMAGE], self.changes())

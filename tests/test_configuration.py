@@ -181,7 +181,7 @@ class Windows(unittest.TestCase):
     """Polling windows and downtime, device-local (C-230, C-231)."""
 
     def inside(self, window, moment):
-        return margo_agent.is_within(margo_agent.read_windows([window], ""), time.strptime(moment, "%Y-%m-%d %H:%M"))
+        return margo_agent.covers(margo_agent.read_windows([window], ""), time.strptime(moment, "%Y-%m-%d %H:%M"))
 
     def test_weekdays(self):
         for moment, expected in (("2026-11-23 06:00", True), ("2026-11-23 05:59", False), ("2026-11-27 21:59", True),

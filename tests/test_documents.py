@@ -168,14 +168,14 @@ class Valid(unittest.TestCase):
 
         line = margo_agent.set_component(record(COMPOSE, "line-monitor", "press-12", "collector", "dashboard"), "collector", "installed")
         installing = margo_agent.set_component(line, "dashboard", "installing")
-        self.assertEqual(margo_agent.make_status(installing, "press-12"), load("mtls", "deployment-status-installing.json"))
+        self.assertEqual(margo_agent.make_status(installing), load("mtls", "deployment-status-installing.json"))
         failed = margo_agent.fail_record(line, "dashboard", margo_agent.ComponentError("INSTALL_TIMEOUT", "not running after 4m30s"), margo_agent.Clock(0, "", 0), 0)
         example = load("mtls", "deployment-status-failed.json")
         example["status"]["error"].update(code="INSTALL_TIMEOUT", message="component dashboard failed: not running after 4m30s")
-        self.assertEqual(margo_agent.make_status(failed, "press-12"), example)
+        self.assertEqual(margo_agent.make_status(failed), example)
         error = margo_agent.ComponentError("103", "Autonomous placement not supported", source="cell-gw")
         refused = margo_agent.fail_record(record(VIBRATION, "vibration-watch", "cell-gw", "vibration"), None, error, margo_agent.Clock(0, "", 0), 0)
-        self.assertEqual(margo_agent.make_status(refused, "cell-gw"), load("mtls", "deployment-status-gateway-103.json"))
+        self.assertEqual(margo_agent.make_status(refused), load("mtls", "deployment-status-gateway-103.json"))
         older = dict(load("signed", "deployment-status.json"), deviceId="press-12", adoptedManifestVersion=9)
         self.assertEqual(margo_agent.make_older_status({key: older[key] for key in older if key not in ("apiVersion", "kind")}, "a"),
                          load("signed", "deployment-status.json"))

@@ -109,8 +109,8 @@ class Settings(unittest.TestCase):
         self.assertEqual(words.count("device.children[0].id"), 1)
 
     def test_the_readmes_example_is_one(self):
-        with open(os.path.join(support.ROOT, "README.md"), encoding="utf-8") as file:
-            text = file.read().split("## A gateway with child devices")[1].split("```yaml\n")[1].split("```")[0]
+        with open(os.path.join(support.EXAMPLES, "gateway", "README.md"), encoding="utf-8") as file:
+            text = file.read().split("# A gateway with child devices")[1].split("```yaml\n")[1].split("```")[0]
         from tests.test_configuration import make
         self.assertEqual(make(**margo_agent.load_yaml(text)).device.children[0].id, "press")
 
@@ -275,6 +275,32 @@ class Reporting(GatewayCase):
         self.device.cycle()
         self.assertEqual(self.exchanges()[3:], [("PUT", A), ("PUT", DEVICE), ("PUT", A)])
 
+    def test_a_child_stands_in_the_path_as_the_wfm_knows_it(self):
+        """F4: by segments, or as one segment; what worked is tried first from then on, also where it is withdrawn."""
+        quoted = {name: f"{DEVICE}%2F{name}" for name in "ab"}
+        for form, first, later in (("segment", [A, quoted["a"], quoted["b"]], quoted["b"]), ("segments", [A, B], B)):
+            with self.subTest(form), unittest.mock.patch.dict(self.device.env, RUNTIME_DIRECTORY=support.make_folder(self)):
+                wfm = support.Wfm(self, self.pki, "--child-path", form)
+                self.wfm = wfm
+                self.device.settings["state_dir"] = os.path.join(support.make_folder(self), "state")
+                self.device.set("wfm.url", wfm.url)
+                self.device.cycle()
+                self.assertEqual(self.exchanges(), [("PUT", DEVICE)] + [("PUT", path) for path in first])
+                held = support.read_json(wfm.path("state", "clients", DEVICE, "capabilities.json"))
+                self.assertEqual(set(held), {DEVICE, A, B})
+                children = self.device.settings["device"]["children"]
+                self.without("b")
+                self.device.cycle()
+                self.assertEqual(self.exchanges()[len(first) + 1:], [("DELETE", later)])
+                self.device.set("device.children", children)
+
+    def test_a_child_that_is_known_by_neither_form_waits_and_holds_nobody_up(self):
+        self.wfm.fault({"path": f"*/capabilities/{DEVICE}/a", "status": 404}, {"path": f"*/capabilities/{DEVICE}%2Fa", "status": 404})
+        self.publish(B)
+        self.device.cycle(3)
+        self.assertEqual(self.where(), {B: "one"})
+        self.assertIn(f"capabilities {A}", self.device.state()["waits"])
+
     def test_a_child_that_the_wfm_refuses_holds_nobody_up(self):
         self.wfm.fault({"path": f"/api/v1/capabilities/{A}", "problem": "semantic-error"})
         self.publish(B)
@@ -289,8 +315,9 @@ class Reporting(GatewayCase):
         self.device.cycle()
         self.without("a")
         self.wfm.fault({"method": "DELETE", "status": 302, "times": 1})         # nobody judged that: it is asked for again
-        for _ in range(3):
-            self.device.cycle()
+        for expected in (3, 0, 0):
+            self.device.cycle(expected)
+            self.device.run("retry")
         self.assertEqual(self.exchanges()[3:], [("DELETE", A), ("DELETE", A)])
         self.assertEqual(self.device.run("unenroll").returncode, 0)
         self.assertEqual(self.exchanges()[5:], [("DELETE", B), ("DELETE", DEVICE)])

@@ -14,7 +14,7 @@ import warnings
 from tests import gauge, support
 
 VOCABULARY = ("Constants and errors", "Records")                # what every section may use
-PURE = ("Records", "Compose file", "YAML", "Small encodings", "X.509", "Desired state", "Eligibility", "Plan", "Deployment status")
+PURE = ("Records", "Compose file", "YAML", "Small encodings", "X.509", "Desired state", "Eligibility", "Plan", "Deployment status", "Turns")
 DOOR = "Command line"
 WORLD = {"os", "random", "socket", "subprocess", "logging", "shutil", "fcntl", "select", "signal", "tempfile", "ssl", "urllib.request", "http.client"}
 LONGEST = 60                        # lines of one function
@@ -23,7 +23,7 @@ MEDIAN = 14
 # The gauge: what is counted (see tests/gauge.py), how much of it there may be, and how far below that it may fall before this table has
 # to follow.  Figures only go down; the aim is 60,000 tokens and none of the rest.
 GAUGE = {
-    "tokens": (85272, 400),
+    "tokens": (84060, 400),
     "lines wider than 110 columns": (0, 1),
     "conditional expressions inside another": (0, 1),
     "comprehensions with two loops and a condition": (0, 1),
@@ -34,7 +34,7 @@ GAUGE = {
 LYING = """
 Agent.check_patience Agent.is_downtime Agent.make_capabilities
 ComposeDriver.check_space ComposeDriver.make_access MtlsSource.check_peer Store.find_time
-check_space find_engine find_program is_within_whole make_child make_compose_driver make_drivers
+check_space find_engine find_program is_within is_within_whole make_child make_compose_driver make_drivers
 make_git_environment make_helm_driver make_opener
 """.split()
 
@@ -108,7 +108,8 @@ class Rooms(unittest.TestCase):
             here = section_of(node.lineno)
             if isinstance(node, ast.If) and "__main__" in ast.dump(node.test):
                 continue                            # the file's last lines, of no section
-            for name in sorted({item.id for item in ast.walk(node) if isinstance(item, ast.Name)} & set(defined)):
+            names = {item.id for item in ast.walk(node) if isinstance(item, ast.Name)} - gauge.find_locals(node)
+            for name in sorted(names & set(defined)):
                 there = section_of(defined[name])
                 if there != here:
                     found.append((node.lineno, here, name, there))

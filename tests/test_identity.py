@@ -1033,7 +1033,8 @@ class RemoteProcess(RemoteCase):
         """C-040, P-16: the same bundle counts as a refresh, is kept in memory and writes nothing."""
         self.cycle()
         before = read(self.store.path("state.json"))
-        self.store.save_memo(dict(self.store.load_memo(), trust=time.time() - 3601))
+        self.store.load_memo().update(trust=time.time() - 3601)
+        self.store.save_memo()
         self.asked()
         self.cycle()
         self.cycle()

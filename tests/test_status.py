@@ -14,7 +14,7 @@ def make_record(*names, **changes):
 
 
 def status(record):
-    return margo_agent.make_status(record, DEVICE)
+    return margo_agent.make_status(record)
 
 
 CLOCK = margo_agent.Clock(1000, "", 0)
@@ -99,37 +99,100 @@ class Outbox(unittest.TestCase):
 
     def test_a_newer_status_replaces_an_older_one_and_goes_to_the_end(self):
         """C-139: one a deployment, the newest, in a true order."""
-        margo_agent.enqueue_status(self.state, self.record, DEVICE)
-        margo_agent.enqueue_status(self.state, dict(make_record("web"), deploymentId="b"), DEVICE)
-        margo_agent.enqueue_status(self.state, margo_agent.set_component(self.record, "web", "installed"), DEVICE)
+        margo_agent.enqueue_status(self.state, self.record)
+        margo_agent.enqueue_status(self.state, dict(make_record("web"), deploymentId="b"))
+        margo_agent.enqueue_status(self.state, margo_agent.set_component(self.record, "web", "installed"))
         self.assertEqual(list(self.state["outbox"]), ["b", HELLO])
         self.assertEqual(self.state["outbox"][HELLO]["status"]["state"], "installed")
 
     def test_what_the_wfm_has_acknowledged_is_not_sent_again(self):
         """P-19: status only on change."""
-        margo_agent.enqueue_status(self.state, self.record, DEVICE)
+        margo_agent.enqueue_status(self.state, self.record)
         margo_agent.acknowledge_status(self.state, HELLO)
         self.assertEqual(self.state["outbox"], {})
-        margo_agent.enqueue_status(self.state, self.record, DEVICE)
+        margo_agent.enqueue_status(self.state, self.record)
         self.assertEqual(self.state["outbox"], {})
-        margo_agent.enqueue_status(self.state, margo_agent.set_component(self.record, "web", "installing"), DEVICE)
+        margo_agent.enqueue_status(self.state, margo_agent.set_component(self.record, "web", "installing"))
         self.assertEqual(list(self.state["outbox"]), [HELLO])
 
     def test_going_back_to_what_was_acknowledged_withdraws_what_was_not(self):
-        margo_agent.enqueue_status(self.state, self.record, DEVICE)
+        margo_agent.enqueue_status(self.state, self.record)
         margo_agent.acknowledge_status(self.state, HELLO)
-        margo_agent.enqueue_status(self.state, margo_agent.set_component(self.record, "web", "installing"), DEVICE)
-        margo_agent.enqueue_status(self.state, self.record, DEVICE)
+        margo_agent.enqueue_status(self.state, margo_agent.set_component(self.record, "web", "installing"))
+        margo_agent.enqueue_status(self.state, self.record)
         self.assertEqual(self.state["outbox"], {})
 
     def test_a_removed_deployment_is_forgotten_with_its_last_report_and_not_before(self):
         """D-21, D-26"""
         record = margo_agent.set_component(self.record, "web", "removed")
         self.state["deployments"][HELLO] = record
-        margo_agent.enqueue_status(self.state, record, DEVICE)
+        margo_agent.enqueue_status(self.state, record)
         self.assertIn(HELLO, self.state["deployments"])
         margo_agent.acknowledge_status(self.state, HELLO)
         self.assertEqual((self.state["deployments"], self.state["reported"], self.state["outbox"]), ({}, {}, {}))
+
+
+class Untaken(unittest.TestCase):
+    """A status that the WFM does not take holds up nothing but itself."""
+
+    def setUp(self):
+        self.state = margo_agent.make_state()
+        for name, state in (("a", "installed"), ("b", "removed")):
+            record = dict(make_record("web"), deploymentId=name)
+            margo_agent.enqueue_status(self.state, margo_agent.set_component(record, "web", state))
+
+    def put_off(self, key, now=1000.0, kind=margo_agent.Unreachable, **facts):
+        error = kind("POST: no", **dict({"status": 500}, **facts))
+        return margo_agent.put_off_status(self.state, key, error, margo_agent.Clock(now, "", 0), 1)
+
+    def left(self, key, now=1000.0):
+        return margo_agent.find_wait(self.state["waits"].get(key, {}), margo_agent.Clock(now, "", 0))
+
+    def test_each_has_a_back_off_of_its_own(self):
+        """C-056: as for everything else."""
+        found = []
+        for _ in range(4):
+            self.put_off("a")
+            found.append((self.left("a"), self.left("b")))
+        self.assertEqual(found, [(2, 0), (4, 0), (8, 0), (16, 0)])
+        margo_agent.acknowledge_status(self.state, "a")
+        self.assertEqual((self.left("a"), self.state["waits"]), (0, {}))
+
+    def test_a_newer_status_waits_as_the_older_one_did(self):
+        self.put_off("a")
+        record = dict(make_record("web"), deploymentId="a")
+        margo_agent.enqueue_status(self.state, margo_agent.set_component(record, "web", "installing"))
+        self.assertEqual((self.left("a"), self.state["outbox"]["a"]["status"]["state"]), (2, "installing"))
+
+    def test_who_asks_for_patience_gets_it(self):
+        self.put_off("a", retry_after=90, status=429)
+        self.assertEqual((self.left("a"), self.left("b")), (90, 0))
+
+    def test_a_removed_that_is_answered_by_faults_for_a_day_is_dropped(self):
+        """Others wait for as long as it takes."""
+        day = 86400
+        for now in (1000.0, 1000.0 + day - 1):
+            self.put_off("a", now)
+            self.put_off("b", now)
+        self.assertEqual(list(self.state["outbox"]), ["a", "b"])
+        self.put_off("a", 1000.0 + day)
+        words = self.put_off("b", 1000.0 + day)
+        self.assertIn("for a day", words)
+        self.assertEqual((list(self.state["outbox"]), list(self.state["waits"])), (["a"], ["a"]))
+        self.assertEqual(self.state["dropped"], {"b": {"state": "removed", "at": margo_agent.make_time(1000 + day), "reason": "POST: no"}})
+
+    def test_a_wfm_that_cannot_be_reached_for_days_is_told_of_the_removal_all_the_same(self):
+        """Nor does the first fault after an outage count as a day of them."""
+        for now in (1000.0, 10.0 ** 6):
+            self.put_off("b", now, status=0)
+        self.put_off("b", 10.0 ** 6 + 1)
+        self.assertIn("b", self.state["outbox"])
+
+    def test_what_is_refused_for_good_is_dropped_at_once_and_a_redirect_is_not(self):
+        self.put_off("a", kind=margo_agent.Refused, status=302)
+        self.assertEqual(self.left("a"), 2)
+        self.put_off("a", kind=margo_agent.Refused, status=422)
+        self.assertEqual((list(self.state["outbox"]), list(self.state["dropped"])), (["b"], ["a"]))
 
 
 class Versions(unittest.TestCase):

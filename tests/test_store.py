@@ -285,7 +285,8 @@ class Memo(StoreCase):
             old = os.environ.get("RUNTIME_DIRECTORY")
             os.environ["RUNTIME_DIRECTORY"] = runtime
             self.addCleanup(lambda: os.environ.pop("RUNTIME_DIRECTORY") if old is None else os.environ.update(RUNTIME_DIRECTORY=old))
-            self.store.save_memo({"lastPoll": {"at": "now"}})
+            self.store.load_memo().update(lastPoll={"at": "now"})
+            self.assertTrue(self.store.save_memo())
             self.assertEqual(margo_agent.Store(self.folder).load_memo(), {"lastPoll": {"at": "now"}})
             self.assertTrue(self.store.memo_path().startswith(runtime))
             with open(self.store.memo_path(), "w") as file:

@@ -147,7 +147,7 @@ class EveryByte(WireCase):
         """C-106, D-1: by a reset or an early end, in handshake, head and body; never half a manifest, and never anything but unreachable."""
         config = margo_agent.load_config(self.device.config_file)
         identity = margo_agent.load_identity(config)
-        source = margo_agent.MtlsSource(config, identity, margo_agent.load_trust_bundle(config, margo_agent.Store(config.state_dir)))
+        source = margo_agent.MtlsSource(config, identity, margo_agent.load_trust_bundle(config, margo_agent.Store(config.state_dir)), {})
         headers = {"Accept": margo_agent.MANIFEST_TYPE}
         whole = source.send("GET", "/deployments", (200,), headers).body
         needed = self.relay.counts[-1]
