@@ -385,8 +385,8 @@ class Agent:
             return
         self.check_patience()
         self.connect()
-        self.report_capabilities()
-        self.flush_outbox()
+        if self.report_capabilities():
+            self.flush_outbox()
         window = self.config.poll.window
         if window and not is_within(window, time.localtime()):
             log_wait("outside poll.window: the WFM is not asked for anything new")
@@ -416,9 +416,9 @@ class Agent:
         return desired
 
     def report_capabilities(self, always=False):
-        """PUTs the capabilities of all devices, before anything else and where they changed."""
+        """PUTs capabilities, before anything else and where they changed; see report_devices."""
         documents = load_capabilities(self.devices, self.config)
-        report_devices(documents, self.source, self.state, always)
+        return report_devices(documents, self.source, self.state, always)
 
     def accept(self, desired):
         """Makes a verified desired state the accepted one, durable: first its documents, then it (C-111)."""
@@ -3255,8 +3255,8 @@ def report_devices(documents, source, state, always):
     """PUTs what changed of {device id: capabilities document}, a gateway's own first.
 
     DELETEs that of a device that has gone (C-081, C-082, C-220, C-223).  always: all are sent, and every
-    fault is raised.  Changes state["enrollment"].  What the WFM does not take waits by a back-off
-    of its own, and holds up nothing else.
+    fault is raised.  Changes state["enrollment"].  What the WFM does not take waits by a back-off of its own,
+    and holds up nothing else.  Returns whether the WFM could be reached.
     """
     known = (state["enrollment"] or {}).get("devices", {})
     devices = [*documents, *sorted(set(known) - set(documents), reverse=True)]
@@ -3273,10 +3273,13 @@ def report_devices(documents, source, state, always):
             report_device(device_id, documents, source, state, always)
             state["waits"].pop(key, None)
         except (Refused, Unreachable, Untrusted) as error:
-            if always or not state["enrollment"] or not (error.status or isinstance(error, Refused)):
+            if always or not state["enrollment"]:
                 raise
             log("error", "the WFM does not take the capabilities", device=device_id, reason=error.message)
             state["waits"][key] = make_hold(wait, error, clock, get_random())
+            if not error.status and not isinstance(error, Refused):
+                return False
+    return True
 
 
 def report_device(device_id, documents, source, state, always, again=True):
