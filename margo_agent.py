@@ -1589,7 +1589,7 @@ def make_prefix(device_id, own_id):
 def prune(state, store, own_id, answering):
     """Removes what neither the current nor the previous version of any deployment needs.
 
-    That are artifacts, unpacked packages, and images that the agent pulled: nothing else on the device.
+    These are artifacts, unpacked packages, and images that the agent pulled: nothing else on the device.
     Changes state["pulled"].  answering: {device id: {type: driver}} of what answers.
     """
     digests, images = find_needed(state)
