@@ -1462,8 +1462,8 @@ def hold_back(action, share):
 def make_drivers(config, child=None, others=()):
     """{deployment type: driver} of what a device can run; arguments as make_compose_driver takes them.
 
-    A driver has observe, ask_strangers, tail_log, tend, prepare, list_ports, apply, remove, remove_image
-    and, where it holds ports of the host, stop; no other section knows what it drives.
+    A driver has observe, check, ask_strangers, tail_log, tend, prepare, list_ports, apply, remove,
+    remove_image and, where it holds ports of the host, stop; no other section knows what it drives.
     """
     drivers = {kind: make(config, child, others) for kind, make in DRIVERS.items()}
     return {kind: driver for kind, driver in drivers.items() if driver}
@@ -11370,11 +11370,12 @@ class HelmDriver:
             raise ComponentError("NAME_TAKEN", f"release {name} in namespace {namespace} was not made by this"
                                  " agent: remove it there")
 
-    def check(self):
+    def check(self, claim):
         """What `doctor` says of this driver; raises CommandError."""
         record = {"deploymentId": "", "components": []}
         version = self.run(["version", "--short"], 60).stdout.decode("utf-8", "replace").strip()
-        return f"helm {make_printable(version, 60)} answers, {len(self.observe([record]))} releases of ours"
+        count = len(self.observe([record], claim))
+        return f"helm {make_printable(version, 60)} answers, {count} releases of ours"
 
     def prepare(self, deployment, component, known, store, fetched):
         """Fetches and verifies the chart and makes the values, and touches nothing that runs.
