@@ -389,8 +389,8 @@ class Agent:
             return
         self.check_patience()
         self.connect()
-        self.report_capabilities()
-        self.flush_outbox()
+        if self.report_capabilities():
+            self.flush_outbox()
         window = self.config.poll.window
         if window and not is_within(window, time.localtime()):
             log_wait("outside poll.window: the WFM is not asked for anything new")
@@ -420,9 +420,9 @@ class Agent:
         return desired
 
     def report_capabilities(self, always=False):
-        """PUTs the capabilities of all devices, before anything else and where they changed."""
+        """PUTs capabilities, before anything else and where they changed; see report_devices."""
         documents = load_capabilities(self.devices, self.config)
-        report_devices(documents, self.source, self.state, always)
+        return report_devices(documents, self.source, self.state, always)
 
     def accept(self, desired):
         """Makes a verified desired state the accepted one, durable: first its documents, then it (C-111)."""
@@ -1462,8 +1462,8 @@ def hold_back(action, share):
 def make_drivers(config, child=None, others=()):
     """{deployment type: driver} of what a device can run; arguments as make_compose_driver takes them.
 
-    A driver has observe, ask_strangers, tail_log, tend, prepare, list_ports, apply, remove, remove_image
-    and, where it holds ports of the host, stop; no other section knows what it drives.
+    A driver has observe, check, ask_strangers, tail_log, tend, prepare, list_ports, apply, remove,
+    remove_image and, where it holds ports of the host, stop; no other section knows what it drives.
     """
     drivers = {kind: make(config, child, others) for kind, make in DRIVERS.items()}
     return {kind: driver for kind, driver in drivers.items() if driver}
@@ -1591,7 +1591,7 @@ def make_prefix(device_id, own_id):
 def prune(state, store, own_id, answering):
     """Removes what neither the current nor the previous version of any deployment needs.
 
-    That are artifacts, unpacked packages, and images that the agent pulled: nothing else on the device.
+    These are artifacts, unpacked packages, and images that the agent pulled: nothing else on the device.
     Changes state["pulled"].  answering: {device id: {type: driver}} of what answers.
     """
     digests, images = find_needed(state)
@@ -3265,8 +3265,8 @@ def report_devices(documents, source, state, always):
     """PUTs what changed of {device id: capabilities document}, a gateway's own first.
 
     DELETEs that of a device that has gone (C-081, C-082, C-220, C-223).  always: all are sent, and every
-    fault is raised.  Changes state["enrollment"].  What the WFM does not take waits by a back-off
-    of its own, and holds up nothing else.
+    fault is raised.  Changes state["enrollment"].  What the WFM does not take waits by a back-off of its own,
+    and holds up nothing else.  Returns whether the WFM could be reached.
     """
     known = (state["enrollment"] or {}).get("devices", {})
     devices = [*documents, *sorted(set(known) - set(documents), reverse=True)]
@@ -3283,10 +3283,13 @@ def report_devices(documents, source, state, always):
             report_device(device_id, documents, source, state, always)
             state["waits"].pop(key, None)
         except (Refused, Unreachable, Untrusted) as error:
-            if always or not state["enrollment"] or not (error.status or isinstance(error, Refused)):
+            if always or not state["enrollment"]:
                 raise
             log("error", "the WFM does not take the capabilities", device=device_id, reason=error.message)
             state["waits"][key] = make_hold(wait, error, clock, get_random())
+            if not error.status and not isinstance(error, Refused):
+                return False
+    return True
 
 
 def report_device(device_id, documents, source, state, always, again=True):
@@ -11367,11 +11370,12 @@ class HelmDriver:
             raise ComponentError("NAME_TAKEN", f"release {name} in namespace {namespace} was not made by this"
                                  " agent: remove it there")
 
-    def check(self):
+    def check(self, claim):
         """What `doctor` says of this driver; raises CommandError."""
         record = {"deploymentId": "", "components": []}
         version = self.run(["version", "--short"], 60).stdout.decode("utf-8", "replace").strip()
-        return f"helm {make_printable(version, 60)} answers, {len(self.observe([record]))} releases of ours"
+        count = len(self.observe([record], claim))
+        return f"helm {make_printable(version, 60)} answers, {count} releases of ours"
 
     def prepare(self, deployment, component, known, store, fetched):
         """Fetches and verifies the chart and makes the values, and touches nothing that runs.
