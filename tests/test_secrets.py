@@ -134,7 +134,9 @@ class Life(Site):
                    if "execve(" in line and any(canary in line for canary in canaries)]
         self.assertEqual(started, [], "in the arguments or the environment of a program")
         for arguments, text in self.printed:
-            self.assertFalse([canary for canary in canaries if canary in text], f"printed by {arguments}")
+            if "logs" in arguments:
+                text = text.replace(f"SECRET={PARAMETERS[1]}", "")      # what the application itself has printed
+            self.assertFalse([canary for canary in canaries if canary in text], f"printed by {arguments}: {text[:2000]}")
         told = json.dumps([[item.get("body") for item in self.wfm.lines("requests.jsonl")], self.wfm.lines("statuses.jsonl"),
                            self.mis.lines("requests.jsonl")])
         self.assertFalse([canary for canary in canaries if canary in told], "told to the WFM or the identity service")
