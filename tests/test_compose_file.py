@@ -532,6 +532,7 @@ class ServiceKeys(FileCase):
              "services.main.volumes[0].tmpfs.sizes"),
             ({"depends_on": {"main": {"when": "x"}}}, {}, "services.main.depends_on.main.when"),
             ({"networks": {"default": {"link_local_ips": "x"}}}, {}, "services.main.networks.default.link_local_ips"),
+            ({"env_file": [{"path": "a", "format": "raw"}]}, {}, "services.main.env_file[0].format"),
             ({"configs": [{"source": "a", "path": "x"}]}, {"configs": {"a": {"content": ""}}},
              "services.main.configs[0].path"),
             ({}, {"configs": {"a": {"external": True}}}, "configs.a.external"),
@@ -1009,6 +1010,14 @@ class Order(FileCase):
                                             "main": {"image": IMAGE}}})
         self.assertEqual([service.name for service in project.services], ["main", "beside"])
 
+    def test_who_depends_with_restart_is_made_anew_with_what_it_depends_on(self):
+        def hashes(tag, restart):
+            services = {"main": {"image": f"localhost/a:{tag}"}, "beside": {"image": IMAGE, "depends_on": {
+                "main": {"condition": "service_started", "restart": restart}, "absent": {"required": False, "restart": True}}}}
+            return {service.name: service.hash for service in self.settle({"services": services}).services}
+        self.assertNotEqual(hashes(1, True)["beside"], hashes(2, True)["beside"])
+        self.assertEqual(hashes(1, False)["beside"], hashes(2, False)["beside"])
+
     def test_who_shares_a_network_is_made_anew_with_its_owner(self):
         """A container that joined one that is gone has no network any more."""
         def hashes(tag):
@@ -1166,6 +1175,21 @@ class Shared(FileCase):
                     "d": {"image": IMAGE, "container_name": "c"}}
         self.assertEqual(self.settle({"services": services}).notes, ["services.a: the name b also leads to service b",
                                                                      "services.d: the name c also leads to service b"])
+
+    def test_an_alias_that_another_service_has_is_told(self):
+        """Each gets a part of what is meant for the other; compose says nothing."""
+        services = {"a": {"image": IMAGE, "networks": {"default": {"aliases": ["b", "own"]}}}, "b": {"image": IMAGE},
+                    "c": {"image": IMAGE, "networks": {"default": {"aliases": ["own"]}}}}
+        self.assertEqual(self.settle({"services": services}).notes, ["services.a: the name b also leads to service b",
+                                                                     "services.c: the name own also leads to service a"])
+
+    def test_nobody_answers_to_the_name_of_another_deployments_container(self):
+        """In a network that both join, its peers would talk to this one."""
+        theirs = f"web-{support.HELLO[:-1]}1-main-1"
+        for keys, members in (({"container_name": theirs}, {}), ({"networks": {"default": {"aliases": [theirs]}}}, {}),
+                              ({}, {"services": {"main": {"image": IMAGE}, "b": {"image": IMAGE, "links": [f"main:{theirs}"]}}})):
+            self.assertRefused(make_document(keys, **members), "services.main.networks.default", "of another deployment", code="POLICY_DENIED")
+        self.settle(make_document({"container_name": f"web-{support.HELLO}-main-1"}))
 
     def test_a_link_is_a_dependency_and_a_name(self):
         services = {"app": {"image": IMAGE, "links": ["db:database", "cache"]}, "db": {"image": IMAGE}, "cache": {"image": IMAGE}}
