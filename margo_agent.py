@@ -7,14 +7,16 @@ it so.  It proves the device's identity by an X.509-SVID, reports what the devic
 state, verifies it, compares it with what runs, drives container commands to close the gap, and reports how
 that went.  It never listens; every connection starts here.
 
-Commands.   enroll | run [--once] | plan | status | history | capabilities | csr | doctor | retry [ID] |
-            unenroll [--purge] | version
-Exit codes. 0 as desired, 1 a deployment failed, 2 usage or configuration, 3 unreachable or to be reported
-            later, 4 desired state refused, 5 identity or trust, 6 another instance runs, 70 a bug.
-Files.      The configuration (-c, $MARGO_CONFIG, /etc/margo/agent.yaml) and one state directory; see README.
+Usage.      margo_agent.py [-c FILE] [-v|-q] [--log-format text|json] COMMAND
+            (or --config, --verbose, --quiet; `COMMAND --help` explains one)
+Files.      The configuration (-c FILE, else $MARGO_CONFIG, else
+            /etc/margo/agent.yaml) and one state directory.
+Exit codes. 0 as desired, 1 a deployment failed, 2 usage or configuration,
+            3 unreachable or to be reported later, 4 desired state refused,
+            5 identity or trust, 6 another instance runs, 70 a bug.
 
-Stable for embedding: main, Agent, load_config, load_yaml, YAMLError, MargoError, PROFILES, __version__.  All
-else may change.
+Stable for embedding: what __all__ names, `Agent.cycle` with the fields of the Outcome that it returns, and
+log.level and log.callback(level, message, fields).  All else may change.
 
 How to read it: from top to bottom, as a newspaper: what the agent does, then how, then with what.  To follow
 one poll, read 1 to 6; `Agent.cycle` is where it begins.  A section uses only 1, 2 and sections below it;
@@ -28,8 +30,8 @@ optional ones and the command line, which stand at the end, use all of it, and n
    7 Devices                      19 Store                          31 Gateway (optional)
    8 Turns                        20 Patience                       32 Hooks (optional)
    9 Desired-state source         21 Configuration                  33 Doctor (optional)
-  10 Desired state                22 X.509                          34 Command line
-  11 Identity and trust           23 YAML
+  10 Desired state                22 X.509                          34 Commands for people (optional)
+  11 Identity and trust           23 YAML                           35 Command line
   12 Eligibility                  24 Small encodings
 "C-nnn" and "E-nnn" in comments and docstrings are rules of Margo's protocol and of its drafts
 (tests/data/rules.txt), "P-nn" and "D-nn" are mistakes of other agents, which a test of the same mark keeps
@@ -45,7 +47,9 @@ import time
 from collections import ChainMap, namedtuple
 
 __version__ = "0.1.0"
-__all__ = ["main", "Agent", "load_config", "load_yaml", "YAMLError", "MargoError", "PROFILES", "__version__"]
+__all__ = ["main", "Agent", "load_config", "load_yaml", "status", "log", "PROFILES", "__version__",
+           "MargoError", "ConfigError", "Unreachable", "StorageError", "Refused", "Untrusted", "Locked",
+           "YAMLError"]
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -57,11 +61,11 @@ __all__ = ["main", "Agent", "load_config", "load_yaml", "YAMLError", "MargoError
 PROFILES = {}                       # {wfm.profile: its Profile class}
 OPTIONS = {"enroll": {}}            # {command: {option: (name of its value, function of config and value)}}
 COMMANDS = {}                       # {name: (its function, to an exit code or nothing for 0; its options,
-                                    # each with what follows it; its operand)}
+                                    # each with what follows it; its operands)}; its docstring is its help
 DRIVERS = {}                        # {deployment type: function of (config, child, others) to its driver or
                                     # None}
 EXAMINE = {}                        # {what `doctor` checks: function of the Agent to (ok or warn, words)}
-TRACES = []                         # names in the state directory that `unenroll` removes
+TRACES = ["registries"]             # names in the state directory that `unenroll` removes
 
 KIB = 1024
 MIB = 1024 * KIB
@@ -70,6 +74,8 @@ MAX_ANSWER = 256 * KIB              # a problem document, a token, the answer to
 MAX_MESSAGE = 4000                  # characters of what the WFM is told about a fault
 MAX_OUTPUT = 32 * MIB               # what a helper program may print
 MAX_DEPLOYMENTS = 10000             # entries of one state manifest
+DOCUMENTS = 8                       # all documents together: one part in so many of policy.max_unpacked
+MAX_NODES = 250000                  # members of a document: each takes some hundred bytes of memory
 MAX_DURATION = 3650 * 86400         # seconds of one setting; clocks and timers take no sum of centuries
 MAX_VERSION = 2 ** 64 - 1           # manifestVersion is an unsigned 64 bit number (protocol 3.1)
 
@@ -141,16 +147,16 @@ class MargoError(Exception):
         vars(self).update(facts)
 
 
-def define_fault(name, exit, code, meaning, base=MargoError, result="failed"):
+def define_fault(name, exit, code, meaning, base=MargoError, result=""):
     """A kind of MargoError: its exit code, stable text, meaning (its docstring) and word for `lastPoll`."""
-    return type(name, (base,), {"exit": exit, "code": code, "__doc__": meaning, "result": result})
+    return type(name, (base,), {"exit": exit, "code": code, "__doc__": meaning,
+                                "result": result or base.result})
 
 
 ConfigError = define_fault("ConfigError", 2, "CONFIGURATION", "The command line or configuration is wrong.")
 Unreachable = define_fault("Unreachable", 3, "UNREACHABLE", "The WFM cannot be reached or asks for patience.",
                            result="unreachable")
-Silence = define_fault("Silence", 3, "UNREACHABLE", "No request is made now; not a fault.", Unreachable,
-                       "unreachable")
+Silence = define_fault("Silence", 3, "UNREACHABLE", "No request is made now; not a fault.", Unreachable)
 Waiting = define_fault("Waiting", 3, "REMOVALS_UNCONFIRMED", "So much is removed only once it is confirmed.",
                        result="refused")
 Interrupted = define_fault("Interrupted", 3, "INTERRUPTED", "The process was asked to end before its time.")
@@ -185,6 +191,9 @@ class ComponentError(MargoError):
 
     def __init__(self, code, message, **facts):
         super().__init__(message[:MAX_MESSAGE] + ("..." if len(message) > MAX_MESSAGE else ""), code, **facts)
+
+
+TROUBLE = (ComponentError, CommandError, MemoryError)       # what fails one deployment and not the cycle
 
 
 class Forbidden(ComponentError):
@@ -290,10 +299,9 @@ class Agent:
         self.starting = 0                           # seconds until the first contact since the device started
 
     def cycle(self):
-        """One cycle: every step in turn.  Returns an Outcome.
+        """One cycle: every step in turn.  Returns an Outcome, which tells what went wrong.
 
-        Raises Locked where another instance works, StorageError where the state cannot be read; all other
-        faults are in the Outcome.
+        Raises Locked where another instance works, StorageError where the state cannot be read.
         """
         with self:
             began = time.time()
@@ -374,10 +382,7 @@ class Agent:
             self.state["patience"] = make_patience(self.state["patience"], error, clock, get_random())
 
     def exchange(self):
-        """Speaks with the WFM: capabilities where they changed, the outbox, the desired state.
-
-        A WFM that does not take a report is polled all the same (P-9).
-        """
+        """Speaks with the WFM.  One that does not take what is reported is polled all the same (P-9)."""
         if self.silent:
             return
         self.check_patience()
@@ -403,14 +408,13 @@ class Agent:
         if not accepted:
             return self.source.fetch_desired(None, self.store.load_artifact)
         memo = self.store.load_memo()
-        digest, etag = memo.get("etag") or ("", "")
-        etag = etag if digest == accepted["digest"] else accepted["etag"]
+        etag = memo.get("etags", {}).get(accepted["digest"], accepted["etag"])
         needed = [target.digest for target in list_targets(accepted) if self.is_needed(target)]
         lost = None in map(self.store.load_artifact, needed)        # it is fetched again (D-9)
         asked = dict(accepted, etag=etag, incomplete=lost)
         desired = self.source.fetch_desired(asked, self.store.load_artifact)
         if not desired and asked["etag"] != etag:
-            memo["etag"] = [accepted["digest"], asked["etag"]]
+            memo["etags"] = {accepted["digest"]: asked["etag"]}
         return desired
 
     def report_capabilities(self, always=False):
@@ -500,8 +504,7 @@ class Agent:
     def reconcile(self, accepted=None):
         """Makes what runs match what was accepted.
 
-        An engine that does not answer is not an empty one: what runs there is left alone, and CommandError
-        says so (D-16).
+        An engine that does not answer is not an empty one: it is left alone, and CommandError says so (D-16).
         """
         accepted = accepted or self.state["accepted"]
         if not accepted:
@@ -614,13 +617,10 @@ class Agent:
         self.state["deployments"][step.action.key] = record
         enqueue_status(self.state, record)
         self.store.save_state(self.state)
-        self.silent = not self.flush_outbox() or self.silent    # one time-out is enough
+        self.silent |= not self.flush_outbox()      # one time-out is enough
 
     def flush_outbox(self):
-        """Sends every waiting status that is due, oldest first; whether the WFM could be reached.
-
-        One that it does not take waits by a back-off of its own, and holds up nothing else (P-9).
-        """
+        """Sends every status that waits and is due, oldest first; whether the WFM could be reached."""
         state = self.state
         for key, status in list(state["outbox"].items()):
             clock = get_clock()
@@ -638,7 +638,7 @@ class Agent:
                     log("warning", words, deployment=key, reason=error.message)
                 else:
                     log("error", f"{words}; it is dropped", deployment=key, reason=error.message)
-                answered = bool(error.status) or isinstance(error, Refused)
+                answered = error.status or isinstance(error, Refused)
                 if error.retry_after or not answered:
                     return answered                 # the others come next time
         return True
@@ -677,7 +677,7 @@ def judge_cycle(fault, changed, failed, waiting):
     deployment has failed.  waiting: whether a report waits to be taken.
     """
     silence = bool(fault) and not fault.exit
-    code = max(fault.exit if fault else 0, 1 if failed else 0, 3 if waiting and not silence else 0)
+    code = max(fault.exit if fault else 0, int(failed), 3 if waiting and not silence else 0)
     if fault and not silence:
         return fault.result, code
     if failed:
@@ -789,8 +789,7 @@ def make_action(target, record, containers, clock, settle, mark):
         return act("install", "new")
     if state != "installed":
         return act(change, f"was interrupted while {state}")
-    services = {item["name"]: item["services"] for item in record["components"]}
-    culprit, words = find_drift(services, containers, clock.now, settle)
+    culprit, words = find_drift(list_parts(record, "services"), containers, clock.now, settle)
     if words and pause:
         words += f" although it was repaired {record['repair']['failures']} times"
         return act("give_up", f"{words}; next attempt at {make_time(clock.now + pause)}", culprit)
@@ -893,6 +892,14 @@ class Step:
             raise ComponentError("UNSUPPORTED_TYPE", words)
         return self.sight.drivers[kind]
 
+    def load_deployment(self, digest):
+        """The Deployment of a revision; raises ComponentError where its document is lost, or none."""
+        target = Target(self.action.deployment_id, digest, 0, None, None)
+        target = read_target(target, self.store.load_artifact, self.config)
+        if target.error:
+            raise target.error
+        return target.deployment
+
     def look(self, record):
         """Looks anew at what there is of a deployment; raises CommandError."""
         self.sight = self.sight._replace(containers=observe_all(self.sight.drivers, record))
@@ -988,10 +995,7 @@ class Installation:
                 notices.remove(change)
 
     def take_turn(self, ports):
-        """Waits for its turn, and frees its own ports first where others wait for them.
-
-        What moves is then removed from where it was.
-        """
+        """Waits for its turn, after freeing its ports where others wait for them; then clears what moves."""
         step = self.step
         verb = "stop"
         while verb == "stop":
@@ -999,9 +1003,8 @@ class Installation:
             if verb == "fail":
                 raise ComponentError("PORT_IN_USE", words)
             while step.before:
-                other = step.before.pop()
                 try:
-                    clear(other)
+                    clear(step.before.pop())
                 except (CommandError, ComponentError) as error:
                     if isinstance(error, Forbidden):
                         raise
@@ -1028,21 +1031,16 @@ class Installation:
         return self.step.fail(self.record, name, ComponentError(code, words, retry_after=error.retry_after))
 
     def undo(self, deployment=None):
-        """Brings the version before back, or else removes what a first installation has begun.
-
-        Returns what came of it, in words.
-        """
+        """Brings the version before back, or removes what was begun; what came of it, in words."""
         try:
             return self.go_back() if self.record["running"] else self.take_back(deployment)
-        except (ComponentError, CommandError, MemoryError) as error:
+        except TROUBLE as error:
             words = f"going back failed too: {to_fault(error).message}"
             log("error", words, deployment=self.record["deploymentId"])
             return words
 
     def take_back(self, deployment):
-        """Removes what was begun, so that nothing crashes on and on; what ran before it, of a state that was
-        lost, runs again.
-        """
+        """Leaves nothing that crashes on and on; what ran before it, of a lost state, runs again."""
         before = find_containers(deployment.deployment_id, self.step.sight.containers)
         if before and self.record.get("found"):
             driver = self.step.get_driver(before[0].type)
@@ -1055,8 +1053,7 @@ class Installation:
         """Makes the version before run."""
         before = self.record["running"]
         self.services = {}
-        deployment = load_deployment(self.record["deploymentId"], before["digest"], self.step.store,
-                                     self.step.config)
+        deployment = self.step.load_deployment(before["digest"])
         list(self.run(deployment, before["packages"], before["services"], rollback=True))
         log("warning", "rolled back; the version before runs again", deployment=self.record["deploymentId"],
             digest=before["digest"])
@@ -1067,8 +1064,7 @@ class Installation:
 def apply_install(step):
     """Makes one deployment as its target says, new or not; a failure ends in a failed record."""
     target, record = step.action.target, step.record
-    packages, services = ({item["name"]: item[part] for item in record["components"]}
-                          for part in ("package", "services"))
+    known = list_parts(record, "package"), list_parts(record, "services")
     running = record["running"]
     if running and running["digest"] == target.digest == record["adopted"]["digest"]:
         record = count_repair(record, get_clock())
@@ -1077,9 +1073,9 @@ def apply_install(step):
     job = Installation(begin_record(record, target), step)
     yield job.record
     try:
-        yield from job.run(target.deployment, packages, services)
+        yield from job.run(target.deployment, *known)
         yield finish_record(job.record, make_mark(step.config.runtime.environment))
-    except (ComponentError, CommandError, MemoryError) as error:
+    except TROUBLE as error:
         yield job.fail(to_fault(error), target.deployment)
 
 
@@ -1101,7 +1097,7 @@ def apply_give_up(step):
              if (container.component, container.service) == culprit]
     try:                                            # without its document nobody knows what to mask
         digest = record["adopted"]["digest"]
-        deployment = load_deployment(record["deploymentId"], digest, step.store, step.config)
+        deployment = step.load_deployment(digest)
         secrets = make_variables(deployment, culprit[0]).values()
         words = step.get_driver(deployment.type).tail_log((there or [""])[-1], secrets)
     except MargoError:
@@ -1135,8 +1131,8 @@ def apply_removal(step):
     yield record
     try:                                            # listeners are told of it
         digest = (record["running"] or record["adopted"])["digest"]
-        deployment = load_deployment(record["deploymentId"], digest, step.store, step.config)
-    except ComponentError:
+        deployment = step.load_deployment(digest)
+    except (ComponentError, StorageError):
         deployment = make_nothing(record)
     names = [component["name"] for component in record["components"]]
     known = [(name, record["type"]) for name in names[::-1]]
@@ -1149,13 +1145,13 @@ def apply_removal(step):
     try:
         with Notices(step) as notices:
             for change in changes:
-                name = change.name if change.name in names else None
+                name = change.name
                 step.get_driver(change.kind)        # it may run still
                 notices.ask(change)
             for change in changes:
-                name = change.name if change.name in names else None
+                name = change.name
                 notices.remove(change)
-                if name and change.kind == record["type"]:
+                if (name, change.kind) in known:
                     record = set_component(record, name, "removed")
                     if record["state"] != "removed":            # said below, once nothing is left
                         yield record
@@ -1163,7 +1159,7 @@ def apply_removal(step):
         log("error", "removal failed", deployment=record["deploymentId"], component=name,
             reason=error.message)
         code = error.code if isinstance(error, ComponentError) else "REMOVE_FAILED"
-        yield step.fail(record, name, ComponentError(code, error.message))
+        yield step.fail(record, name if name in names else None, ComponentError(code, error.message))
         return
     remove_folder(step.store.path("deployments", step.action.key))
     yield dict(set_component(record, None, "removed"), state="removed", running=None, previous=None)
@@ -1212,15 +1208,6 @@ def find_dropped(record, deployment, containers, rollback=False):
     there = find_components(deployment.deployment_id, containers)
     return [Change("removal", name, record, deployment, rollback, kind) for name, kind in there
             if (name, kind) not in wanted]
-
-
-def load_deployment(deployment_id, digest, store, config):
-    """The Deployment of a revision; raises ComponentError where its document is lost, or none."""
-    load = store.load_artifact if digest else {}.get            # there is none of what was never known
-    target = read_target(Target(deployment_id, digest, 0, None, None), load, config)
-    if target.error:
-        raise target.error
-    return target.deployment
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1276,7 +1263,7 @@ def begin_record(record, target):
     if before != target.digest:
         record.update(retry={}, repair={}, fetched=[])
         if running and running["digest"] == before:             # from here on it is the version before
-            running = dict(running, services={name: component["services"] for name, component in old.items()})
+            running = dict(running, services=list_parts(record, "services"))
     return dict(record, adopted={"digest": target.digest, "version": target.version}, running=running,
                 fallback=bool(running and running["digest"] != target.digest))
 
@@ -1310,9 +1297,8 @@ def fail_record(record, component, error, clock, jitter, refused=False):
 def finish_record(record, mark=""):
     """The record once all of its revision is installed.  mark: make_mark of its environment."""
     images = {facts["image"] for item in record["components"] for facts in item["services"].values()} - {""}
-    packages = {item["name"]: item["package"] for item in record["components"]}
-    running = {"digest": record["adopted"]["digest"], "packages": packages, "images": sorted(images),
-               "mark": mark, "type": record["type"]}
+    running = {"digest": record["adopted"]["digest"], "packages": list_parts(record, "package"),
+               "images": sorted(images), "mark": mark, "type": record["type"]}
     before = record["running"]
     previous = before if before and before["digest"] != running["digest"] else record["previous"]
     return dict(record, running=running, previous=previous, retry={}, fetched=[], fallback=False,
@@ -1352,10 +1338,10 @@ def enqueue_status(state, record):
 
 
 def put_off_status(state, key, error, clock, jitter):
-    """What becomes of a status that the WFM has not taken, in words: it waits longer each time.
+    """What becomes of a status that the WFM has not taken, in words: it waits longer each time (P-9).
 
-    One that it refuses for good (400 and above) is dropped; and so is a `removed` that it has answered by
-    faults for a day: it may not know the deployment.
+    It is dropped where it is refused for good (400 and above), or is a `removed` that was answered by faults
+    for a day: the WFM may not know the deployment.
     """
     wait = make_hold(state["waits"].get(key, {}), error, clock, jitter)
     removed = state["outbox"][key]["status"]["state"] == "removed"
@@ -1487,11 +1473,12 @@ def obtain_claim(profile, device_id):
     An identity that cannot be read now counts as the one before.
     """
     owners = profile.state["owners"]
+    last = owner = (owners or [""])[-1]
     try:
         owner = make_owner(profile.identify(), device_id)
     except Untrusted:
-        owner = (owners or [""])[-1]
-    if owner not in ("", *owners[-1:]):
+        pass
+    if owner != last:
         before = [other for other in owners if other != owner]
         profile.state["owners"] = before[1 - HISTORY:] + [owner]
     return make_claim(owner, profile.state)
@@ -1568,12 +1555,13 @@ def ask_others(answering, known=None):
     return list(others.values())
 
 
-def observe_all(drivers, record):
+def observe_all(drivers, record, claim=None):
     """Every container of ours on one device, as far as a deployment may have some there.
 
-    Raises CommandError where something does not answer.
+    claim: as for list_looks.  Raises CommandError where something does not answer.
     """
-    return [container for function in list_looks(drivers, [record]).values() for container in function()]
+    looks = list_looks(drivers, [record], claim)
+    return [container for function in looks.values() for container in function()]
 
 
 def find_kinds(record, target=None):
@@ -1622,7 +1610,7 @@ def find_needed(state):
     for record in state["deployments"].values():
         digests.update([record["adopted"]["digest"], *record["fetched"]])
         images.update(record["fetched"])
-        packages = [item["package"] for item in record["components"]]
+        packages = [*list_parts(record, "package").values()]
         images.update(facts["image"] for item in record["components"] for facts in item["services"].values())
         for version in filter(None, (record["running"], record["previous"])):
             digests.add(version["digest"])
@@ -1636,12 +1624,17 @@ def find_needed(state):
 # 8. Turns
 # ----------------------------------------------------------------------------------------------------------
 
+def list_parts(record, part):
+    """{component: a part of it} of a deployment's record."""
+    return {item["name"]: item[part] for item in record["components"]}
+
+
 def list_facts(record):
     """[facts] of each service of the version that runs, as far as known."""
-    services = [component["services"] for component in record["components"]]
+    services = list_parts(record, "services")
     if record["fallback"]:
-        services = record["running"]["services"].values()       # the version before runs still
-    return [facts for items in services for facts in items.values()]
+        services = record["running"]["services"]    # the version before runs still
+    return [facts for items in services.values() for facts in items.values()]
 
 
 def make_groups(actions, records):
@@ -1744,10 +1737,10 @@ class HttpSource:
     def __init__(self, config):
         self.config, self.url = config, config.wfm.url
 
-    def send(self, method, path, accepted, headers=None, document=None, limit=MAX_ANSWER):
+    def send(self, method, path, accepted, headers=(), document=None, limit=MAX_ANSWER):
         """One request to the WFM; raises what check_response raises."""
         body = None
-        headers = dict(headers or {})
+        headers = dict(headers)
         path = self.root + path
         if document is not None:
             body = make_json(document)
@@ -1762,12 +1755,11 @@ class HttpSource:
 
     def fetch_manifest(self, etag):
         """The answer to a request for the state manifest; 304 where it still has the ETag."""
-        headers = {"Accept": MANIFEST_TYPE}
-        accepted = (200,)                                                           # C-100
+        headers = {"Accept": MANIFEST_TYPE}                                         # C-100
         if etag:
             headers["If-None-Match"] = etag                                         # C-101
-            accepted = (200, 304)
-        return self.send("GET", "/deployments", accepted, headers, limit=self.config.policy.max_document)
+        return self.send("GET", "/deployments", (200, 304) if etag else (200,), headers,
+                         limit=self.config.policy.max_document)
 
     def fetch_desired(self, accepted, load_artifact):
         """None where nothing changed, else a Desired whose every byte is verified.
@@ -1822,13 +1814,13 @@ class HttpSource:
         path = f"/bundles/{manifest.bundle_digest}"
         response = self.send("GET", path, (200,), limit=policy.max_artifact)
         check_digest(response.body, manifest.bundle_digest, "bundle")
-        documents = parse_bundle(response.body, manifest.entries, policy.max_unpacked)
+        documents = parse_bundle(response.body, manifest.entries, policy.max_unpacked, policy.max_document)
         return {entry.digest: documents[entry.digest] for entry in missing}
 
     def fetch_one_by_one(self, manifest, missing):
         """{digest: bytes} of the missing documents, each by a request of its own."""
         documents = {}
-        left = self.config.policy.max_unpacked
+        left = self.config.policy.max_unpacked // DOCUMENTS
         for entry in missing:
             path = f"/deployments/{entry.deployment_id}/{entry.digest}"
             response = self.send("GET", path, (200,), {"Accept": DEPLOYMENT_TYPE},
@@ -1837,8 +1829,8 @@ class HttpSource:
             documents[entry.digest] = response.body
             left -= len(response.body)
             if left < 0:
-                raise Refused("the documents of the state manifest are more than policy.max_unpacked, all"
-                              " together")
+                raise Refused(f"the documents of the state manifest are more than 1/{DOCUMENTS} of"
+                              " policy.max_unpacked, all together")
         return documents
 
     def put_capabilities(self, device_id, document):
@@ -2305,14 +2297,14 @@ def check_targets(parameters, names):
             )
 
 
-def parse_bundle(data, entries, max_unpacked):
+def parse_bundle(data, entries, max_unpacked, max_document=8 * MIB):
     """A bundle's bytes to {digest: bytes}.
 
     Raises Refused unless it holds exactly the manifest's documents (protocol 2.5, C-117).  They are known by
     their digests: names are not specified, and nothing reaches the disk under a name of the bundle's.
     """
     wanted = {entry.digest for entry in entries}
-    documents = {}
+    documents, total = {}, 0
     try:
         plain, members, _ = unpack_tar(data, max_unpacked, 4 * MAX_DEPLOYMENTS)
         for member in members:
@@ -2321,7 +2313,11 @@ def parse_bundle(data, entries, max_unpacked):
                 continue
             if not member.isfile() or member.issparse():
                 raise ValueError(f"{name} is not a regular file")
-            content = plain[member.offset_data:member.offset_data + member.size]
+            total += member.size
+            if member.size > max_document or total > max_unpacked // DOCUMENTS:
+                raise ValueError(f"{name} is longer than policy.max_document, or all documents together are"
+                                 f" longer than 1/{DOCUMENTS} of policy.max_unpacked")
+            content = b"".join(read_pieces(plain, member.offset_data, member.size))
             digest = sha256_digest(content)
             if digest not in wanted:
                 raise ValueError(f"{name} has digest {digest}, which the manifest does not name")
@@ -2807,6 +2803,7 @@ def fetch_trust_bundle(config, store, state, held, trust_domain, now, keep):
     check_sequence(bundle, trust, trust_domain)
     if bundle == held and trust.get("source") == url:
         return held
+    make_tls_context(bundle.anchors)                # OpenSSL can use them; else the one at hand stays
     if keep:
         write_file(store.path("trust-bundle.json"), answer.body)
     trust.update(source=url, sequence=bundle.sequence, refreshedAt=now, trustDomain=trust_domain)
@@ -3092,24 +3089,24 @@ def is_contained(expressions, value, combine):
 # below such a name, and a pattern that is found in the file, or among the names in that folder.
 PERIPHERAL_SIGNS = (
     ("gpu", "class/drm", "card[0-9]+"),
-    ("display", "class/drm", ".*", "status", "^connected"),
-    ("camera", "class/video4linux", ".*"),
+    ("display", "class/drm", ".+", "status", "^connected"),
+    ("camera", "class/video4linux", ".+"),
     ("microphone", "class/sound", "pcmC[0-9]+D[0-9]+c"),
     ("speaker", "class/sound", "pcmC[0-9]+D[0-9]+p"),
 )
 # Of a network interface the first row that fits.  What comes and goes with containers is of no kind, so that
 # the document does not change with them.
 INTERFACE_SIGNS = (
-    ("wifi", "class/net", ".*", "wireless", "."),
-    ("wifi", "class/net", ".*", "phy80211", "."),
+    ("wifi", "class/net", ".+", "wireless", "."),
+    ("wifi", "class/net", ".+", "phy80211", "."),
     ("cellular", "class/net", "wwan.*"),
-    ("cellular", "class/net", ".*", "uevent", "DEVTYPE=wwan"),
-    ("canbus", "class/net", ".*", "type", "^280$"),
-    ("", "class/net", "(lo|veth|br-|docker|podman|cni|virbr|tap|tun|wg|dummy|bond|vlan|vxlan|flannel).*"),
-    ("", "class/net", ".*", "bridge", "."),
-    ("ethernet", "class/net", ".*", "type", "^1$"),
-    ("bluetooth", "class/bluetooth", ".*"),
-    ("usb", "bus/usb/devices", ".*"),
+    ("cellular", "class/net", ".+", "uevent", "DEVTYPE=wwan"),
+    ("canbus", "class/net", ".+", "type", "^280$"),
+    ("", "class/net", "(?:lo|veth|br-|docker|podman|cni|virbr|tap|tun|wg|dummy|bond|vlan|vxlan|flannel).*"),
+    ("", "class/net", ".+", "bridge", "."),
+    ("ethernet", "class/net", ".+", "type", "^1$"),
+    ("bluetooth", "class/bluetooth", ".+"),
+    ("usb", "bus/usb/devices", ".+"),
     ("rs232", "class/tty", "ttyS.*", "type", "^(?!0$)."),
 )
 
@@ -3130,11 +3127,11 @@ def read_signs(root, signs):
     """{path in /sys: kind}, each by the first of some signs that fits."""
     found = {}
     for kind, folder, names, *inner in signs:
-        folder = os.path.join(root, "sys", folder)
-        for name in read_fact(folder).splitlines():
-            path = os.path.join(folder, name)
-            if re.fullmatch(names, name) and (not inner or re.search(inner[1], read_fact(path, inner[0]))):
-                found.setdefault(path, kind)
+        folder = f"{root}/sys/{folder}/"
+        for name in re.findall(f"(?m)^{names}$", read_fact(folder)):
+            path = folder + name
+            if path not in found and (not inner or re.search(inner[1], read_fact(path, inner[0]))):
+                found[path] = kind
     return found
 
 
@@ -3148,9 +3145,7 @@ def detect_properties(state_dir, root="/", hostname=False):
         cpu["architecture"] = ARCHITECTURES[os.uname().machine]
     memory = re.search(r"^MemTotal:\s+([0-9]+) kB", read_fact(root, "proc/meminfo"), re.M)
     disk = os.statvfs(state_dir if os.path.isdir(state_dir) else "/")
-    name = re.match("[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?", os.uname().nodename)
-    return {
-        **({"hostname": name.group()} if hostname and name else {}),
+    found = {
         "vendor": detect_text(root, "sys_vendor", "") or "unknown",
         "modelNumber": detect_text(root, "product_name", "model") or "unknown",
         "serialNumber": detect_text(root, "product_serial", "serial-number") or "unknown",
@@ -3160,6 +3155,10 @@ def detect_properties(state_dir, root="/", hostname=False):
         "peripherals": detect_peripherals(root),
         "interfaces": [{"type": kind} for kind in sorted(detect_interfaces(root))],
     }
+    name = re.match("[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?", os.uname().nodename)      # RFC 1123
+    if hostname and name:
+        found["hostname"] = name.group()
+    return found
 
 
 # What boards say that have nothing of their own to say: words for nothing, the name of the field itself, one
@@ -3268,7 +3267,11 @@ def report_devices(documents, source, state, always):
     of its own, and holds up nothing else.
     """
     known = (state["enrollment"] or {}).get("devices", {})
-    for device_id in [*documents, *sorted(set(known) - set(documents), reverse=True)]:
+    devices = [*documents, *sorted(set(known) - set(documents), reverse=True)]
+    for key in list(state["waits"]):                # also of a device that has gone before it was known
+        if key.partition(" ")[2] not in ["", *devices]:
+            del state["waits"][key]
+    for device_id in devices:
         key = f"capabilities {device_id}"
         wait = state["waits"].get(key, {})
         clock = get_clock()
@@ -3278,8 +3281,7 @@ def report_devices(documents, source, state, always):
             report_device(device_id, documents, source, state, always)
             state["waits"].pop(key, None)
         except (Refused, Unreachable, Untrusted) as error:
-            answered = error.status or isinstance(error, Refused)
-            if always or not state["enrollment"] or not answered:
+            if always or not state["enrollment"] or not (error.status or isinstance(error, Refused)):
                 raise
             log("error", "the WFM does not take the capabilities", device=device_id, reason=error.message)
             state["waits"][key] = make_hold(wait, error, clock, get_random())
@@ -3779,7 +3781,10 @@ class ComposeDriver:
         program, options = self.make_access(host)
         log("info", "an image is pulled", image=service.image)
         command = program + ["pull", "--quiet"] + arguments + options + [service.image]
-        output = run_command(command, timeout, env=environ)
+        try:
+            output = run_command(command, timeout, env=environ)
+        finally:
+            remove_folder(os.path.join(self.config.state_dir, "registries"))
         if output.code:                             # a full disk is told of in the system's own words
             full = os.strerror(errno.ENOSPC).lower() in output.stderr.lower()
             words = f"{self.engine} pull failed: {output.stderr[-1500:]}"
@@ -3821,12 +3826,12 @@ class ComposeDriver:
     def make_access(self, host):
         """(command, options) with which the engine reaches a registry as `registries` says.
 
-        Credentials lie in a file of mode 0600.
+        Credentials lie in a file of mode 0600, for as long as the pull lasts.
         """
         settings = self.config.registries.get(host)
         if not settings:
             return [self.engine], []
-        folder = os.path.join(self.config.state_dir, "registries", sha256_digest(host.encode())[7:23])
+        folder = os.path.join(self.config.state_dir, "registries")
         create_folder(folder)
         program = [self.engine]
         options = []
@@ -5983,7 +5988,7 @@ COMPOSE_NAMES = ("compose.yaml", "compose.yml", "docker-compose.yaml", "docker-c
 
 
 def check_archive(data, max_unpacked, relaxed=False):
-    """A Compose Archive's bytes to its tar bytes and [Entry] (C-156 to C-162).
+    """A Compose Archive's bytes to a file of its tar bytes and [Entry] (C-156 to C-162).
 
     Nothing is unpacked before all of it was found to be harmless.  Links count as what they lead to, so that
     a chain of them cannot leave the top-level folder either.  relaxed: as older generations packed, there
@@ -5998,7 +6003,7 @@ def check_archive(data, max_unpacked, relaxed=False):
                                 for member in members)
         for member in members:
             add_entry(member, entries, tops, "package/" if loose else "")
-        if plain[end:].strip(b"\0"):
+        if any(piece.strip(b"\0") for piece in read_pieces(plain, end, max_unpacked)):
             raise ValueError(f"it is damaged at byte {end}")
         if not entries and not tops:
             raise ValueError("it is empty")
@@ -6012,7 +6017,8 @@ def check_archive(data, max_unpacked, relaxed=False):
         if compose is None or compose.kind != "file":
             raise ValueError("no compose.yaml in the top-level folder"
                              + (f" ({others[0]} is not taken for it)" if others else ""))
-        return plain, list(entries.values())
+        # in the order in which their bytes come
+        return plain, sorted(entries.values(), key=lambda entry: (entry.kind == "link", entry.offset))
     except ValueError as error:
         raise ComponentError("ARCHIVE_INVALID",
                              f"Compose Archive refused: {make_printable(str(error))}") from None
@@ -6111,15 +6117,21 @@ def resolve_link(path, entries, hops):
     return "/".join(resolved)
 
 
-def load_sameness(path, entry, plain):
-    """Whether a path on the disk is what an Entry of an archive with these tar bytes says."""
+def load_sameness(path, entry, plain, twin):
+    """Whether a path on the disk is what an Entry of an archive says.
+
+    plain: a file of its tar bytes.  twin: a path that already was found to hold the same bytes, or None.
+    """
     if os.path.islink(path) or entry.kind == "link":
         return os.path.islink(path) and os.readlink(path) == entry.link
     if entry.kind == "folder":
         return os.path.isdir(path)
-    content = plain[entry.offset:entry.offset + entry.size]
-    return (os.path.isfile(path) and os.stat(path).st_mode & 0o777 == entry.mode
-            and os.path.getsize(path) == entry.size and read_file(path, entry.size) == content)
+    if not os.path.isfile(path) or os.path.getsize(path) != entry.size:
+        return False
+    if os.stat(path).st_mode & 0o777 != entry.mode:
+        return False
+    pieces = load_pieces(twin) if twin else read_pieces(plain, entry.offset, entry.size)
+    return digest_pieces(pieces) == digest_pieces(load_pieces(path))
 
 
 def unpack_package(data, digest, parent, max_unpacked, relaxed=False):
@@ -6133,18 +6145,30 @@ def unpack_package(data, digest, parent, max_unpacked, relaxed=False):
     work = folder + ".tmp"
     try:
         if os.path.isdir(folder):
-            if all(load_sameness(os.path.join(folder, entry.path), entry, plain) for entry in entries):
+            places = {}
+            for entry in entries:
+                path = os.path.join(folder, entry.path)
+                twin = places.get(entry.offset) if entry.kind == "file" else None
+                if not load_sameness(path, entry, plain, twin):
+                    break
+                if entry.kind == "file":
+                    places.setdefault(entry.offset, path)
+            else:
                 return folder
             log("warning", "an unpacked package is not what its archive holds: made anew", folder=folder)
             remove_folder(folder)
         remove_folder(work)
         create_folder(os.path.join(work, "content"))
-        for entry in sorted(entries, key=lambda item: item.kind == "link"):
+        places = {}
+        for entry in entries:
             path = os.path.join(work, "content", entry.path)
             create_folder(path if entry.kind == "folder" else os.path.dirname(path), 0o755)
             if entry.kind == "file":
-                write_file(path, plain[entry.offset:entry.offset + entry.size], entry.mode,
-                           os.path.join(work, "part"))
+                pieces = read_pieces(plain, entry.offset, entry.size)
+                if entry.offset in places:          # a hard link: the archive is not unpacked anew for it
+                    pieces = load_pieces(places[entry.offset])
+                write_file(path, pieces, entry.mode, os.path.join(work, "part"))
+                places[entry.offset] = path
             elif entry.kind == "link":
                 os.symlink(entry.link, path)
         os.chmod(os.path.join(work, "content"), 0o755)      # containers of other users read it (C-161)
@@ -6184,7 +6208,7 @@ SYSTEMD_NAMES = ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID", "LISTEN_FDS",
 def parse_answer(data, program, read):
     """What `read` makes of the JSON that a program printed; CommandError where that is of another form."""
     try:
-        return read(parse_json(data, program))
+        return read(parse_json(data, program, len(data)))
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         words = f"{type(error).__name__}: {error}"
         raise CommandError(f"{program} answered in an unknown form ({words})") from None
@@ -6216,12 +6240,13 @@ def get_temporary(state_dir, environ):
     return {"TMPDIR": os.path.join(state_dir, "tmp")} if os.geteuid() == 0 or os.path.isdir(runtime) else {}
 
 
-def run_command(argv, timeout, env=None, cwd=None, limit=MAX_OUTPUT, data=b""):
+def run_command(argv, timeout, env=None, cwd=None, limit=MAX_OUTPUT, data=b"", files=()):
     """The one door to other programs: Output(exit code, stdout bytes, the end of stderr as printable text).
 
     argv: list, never a shell.  The program runs in a process group of its own, which is killed whole after
-    `timeout` seconds or when it prints more than `limit` bytes; `data` is all that it reads.  A non-zero exit
-    code is an answer.  Raises CommandMissing, CommandTimeout, CommandError.
+    `timeout` seconds or when it prints more than `limit` bytes; `data` is all that it reads, `files` are
+    descriptors that it gets, too.  A non-zero exit code is an answer.  Raises CommandMissing, CommandTimeout,
+    CommandError.
     """
     import subprocess
     try:
@@ -6229,7 +6254,7 @@ def run_command(argv, timeout, env=None, cwd=None, limit=MAX_OUTPUT, data=b""):
                                    stdout=subprocess.PIPE,
                                    stderr=subprocess.PIPE,
                                    env=get_command_environment(os.environ if env is None else env), cwd=cwd,
-                                   start_new_session=True)
+                                   start_new_session=True, pass_fds=files)
     except FileNotFoundError:
         needed = NEEDED_BY.get(os.path.basename(argv[0]), "correct the setting that names it")
         raise CommandMissing(f"{argv[0]} is not installed, or not on PATH; {needed}") from None
@@ -6315,6 +6340,8 @@ def kill_group(process):
 Response = define("Response", "status headers body", "An HTTP answer: int, email.message.Message, bytes.")
 
 
+# What TLS 1.2 may use, and with any TLS no short keys and no SHA-1; Python's own words from 3.10 on.
+CIPHERS = "@SECLEVEL=2:ECDH+AESGCM:ECDH+CHACHA20:ECDH+AES:DHE+AES:!aNULL:!eNULL:!aDSS:!SHA1:!AESCCM"
 Problem = define("Problem", "type title detail retryable retry_after strategy errors",
     "RFC 9457 as Margo uses it; `type` is cut to its last part for Margo's own types (protocol 3.7).")
 
@@ -6327,6 +6354,8 @@ def make_tls_context(anchors=(), ca_file=None, min_tls="1.3"):
     """
     import ssl
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.hostname_checks_common_name = False     # a name stands in subjectAltName (RFC 9525)
+    context.set_ciphers(CIPHERS)
     try:
         context.minimum_version = ssl.TLSVersion.TLSv1_2 if min_tls == "1.2" else ssl.TLSVersion.TLSv1_3
         if anchors:
@@ -6508,27 +6537,27 @@ def read_body(response, limit, timeout, where):
 
     Refused over `limit`, Unreachable when cut short or slower than 1 KiB/s over four time-outs.
     """
-    pieces, size = [], 0
+    body = io.BytesIO()
+    size = 0
     start = time.monotonic()
     while True:
         response.paced.renew()
         piece = response.read1(65536)
         if not piece:
             break
-        pieces.append(piece)
-        size += len(piece)
+        size += body.write(piece)
         if size > limit:
             raise Refused(f"{where}: the answer is longer than {limit} bytes")
         elapsed = time.monotonic() - start
         if elapsed > 4 * timeout and size < KIB * elapsed:
             raise Unreachable(f"{where}: given up at {size} bytes after {elapsed:.0f} s")
     unframed = response.length is None and not response.chunked
-    if unframed and not pieces and where.startswith("GET") and response.status == 200:
+    if unframed and not size and where.startswith("GET") and response.status == 200:
         # http.client takes a broken head for a whole one
         raise Unreachable(f"{where}: the answer broke off in its head")
     if response.length:
         raise Unreachable(f"{where}: the answer was cut short, {response.length} bytes are missing")
-    return b"".join(pieces)
+    return body.getvalue()
 
 
 def make_network_error(where, error):
@@ -6644,13 +6673,16 @@ class Log:
     LEVELS = ("debug", "info", "warning", "error")
 
     def __init__(self):
-        self.level, self.form = "info", "text"
+        self.level, self.form, self.callback = "info", "text", None
 
     def __call__(self, level, message, **fields):
         """Writes one event; `fields` are facts for machines and never hold a secret or a parameter's value.
 
         """
         if self.LEVELS.index(level) < self.LEVELS.index(self.level):
+            return
+        if self.callback:                           # set by whoever embeds the agent
+            self.callback(level, message, fields)
             return
         if self.form == "json":
             import json
@@ -6676,10 +6708,10 @@ def log_wait(words):
 
 
 def write_file(path, data, mode=0o600, temporary=None):
-    """The one door for writing: the file holds either its old bytes or all of `data`, whatever happens
-    (D-34).
+    """The one door for writing: the file holds its old bytes or all new ones, whatever happens (D-34).
 
-    Temporary file (by default beside it), fsync, rename, fsync of the folder.  Raises StorageError.
+    data: bytes, or pieces of them one by one.  Temporary file (by default beside it), fsync, rename, fsync of
+    the folder.  Raises StorageError.
     """
     folder = os.path.dirname(path)
     temporary = temporary or f"{path}.tmp"
@@ -6688,9 +6720,10 @@ def write_file(path, data, mode=0o600, temporary=None):
         descriptor = os.open(temporary, flags, mode)
         try:
             os.fchmod(descriptor, mode)
-            view = memoryview(data)
-            while view:
-                view = view[os.write(descriptor, view):]
+            for piece in [data] if isinstance(data, bytes) else data:
+                view = memoryview(piece)
+                while view:
+                    view = view[os.write(descriptor, view):]
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
@@ -6748,6 +6781,12 @@ def read_file(path, limit):
     if len(data) > size:
         raise StorageError(f"{path} is longer than {size} bytes")
     return data
+
+
+def load_pieces(path):
+    """The bytes of a file piece by piece; may raise OSError."""
+    with open(path, "rb") as file:
+        yield from read_pieces(file, 0, os.fstat(file.fileno()).st_size)
 
 
 def create_folder(path, mode=0o700):
@@ -6893,9 +6932,11 @@ def make_state_data(state):
     The outbox is a list there, because its order counts.
     """
     data = make_json(dict(state, outbox=list(state["outbox"].values())))
-    return data[:-1] + b',"sum":"' + sha256_digest(data).encode() + b'"}'
+    return b'%s%s%s"}' % (memoryview(data)[:-1], SUM, sha256_digest(data).encode())
 
 
+SUM = b',"sum":"'                   # what stands before the digest
+MAX_WORDS = 2 * MIB                 # characters that are kept of the messages of all faults together
 OLD_FIELDS = ("left", "failures", "retryAt", "repairs", "repairedAt")      # of records of schema 1
 
 
@@ -6906,10 +6947,10 @@ def parse_state(data, path):
 
     One without a digest was written by an older agent, or by hand.
     """
-    head, mark, digest = data.rpartition(b',"sum":"')
-    if mark and digest != sha256_digest(head + b"}").encode() + b'"}':
+    end = data.rfind(SUM)
+    if end >= 0 and data[end + len(SUM):] != digest_pieces([memoryview(data)[:end], b"}"]).encode() + b'"}':
         raise ValueError(f"{path} is damaged: its bytes do not have the digest at its end")
-    state = parse_json(data, path)
+    state = parse_json(data, path, len(data))
     blank = make_state()
     if not isinstance(state, dict) or type(state.get("schema")) is not int or state["schema"] < 1:
         raise ValueError(f"{path} is not a state of this agent")
@@ -6942,6 +6983,17 @@ def migrate_record(record):
     if "services" not in (record.get("running") or ()):
         record["fallback"] = False                  # what is installed has been said to have a version before
     return dict(record, retry={}, repair={})
+
+
+def shorten_errors(state):
+    """Cuts what is told of faults where many deployments have some, so that the state stays small."""
+    holders = list(state["deployments"].values())
+    for item in [*holders, *state["outbox"].values()]:
+        holders += [item.get("status", {}), *item.get("components", ())]
+    errors = [holder["error"] for holder in holders if holder.get("error")]
+    most = max(100, MAX_WORDS // max(1, len(errors)))
+    for error in errors:
+        error["message"] = error["message"][:most]
 
 
 def make_core(state):
@@ -7049,6 +7101,7 @@ class Store:
         First its copy, where that would otherwise be older in what no damage may bring back.  A full disk
         is given the reserve (P-4).
         """
+        shorten_errors(state)
         data = make_state_data(state)
         core = make_core(state)
         if data == self.saved:
@@ -7090,30 +7143,26 @@ class Store:
         except OSError as error:
             raise StorageError(f"{self.path('artifacts')} cannot be pruned ({error.strerror})") from None
         short = {digest.split(":")[1][:16] for digest in digests}
-        for folder, folders, _ in os.walk(self.path("deployments")):
-            # of a component, which may have such a name itself
-            inside = os.path.dirname(os.path.dirname(folder)) == self.path("deployments")
-            needed = self.load_needed(folder, short) if inside else set()
-            form = r"[0-9a-f]{16}|content-[0-9a-f]{32}(\.new)?"
-            for name in [
-                name for name in folders if name.endswith(".tmp") or inside and re.fullmatch(form, name)
-            ]:
-                folders.remove(name)
-                if name not in short | needed:
-                    remove_folder(os.path.join(folder, name))
+        form = re.compile(r"[0-9a-f]{16}(\.content)?|content-[0-9a-f]{32}(\.new)?")
+        top = self.path("deployments")
+        for folder, folders, files in os.walk(top):
+            # of a component; what is below is the applications'
+            inside = os.path.dirname(os.path.dirname(folder)) == top
+            needed = self.load_needed(folder, files, short) if inside else ()
+            for name in folders + files:
+                if name.endswith(".tmp") or inside and form.fullmatch(name) and name not in needed:
+                    path = os.path.join(folder, name)
+                    if not remove_file(path):
+                        remove_folder(path)
+            folders[:] = [] if inside else [name for name in folders if not name.endswith(".tmp")]
 
-    def load_needed(self, folder, short):
-        """The folders of a component from which containers of these packages mount files (see Folder.keep).
-
-        Other notes go.
+    def load_needed(self, folder, files, short):
+        """The names in a component's folder that stay: these packages, the notes of what their containers
+        mount, and that itself (see Folder.keep).
         """
-        needed = set()
-        for name in [name for name in os.listdir(folder) if re.fullmatch(r"[0-9a-f]{16}\.content", name)]:
-            if name[:16] in short:
-                needed.update((read_file(os.path.join(folder, name), MIB) or b"").decode().split())
-            else:
-                remove_file(os.path.join(folder, name))
-        return needed
+        notes = [name for name in files if name[:16] in short and name[16:] == ".content"]
+        texts = [read_file(os.path.join(folder, name), MIB) or b"" for name in notes]
+        return short.union(notes, b" ".join(texts).decode().split())
 
     def memo_path(self):
         """Where the last contact with the WFM is kept: in memory, so that an unchanged poll writes
@@ -7285,7 +7334,9 @@ def load_part(path):
     """What load_digest takes of one file, folder or link."""
     if os.path.islink(path):
         return os.readlink(path)
-    content = "" if os.path.isdir(path) else sha256_digest(read_file(path, 1024 * MIB) or b"")
+    content = ""
+    if not os.path.isdir(path):
+        content = digest_pieces(load_pieces(path))
     return f"{os.stat(path).st_mode:o} {content}"
 
 
@@ -7341,11 +7392,9 @@ def count_repair(record, clock):
 
 def make_patience(record, error, clock, jitter):
     """The record of one more fault at the WFM: how long it is left alone."""
-    delay = error.retry_after or 0
     if isinstance(error, Unreachable):
-        failures = record.get("failures", 0) + 1
-        delay = make_backoff(failures, error.retry_after, error.strategy, jitter)
-    return make_wait(record, delay, clock)
+        return make_hold(record, error, clock, jitter)
+    return make_wait(record, error.retry_after or 0, clock)
 
 
 def make_hold(record, error, clock, jitter):
@@ -7399,8 +7448,8 @@ def find_silence(patience, downtime, starting, clock):
     left = find_wait(patience, clock)
     why = "the WFM or a back-off asks" if left else "a fleet that has just started does not arrive at once"
     left = left or starting
-    words = f"waiting until {make_time(clock.now + left)}: {why}"
-    return Silence(words, retry_after=left) if left else None
+    until = make_time(clock.now + left)
+    return Silence(f"waiting until {until}: {why}", retry_after=left) if left else None
 
 
 def make_spread(device_id, spread):
@@ -7409,6 +7458,14 @@ def make_spread(device_id, spread):
     They are the same at each run, so that what cron starts at an interval speaks at that interval (P-19).
     """
     return int(sha256_digest(device_id.encode())[7:15], 16) / 2 ** 32 * spread
+
+
+def list_waits(state, clock):
+    """[{until, reason}] of what is held back: requests to the WFM, and reports that it has not taken."""
+    found = {"the WFM or a back-off asks to wait": state["patience"]}
+    found.update((f"{key} is not reported again", record) for key, record in state["waits"].items())
+    return [{"until": make_time(clock.now + find_wait(record, clock)), "reason": reason}
+            for reason, record in found.items() if find_wait(record, clock)]
 
 
 def make_delay(config, state, fault, clock, jitter):
@@ -7479,7 +7536,7 @@ def is_within(windows, local):
         return True
     now = int(time.mktime(local))
     before = time.localtime(now - MAX_SHIFT).tm_gmtoff
-    if not windows or before >= (local.tm_gmtoff or before):
+    if before >= local.tm_gmtoff:
         return False
     change = now - now % 60
     while time.localtime(change - 60).tm_gmtoff == local.tm_gmtoff:
@@ -7569,10 +7626,12 @@ def checked(expected, test):
     return read
 
 
-def list_of(read_item, expected):
-    """A reader of a list of what another reader takes; `expected` is said where it is none."""
+def list_of(read_item, expected, least=0):
+    """A reader of a list of what another reader takes, at least so many; `expected` is said where it is none.
+
+    """
     def read(value, base):
-        if not isinstance(value, list):
+        if not isinstance(value, list) or len(value) < least:
             raise ValueError(expected)
         return [read_item(item, base) for item in value]
     return read
@@ -7581,6 +7640,15 @@ def list_of(read_item, expected):
 def is_number(value):
     """Whether a value is a number that JSON can write; a boolean is none."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < float("inf")
+
+
+def get_kind(value):
+    """`text`, `boolean` or `number`, None for everything else; a boolean is no number."""
+    if isinstance(value, bool):
+        return "boolean"
+    if isinstance(value, str):
+        return "text"
+    return "number" if is_number(value) else None
 
 
 def is_mapping(value):
@@ -7594,10 +7662,6 @@ def is_uri(key):
 
 
 HOST_PATTERN = r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(:[0-9]{1,5})?"
-GIT_HOST = r"([A-Za-z0-9_][A-Za-z0-9._-]*@)?(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9_][A-Za-z0-9._-]*)"
-# A repository's address as git takes it, which is never an option or a helper to git, or holds a password.
-GIT_ADDRESS = (r"file:///[^\x00-\x1f\x7f]*|" rf"ssh://{GIT_HOST}(:[0-9]{{1,5}})?/[!-~]+|"
-               rf"{GIT_HOST}:(?!//)[A-Za-z0-9_~./][!-~]*")
 PINS = "a list of base64 SHA-256 digests of public keys, 44 characters each"
 DURATION = (
     "a duration greater than zero: seconds, or a number with s, m, h or d, such as 30s, and at most 3650d"
@@ -7611,10 +7675,6 @@ read_word = scalar("printable ASCII without \" and \\", r'[ !#-\[\]-~]*')
 read_url = scalar("an absolute https URL", rf"https://{HOST_PATTERN}([/?][^\s#@]*)?")
 read_root_url = scalar("an absolute https URL without query", rf"https://{HOST_PATTERN}(/[^\s#@?]*)?",
                        lambda text: text.rstrip("/"))
-read_address = scalar(
-    "an absolute https URL without query, or for profile git one of https, ssh or file, or host:path",
-    rf"https://{HOST_PATTERN}(/[^\s#@?]*)?|{GIT_ADDRESS}",
-    lambda text: text.rstrip("/") if text.startswith("https:") else text)
 read_folders = list_of(scalar("a list of absolute paths", r"(?s)/.*"), "a list of absolute paths")
 read_devices = list_of(
     scalar("a list of files below /dev", r"/dev/[\w./:+@*-]+"), "a list of files below /dev"
@@ -7671,44 +7731,34 @@ def read_compose(value, base):
     return choice("auto", "builtin", "off")(value, base)
 
 
-def is_words(value, words):
-    """Whether a value is a list of at least one of some words."""
-    return isinstance(value, list) and bool(value) and all(item in words for item in value)
+def equipment_of(words):
+    """A reader of a list of {type: one of some words, all else: text}."""
+    kinds = words.split()
+    words = f"a list with the types {words}"
+    return list_of(checked(words, lambda item: is_mapping(item) and item.get("type") in kinds
+                           and {"text"}.issuperset(map(get_kind, item.values()))), words)
 
 
-def is_equipment(value, kinds):
-    """Whether a value is a list of {type: one of `kinds`, all else: text}."""
-    return isinstance(value, list) and all(
-        isinstance(item, dict) and item.get("type") in kinds
-        and all(isinstance(text, str) for text in item.values())
-        for item in value)
-
-
-def is_cpus(value):
-    """Whether a value is a list of at least one {cores: number, architecture: text}."""
-    return isinstance(value, list) and bool(value) and all(
-        isinstance(item, dict) and is_number(item.get("cores")) and item["cores"] > 0
-        and item.get("architecture", "arm") in ("amd64", "arm64", "arm") for item in value)
+def is_cpu(item):
+    """Whether a value is {cores: number, architecture: text}."""
+    return (isinstance(item, dict) and is_number(item.get("cores")) and item["cores"] > 0
+            and item.get("architecture", "arm") in ("amd64", "arm64", "arm"))
 
 
 # Margo's own properties, each with what a WFM may expect of it (protocol 3.5, C-083, C-091).
-PERIPHERALS, INTERFACES = (
-    "gpu display camera microphone speaker",
-    "ethernet wifi cellular bluetooth usb canbus rs232",
-)
+CPUS = "a list of {cores: number, architecture: amd64, arm64 or arm}"
 PROPERTIES = {
     "vendor": read_name, "modelNumber": read_name, "serialNumber": read_name,
     "memory": scalar("a size such as 512Mi", "[0-9]{1,18}[KMG]i"),
     "storage": scalar("a size such as 512Mi", "[0-9]{1,18}[KMGTPE]i"),
-    "cpus": checked("a list of {cores: number, architecture: amd64, arm64 or arm}", is_cpus),
-    "peripherals": checked(f"a list with the types {PERIPHERALS}",
-                           lambda item: is_equipment(item, PERIPHERALS.split())),
-    "interfaces": checked(f"a list with the types {INTERFACES}",
-                          lambda item: is_equipment(item, INTERFACES.split())),
+    "cpus": list_of(checked(CPUS, is_cpu), CPUS, 1),
+    "peripherals": equipment_of("gpu display camera microphone speaker"),
+    "interfaces": equipment_of("ethernet wifi cellular bluetooth usb canbus rs232"),
     "otelCollector": checked("true, as Margo demands it where workloads run", lambda item: item is True),
-    "supportedRuntimes": checked("a list of oci, custom", lambda item: is_words(item, ("oci", "custom"))),
-    "supportedDeploymentTypes": checked("a list of helm, compose, custom",
-                                        lambda item: is_words(item, ("helm", "compose", "custom")))}
+    "supportedRuntimes": list_of(choice("oci", "custom"), "a list of oci, custom", 1),
+    "supportedDeploymentTypes": list_of(choice("helm", "compose", "custom"),
+                                        "a list of helm, compose, custom", 1),
+}
 
 
 def read_properties(value, base):
@@ -7738,18 +7788,11 @@ def read_environment(value, base):
     return {name: read_text(item, base) for name, item in value.items()}
 
 
-def get_kind(value):
-    """`text`, `boolean` or `number`, None for everything else; a boolean is no number."""
-    kinds = ((bool, "boolean"), ((int, float), "number"), (str, "text"))
-    return next((kind for types, kind in kinds if isinstance(value, types)), None)
-
-
 def is_label(value):
     """Whether a value is text, number or boolean, or a list of texts or of numbers (C-087)."""
-    if not isinstance(value, list):
-        return get_kind(value) == "number" and is_number(value) or get_kind(value) in ("text", "boolean")
-    kinds = set(map(get_kind, value))
-    return kinds == {"text"} or kinds == {"number"} and all(map(is_number, value))
+    if isinstance(value, list):
+        return set(map(get_kind, value)) in (set(), {"text"}, {"number"})
+    return get_kind(value) is not None
 
 
 read_labels = checked("a mapping of labels to text, number, boolean, or a list of texts or of numbers",
@@ -7826,7 +7869,7 @@ SCHEMA = {
     "wfm": {
         "profile": (lambda value, base: choice(*PROFILES)(value, base), "mtls",
                     "generation of Margo's protocol that the WFM speaks"),
-        "url": (read_address, None, "root URL of the WFM, or address of the repository"),
+        "url": (read_root_url, None, "root URL of the WFM"),
         "timeout": (read_duration, "30s", "limit of connecting, and of each wait for data"),
         "min_tls": (choice("1.2", "1.3"), "1.3", "oldest TLS version that is accepted"),
     },
@@ -7842,8 +7885,8 @@ SCHEMA = {
     "device": dict(DEVICE_SCHEMA,
                    children=(checked("a list", lambda value: isinstance(value, list)), [],
                              "devices behind this gateway, see README"),
-                   hostname=(read_flag, False, "draft: whether capabilities tell the name of the host"),
-                   parameter_values=(read_labels, {}, "draft: values for parameters with `valueFrom`")),
+                   hostname=(read_flag, False, "whether the host's name is told, a draft"),
+                   parameter_values=(read_labels, {}, "values for parameters with `valueFrom`, a draft")),
     "poll": {
         "interval": (read_duration, "60s", "time between polls of `run`"),
         "jitter": (read_share, "10%", "by how much each interval may differ, so that fleets spread out"),
@@ -8120,9 +8163,9 @@ def parse_certificate(der):
         if usage is not None:
             usage = {bit for bit in range(8 * (len(usage) - 1)) if usage[1 + bit // 8] & (0x80 >> bit % 8)}
         return Certificate(
-            der, subject[2], issuer[2], int.from_bytes(serial[1], "big"), not_before, not_after, spki[2],
-            uris, is_ca, usage, open_extension(extensions, OID_SUBJECT_KEY), find_issuer_key(extensions),
-            extensions.get(OID_SUBJECT_ALT_NAME, (0, 0, b""))[2])
+            der, subject[2], issuer[2], int.from_bytes(serial[1], "big", signed=True),
+            not_before, not_after, spki[2], uris, is_ca, usage, open_extension(extensions, OID_SUBJECT_KEY),
+            find_issuer_key(extensions), extensions.get(OID_SUBJECT_ALT_NAME, (0, 0, b""))[2])
     except (IndexError, ValueError) as error:
         raise ValueError(f"not a readable X.509 certificate ({error})") from None
 
@@ -8179,7 +8222,7 @@ def parse_pem(text, label="CERTIFICATE"):
     A block begins with a line, or right behind the block before.  Raises ValueError.
     """
     found = []
-    for block in re.split(f"(?m)^-----BEGIN {label}-----", text.replace("-" * 10, "-----\n-----"))[1:]:
+    for block in re.split(f"(?m)^[ \t]*-----BEGIN {label}-----", text.replace("-" * 10, "-----\n-----"))[1:]:
         body, end, _ = block.partition(f"-----END {label}-----")
         if not end or not body.strip():
             raise ValueError("a certificate in PEM is empty or not closed")
@@ -8203,7 +8246,6 @@ def make_pem(ders):
 # column is `column` (-1 at the end and at a marker).
 
 MAX_DEPTH = 64                      # levels of collections
-MAX_NODES = 250000                  # nodes, lines, and each 16 characters that an alias repeats
 
 INT_PATTERN = r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+"
 FLOAT_PATTERN = (
@@ -8279,8 +8321,9 @@ class YAMLReader:
     PROPERTY = re.compile(r"(?:&([^\s,\[\]{}]+)|(!<[^\s<>]+>|![^\s,\[\]{}]*))(?:[ \t]+|(?=[\n,\]}]))")
     # what is not itself in a quoted scalar
     QUOTED = {
-        '"': re.compile(r"\\(?:\n[ \t\n]*|x[0-9a-fA-F]{2}|u[0-9a-fA-F]{4}|U[0-9a-fA-F]{8}|.)|[ \t\n]+"),
-        "'": re.compile(r"''|[ \t\n]+"),
+        '"': re.compile(r"\\(?:\n[ \t\n]*|x[0-9a-fA-F]{2}|u[0-9a-fA-F]{4}|U[0-9a-fA-F]{8}|.)"
+                        r"|(?:(?<![ \t])|(?<=\\[ \t]))[ \t]*\n[ \t\n]*"),
+        "'": re.compile(r"''|(?<![ \t])[ \t]*\n[ \t\n]*"),
     }
     # its opposite takes 3 ms to compile
     FORBIDDEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x84\x86-\x9f\ud800-\udfff\ufeff\ufffe\uffff]")
@@ -8308,7 +8351,9 @@ class YAMLReader:
         raise YAMLError(message, self.text.count("\n", 0, start) + 1, position - start + 1)
 
     def count(self, nodes=1):
-        """Counts what takes memory, so that no small document becomes huge."""
+        """Counts nodes, lines, and each 16 characters that an alias repeats: no small document becomes huge.
+
+        """
         self.nodes += nodes
         if self.nodes > MAX_NODES:
             self.fail(f"more than {MAX_NODES} nodes and lines")
@@ -8706,10 +8751,7 @@ class YAMLReader:
                 return "'"
             if piece[0] == "\\" and piece[1] != "\n":
                 return self.make_character(piece, place)
-            ends = piece.count("\n")
-            if not ends:
-                return piece
-            after, _, column = self.look(place + (piece[0] == "\\"))
+            after, ends, column = self.look(place + (piece[0] == "\\"))
             if self.is_outside(after, column, parent):
                 self.fail("a quoted value is continued with too little indentation", after)
             return "\n" * (ends - 1) or ("" if piece[0] == "\\" else " ")
@@ -8804,8 +8846,16 @@ def measure_depth(value):
 
 def sha256_digest(data):
     """The digest of bytes in Margo's spelling, `sha256:` and 64 lower-case hex digits (C-108, C-109)."""
+    return digest_pieces([data])
+
+
+def digest_pieces(pieces):
+    """The digest, as sha256_digest spells it, of bytes that come piece by piece."""
     import hashlib
-    return "sha256:" + hashlib.sha256(data).hexdigest()
+    found = hashlib.sha256()
+    for piece in pieces:
+        found.update(piece)
+    return "sha256:" + found.hexdigest()
 
 
 def make_json(value):
@@ -8816,11 +8866,11 @@ def make_json(value):
     ).encode()
 
 
-def parse_json(data, what):
+def parse_json(data, what, most=MAX_NODES):
     """JSON text that leaves no doubt (UTF-8, no duplicate member, no NaN, nothing endless, no half character)
     to a value.
 
-    Raises ValueError naming `what`.
+    Raises ValueError naming `what`, also for more than `most` members.
     """
     import json
 
@@ -8843,6 +8893,8 @@ def parse_json(data, what):
     try:
         if data[:2] == b"\x1f\x8b":
             raise ValueError("it is coded by gzip (Content-Encoding), which was not asked for")
+        if sum(map(data.count, (b",", b"[", b"{"))) > most:
+            raise ValueError(f"it has more than {most} members")
         value = json.loads(data.decode("utf-8"), object_pairs_hook=make_object, parse_constant=refuse,
                            parse_int=read_int,
                            parse_float=read_float)
@@ -8887,51 +8939,62 @@ def parse_date(text):
         return None
 
 
-def unpack_gzip(data, max_unpacked):
-    """The content of one whole gzip stream.
-
-    Raises ValueError over the limit or for a stream that is not just that.
-    """
+def check_gzip(data, max_unpacked):
+    """Raises ValueError unless bytes are one whole gzip stream that unpacks to at most so many bytes."""
     import zlib
     stream = zlib.decompressobj(31)
+    size, place = 0, 0
     try:
-        plain = stream.decompress(data, max_unpacked + 1)
+        while not stream.eof:
+            piece = stream.unconsumed_tail or data[place:place + 16 * KIB]
+            place += 0 if stream.unconsumed_tail else len(piece)
+            plain = stream.decompress(piece, MIB)
+            size += len(plain)
+            if not piece and not plain:
+                break
+            if size > max_unpacked:
+                raise ValueError(f"it unpacks to more than {max_unpacked} bytes (policy.max_unpacked)")
     except zlib.error as error:
         raise ValueError(f"not a readable tar+gzip ({error})") from None
-    if len(plain) > max_unpacked:
-        raise ValueError(f"it unpacks to more than {max_unpacked} bytes (policy.max_unpacked)")
-    if not stream.eof or stream.unused_data:
+    if not stream.eof or stream.unused_data or place < len(data):
         raise ValueError("it is cut short, or something follows it")
-    return plain
 
 
 def unpack_tar(data, max_unpacked, max_entries):
-    """(the tar's bytes, [TarInfo], where the archive ends in it) of a tar+gzip.
+    """(a file of the tar's bytes, [TarInfo], where the archive ends in it) of a tar+gzip.
 
-    Raises ValueError for what is none, or is over a limit.
-
-    A file's content is what lies at its place in the bytes: tarfile itself would blow up a sparse one to
-    whatever size it claims.
+    The file is unpacked as it is read, because the whole may be larger than the memory (see read_pieces).
+    Raises ValueError for what is none, or is over a limit.  A file's content is what lies at its place in the
+    bytes: tarfile itself would blow up a sparse one to whatever size it claims.
     """
-    import io
+    import gzip
     import itertools
     import tarfile
 
-    class Headers(io.BytesIO):
-        """What tarfile reads: headers, forwards and up to a limit.
+    class Headers:
+        """What tarfile reads: headers, forwards and up to a limit, because it keeps all that they hold.
 
-        A negative size leads it in circles, and it keeps all that they hold.
+        To go back would unpack all anew; a negative size leads it in circles.
         """
 
-        left = 64 * MIB
+        left = 32 * MIB
 
-        def read(self, size=-1):
+        def __init__(self, file):
+            self.file, self.tell = file, file.tell
+
+        def seek(self, offset):
+            if offset < self.tell() - 512:
+                raise ValueError("headers of negative size")
+            return self.file.seek(offset)
+
+        def read(self, size):
             self.left -= size
             if size < 0 or self.left < 0:
                 raise ValueError("headers that are too large, or of negative size")
-            return super().read(size)
+            return self.file.read(size)
 
-    plain = unpack_gzip(data, max_unpacked)
+    check_gzip(data, max_unpacked)
+    plain = gzip.GzipFile(fileobj=io.BytesIO(data))
     try:
         with tarfile.open(fileobj=Headers(plain), mode="r:") as archive:
             members = list(itertools.islice(archive, max_entries + 1))
@@ -8940,6 +9003,17 @@ def unpack_tar(data, max_unpacked, max_entries):
     if len(members) > max_entries:
         raise ValueError(f"more than {max_entries} entries")
     return plain, members, archive.offset
+
+
+def read_pieces(file, offset, size):
+    """So many bytes of a file from a place on, piece by piece."""
+    file.seek(offset)
+    while size > 0:
+        piece = file.read(min(size, MIB))
+        if not piece:
+            return
+        size -= len(piece)
+        yield piece
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -9355,14 +9429,11 @@ def convert_older(value):
     spec = value["spec"]
     profile = spec["deploymentProfile"]
     notes = metadata.get("annotations") or {}
-
-    def find(key, *holders):
-        return next((holder[key] for holder in holders if holder.get(key) is not None), None)
-
-    own_id = find("id", value, notes, metadata)
-    if own_id is None and re.fullmatch(UUID_PATTERN, str(metadata.get("name"))):
-        own_id = metadata["name"]
-    application = find("applicationId", spec, notes, metadata)
+    ids = [holder.get("id") for holder in (value, notes, metadata)]
+    places = [item for item in ids + [metadata.get("name")] if re.fullmatch(UUID_PATTERN, str(item))]
+    own_id = next(filter(None, places + ids), None)
+    applications = [holder.get("applicationId") for holder in (spec, notes, metadata)]
+    application = next(filter(None, applications), None)
     kind = {"helm.v3": "helm", "docker-compose": "compose"}.get(str(profile.get("type")), profile.get("type"))
     metadata = {"name": application or str(own_id).lower(), "namespace": "default", **metadata}
     spec = dict(spec, applicationId=application or "none", deploymentProfile=dict(profile, type=kind))
@@ -9507,6 +9578,18 @@ BRANCH_PATTERN = (r"(?!.*(\.\.|\.(lock)?(/|$)))[A-Za-z0-9_][A-Za-z0-9_.+@-]*"   
                   r"(/[A-Za-z0-9_+@][A-Za-z0-9_.+@-]*)*")
 
 
+GIT_HOST = r"([A-Za-z0-9_][A-Za-z0-9._-]*@)?(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9_][A-Za-z0-9._-]*)"
+# A repository's address that git never takes for an option or a helper, and that holds no password.
+GIT_ADDRESS = (r"file:///[^\x00-\x1f\x7f]*|" rf"ssh://{GIT_HOST}(:[0-9]{{1,5}})?/[!-~]+|"
+               rf"{GIT_HOST}:(?!//)[A-Za-z0-9_~./][!-~]*")
+read_address = scalar("an absolute https URL, or for profile git also ssh, file, or host:path", GIT_ADDRESS)
+
+
+def read_url_or_address(value, base):
+    """The root URL of a WFM, or a repository's address; which one is needed, the profile says."""
+    return (read_root_url if str(value).startswith("https:") else read_address)(value, base)
+
+
 def parse_folder(text):
     """A folder inside a repository without slashes around it; empty: the whole of it; raises ValueError."""
     parts = text.strip("/").split("/")
@@ -9517,6 +9600,7 @@ def parse_folder(text):
 
 read_branch = scalar("the name of a branch", BRANCH_PATTERN)
 read_folder = scalar("a folder inside the repository", make=parse_folder)
+SCHEMA["wfm"]["url"] = (read_url_or_address, None, "root URL of the WFM, or address of the repository")
 SCHEMA["wfm"]["status_url"] = (read_root_url, None, "root URL of a WFM to report to; without it a branch is")
 SCHEMA["git"] = {
     "branch": (read_branch, "main", "branch of the desired state"),
@@ -9549,17 +9633,6 @@ def check_git_settings(config):
 CHECKS.append(check_git_settings)
 
 
-def limit_files(size):
-    """How large a file may become that this process or one that it starts writes, -1: as large as it likes.
-
-    Returns what held before.
-    """
-    import resource
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size if hard < 0 or 0 <= size < hard else hard, hard))
-    return soft
-
-
 class GitSource:
     """The desired state as a folder of documents on a branch, and a branch of one's own as the sink of
     reports.
@@ -9576,6 +9649,7 @@ class GitSource:
         self.branch = f"refs/heads/{config.git.branch}"
         self.repository = os.path.join(home, "repository")
         self.env = make_git_environment(config, home, os.environ)
+        self.secret = save_secret(header) if header else None
         self.heads, self.reporter = {}, None
 
     def git(self, command, *arguments, timeout=60, codes=(0,), env=None, **options):
@@ -9588,8 +9662,12 @@ class GitSource:
             folder = os.path.join(self.home, "none")                    # what is spoilt stops no poll (P-14)
         before = os.umask(0o077)                    # what git writes is below the state directory
         try:
-            command_line = ["git", f"--git-dir={folder}", command, *arguments]
-            output = run_command(command_line, timeout, env or self.env, self.home, **options)
+            files = [self.secret.fileno()] if self.secret else []
+            command_line = ["git", f"--git-dir={folder}"]
+            for number in files:
+                command_line += ["-c", f"include.path=/proc/self/fd/{number}"]
+            output = run_command([*command_line, command, *arguments], timeout, env or self.env, self.home,
+                                 files=files, **options)
         except CommandMissing as error:
             raise ConfigError(error.message) from None
         finally:
@@ -9767,10 +9845,9 @@ class GitSource:
         for name in ignored:
             log("info", "ignored: not a file", name=name)
         total = sum(size for _, _, size in blobs)
-        if len(blobs) > MAX_DEPLOYMENTS or total > policy.max_unpacked:
+        if len(blobs) > MAX_DEPLOYMENTS or total > policy.max_unpacked // DOCUMENTS:
             raise Refused(f"commit {head} refused: {len(blobs)} documents of {total} bytes are more than"
-                          f" {MAX_DEPLOYMENTS}"
-                          " or policy.max_unpacked")
+                          f" {MAX_DEPLOYMENTS} or 1/{DOCUMENTS} of policy.max_unpacked")
         found = parse_files(self.read_blobs(blobs))
         suspects = find_suspects(self.list_tree(base), listing, {*found[2]}) if base else []
         for name, data in self.read_blobs(suspects):
@@ -9879,6 +9956,17 @@ class GitSource:
         return made.stdout.decode().strip()
 
 
+def limit_files(size):
+    """How large a file may become that this process or one that it starts writes, -1: as large as it likes.
+
+    Returns what held before.
+    """
+    import resource
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size if hard < 0 or 0 <= size < hard else hard, hard))
+    return soft
+
+
 def ask_ssh(address, timeout):
     """Whether an ssh server answers at a repository's address: then it is not the wire that is at fault."""
     import socket
@@ -9942,14 +10030,13 @@ GIT_CONFIG = """\
 """
 
 
-def make_git_config(config, home, header):
-    """The configuration that git finds in its home, as bytes, with the credential, which nobody else sees."""
+def make_git_config(config, home):
+    """The configuration that git finds in its home, as bytes."""
     settings = {
         "http.lowSpeedTime": int(4 * config.wfm.timeout) or 1,
         "http.sslVersion": f"tlsv{config.wfm.min_tls}",
         "http.sslCAInfo": config.identity.ca,
         "http.sslCAPath": config.identity.ca and os.path.join(home, "none"),
-        "http.extraHeader": header and f"Authorization: {header}",
         "gpg \"ssh\".allowedSignersFile": config.git.allowed_signers,
     }
     text = GIT_CONFIG
@@ -9962,6 +10049,18 @@ def make_git_config(config, home, header):
         for place in (folder, folder + "/.git"):
             text += f"[safe]\n\tdirectory = {quote_for_git(place)}\n"
     return text.encode()
+
+
+def save_secret(header):
+    """A file without a name from which git reads its credential; it goes with this process.
+
+    So the credential is in no folder, environment or command line.
+    """
+    import tempfile
+    file = tempfile.TemporaryFile()
+    file.write(f"[http]\n\textraHeader = {quote_for_git('Authorization: ' + header)}\n".encode())
+    file.flush()
+    return file
 
 
 def quote_for_git(value):
@@ -10154,7 +10253,7 @@ class Git(Profile):
             home = temporary.name
         create_folder(os.path.join(home, "none"))
         path = os.path.join(home, ".gitconfig")
-        content = make_git_config(config, home, header)
+        content = make_git_config(config, home)
         if read_file(path, MAX_ANSWER) != content:
             write_file(path, content)
         wfm = Settings(config, wfm=Settings(config.wfm, url=config.wfm.status_url))
@@ -10188,7 +10287,7 @@ class Git(Profile):
 
 
 PROFILES["git"] = Git
-TRACES.append("git")                # its credential, too
+TRACES.append("git")
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -10707,7 +10806,8 @@ def parse_crl(data):
             raise ValueError("it is not of version 2")
         times = [parse_der_time(*field[:2]) for field in fields[3:5]]
         listed = fields[5][1] if fields[5][0] == 0x30 else b""
-        serials = {int.from_bytes(parse_der(entry)[0][1], "big") for _, entry, _ in walk_der(listed)}
+        serials = {int.from_bytes(parse_der(entry)[0][1], "big", signed=True)
+                   for _, entry, _ in walk_der(listed)}
         extensions = parse_extensions(fields[5:], 0xA0)
         number = parse_der(extensions[OID_CRL_NUMBER][1])[0][1]
         if len(number) > 21:
@@ -11323,8 +11423,8 @@ def assign(targets, records, devices, silent, offers):
             answers = {child: target.deployment.type not in silent[child] for child in children}
             reasons = {name: find_reason(target.deployment, device, offers) for name, device in known.items()}
             try:
-                held = before.get(key)
-                homes[key] = find_place(target.deployment, held, own_id, answers, reasons.get, loads)
+                homes[key] = find_place(target.deployment, before.get(key), own_id, answers, reasons.get,
+                                        loads)
                 error = reasons[homes[key]]
             except ComponentError as fault:
                 error = fault
@@ -11460,8 +11560,11 @@ EXAMINE.update(hooks=examine_hooks)
 # ----------------------------------------------------------------------------------------------------------
 
 def command_doctor(config, options):
-    """Checks everything that a run needs: one line a check, ok, warn or FAIL with the mend; changes
-    nothing.
+    """Checks everything that a run needs, and changes nothing.
+
+    Each check is a line: ok, warn, or FAIL, with what to do about it.
+
+    Example: margo_agent.py doctor --json
     """
     agent = Agent(config)
     failed = False
@@ -11481,7 +11584,7 @@ def command_doctor(config, options):
 
 
 def examine_storage(agent):
-    """Whether the state can be read and written, and is not about to fill its disk."""
+    """Whether the state can be read and written, and has room to grow."""
     agent.state = agent.store.load_state()
     folder = agent.store.folder
     while not os.path.exists(folder):
@@ -11498,28 +11601,21 @@ def examine_storage(agent):
 
 
 def examine_wait(agent):
-    """Whether the WFM, or a back-off, keeps the next run from asking."""
-    clock = get_clock()
-    left = find_wait(agent.state["patience"], clock)
-    words = f"until {make_time(clock.now + left)} the WFM or a back-off asks to wait; `retry` ends that"
-    return "warn", words if left else ""
+    """Whether a back-off keeps the next run from asking, reporting or trying again."""
+    waits = [f"until {item['until']} {item['reason']}" for item in list_waits(agent.state, get_clock())]
+    return "warn", waits and f"{'; '.join(waits)}; `retry` ends that"
 
 
 def examine_labels(agent):
-    """Whether every label is called so that no other's has its name.
-
-    Margo recommends a domain before it (C-088).
-    """
+    """Whether every label has a name that nobody else uses: with a domain before it (C-088)."""
     names = {name for device in agent.devices for name in device.settings.labels}
     bare = sorted(name for name in names if not re.match(r"[^/.]+(\.[^/.]+)+/.", name))
-    if not bare:
-        return "ok", ""
-    return "warn", (f"device.labels {', '.join(bare)}: put a domain of yours before it, such as"
-                    " example.com/zone")
+    return "warn", bare and (f"device.labels {', '.join(bare)}: put a domain of yours before it, such as"
+                             " example.com/zone")
 
 
 def examine_clock(agent):
-    """Whether the clock can be right: certificates are judged by it."""
+    """Whether the clock can be right, by which certificates are judged."""
     now = time.time()
     stored = agent.store.find_time()
     if now < stored:
@@ -11533,10 +11629,8 @@ def examine_engine(agent):
     if not drivers and agent.devices[1:]:
         return "ok", "nothing here runs workloads; they run on child devices"
     if not drivers:
-        return (
-            "warn",
-            "nothing here runs Compose applications; install podman or docker, or see runtime.compose",
-        )
+        return "warn", ("nothing here runs Compose applications; install podman or docker, or see"
+                        " runtime.compose")
     claim = obtain_claim(agent.get_profile(), agent.device_id)
     words = [driver.check(claim) for driver in drivers.values()]
     lacks, notes = drivers["compose"].list_lacks() if "compose" in drivers else ([], [])
@@ -11544,20 +11638,14 @@ def examine_engine(agent):
 
 
 def examine_others(agent):
-    """Whether workloads of another owner run here: they are left alone, and may hold what this agent's need.
-
-    """
+    """Whether workloads of another owner run here: they are left alone, but may hold a port or a name."""
     others = ask_others({device.device_id: device.drivers for device in agent.devices})
     words = "; ".join(make_others_words(others))
-    return (
-        ("warn", f"{len(others)} workloads are not this agent's and are left alone: {words}")
-        if others
-        else ("ok", "")
-    )
+    return "warn", others and f"{len(others)} workloads are not this agent's and are left alone: {words}"
 
 
 def examine_registries(agent):
-    """Whether the files are there that registries name."""
+    """Whether the files are there that `registries` names."""
     for host, entry in agent.config.registries.items():
         for key in ("ca", "password_file"):
             if entry[key] and read_file(entry[key], MAX_CERTIFICATES) is None:
@@ -11566,38 +11654,229 @@ def examine_registries(agent):
 
 
 def examine_connection(agent):
-    """Whether the WFM answers, is the one it should be, and what it says can be accepted."""
+    """Whether the WFM answers, is the one it should be, and offers what can be accepted."""
     agent.connect(keep=False)
     desired = agent.fetch_desired()
-    return "ok", f"{agent.config.wfm.url} is {agent.source.peer}; " + (
-        f"version {desired.version} is there to be accepted" if desired else "nothing new")
+    news = f"version {desired.version} is there to be accepted" if desired else "nothing new"
+    return "ok", f"{agent.config.wfm.url} is {agent.source.peer}; {news}"
 
 
 COMMANDS["doctor"] = (command_doctor, {}, "")
 
 
 # ----------------------------------------------------------------------------------------------------------
-# 34. Command line
+# 34. Commands for people (optional)
+# ----------------------------------------------------------------------------------------------------------
+
+def look_at(config, word):
+    """(Agent, record, Seen): a deployment that somebody names, and what its device shows of it now.
+
+    The look is a function that returns its containers, or raises CommandError.  Raises ConfigError,
+    StorageError.
+    """
+    agent = Agent(config)
+    agent.state = agent.store.load_state()
+    record = find_record(agent.state, word)
+    home = record["deviceId"]
+    devices = [device for device in agent.devices if device.device_id == home]
+    claim = obtain_claim(agent.get_profile(), agent.device_id)
+    seen = observe_devices(devices, [record], claim).get(home, Seen([], {}, {}))
+    return agent, record, seen._replace(containers=find_containers(record["deploymentId"], seen.containers))
+
+
+def command_describe(config, options):
+    """Prints what the device knows, without network; of one deployment everything there is to know.
+
+    NAME is the name of a deployment, its id, or the beginning of its id.
+
+    Example: margo_agent.py status hello
+    """
+    if not options["operands"]:
+        return command_status(config, options)
+    agent, record, seen = look_at(config, options["operands"][0])
+    adopted = record["adopted"]
+    target = Target(record["deploymentId"], adopted["digest"], adopted["version"], None, None)
+    deployment = read_target(target, agent.store.load_artifact, config).deployment
+    report = make_details(record, deployment, seen.containers, get_clock())
+    if "--json" in options:
+        return print_json(report)
+    print_row(report["state"], f"{report['deploymentId']}  {report['name']}  on {report['deviceId']}")
+    print_row("document", f"{report['digest']}, of manifest version {report['version']}")
+    for part in report["components"]:
+        words = f"{part['name']}  {part['revision']}"
+        print_row(f"  {part['state']}", words + make_error_words(part["error"]))
+    for item in report["containers"]:
+        since = f" since {item['since']}" if item["since"] else ""
+        ports = f"  ports {', '.join(item['ports'])}" if item["ports"] else ""
+        print_row(item["state"], f"{item['name']}{since}  {item['image']}{ports}")
+    for fault in seen.silent.values():
+        print_row("containers", fault.message)
+    if report["attempts"]:
+        print_row("attempts", f"{report['attempts']} failed; the next one is due"
+                  f" {report['nextAttempt'] or 'with the next run'}, `retry {report['name']}` tries at once")
+    if report["before"]:
+        runs = "runs in its place" if record["fallback"] else "is kept to go back to"
+        print_row("before", f"the version of document {report['before']} {runs}")
+
+
+def make_details(record, deployment, containers, clock):
+    """What `status NAME` tells: what `status` does, and revisions, containers, attempts, the way back.
+
+    deployment: the Deployment that is worked on, or None.  containers: as its engine shows them.
+    """
+    report = make_deployment_report(record)
+    components = deployment.components if deployment else ()
+    known = {item.name: f"{item.repository} {item.revision}" for item in components}
+    for part in report["components"]:
+        part["revision"] = known.get(part["name"], "")
+    services = list_parts(record, "services")
+    shown = []
+    for container in containers:
+        facts = services.get(container.component, {}).get(container.service, {})
+        ports = [f"{address}:{port}/{kind}".lstrip(":") for address, port, kind in facts.get("ports", ())]
+        since = make_time(container.started) if container.started else None
+        shown.append({"name": container.name, "component": container.component, "ports": ports,
+                      "service": container.service, "state": container.state, "since": since,
+                      "image": facts.get("image", "")})
+    left = find_wait(record["retry"], clock)
+    before = record["running"] if record["fallback"] else record["previous"]
+    return dict(report, version=record["adopted"]["version"], containers=shown,
+                attempts=record["retry"].get("failures", 0), before=(before or {}).get("digest"),
+                nextAttempt=make_time(clock.now + left) if left else None)
+
+
+def command_logs(config, options):
+    """Shows what the containers of a deployment, or of one service of it, have written.
+
+    NAME is the name of a deployment, its id, or the beginning of its id.  `--tail N` shows the last N lines
+    of each container, `-f` goes on with what comes.
+
+    Example: margo_agent.py logs hello --tail 50
+    """
+    name, *services = options["operands"]
+    _, record, seen = look_at(config, name)
+    for fault in seen.silent.values():
+        raise fault
+    found = [item for item in seen.containers if item.service in services or not services]
+    driver = seen.drivers.get(found[0].type) if found else None
+    if not hasattr(driver, "engine"):
+        where = make_printable(f"service {services[0]} of {name}" if services else name)
+        raise ConfigError(f"{where} has no container here; `status {record['name']}` shows what there is")
+    if found[1:] and driver.engine == "docker":
+        names = ", ".join(sorted(container.service for container in found))
+        raise ConfigError(f"docker shows one container at a time; name one of the services {names}")
+    flags = [f"--tail={options['--tail']}"] if "--tail" in options else []
+    flags += ["--follow"] * ("-f" in options) + ["--names"] * bool(found[1:])
+    argv = [driver.engine, "logs", *flags, *(container.id for container in found)]
+    os.execvpe(argv[0], argv, get_command_environment(driver.environ))
+
+
+def command_config(config, options):
+    """Prints the configuration that is in force: what the file says, and the default of all else.
+
+    What may be a secret is masked.  `--check` only says whether the file can be used.  `--example` prints a
+    file to start from, with every setting and what it is for.
+
+    Example: margo_agent.py config --example > agent.yaml
+    """
+    if "--check" in options:
+        print(f"{options['-c']} can be used")       # else it has been said why not
+    elif "--example" in options:
+        print("\n".join(make_example(SCHEMA, EXAMPLE)))
+    else:
+        document = expand_environment(load_yaml(read_file(options["-c"], MIB)), os.environ, "", [])
+        print("\n".join(make_listing(SCHEMA, document or {})))
+
+
+# What an example of a configuration sets, by names of examples/pki.sh; all else is commented out.
+EXAMPLE = {"wfm": {"url": "https://localhost:8443"},
+           "identity": {"certificate": "client.pem", "key": "client.key", "trust_bundle": "bundle.json"}}
+PARTS = {"registries": ("registry.example:5000:", REGISTRY_SCHEMA), "children": ("-", CHILD_SCHEMA)}
+
+
+def make_listing(schema, document, indent=""):
+    """The lines of a configuration that leaves nothing out: what the file does not say is marked."""
+    lines = []
+    for key, entry in schema.items():
+        value = document.get(key)
+        if isinstance(entry, dict):
+            lines += [f"{indent}{key}:", *make_listing(entry, value or {}, indent + "  ")]
+            continue
+        reader, default, meaning = entry
+        note = "  # default" if value is None else ""
+        if not meaning:                             # no setting any more
+            continue
+        if reader is read_environment and value:    # it may hold what nobody should see
+            value = dict.fromkeys(value, "...")
+        lines.append(f"{indent}{key}: {make_yaml(default if value is None else value)}{note}")
+    return lines
+
+
+def make_example(schema, chosen, indent=""):
+    """The lines of a configuration to start from: what is not `chosen` is commented out, with its default."""
+    lines = []
+    for key, entry in schema.items():
+        if isinstance(entry, dict):
+            lines += ["", f"{indent}{key}:", *make_example(entry, chosen.get(key, {}), indent + "  ")]
+            continue
+        reader, default, meaning = entry
+        if not meaning:
+            continue
+        try:
+            reader(object(), "")
+        except ValueError as error:                 # of what it would take
+            meaning += f" ({str(error).partition(':')[0]})"
+        value = make_yaml(chosen.get(key, default))
+        lines += [f"{indent}# {meaning}", f"{indent}{'' if key in chosen else '# '}{key}: {value}".rstrip()]
+        if key in PARTS:
+            name, schema = PARTS[key]
+            lines += [f"{indent}# {line}" for line in [f"  {name}", *make_example(schema, {}, "    ")]]
+    return lines
+
+
+def make_yaml(value):
+    """A value as YAML on one line; None is nothing."""
+    if value is None:
+        return ""
+    text = make_json(value).decode()
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return scalar_text(value)
+    try:
+        return value if isinstance(value, str) and load_yaml(value) == value else text
+    except YAMLError:
+        return text
+
+
+COMMANDS.update(
+    status=(command_describe, {"--json": ""}, "[NAME]"),
+    logs=(command_logs, {"--tail": "N", "-f": ""}, "NAME [SERVICE]"),
+    config=(command_config, {"--check": "", "--example": ""}, ""))
+
+
+# ----------------------------------------------------------------------------------------------------------
+# 35. Command line
 # ----------------------------------------------------------------------------------------------------------
 
 def command_run(config, options):
-    """`run --once`: one cycle; `run`: one after the other, each in a process of its own.
+    """Polls the WFM and makes the device match what it wants, for ever or (`--once`) a single time.
 
-    --spread: the cycle begins at the device's own moment within that time, for fleets that cron starts.
+    `--spread TIME` begins at the device's own moment within that time, for fleets that cron starts.
+
+    Example: margo_agent.py run --once --spread 50s
     """
     try:
-        spread = read_duration(options.get("--spread", "1"), "") if "--spread" in options else 0
+        spread = read_duration(options["--spread"], "") if "--spread" in options else 0
     except ValueError as error:
         raise ConfigError(f"--spread: found {options['--spread']!r}, expected {error}") from None
     if "--once" not in options:
         if spread:
             raise ConfigError("--spread: belongs to run --once; a daemon has poll.jitter")
-        return start_watch(config, options)
+        return start_watch(config, options["arguments"])
     import signal
     asked = []
 
     def stop(number, _):
-        # the current step takes too long: what it has started is ended, the next run goes on
+        # The current step takes too long: what it has started is ended, and the next run goes on.
         if number == signal.SIGALRM:
             raise Interrupted(f"ended in the middle of a step, {STOP_GRACE} s after it was asked to")
         asked.append(True)
@@ -11622,6 +11901,8 @@ def command_run(config, options):
         wait(agent.starting)
         outcome = agent.cycle()
     log("debug", "cycle done", result=outcome.result, code=outcome.code)
+    if "--json" in options:
+        print_json(outcome._asdict())
     if descriptor:
         words = make_life_sign(agent.state, outcome)
         os.write(int(descriptor), f"{outcome.delay:.3f} {words}".encode("utf-8", "replace"))
@@ -11636,12 +11917,11 @@ def make_life_sign(state, outcome):
     return f"{words}{detail}; next cycle in {outcome.delay:.0f} s"
 
 
-def start_watch(config, options):
-    """Turns this process into the parent of the daemon: a bare interpreter that holds `watch` and nothing
-    else of this file.
+def start_watch(config, arguments):
+    """Turns this process into the parent of the daemon: a bare interpreter that runs `watch`.
 
-    The program goes in by a pipe, so that neither this file's compiled code nor a compiler's memory stays
-    behind; it is the compiled form, which is there where this file's source is not.
+    The program is read from a pipe, in compiled form.  So neither this file nor a compiler stays in memory,
+    and it works where only the compiled file is installed.
     """
     import marshal
     parts = {
@@ -11649,10 +11929,11 @@ def start_watch(config, options):
         for part in (notify, write_line, start_cycle, read_answer, count_wakes, end_cycle, watch)
     }
     last = "the daemon has ended" if log.level in ("debug", "info") else ""
-    arguments = make_child(options), CYCLE_RETRY, HUNG, STOP_LIMIT, last
-    program = (f"import marshal\nfor name, code in marshal.loads({marshal.dumps(parts)!r}).items():\n"
-               f"    globals()[name] = type(lambda: None)(code, globals())\nLINE = {LINES[log.form]!r}\n"
-               f"raise SystemExit(watch(*{arguments!r}))\n")
+    words = make_child(arguments), CYCLE_RETRY, HUNG, STOP_LIMIT, last
+    program = (f"import marshal, os, time\nLINE = {LINES[log.form]!r}\n"
+               f"for name, code in marshal.loads({marshal.dumps(parts)!r}).items():\n"
+               "    globals()[name] = type(lambda: None)(code, globals())\n"
+               f"raise SystemExit(watch(*{words!r}))\n")
     log("info", "the daemon has started", version=__version__, profile=config.wfm.profile,
         wfm=config.wfm.url, interval=f"{config.poll.interval:.0f} s")
     reader, writer = os.pipe()
@@ -11662,23 +11943,22 @@ def start_watch(config, options):
     os.execv(sys.executable, [sys.executable, "-I", "-S", "-", "margo-agent"])
 
 
-def make_child(options):
-    """The command line of one cycle: this very file, as a module where it can be, because then its
-    compiled form is kept.
+def make_child(arguments):
+    """The command line of one cycle.
+
+    This file is run as a module where its name allows that, because Python then keeps its compiled form.
     """
-    path = os.path.abspath(__file__)
-    folder, name = os.path.split(path)
-    stem, suffix = os.path.splitext(name)
-    start = [sys.executable, "-I", "-S", path]
-    if suffix in (".py", ".pyc") and "." not in stem:
-        code = ("import sys; sys.path.insert(0, sys.argv.pop(1)); from importlib import import_module; "
-                f"sys.exit(import_module({stem!r}).main(sys.argv[1:]))")
-        start = [sys.executable, "-I", "-S", "-c", code, folder]
-    return start + options["arguments"] + ["--once"]
+    start = [os.path.abspath(__file__)]
+    folder, name = os.path.split(start[0])
+    stem, _, suffix = name.partition(".")
+    if suffix in ("py", "pyc"):
+        code = f"import sys; sys.path.insert(0, {folder!r}); sys.exit(__import__({stem!r}).main())"
+        start = ["-c", code]
+    return [sys.executable, "-I", "-S", *start, *arguments, "--once"]
 
 
-# The daemon's parent: these functions run in an interpreter that has nothing else of this file but LINE, so
-# they import what they need.
+# The daemon's parent: these functions run in an interpreter that has nothing else of this file but `os`,
+# `time` and LINE.  What more they need they import.
 
 # How a line of the log is written, by its form.
 LINES = {"text": "%s %-7s %s\n", "json": '{"time":"%s","level":"%s","message":"%s"}\n'}
@@ -11686,24 +11966,22 @@ LINE = LINES["text"]
 
 
 def notify(address, text):
-    """Tells systemd something, where it listens."""
+    """Sends systemd a message, where it listens."""
     if not address:
         return
     import socket
     try:
-        # who does not read does not keep us
+        # This must not block when nobody reads.
         kind = socket.SOCK_DGRAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK
         with socket.socket(socket.AF_UNIX, kind) as peer:
             peer.connect("\0" + address[1:] if address.startswith("@") else address)
             peer.send(text.encode())
     except OSError:
-        pass                                        # nobody listens any more: no reason to end
+        pass                                        # nobody listens any more
 
 
 def write_line(level, text):
     """Writes one line as the log does."""
-    import os
-    import time
     line = LINE % (time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), level, text)
     try:
         os.write(2, line.encode() if text else b"")
@@ -11712,11 +11990,13 @@ def write_line(level, text):
 
 
 def start_cycle(child, signals):
-    """(process id, pipe by which it says how long to wait) of a new cycle; raises OSError."""
-    import os
+    """Starts a cycle: (its process id, the pipe by which it says how long to wait after it).
+
+    Raises OSError.
+    """
     import signal
     reader, writer = os.pipe()
-    os.set_blocking(reader, False)                  # whoever else keeps the other end open cannot stop us
+    os.set_blocking(reader, False)                  # a helper may keep the other end open
     pid = os.fork()
     if not pid:
         try:
@@ -11734,8 +12014,7 @@ def start_cycle(child, signals):
 
 
 def read_answer(reader):
-    """What a cycle that has ended said by its pipe; closes it."""
-    import os
+    """What a cycle that has ended has said in its pipe, which is closed."""
     try:
         return os.read(reader, 1024)
     except BlockingIOError:
@@ -11745,11 +12024,10 @@ def read_answer(reader):
 
 
 def count_wakes(pid):
-    """How often the kernel has let a process go on after a wait.
+    """How often a process has woken from a wait, as the kernel counts it.
 
-    Where that cannot be told, another number each time.
+    Where there is no process (0), or the kernel does not tell, the number is another one each time.
     """
-    import time
     try:
         with open(f"/proc/{pid}/status") as file:
             return int(file.read().partition("voluntary_ctxt_switches:")[2].split()[0])
@@ -11758,12 +12036,11 @@ def count_wakes(pid):
 
 
 def end_cycle(pid, limit):
-    """Asks a cycle to end after its current step, and kills it after `limit` seconds; the daemon's exit code.
+    """Asks a cycle to end after its current step, and kills it after `limit` seconds.
 
+    Returns the daemon's exit code.
     """
-    import os
     import signal
-    import time
     end = time.monotonic() + limit
     os.kill(pid, signal.SIGTERM)
     while not os.waitpid(pid, os.WNOHANG)[0]:
@@ -11776,28 +12053,27 @@ def end_cycle(pid, limit):
 
 
 def watch(child, fallback, hung, limit, last):
-    """Runs `child` (an argument list) over and over; returns the exit code.  last: how its log ends.
+    """Runs cycles one after the other, for ever; returns the daemon's exit code.
 
-    A child says by a pipe how long to wait, else `fallback` seconds count, and how it went.  SIGTERM and
-    SIGINT end it after the current step, SIGHUP starts a cycle at once.  systemd's watchdog is fed while
-    cycles can be started and move: one that the kernel has not seen wake for `hung` seconds, longer than it
-    ever waits itself, is killed.  Five in a row that cannot be started end the daemon.
+    child: the command line of a cycle.  It says in a pipe how many seconds to wait after it (else `fallback`)
+    and how it went.  SIGTERM and SIGINT end the daemon after the current step; `last` is how its log ends.
+    SIGHUP starts a cycle at once; each cycle reads the configuration anew.  A cycle that has not woken from
+    a wait for `hung` seconds hangs, because its own waits are shorter: it is killed.  systemd's watchdog is
+    fed while cycles can be started and move.  Five cycles in a row that cannot be started end the daemon.
     """
-    import os
     import signal
-    import time
     signals = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD}
     signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     address = os.environ.get("NOTIFY_SOCKET", "")
     beat = int(os.environ.get("WATCHDOG_USEC") or 0) / 2e6 or 3600.0
     notify(address, "READY=1")
-    pid, due, moved, seen, proven, failures = 0, 0.0, 0.0, None, False, 0
+    pid = due = moved = seen = proven = failures = 0
     while True:
         now = time.monotonic()
         if not pid and now >= due:
             try:
                 pid, reader = start_cycle(child, signals)
-                due, moved = None, now
+                due = None
             except OSError as error:
                 write_line("error", f"no cycle can be started ({error.strerror})")
                 failures += 1
@@ -11811,15 +12087,15 @@ def watch(child, fallback, hung, limit, last):
             write_line("info", last)
             return code
         if number == signal.SIGHUP:
-            due = 0.0
+            due = 0
         ended, status = os.waitpid(pid, os.WNOHANG) if pid else (0, 0)
         if ended:
             answer, _, words = read_answer(reader).partition(b" ")
             if words:
                 notify(address, "STATUS=" + words.decode("utf-8", "replace"))
-            if status == 2 << 8 and not proven:     # a configuration that never worked
+            if status == 2 << 8 and not proven:     # the configuration has never worked
                 return 2
-            # Python itself failed, or is not there
+            # Python itself failed, or has gone.
             failures = failures + 1 if not answer and status in (1 << 8, 127 << 8) else 0
             pid, proven = 0, True
             due = now + float(answer or fallback) if due is None else due
@@ -11827,9 +12103,9 @@ def watch(child, fallback, hung, limit, last):
             write_line("error", "five cycles in a row could not be started; this process ends, so that its"
                        " supervisor learns of it")
             return 1
-        before = seen
-        seen = count_wakes(pid) if pid else None
-        moved = moved if pid and seen == before else now
+        wakes = count_wakes(pid)
+        if wakes != seen:
+            seen, moved = wakes, now
         if now - moved > hung:
             write_line("error", f"the cycle has not moved for {hung} s, and is killed")
             os.kill(pid, signal.SIGKILL)
@@ -11838,41 +12114,40 @@ def watch(child, fallback, hung, limit, last):
 
 
 def command_enroll(config, options):
-    """Establishes trust and reports capabilities; safe to repeat.  --fetch-ca: first gets the WFM's root
-    CA (profile signed).
+    """Makes this device known to the WFM: checks its identity and reports its capabilities.
+
+    It may be repeated at any time.  `--fetch-ca FILE` first downloads the WFM's root CA (profile signed).
     """
     for name, (_, act) in OPTIONS["enroll"].items():
         if name in options:
             act(config, options[name])
-    exchange = STEPS.index(Agent.exchange)
-    reconcile = STEPS.index(Agent.reconcile)
     with Agent(config) as agent:
         agent.store.load_memo().clear()             # the trust bundle is asked for whatever its age
         agent.state["trust"].pop("refreshedAt", None)
         agent.asked = True
         try:
-            for step in STEPS[:exchange]:
-                step(agent)
-            source = agent.connect()
-            agent.report_capabilities(always=True)
-            for step in STEPS[exchange + 1:reconcile]:
-                step(agent)
+            for step in STEPS[:STEPS.index(Agent.reconcile)]:
+                if step is Agent.exchange:
+                    source = agent.connect()
+                    agent.report_capabilities(always=True)
+                else:
+                    step(agent)
         finally:
-            # also what was learnt of the trust bundle before it failed
-            agent.store.save_state(agent.state)
+            agent.store.save_state(agent.state)     # also what was learnt of the trust bundle
         print(f"enrolled: {source.client_id} with {config.wfm.url} as device {agent.device_id}")
 
 
 def command_unenroll(config, options):
-    """Deregisters at the WFM and forgets the relationship; --purge first removes the workloads."""
+    """Deregisters this device at the WFM and forgets what was agreed.
+
+    Workloads are left running.  `--purge` removes them first, but never their volumes.
+    """
     with Agent(config) as agent:
-        state, failed = agent.state, False
+        state = agent.state
         if not any(state[part] for part in ("enrollment", "client", "deployments", "trust")):
             print("not enrolled")
             return
-        if "--purge" in options:
-            failed = purge(agent)
-        if failed:
+        if "--purge" in options and purge(agent):
             raise StorageError("not everything could be removed; nothing was forgotten, run unenroll --purge"
                                " again")
         if state["enrollment"]:
@@ -11894,123 +12169,139 @@ def command_unenroll(config, options):
 
 
 def purge(agent):
-    """Removes every workload and reports it; True where something could not be removed."""
+    """Removes every workload and reports that; whether something could not be removed."""
     if agent.state["enrollment"]:
         agent.connect()
     version = (agent.state["accepted"] or {}).get("version", 0)
     agent.reconcile({"version": version, "deployments": []})
-    agent.flush_outbox()                            # also what a purge that was cut off has left to be told
+    agent.flush_outbox()                            # also what an earlier purge could not report
     return any(record["state"] != "removed" for record in agent.state["deployments"].values())
 
 
 def command_plan(config, options):
-    """Polls and prints what `run --once` would do; changes nothing, neither here nor at the WFM."""
+    """Shows what `run --once` would do, and changes nothing: neither here nor at the WFM."""
     agent = Agent(config)
     agent.state = agent.store.load_state()
-    accepted = agent.state["accepted"]
-    documents, desired = {}, None
-    if agent.is_downtime():
-        log("warning", "downtime: the WFM is not asked; this follows from what was accepted before")
-    else:
-        agent.check_patience(spread=False)
-        agent.connect(keep=False)
-        desired = agent.fetch_desired()
-    if desired:
-        accepted = make_accepted(desired)
-        documents = desired.documents
-        try:
-            agent.check_removals(desired)
-        except Waiting as error:
-            log("warning", error.message)
-
+    accepted, documents = fetch_accepted(agent)
     actions, seen = [], {}
     if accepted:
         load = agent.store.load_artifact
         actions, seen = agent.decide(accepted, lambda digest: documents.get(digest) or load(digest))
     others = ask_others(agent.answering)
-    changed = {action.deployment_id for action in actions if action.verb in ("install", "update")}
-    # else it is part of a move
-    actions = [action._replace(verb=PRINTED.get(action.verb, action.verb)) for action in actions
-               if action.verb != "clear" or action.deployment_id not in changed]
+    # What clears the way for an installation elsewhere is part of it.
+    moved = {action.deployment_id for action in actions if action.verb in ("install", "update")}
+    items = [{"deploymentId": action.deployment_id, "action": PRINTED.get(action.verb, action.verb),
+              "reason": action.reason, "deviceId": action.device_id}
+             for action in actions if action.verb != "clear" or action.deployment_id not in moved]
+    version = accepted["version"] if accepted else None
     if "--json" in options:
-        items = [{"deploymentId": action.deployment_id, "action": action.verb, "reason": action.reason,
-                  "deviceId": action.device_id} for action in actions]
-        print_json({"version": accepted["version"] if accepted else None, "actions": items, "others": others})
+        print_json({"version": version, "actions": items, "others": others})
     else:
-        print(f"desired state: version {accepted['version'] if accepted else 'none'}")
-        for action in actions:
-            where = f"on {action.device_id}: " if len(agent.devices) > 1 else ""
-            print(f"{action.verb:8}{action.deployment_id}  {where}{make_printable(action.reason)}")
+        print(f"desired state: version {version or 'none'}")
+        for item in items:
+            where = f"on {item['deviceId']}: " if len(agent.devices) > 1 else ""
+            print(f"{item['action']:8}{item['deploymentId']}  {where}{make_printable(item['reason'])}")
         for words in make_others_words(others):
             print(f"other   {words}; it is left alone")
     for fault in seen[agent.device_id].silent.values() if seen else ():
         raise fault
 
 
+def fetch_accepted(agent):
+    """What the next run would accept, or has accepted before: (its part of the state, its new documents)."""
+    accepted = agent.state["accepted"]
+    if agent.is_downtime():
+        log("warning", "downtime: the WFM is not asked; this follows from what was accepted before")
+        return accepted, {}
+    agent.check_patience(spread=False)
+    agent.connect(keep=False)
+    desired = agent.fetch_desired()
+    if not desired:
+        return accepted, {}
+    try:
+        agent.check_removals(desired)
+    except Waiting as error:
+        log("warning", error.message)
+    return make_accepted(desired), desired.documents
+
+
 def command_status(config, options):
-    """Prints what the device knows, without network."""
-    store = Store(config.state_dir)
-    document = make_status_report(config, store.load_state(), store.load_memo(), time.time())
+    """Prints what the device knows, without asking anybody."""
+    document = status(config)
     if "--json" in options:
         return print_json(document)
-    identity = document["identity"]
-    desired = document["desiredState"]
-    last = document["lastPoll"]
-    print(f"profile    {document['profile']}, {'enrolled' if document['enrolled'] else 'not enrolled'}")
+    identity, desired, last = (document[name] for name in ("identity", "desiredState", "lastPoll"))
     until = f", valid until {identity['notAfter']}" if identity["notAfter"] else ""
     warning = identity["warning"] and f"  ! {identity['warning']}"
-    print(f"identity   {identity['id'] or 'none yet'}{until}{warning}")
+    print_row("profile", f"{document['profile']}, {'' if document['enrolled'] else 'not '}enrolled")
+    print_row("identity", (identity["id"] or "none yet") + until + warning)
     version = f"version {desired['version']}, accepted {desired['acceptedAt']}"
-    print(f"desired    {version if desired['version'] else 'none accepted yet'}")
-    poll = f"{last['at']} {last['result']} {make_printable(last['detail'])}".rstrip()
-    print(f"last poll  {poll if last['at'] else 'never'}")
-    print(f"outbox     {document['outbox']}")
+    print_row("desired", version if desired["version"] else "none accepted yet")
+    print_row("last poll", f"{last['at']} {last['result']} {last['detail']}" if last["at"] else "never")
+    print_row("outbox", str(document["outbox"]))
     for item in document["dropped"]:
-        reason = make_printable(item["reason"])
-        print(f"dropped    {item['deploymentId']} {item['state']} at {item['at']}: {reason}")
+        print_row("dropped", f"{item['deploymentId']} {item['state']} at {item['at']}: {item['reason']}")
     for deployment in document["deployments"]:
         where = f"  on {deployment['deviceId']}" if config.device.children else ""
-        print(f"{deployment['state']:10} {deployment['deploymentId']}  {deployment['name']}{where}")
-        for component in deployment["components"]:
-            error = component["error"]
-            reason = f"  {error['code']}: {make_printable(error['message'])}" if error["code"] else ""
-            print(f"  {component['state']:8} {component['name']}{reason}")
-        if deployment["error"]["code"] and not any(c["error"]["code"] for c in deployment["components"]):
-            print(f"  {deployment['error']['code']}: {make_printable(deployment['error']['message'])}")
+        print_row(deployment["state"], f"{deployment['deploymentId']}  {deployment['name']}{where}")
+        # Only a document that cannot be read leaves a deployment without components.
+        for part in deployment["components"] or [dict(deployment, name="")]:
+            print_row(f"  {part['state']}", part["name"] + make_error_words(part["error"]))
+    for item in document["waits"]:
+        print_row("waits", f"until {item['until']} {item['reason']}")
     for words in make_others_words(document["others"]):
-        print(f"other      {words}; it is left alone")
+        print_row("other", f"{words}; it is left alone")
 
 
-def make_status_report(config, state, memo, now):
+def make_error_words(error):
+    """What follows the name of something that may have failed."""
+    return f"  {error['code']}: {error['message']}" if error["code"] else ""
+
+
+def print_row(name, words):
+    """Prints a line of a table of two columns."""
+    print(f"{name:10} {make_printable(words.strip(), MAX_MESSAGE)}")
+
+
+def make_deployment_report(record):
+    """What `status` tells of a deployment."""
+    def tell(item, *keys):
+        error = item["error"] or {"code": "", "source": "", "message": ""}
+        return dict({key: item[key] for key in keys}, error=error)
+
+    return dict(tell(record, "deploymentId", "name", "state", "deviceId"), digest=record["adopted"]["digest"],
+                components=[tell(item, "name", "state") for item in record["components"]])
+
+
+def status(config):
+    """What the device knows, as the object that `status --json` prints; raises StorageError.
+
+    config: what load_config returns.  Nobody is asked, neither the WFM nor the engine.
+    """
+    store = Store(config.state_dir)
+    return make_status_report(config, store.load_state(), store.load_memo(), get_clock())
+
+
+def make_status_report(config, state, memo, clock):
     """The object of `status --json` (contract)."""
-    no_error = {"code": "", "source": "", "message": ""}
-    accepted = state["accepted"] or {"version": None, "etag": None, "acceptedAt": None}
-    deployments = [{
-        "deploymentId": record["deploymentId"],
-        "name": record["name"],
-        "state": record["state"],
-        "digest": record["adopted"]["digest"],
-        "deviceId": record["deviceId"],
-        "error": record["error"] or no_error,
-        "components": [{"name": component["name"], "state": component["state"],
-                        "error": component["error"] or no_error} for component in record["components"]],
-    } for _, record in sorted(state["deployments"].items())]
+    accepted = state["accepted"] or {}
     return {
         "version": __version__,
         "profile": config.wfm.profile,
         "enrolled": bool(state["enrollment"]),
-        "identity": PROFILES[config.wfm.profile](config, Store(config.state_dir), state).describe(now),
-        "desiredState": {key: accepted[key] for key in ("version", "etag", "acceptedAt")},
+        "identity": PROFILES[config.wfm.profile](config, Store(config.state_dir), state).describe(clock.now),
+        "desiredState": {key: accepted.get(key) for key in ("version", "etag", "acceptedAt")},
         "lastPoll": memo.get("lastPoll") or state["lastPoll"] or {"at": None, "result": None, "detail": ""},
         "outbox": len(state["outbox"]),
-        "deployments": deployments,
+        "deployments": [make_deployment_report(record) for _, record in sorted(state["deployments"].items())],
         "dropped": [dict(refused, deploymentId=key) for key, refused in state["dropped"].items()],
         "others": memo.get("others", []),
+        "waits": list_waits(state, clock),
     }
 
 
 def command_history(config, options):
-    """Prints the last accepted desired states, newest first: when, version, what changed, outcome."""
+    """Prints the last accepted desired states, newest first: when, version, what changed, what came of it."""
     history = Store(config.state_dir).load_state()["history"][::-1]
     if "--json" in options:
         return print_json({"history": history})
@@ -12035,7 +12326,7 @@ def command_csr(config, options):
     if not config.identity.key:
         raise ConfigError("identity.key: not set; it says where the key is kept")
     if config.identity.get("enrollment") == "est":
-        # an enrollment under way makes the key itself; the lock goes with this process
+        # An enrollment under way makes the key itself.  The lock goes with this process.
         store = Store(config.state_dir)
         store.create()
         store.lock()
@@ -12053,108 +12344,158 @@ def command_csr(config, options):
 
 
 def command_retry(config, options):
-    """Clears the back-off of failed deployments; without an ID also what the WFM or an identity service has
-    asked to wait.  The next run tries again.
+    """Lets the next run try failed deployments at once.
+
+    Without a name it tries all of them, and no longer waits as the WFM or an identity service has asked.
     """
     with Agent(config) as agent:
-        wanted = (options["operand"] or "").lower()
-        records = [record for key, record in agent.state["deployments"].items()
-                   if record["state"] == "failed" and wanted in ("", key)]
-        for record in records:
+        state = agent.state
+        records = list(state["deployments"].values())
+        if options["operands"]:
+            records = [find_record(state, options["operands"][0])]
+        failed = [record for record in records if record["state"] == "failed"]
+        if options["operands"] and not failed:
+            raise ConfigError(f"{options['operands'][0]} is no failed deployment; `status` lists them")
+        for record in failed:
             record.update(retry={}, repair={})
-        if not wanted:
-            agent.state.update(patience={}, waits={})
-            agent.state["est"].update(delay=0)
-        agent.store.save_state(agent.state)
-        if wanted and not records:
-            raise ConfigError(f"{options['operand']} is no failed deployment; `status` lists them")
-        print(f"{len(records)} failed deployments will be tried again by the next run")
+        if not options["operands"]:
+            state.update(patience={}, waits={})
+            state["est"].update(delay=0)
+        agent.store.save_state(state)
+        if "--json" in options:
+            return print_json({"retried": [record["deploymentId"] for record in failed]})
+        print(f"{len(failed)} failed deployment{'s'[:len(failed) != 1]} will be tried again by the next run")
+
+
+def find_record(state, word):
+    """The record of a deployment by its id, the beginning of its id, or its name; raises ConfigError."""
+    records = state["deployments"]
+    found = [key for key in records if key.startswith(word.lower()) or records[key]["name"] == word]
+    if len(found) != 1:
+        fault = "may be several deployments" if found else "is no deployment of this device"
+        raise ConfigError(f"{make_printable(word)} {fault}; `status` lists their ids and names")
+    return records[found[0]]
 
 
 def command_version(config, options):
     """Prints the version and the supported profiles."""
+    if "--json" in options:
+        return print_json({"version": __version__, "profiles": list(PROFILES)})
     print(f"margo_agent {__version__} (profiles: {', '.join(PROFILES)})")
 
 
 def print_json(value):
-    """One JSON document on stdout, for people and programs alike."""
+    """Prints one JSON document, for people and programs alike."""
     import json
     encoding = (sys.stdout.encoding or "").lower().replace("-", "")
     print(json.dumps(value, indent=2, ensure_ascii=encoding != "utf8"))
 
 
-COMMANDS.update({
+JSON = {"--json": ""}
+for name, row in {
     "enroll": (command_enroll, {name: word for name, (word, _) in OPTIONS["enroll"].items()}, ""),
-    "run": (command_run, {"--once": "", "--spread": "TIME"}, ""),
-    "plan": (command_plan, {"--json": ""}, ""),
-    "status": (command_status, {"--json": ""}, ""),
-    "history": (command_history, {"--json": ""}, ""),
-    "capabilities": (command_capabilities, {"--json": ""}, ""),
+    "run": (command_run, {"--once": "", "--spread": "TIME", **JSON}, ""),
+    "plan": (command_plan, JSON, ""),
+    "status": (command_status, JSON, ""),
+    "history": (command_history, JSON, ""),
+    "capabilities": (command_capabilities, JSON, ""),
     "csr": (command_csr, {"--out": "FILE"}, ""),
-    "retry": (command_retry, {}, "[ID]"),
+    "retry": (command_retry, JSON, "[NAME]"),
     "unenroll": (command_unenroll, {"--purge": ""}, ""),
-    "version": (command_version, {}, "")})
-GLOBAL_OPTIONS = {"-c": "FILE", "-v": "", "-q": "", "--log-format": "text|json"}
-USAGE = "usage: margo_agent.py [-c FILE] [-v|-q] [--log-format text|json] COMMAND\n"
+    "version": (command_version, JSON, ""),
+}.items():
+    COMMANDS.setdefault(name, row)                  # an optional room may know more of a command
+GLOBAL_OPTIONS = {"-c": "FILE", "-v": "", "-q": "", "--log-format": "text|json", "--help": ""}
+SPELLINGS = {"--config": "-c", "--verbose": "-v", "--quiet": "-q", "-h": "--help", "help": "--help",
+             "--version": "version"}
 
 
 def parse_arguments(arguments):
-    """The command line to a dictionary: `command`, `operand`, each option given; raises ConfigError."""
-    options = {"command": None, "operand": None, "arguments": list(arguments)}
+    """The command line as a dictionary: `command`, `operands`, `arguments` as given, and each option.
+
+    Raises ConfigError.
+    """
+    options = {"command": None, "operands": [], "arguments": list(arguments)}
     rest = list(arguments)
     while rest:
         word = rest.pop(0)
-        known = dict(GLOBAL_OPTIONS, **(COMMANDS[options["command"]][1] if options["command"] else {}))
-        name, equals, value = word.partition("=")
-        if name in known and known[name] and (equals or rest):
-            options[name] = value if equals else rest.pop(0)
-        elif word in known and not known[word]:
-            options[word] = True
-        elif word.startswith("-"):
-            fault = "unknown option"
-            if name in known:
-                fault = "needs a value" if known[name] else "takes no value"
-            raise ConfigError(f"{make_printable(word)}: {fault}; this command knows {' '.join(known)}")
-        elif options["command"] is None:
-            if word not in COMMANDS:
-                raise ConfigError(f"{make_printable(word)}: unknown command; one of {', '.join(COMMANDS)}")
-            options["command"] = word
-        elif COMMANDS[options["command"]][2] and options["operand"] is None:
-            options["operand"] = word
+        word = word if options["command"] else SPELLINGS.get(word, word)
+        if word.startswith("-"):
+            parse_option(word, rest, options)
+        elif options["command"]:
+            options["operands"].append(word)
         else:
-            raise ConfigError(f"{make_printable(word)}: {options['command']} takes no such operand")
+            options["command"] = check_word(word, "command", COMMANDS)
     if options.get("--log-format", "text") not in ("text", "json"):
         raise ConfigError("--log-format: text or json")
     return options
 
 
-def print_help():
-    """The commands, one line each, from their own docstrings."""
-    print(USAGE)
-    for name, (function, known, operand) in COMMANDS.items():
-        words = "".join(f"[{option} {value}".rstrip() + "]" for option, value in known.items()) or operand
-        meaning = " ".join((function.__doc__ or "").split())
-        print(f"  {name:13} {words:17} {meaning}".rstrip())
-    print("\nconfiguration: -c FILE, else $MARGO_CONFIG, else /etc/margo/agent.yaml")
-    # python -OO keeps no docstrings
-    print("".join((__doc__ or "").partition("Exit codes")[1:]).partition("Files.")[0])
+def parse_option(word, rest, options):
+    """Adds an option to `options`, with its value, which may be the first word of the `rest`."""
+    known = dict(GLOBAL_OPTIONS, **(COMMANDS[options["command"]][1] if options["command"] else {}))
+    name, _, value = word.partition("=")
+    if not word.startswith("--"):                   # -cFILE, -vq
+        name = word[:2]
+        value = word[2:].lstrip("=")
+    name = check_word(SPELLINGS.get(name, name), "option", known)
+    if known[name]:
+        if not value and not rest:
+            raise ConfigError(f"{name}: needs a value, {known[name]}")
+        options[name] = value or rest.pop(0)
+        return
+    options[name] = True
+    if value and word.startswith("--"):
+        raise ConfigError(f"{make_printable(word)}: takes no value")
+    rest[:0] = [f"-{value}"] * bool(value)
+
+
+def check_word(word, kind, known):
+    """The word, where it is known; else raises ConfigError that names the nearest one."""
+    if word in known:
+        return word
+    import difflib
+    near = difflib.get_close_matches(word, list(known), 1)
+    hint = f"did you mean {near[0]}?" if near else f"one of {', '.join(known)}"
+    raise ConfigError(f"{make_printable(word)}: unknown {kind}; {hint}")
+
+
+def print_help(command=None):
+    """Prints the usage of all commands, with the first sentence on each, or everything on one."""
+    import textwrap
+    if not command:                                 # Python's option -OO keeps no docstrings
+        print((__doc__ or "\n\n\n\n").split("\n\n")[2] + "\n")
+    for name in [command] if command else COMMANDS:
+        function, known, operands = COMMANDS[name]
+        words = f" {name} {operands}".rstrip()
+        words += "".join(f" [{option} {value}".rstrip() + "]" for option, value in known.items())
+        first, _, more = (function.__doc__ or "").partition("\n\n")
+        print(textwrap.fill(f"{words:27} {first}", 79, subsequent_indent=" " * 28))
+        if command:
+            print("\n" + textwrap.dedent(more))
 
 
 def run_main(arguments):
     """Reads command line and configuration and runs the command; returns its exit code or raises."""
-    if not arguments or arguments[0] == "help" or {"-h", "--help"} & set(arguments):
-        print_help()
-        return 0 if arguments else 2
-    if arguments == ["--version"]:
-        arguments = ["version"]
     options = parse_arguments(arguments)
+    command = options["command"]
     log.form = options.get("--log-format", "text")
-    if options["command"] is None:
+    if not arguments or "--help" in options:
+        print_help(command)
+        return 0 if arguments else 2
+    if not command:
         raise ConfigError("no command; one of " + ", ".join(COMMANDS))
-    function = COMMANDS[options["command"]][0]
-    if function is command_version:
+    function, _, operands = COMMANDS[command]
+    operands = operands.split()
+    given = options["operands"]
+    for extra in given[len(operands):]:
+        raise ConfigError(f"{make_printable(extra)}: {command} takes no such operand")
+    if not given and operands and operands[0].isalpha():
+        raise ConfigError(f"{command}: needs {operands[0]}")
+    if function is command_version or "--example" in options:
         return function(None, options) or 0
-    config = load_config(options.get("-c") or os.environ.get("MARGO_CONFIG") or "/etc/margo/agent.yaml")
+    options["-c"] = options.get("-c") or os.environ.get("MARGO_CONFIG") or "/etc/margo/agent.yaml"
+    config = load_config(options["-c"])
     log.level = "error" if "-q" in options else config.log.level
     if "-v" in options:
         log.level = "debug"
@@ -12162,8 +12503,10 @@ def run_main(arguments):
 
 
 def prepare_streams():
-    """Standard streams that are there and take any text: a closed one (`>&-`) leads nowhere, and no file
-    of ours takes its place; what the locale's encoding lacks is escaped.
+    """Makes the standard streams take any text.
+
+    A closed one (`>&-`) leads nowhere, so that no file of ours takes its place.  What the locale's encoding
+    lacks is escaped.
     """
     spare = 0
     while spare < 3:
@@ -12177,41 +12520,43 @@ def prepare_streams():
 
 
 def main(arguments=None):
-    """The command line: a list of arguments (default: those of the process) to an exit code.
+    """The command line: takes a list of arguments (default: those of the process), returns an exit code.
 
-    Never raises for what went wrong.
+    It never raises for what went wrong.
     """
     try:
         prepare_streams()
         code = run_main(sys.argv[1:] if arguments is None else list(arguments))
         sys.stdout.flush()
         return code
-    except (MargoError, MemoryError) as error:
-        error = to_fault(error)
-        log("error", error.message, code=error.code)
-        return error.exit
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 0                                    # the reader of our output has seen enough
     except KeyboardInterrupt:
         return 130
-    except Exception as error:          # a bug: one line for the operator, the rest for whoever mends it
-        import errno
-        # `idna` needs unicodedata
-        if isinstance(error, ImportError) or str(error).startswith("unknown encoding"):
-            log.form = "text"                       # the other form needs a module itself
-            log("error", f"this Python lacks a part of its standard library ({error}); install it (see"
-                " README, Small devices)", code=ConfigError.code)
-            return ConfigError.exit
-        import traceback
-        if getattr(error, "errno", 0) == errno.ENOSPC:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-            log("error", f"the output cannot be written ({error.strerror})", code=StorageError.code)
-            return StorageError.exit
-        log("error", f"bug: {type(error).__name__}: {error}; run again with -v and report what it prints",
-            code="INTERNAL")
-        log("debug", traceback.format_exc())
-        return 70
+    except Exception as error:
+        return tell_fault(to_fault(error))
+
+
+def tell_fault(error):
+    """Logs what ended a command, and returns the exit code for it."""
+    import errno
+    # `idna` needs unicodedata
+    if isinstance(error, ImportError) or str(error).startswith("unknown encoding"):
+        log.form = "text"                           # the other form needs a module itself
+        error = ConfigError(f"this Python lacks a part of its standard library ({error}); install it (see"
+                            " README, Small devices)")
+    elif getattr(error, "errno", 0) == errno.ENOSPC:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        error = StorageError(f"the output cannot be written ({error.strerror})")
+    if isinstance(error, MargoError):
+        log("error", error.message, code=error.code)
+        return error.exit
+    import traceback
+    log("error", f"bug: {type(error).__name__}: {error}; run again with -v and report what it prints",
+        code=MargoError.code)
+    log("debug", traceback.format_exc())
+    return MargoError.exit
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""Makes the README's conformance section from tests/data/rules.txt and from what the tests cite.
+"""Makes tests/CONFORMANCE.md from tests/data/rules.txt and from what the tests cite.
 
-    python3 -m tests.conformance            # writes it into README.md
+    python3 -m tests.conformance            # writes it
 """
 import os
 import re
@@ -8,8 +8,15 @@ from collections import namedtuple
 
 from tests import support
 
-BEGIN, END = "<!-- conformance: made by python3 -m tests.conformance -->", "<!-- end of conformance -->"
-README = os.path.join(support.ROOT, "README.md")
+PAGE = os.path.join(support.ROOT, "tests", "CONFORMANCE.md")
+HEAD = """# Conformance
+
+Made by `python3 -m tests.conformance`, and checked by a test.
+
+The rules (C-…) are those of Margo's Management Interface 1.0.0-rc.3 and of the generations before it as a client has to keep them, and (E-…) of
+the drafts that are implemented. They are numbered in [data/rules.txt](data/rules.txt). Tests cite the numbers, and one of them fails when a
+MUST is shown by none. (P-…) and (D-…) are mistakes that users of other agents have suffered from, each kept out by the tests that cite it.
+"""
 
 Rule = namedtuple("Rule", "number strength profiles words open")
 
@@ -47,29 +54,27 @@ def find_implemented():
     return set(margo_agent.PROFILES) | {"all"}
 
 
-def make_section():
-    """The README's section as text."""
+def make_page():
+    """The page as text."""
     rules, cited, profiles = load_rules(), find_citations(), find_implemented()
     ours = [rule for rule in rules if profiles & set(rule.profiles)]
     shown = [rule for rule in ours if rule.number in cited]
     musts = [rule for rule in ours if rule.strength.startswith("MUST")]
+    proven = [rule for rule in musts if rule.number in cited]
     names = ", ".join(f"`{name}`" for name in sorted(profiles - {"all"}))
-    lines = [BEGIN, "", f"Of {len(musts)} MUST rules for what is implemented ({names}), {len([rule for rule in musts if rule.number in cited])} are"
-             f" shown by tests; of all {len(ours)} rules, {len(shown)}. Open are:", ""]
+    lines = [HEAD, f"Of {len(musts)} MUST rules for what is implemented ({names}), {len(proven)} are shown by tests; of all {len(ours)} rules,"
+             f" {len(shown)}. Open are:", ""]
     lines += [f"- {rule.number} ({rule.strength}): {rule.words}. {('Open: ' + rule.open) if rule.open else 'No test shows it.'}"
               for rule in ours if rule.number not in cited]
     lines += ["", "| rule | strength | in short | shown by |", "| --- | --- | --- | --- |"]
     lines += [f"| {rule.number} | {rule.strength} | {rule.words} | {', '.join(sorted(cited[rule.number]))} |" for rule in shown]
-    return "\n".join(lines + ["", END])
+    return "\n".join(lines) + "\n"
 
 
 def main():
-    """Writes the section into the README."""
-    with open(README, encoding="utf-8") as file:
-        text = file.read()
-    start, end = text.index(BEGIN), text.index(END) + len(END)
-    with open(README, "w", encoding="utf-8") as file:
-        file.write(text[:start] + make_section() + text[end:])
+    """Writes the page."""
+    with open(PAGE, "w", encoding="utf-8") as file:
+        file.write(make_page())
 
 
 if __name__ == "__main__":

@@ -290,7 +290,8 @@ def answer(folder, arguments, parent):
         try:
             if cut == 1:
                 fail("the engine has gone")
-            getattr(engine, arguments[0])(arguments[1:])
+            command = getattr(engine, arguments[0], None) or fail(f"unrecognized command `podman {arguments[0]}`")
+            command(arguments[1:])
             if cut == -1:
                 fail("the engine has gone")
             return 0, "".join(engine.lines), ""

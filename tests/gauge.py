@@ -94,6 +94,14 @@ def is_plain(node):
     return isinstance(node, (ast.Name, ast.Attribute, ast.Constant)) or type(node).__name__ in old
 
 
+def find_locals(node):
+    """The names that a function, or the methods of a class, bind themselves: these are none of the file's."""
+    found = {item.arg for item in ast.walk(node) if isinstance(item, ast.arg)}
+    outer = {name for item in ast.walk(node) if isinstance(item, ast.Global) for name in item.names}
+    stored = {item.id for item in ast.walk(node) if isinstance(item, ast.Name) and isinstance(item.ctx, ast.Store)}
+    return (found | stored if isinstance(node, (ast.FunctionDef, ast.ClassDef)) else set()) - outer
+
+
 # What functions touch
 
 def find_effects(tree):
@@ -110,7 +118,7 @@ def find_effects(tree):
                 if isinstance(item, ast.FunctionDef):
                     functions[f"{node.name}.{item.name}"] = (item, node.name)
     for name, (node, owner) in functions.items():
-        words = {dotted(item) for item in ast.walk(node) if isinstance(item, (ast.Attribute, ast.Name))}
+        words = {dotted(item) for item in ast.walk(node) if isinstance(item, (ast.Attribute, ast.Name))} - find_locals(node)
         touched[name] = next((word for word in sorted(words) if is_world(word)), "")
         called[name] = {target for word in words for target in find_targets(word, owner, functions)} - {name}
     changed = True

@@ -13,7 +13,7 @@ import margo_agent
 from tests import support
 from tests.support import HELLO
 
-COMMANDS = ("enroll", "run", "plan", "status", "history", "doctor", "capabilities", "csr", "retry", "unenroll", "version")
+COMMANDS = ("enroll", "run", "plan", "status", "logs", "history", "doctor", "capabilities", "config", "csr", "retry", "unenroll", "version")
 
 
 def run(*arguments, **env):
@@ -31,7 +31,7 @@ class Arguments(unittest.TestCase):
 
     def test_what_is_not_understood_is_named_with_what_would_be(self):
         """Exit 2"""
-        for arguments, words in ((["fly"], ["fly", "unknown command", "enroll"]), (["run", "--twice"], ["--twice", "--once"]),
+        for arguments, words in ((["fly"], ["fly", "unknown command", "enroll"]), (["statsu"], ["did you mean status?"]), (["run", "--onc"], ["did you mean --once?"]), (["run", "--fast"], ["--fast", "--once"]),
                                  (["plan", "x"], ["x", "no such operand"]), (["-c"], ["-c", "needs a value"]), (["-v"], ["no command"]),
                                  (["--log-format", "xml", "version"], ["--log-format", "text or json"]), (["csr", "--out"], ["--out", "needs a value"]),
                                  (["run", "--once=yes"], ["--once=yes", "takes no value"])):
@@ -54,7 +54,29 @@ class Arguments(unittest.TestCase):
         self.assertIn("/etc/margo/agent.yaml", run("status").stderr)
 
     def test_help_says_what_follows_an_option(self):
-        self.assertRegex(run("help").stdout, r"(?s)enroll +\[--fetch-ca FILE\] .*plan +\[--json\] .*csr +\[--out FILE\] .*retry +\[ID\] ")
+        self.assertRegex(run("help").stdout, r"(?s)enroll +\[--fetch-ca FILE\] .*plan +\[--json\] .*csr +\[--out FILE\] .*retry +\[NAME\] ")
+
+    def test_help_on_a_command_explains_it_alone(self):
+        """`COMMAND --help`, `-h` and `help COMMAND` are the same; no line is wider than a terminal."""
+        for arguments in (["unenroll", "--help"], ["unenroll", "-h"], ["help", "unenroll"]):
+            text = run(*arguments).stdout
+            self.assertRegex(text, r"unenroll \[--purge\] +Deregisters")
+            self.assertIn("never their volumes", text)
+            self.assertNotIn("capabilities [--json]", text)
+        for command in ("help",) + COMMANDS:
+            done = run("help", command)
+            self.assertEqual((done.returncode, done.stderr), (0, ""))
+            self.assertLess(max(map(len, done.stdout.split("\n"))), 111)
+        self.assertLess(max(map(len, run("help").stdout.split("\n"))), 80)
+
+    def test_options_have_long_and_glued_forms(self):
+        folder = support.make_folder(self)
+        path = f"{folder}/none.yaml"
+        for arguments in (["--config", path], [f"--config={path}"], [f"-c{path}"], ["-vq", "--verbose", "--quiet", "-c", path]):
+            done = run(*arguments, "status")
+            self.assertEqual(done.returncode, 2, done.stderr)
+            self.assertIn(path, done.stderr)
+        self.assertIn("unknown option", run("-vx", "status").stderr)
 
     def test_version_names_the_profiles(self):
         self.assertEqual(run("--version").stdout, run("version").stdout)
@@ -170,6 +192,20 @@ class Output(support.DeviceCase):
         self.assertEqual(done.returncode, 2)
         self.assertIn("no failed deployment", done.stderr)
 
+    def test_a_deployment_is_named_by_its_id_the_beginning_of_it_or_its_name(self):
+        self.engine.change(exits={"main": 4})
+        self.device.cycle(1)
+        for word in (HELLO, HELLO[:5], HELLO.upper(), "hello"):
+            self.assertIn("1 failed deployment will be", self.device.run("retry", word).stdout)
+        done = self.device.run("retry", "tally")
+        self.assertEqual(done.returncode, 2)
+        self.assertIn("tally is no deployment of this device", done.stderr)
+        other = HELLO[:-1] + "1"
+        self.wfm.publish(support.make_deployment(other, "second", registry=self.wfm.registry), other)
+        self.device.cycle(1)
+        self.assertIn("may be several", self.device.run("retry", HELLO[:9]).stderr)
+        self.assertEqual(self.device.run("retry", HELLO).returncode, 0)
+
     def test_a_state_of_a_newer_agent_is_refused_untouched(self):
         self.device.cycle()
         path = os.path.join(self.device.state_dir, "state.json")
@@ -177,6 +213,127 @@ class Output(support.DeviceCase):
         log = self.device.cycle(3)
         self.assertIn("schema 3", log)
         self.assertEqual(self.device.state()["schema"], 3)
+
+
+class People(support.DeviceCase):
+    """Commands that a device does not need, but who looks after it."""
+
+    def setUp(self):
+        super().setUp()
+        self.service = {"image": support.IMAGE, "init": True, "command": ["sleep", "100000"], "ports": ["127.0.0.1:18080:80"]}
+        self.wfm.add_package(support.make_compose({"front": self.service, "back": {"image": support.IMAGE, "command": ["sleep", "9"]}}))
+        self.wfm.publish(support.make_deployment(registry=self.wfm.registry))
+
+    def test_status_of_one_deployment_tells_everything(self):
+        """Revision, images, containers, ports, since when."""
+        self.device.cycle()
+        text = self.device.run("status", "hello").stdout
+        for words in (rf"\Ainstalled +{HELLO}  hello  on {support.DEVICE}\n", r"document +sha256:\w{64}, of manifest version 1\n",
+                      rf" installed +web  oci://{self.wfm.registry}/web 1.0.0\n",
+                      rf"running +web\S*-front-1( since 20\S+Z)?  {support.IMAGE}  ports 127.0.0.1:18080/tcp\n", r"running +web\S*-back-1( since|  )"):
+            self.assertRegex(text, words)
+        document = json.loads(self.device.run("status", HELLO[:8], "--json").stdout)
+        self.assertEqual({item["service"]: item["ports"] for item in document["containers"]}, {"front": ["127.0.0.1:18080/tcp"], "back": []})
+        self.assertEqual((document["attempts"], document["nextAttempt"], document["before"]), (0, None, None))
+
+    def test_status_of_one_that_failed_tells_when_it_is_tried_again_and_what_runs_instead(self):
+        self.device.cycle()
+        before = self.device.status()["deployments"][0]["digest"]
+        self.engine.change(exits={"front": 4})
+        self.wfm.publish(support.make_deployment(registry=self.wfm.registry, parameters={"GREETING": "other"}))
+        self.wfm.add_package(support.make_compose({"front": dict(self.service, environment=["GREETING"])}), tag="2.0.0")
+        self.wfm.publish(support.make_deployment(registry=self.wfm.registry, components=(("web", "2.0.0"),), parameters={"GREETING": "other"}))
+        self.device.cycle(1)
+        text = self.device.run("status", "hello").stdout
+        self.assertRegex(text, r"attempts +1 failed; the next one is due 20\S+Z, `retry hello` tries at once\n")
+        self.assertRegex(text, rf"before +the version of document {before} runs in its place\n")
+        self.assertIn("web 2.0.0", text)
+        self.assertIn("exited with code 4", text)
+
+    def test_status_of_one_says_so_where_the_engine_does_not_answer(self):
+        self.device.cycle()
+        self.engine.change(deaf=True)
+        done = self.device.run("status", "hello")
+        self.assertEqual(done.returncode, 0)
+        self.assertRegex(done.stdout, "containers +the container engine does not answer")
+
+    def test_logs_are_shown_by_the_engine(self):
+        """By its own command: all containers, or that of one service."""
+        self.device.cycle()
+        self.engine.forget_calls()
+        self.assertEqual(self.device.run("logs", "hello", "front", "--tail", "5", "-f").returncode, 0)
+        containers = {item["labels"]["org.margo.service"]: number for number, item in
+                      ((item.get("id") or name, item) for name, item in self.engine.containers().items())}
+        self.assertEqual(self.engine.calls()[-1], ["logs", "--tail=5", "--follow", containers["front"]])
+        self.device.run("logs", HELLO)
+        self.assertEqual(sorted(self.engine.calls()[-1]), sorted(["logs", "--names", *containers.values()]))
+        for words, fault in ((["logs"], "needs NAME"), (["logs", "hello", "side"], "service side of hello has no container"),
+                             (["logs", "hello", "front", "x"], "no such operand")):
+            done = self.device.run(*words)
+            self.assertEqual(done.returncode, 2)
+            self.assertIn(fault, done.stderr)
+
+    def test_the_configuration_in_force_can_be_used_as_it_is_printed(self):
+        """With every setting, defaults marked, secrets masked."""
+        self.device.set("runtime.environment", {"TOKEN": "s3cret"})
+        self.device.set("device.serialNumber", "0042")
+        text = self.device.run("config").stdout
+        self.assertNotIn("s3cret", text)
+        self.assertRegex(text, r'(?m)^  min_tls: "1.3"  # default$')
+        self.assertRegex(text, r'(?m)^  timeout: 10s$')
+        path = support.write(os.path.join(self.device.folder, "printed.yaml"), text)
+        told, known = (margo_agent.load_config(name) for name in (path, self.device.config_file))
+        self.assertEqual(told.runtime.environment, {"TOKEN": "..."})
+        told.runtime["environment"] = known.runtime["environment"]
+        self.assertEqual(told, known)
+
+    def test_a_configuration_is_judged_without_anything_else(self):
+        self.wfm.stop()
+        self.assertEqual(self.device.run("config", "--check").stdout, f"{self.device.config_file} can be used\n")
+        self.device.set("poll.intervall", "1s")
+        done = self.device.run("config", "--check")
+        self.assertEqual((done.returncode, done.stdout), (2, ""))
+        self.assertIn("did you mean poll.interval?", done.stderr)
+
+    def test_what_came_of_a_command_can_be_had_as_json(self):
+        outcome = json.loads(self.device.run("run", "--once", "--json").stdout)
+        self.assertEqual((outcome["code"], outcome["result"], outcome["detail"]), (0, "applied", ""))
+        self.assertGreater(outcome["delay"], 0)
+        self.assertEqual(json.loads(self.device.run("retry", "--json").stdout), {"retried": []})
+        self.assertEqual(json.loads(self.device.run("version", "--json").stdout),
+                         {"version": margo_agent.__version__, "profiles": list(margo_agent.PROFILES)})
+
+
+class Example(unittest.TestCase):
+    """The configuration reference: made of SCHEMA, by the agent itself."""
+
+    def test_the_example_is_what_the_command_prints(self):
+        with open(os.path.join(support.EXAMPLES, "agent.yaml"), encoding="utf-8") as file:
+            self.assertEqual(file.read(), run("config", "--example").stdout, "margo_agent.py config --example > examples/agent.yaml")
+
+    def test_it_has_every_setting_with_what_it_is_for_and_its_default(self):
+        lines = run("config", "--example").stdout.split("\n")
+
+        def check(schema, indent):
+            for key, entry in schema.items():
+                if isinstance(entry, dict):
+                    self.assertIn(f"{indent}{key}:", lines)
+                    check(entry, indent + "  ")
+                elif entry[2]:
+                    (place,) = [number for number, line in enumerate(lines) if re.match(rf"{indent}(# )?{key}:", line)
+                                and lines[number - 1].startswith(f"{indent}# {entry[2]}")]
+                    self.assertRegex(lines[place - 1], r"\(.+\)$")
+                    value = margo_agent.load_yaml(lines[place].partition(f"{key}:")[2] or "null")
+                    self.assertTrue(value == entry[1] or not lines[place].strip().startswith("#"), lines[place])
+
+        check(margo_agent.SCHEMA, "")
+
+    def test_every_line_that_is_commented_out_may_be_used(self):
+        """With its default, where it has one."""
+        text = run("config", "--example").stdout
+        bare = re.sub(r"(?m)^( *)# (?!.*\)$)(\w+: *[^ ].*)$", r"\1\2", text)
+        self.assertIn("\n  interval: 60s\n", bare)
+        self.assertEqual(*(margo_agent.make_config(margo_agent.load_yaml(item), "/etc/margo", {}) for item in (bare, text)))
 
 
 class History(support.DeviceCase):

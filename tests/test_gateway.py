@@ -109,8 +109,8 @@ class Settings(unittest.TestCase):
         self.assertEqual(words.count("device.children[0].id"), 1)
 
     def test_the_readmes_example_is_one(self):
-        with open(os.path.join(support.ROOT, "README.md"), encoding="utf-8") as file:
-            text = file.read().split("## A gateway with child devices")[1].split("```yaml\n")[1].split("```")[0]
+        with open(os.path.join(support.EXAMPLES, "gateway", "README.md"), encoding="utf-8") as file:
+            text = file.read().split("# A gateway with child devices")[1].split("```yaml\n")[1].split("```")[0]
         from tests.test_configuration import make
         self.assertEqual(make(**margo_agent.load_yaml(text)).device.children[0].id, "press")
 

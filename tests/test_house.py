@@ -23,7 +23,7 @@ MEDIAN = 14
 # The gauge: what is counted (see tests/gauge.py), how much of it there may be, and how far below that it may fall before this table has
 # to follow.  Figures only go down; the aim is 60,000 tokens and none of the rest.
 GAUGE = {
-    "tokens": (85272, 400),
+    "tokens": (84060, 400),
     "lines wider than 110 columns": (0, 1),
     "conditional expressions inside another": (0, 1),
     "comprehensions with two loops and a condition": (0, 1),
@@ -108,7 +108,8 @@ class Rooms(unittest.TestCase):
             here = section_of(node.lineno)
             if isinstance(node, ast.If) and "__main__" in ast.dump(node.test):
                 continue                            # the file's last lines, of no section
-            for name in sorted({item.id for item in ast.walk(node) if isinstance(item, ast.Name)} & set(defined)):
+            names = {item.id for item in ast.walk(node) if isinstance(item, ast.Name)} - gauge.find_locals(node)
+            for name in sorted(names & set(defined)):
                 there = section_of(defined[name])
                 if there != here:
                     found.append((node.lineno, here, name, there))
