@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 import unittest
+from unittest import mock
 
 import margo_agent
 from tests import oracle, support
@@ -368,6 +369,30 @@ class ValidCorpus(FileCase):
             document = margo_agent.load_yaml(read_corpus("valid", name)[0])
             found.update(*document["services"].values())
         self.assertEqual(set(margo_agent.SERVICE_FORM) - found, set())
+
+
+class Bench(FileCase):
+    """tests/bench/compose.py, which reads any folder of files."""
+
+    def test_each_file_is_counted_by_what_becomes_of_it(self):
+        support.require("docker-compose")
+        from tests.bench import compose
+        for name, keys in {"good": {"environment": ["A=1"], "env_file": "absent.env"}, "keys": {"runtime": "x", "gpus": "all"}, "denied": {"privileged": True},
+                           "lacks": {"volumes": ["./absent:/x"]}, "form": {"deploy": {"replicas": 2}}, "theirs": {"imagee": "x"}}.items():
+            self.add_file(f"{name}/docker-compose.yml", json.dumps(make_document(keys)))
+        kinds, keys, misread, lines = compose.measure(self.archive)
+        self.assertEqual(dict(kinds), {"valid": 5, "accepted": 1, "refused for a key": 1, "refused by policy": 1, "refused for a file that is not there": 1,
+                                       "refused for a form": 1, "readable": 3, "refused by docker-compose": 1, "misread": 0})
+        self.assertEqual((dict(keys), dict(misread), len(lines)), ({"runtime": 1, "gpus": 1}, {}, 1))
+
+    def test_what_is_misread_is_told_with_both_values(self):
+        support.require("docker-compose")
+        from tests.bench import compose
+        self.add_file("compose.yaml", json.dumps(make_document({"user": "1000"})))
+        with mock.patch.dict(margo_agent.RENAMED, {"user": "hostname"}):
+            _, _, misread, lines = compose.measure(self.archive)
+        self.assertEqual(dict(misread), {"user": 1, "hostname": 1})
+        self.assertIn("right is 1000", " ".join(lines))
 
 
 class InvalidCorpus(FileCase):
