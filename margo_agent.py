@@ -29,10 +29,10 @@ optional ones and the command line, which stand at the end, use all of it, and n
    6 Deployment status            18 Transport                      30 Helm (optional)
    7 Devices                      19 Store                          31 Gateway (optional)
    8 Turns                        20 Patience                       32 Hooks (optional)
-   9 Desired-state source         21 Configuration                  33 Doctor (optional)
-  10 Desired state                22 X.509                          34 Commands for people (optional)
-  11 Identity and trust           23 YAML                           35 Command line
-  12 Eligibility                  24 Small encodings
+   9 Desired-state source         21 Configuration                  33 Image policy (optional)
+  10 Desired state                22 X.509                          34 Doctor (optional)
+  11 Identity and trust           23 YAML                           35 Commands for people (optional)
+  12 Eligibility                  24 Small encodings              36 Command line
 "C-nnn" and "E-nnn" in comments and docstrings are rules of Margo's protocol and of its drafts
 (tests/data/rules.txt), "P-nn" and "D-nn" are mistakes of other agents, which a test of the same mark keeps
 out; "F-nn" and "K-nn" are what fleets and compose files met.
@@ -62,6 +62,8 @@ PROFILES = {}                       # {wfm.profile: its Profile class}
 OPTIONS = {"enroll": {}}            # {command: {option: (name of its value, function of config and value)}}
 COMMANDS = {}                       # {name: (its function, to an exit code or nothing for 0; its options,
                                     # each with what follows it; its operands)}; its docstring is its help
+JUDGES = []                         # functions of (image, config) to the name by which it is pulled, once
+                                    # nothing speaks against it; else ComponentError
 DRIVERS = {}                        # {deployment type: function of (config, child, others) to its driver or
                                     # None}
 EXAMINE = {}                        # {what `doctor` checks: function of the Agent to (ok or warn, words)}
@@ -3341,6 +3343,10 @@ Check = define("Check", "interval retries start",
 # How docker shows a container, in podman's form.
 DOCKER_FORM = ('{"Id":{{json .ID}},"Names":[{{json .Names}}],"State":{{json .State}},'
                '"Status":{{json .Status}},"Labels":{%s}}')
+PULL_NOTE = 60                      # seconds between two words about a pull
+LOG_LINES = 4000                    # of a log that are looked at for its end
+MAX_LOG = 256 * KIB                 # bytes of them
+RUNS_TOO = {"amd64": "386", "arm64": "arm"}         # what a processor usually runs beside its own
 # An engine's words for what does not run.
 AT_REST = ("exited", "created", "initialized", "stopped", "configured")
 
@@ -3628,9 +3634,10 @@ class ComposeDriver:
                             make_variables(deployment, name), self.config.runtime.environment, component.wait,
                             self.device_id, self.claim.owner)
         again = bool(known) and known["digest"] == package["digest"]
-        prepared = self.resolve(workload, PULL_TIMEOUT, again, fetched)
+        images = dict(known.get("images", {})) if again else {}
+        prepared = self.resolve(workload, PULL_TIMEOUT, again, fetched, images)
         self.ask_names(*prepared)
-        return prepared, package
+        return prepared, dict(package, images=images) if images else package
 
     def ask_names(self, workload, project):
         """Raises ComponentError where a name that a component needs is another owner's; touches nothing."""
@@ -3708,27 +3715,69 @@ class ComposeDriver:
         init = find_program("catatonit", everywhere)
         return lacks, [] if init else ["catatonit is not installed: `init: true` fails"]
 
-    def resolve(self, workload, timeout, again=False, fetched=None):
+    def resolve(self, workload, timeout, again=False, fetched=None, images=None):
         """The compose file read, checked and resolved, the images pulled.
 
         That is all that can fail without touching what runs (C-154, D-11).  again: this package ran here
         before; then an image that is here will do where its registry does not answer (P-1).  fetched: as in
-        prepare.
+        prepare.  images: {image of the file: the name by which it was found good}, kept up.
         """
         project = self.load_project(workload)
-        for service in project.services:
+        fetched = [] if fetched is None else fetched
+        images = {} if images is None else images
+        services = []
+        for service in project.services:            # all are judged before one is pulled
+            name = service.image
             try:
-                new = self.pull(service, timeout)
-                if fetched is not None:
-                    fetched += new
+                for judge in JUDGES:
+                    name = judge(name, self.config)
             except (ComponentError, CommandError) as error:
-                if not again or self.run(["image", "inspect", "--format={{.Id}}", service.image], 60).code:
-                    if isinstance(error, ComponentError):
-                        raise
-                    raise ComponentError("PULL_FAILED", f"image {service.image}: {error.message}") from None
-                log("warning", "the image that is here is used, as it cannot be pulled now",
-                    image=service.image, reason=error.message)
-        return workload, project
+                name = images.get(name, name)
+                self.excuse(error, name, again)
+            services.append(service._replace(image=name))
+            images.update({service.image: name} if name != service.image else {})
+        for service in services:
+            try:
+                fetched.extend(self.pull(service, timeout))
+            except (ComponentError, CommandError) as error:
+                self.excuse(error, service.image, again)
+        self.ask_images(services)
+        return workload, project._replace(services=services)
+
+    def ask_images(self, services):
+        """Raises ComponentError for an image that cannot run here, or lacks a health check that is awaited.
+
+        Both are found out before anything stops (K5, K18).
+        """
+        form = "{{.Host.Arch}}" if self.engine == "podman" else "{{.Architecture}}"
+        words = self.run(["info", f"--format={form}"], 60).stdout.decode("utf-8", "replace").strip()
+        own = ARCHITECTURES.get(words, words)
+        checked = set()
+        for service in services:
+            output = self.run(["image", "inspect", service.image], 60, "PULL_FAILED")
+            made_for, check = parse_answer(output.stdout, self.engine, lambda items: parse_image(items[0]))
+            named = [argument.partition("=")[0] for argument in service.arguments]
+            if "--platform" not in named and own and made_for not in (own, RUNS_TOO.get(own)):
+                raise ComponentError(
+                    "INSTALL_FAILED", f"image {service.image} is made for {made_for}, and this device is"
+                    f" {own}; a `platform` in the file says that it can run it all the same")
+            if "--no-healthcheck" not in named and (check or "--health-cmd" in named):
+                checked.add(service.name)
+        for service in services:
+            for other, (condition, _) in service.depends_on.items():
+                if condition == "service_healthy" and other not in checked:
+                    raise make_fault(f"services.{service.name}.depends_on.{other}: it has no health check"
+                                     " that could be awaited")
+
+    def excuse(self, error, image, again):
+        """Raises the error for which an image cannot be had, unless one that is here will do (P-1)."""
+        denied = error.code == "POLICY_DENIED"
+        if not again or denied or self.run(["image", "inspect", "--format={{.Id}}", image], 60).code:
+            code = error.code if isinstance(error, ComponentError) else "PULL_FAILED"
+            words = error.message if image in error.message else f"image {image}: {error.message}"
+            raise ComponentError(code, words, retry_after=error.retry_after)
+        log("warning", "the image that is here is used, as it cannot be pulled now", image=image,
+            reason=error.message)
 
     def load_project(self, workload):
         """The Project of a workload's compose file, its own files laid where they are mounted from.
@@ -3768,31 +3817,41 @@ class ComposeDriver:
 
         One that is there is not asked for again unless pull_policy says so (P-1).
         """
-        import errno
         present = self.run(["image", "inspect", "--format={{.Id}}", service.image], 60).code == 0
         if present and service.pull != "always":
             return []
         if service.pull == "never":
             raise ComponentError(
                 "PULL_FAILED", f"image {service.image} is not on the device, and pull_policy is never")
-        arguments = [argument for argument in service.arguments if argument.startswith("--platform=")]
         environ = self.clear_temporary(self.check_space(service.image))
-        host = find_registry(service.image)
-        program, options = self.make_access(host)
         log("info", "an image is pulled", image=service.image)
-        command = program + ["pull", "--quiet"] + arguments + options + [service.image]
+        ask_registries(find_registry(service.image), self.config,
+                       lambda registry: self.pull_from(registry.host, service, timeout, environ))
+        return [] if present else [service.image]
+
+    def pull_from(self, host, service, timeout, environ):
+        """Pulls a service's image from its registry, or from a mirror, whose name it then does not keep."""
+        import errno
+        own = find_registry(service.image)
+        name = host + service.image[len(own):]
+        platform = [argument for argument in service.arguments if argument.startswith("--platform=")]
+        if host != own and self.engine != "podman" and "@" in name:
+            raise ComponentError("PULL_FAILED", "docker knows an image by its digest under its registry's own"
+                                 " name alone; give the daemon this mirror instead")
+        program, options = self.make_access(host)
+        command = program + ["pull", "--quiet"] + platform + options + [name]
         try:
-            output = run_command(command, timeout, env=environ)
+            output = run_command(command, timeout, env=environ, watch=follow_pull(name, environ))
         finally:
             remove_folder(os.path.join(self.config.state_dir, "registries"))
         if output.code:                             # a full disk is told of in the system's own words
             full = os.strerror(errno.ENOSPC).lower() in output.stderr.lower()
-            words = f"{self.engine} pull failed: {output.stderr[-1500:]}"
-            if (self.config.registries.get(host) or {}).get("mirror"):
-                words += (f"; registries.{host}.mirror serves packages only: give the engine a mirror of its"
-                          " own")
-            raise ComponentError("DISK_FULL" if full else "PULL_FAILED", words)
-        return [] if present else [service.image]
+            raise ComponentError("DISK_FULL" if full else "PULL_FAILED",
+                                 f"{self.engine} pull failed: {output.stderr[-1500:]}")
+        if host != own:                             # a digest becomes a tag here, and podman knows it by both
+            kept = re.sub("(:[^:/@]*)?@(sha256):", r":\2-", service.image)
+            self.run(["tag", name, kept], 60, "PULL_FAILED")
+            self.remove_image(name)
 
     def check_space(self, image):
         """The folder in which the engine keeps its images, "" where that is elsewhere.
@@ -4269,15 +4328,17 @@ class ComposeDriver:
 
         The values of parameters are masked.
         """
+        if not container:
+            return ""
         try:
-            output = self.run(["logs", "--tail=20", container], 60) if container else Output(1, b"", "")
+            command = [self.engine, "logs", "--timestamps", f"--tail={LOG_LINES}", container]
+            output = run_command(command, 60, env=self.environ, limit=MAX_LOG, ends=True)
         except CommandError as error:
             return f"; its log cannot be had: {error.message}"
         if output.code:
             return ""
-        text = mask((output.stdout.decode("utf-8", "replace").strip() + "\n"
-                     + output.stderr).strip(), secrets)
-        return f"; its log ends: {make_printable(text[-2048:], 2048)}" if text else ""
+        text = mask(merge_logs(output.stdout, output.errors), secrets)[-2048:]
+        return f"; its log ends: {make_printable(text, 2048)}" if text else ""
 
     def stop(self, ids, deadline):
         """Stops containers within their own grace period, or kills them once the time is over.
@@ -4340,6 +4401,38 @@ class ComposeDriver:
             raise ComponentError("REMOVE_FAILED", f"container {container.name} is still there")
 
 
+def follow_pull(image, environ):
+    """A function to call while an image is pulled: it logs how far that is, each minute or so.
+
+    podman keeps what it has fetched of layers in its folder for temporary files, until they are unpacked.
+    """
+    start = time.monotonic()
+    due = [start + PULL_NOTE]
+
+    def tell():
+        now = time.monotonic()
+        if now < due[0]:
+            return
+        due[0] = now + PULL_NOTE
+        files = [os.path.join(folder, name) for folder, _, names in os.walk(environ.get("TMPDIR", ""))
+                 for name in names]
+        fetched = sum(os.path.getsize(path) for path in files if os.path.exists(path))
+        log("info", "an image is being pulled", image=image, seconds=int(now - start), fetched=fetched)
+    return tell
+
+
+def merge_logs(*streams):
+    """The last 20 lines of what a program said on two streams, each line behind its time, in their order.
+
+    An engine reads each stream by itself, in large pieces: where a program talks a lot, the end of one may
+    come long before that of the other.  So up to ten lines of each are there.
+    """
+    said, errors = [stream.decode("utf-8", "replace").strip().splitlines() for stream in streams]
+    last = said[min(10, len(errors)) - 20:] + errors[min(10, len(said)) - 20:]
+    last.sort(key=lambda line: line.partition(" ")[0])
+    return "\n".join(line.partition(" ")[2] for line in last).strip()
+
+
 def part_containers(containers, claim):
     """([Container] of ours, [Container] of others): from here on nobody sees what is not ours."""
     parts = {True: [], False: []}
@@ -4363,6 +4456,12 @@ def parse_seen(item):
     volumes = {make_path(mount["Destination"]): mount["Name"] for mount in mounts}
     return item["Id"], Shown(state["Status"], state.get("ExitCode", 0), item.get("RestartCount", 0), health,
                              volumes, parse_check(item["Config"].get("Healthcheck") or {}))
+
+
+def parse_image(item):
+    """An element of what `image inspect` prints to (architecture, its Check or None)."""
+    check = item.get("Healthcheck") or (item.get("Config") or {}).get("Healthcheck") or {}
+    return item["Architecture"], parse_check(check)
 
 
 def parse_check(item):
@@ -4697,7 +4796,8 @@ def to_labels(value, where):
     labels = to_values(value, where)
     if any(name.startswith(("org.margo.", "com.docker.compose.")) for name in labels):
         raise make_fault(f"{where}: org.margo.… and com.docker.compose.… are the agent's own")
-    return labels
+    return {name: text for name, text in labels.items()         # by these podman updates it behind our back
+            if not name.startswith(("io.containers.autoupdate", "PODMAN_SYSTEMD_UNIT"))}
 
 
 def to_words(value, where):
@@ -5741,6 +5841,7 @@ class Registry:
 
     def __init__(self, host, config):
         self.host, self.timeout = host, config.wfm.timeout
+        self.address = "registry-1.docker.io" if host == "docker.io" else host
         self.settings = config.registries.get(host) or make_settings({}, REGISTRY_SCHEMA, "", "", [])
         self.scheme = "http" if self.settings.insecure else "https"
         self.authorization = None
@@ -5752,7 +5853,7 @@ class Registry:
 
         Raises ComponentError PULL_UNAUTHORIZED, PULL_FAILED.
         """
-        url = f"{self.scheme}://{self.host}/v2/{name}/{path}"
+        url = f"{self.scheme}://{self.address}/v2/{name}/{path}"
         for attempt in range(2):
             response = self.fetch(url, accept, limit)
             if response.status != 401 or attempt:
@@ -5772,7 +5873,7 @@ class Registry:
             absent = response.status == 404
             hint = "there is no such package" if absent else "it cannot be served now, tried again later"
             wait = parse_retry_after(response.headers.get("Retry-After"), time.time())
-            raise ComponentError("PULL_FAILED", f"{where}; {hint}", retry_after=wait)
+            raise ComponentError("PULL_FAILED", f"{where}; {hint}", retry_after=wait, status=response.status)
         if len(response.body) > limit:
             raise ComponentError("PULL_FAILED",
                                  f"{url}: the answer is longer than {limit} bytes, all that policy allows")
@@ -5876,16 +5977,20 @@ def fetch_package(reference, config, store, kind="compose"):
 
     It is verified and kept; what is in the store already is not fetched again.  Raises ComponentError.
     """
-    mirror = (config.registries.get(reference.host) or {}).get("mirror")
+    return ask_registries(reference.host, config, lambda registry: fetch_from_registry(
+        reference, registry, config, store, kind))
+
+
+def ask_registries(host, config, ask):
+    """What `ask` has from the mirror of a registry, or from the Registry itself; raises ComponentError."""
+    mirror = (config.registries.get(host) or {}).get("mirror")
     try:
         if mirror:
-            return fetch_from_registry(
-                reference, Registry(re.sub("^https?://", "", mirror).rstrip("/"), config), config, store, kind
-            )
+            return ask(Registry(re.sub("^https?://", "", mirror).rstrip("/"), config))
     except ComponentError as error:
         log("warning", "the mirror does not serve it; the registry itself is asked", mirror=mirror,
             reason=error.message)
-    return fetch_from_registry(reference, Registry(reference.host, config), config, store, kind)
+    return ask(Registry(host, config))
 
 
 def fetch_from_registry(reference, registry, config, store, kind):
@@ -6188,11 +6293,12 @@ def unpack_package(data, digest, parent, max_unpacked, relaxed=False):
 # 17. Commands
 # ----------------------------------------------------------------------------------------------------------
 
-Output = define("Output", "code stdout stderr",
-                "How a program ended: exit code, stdout bytes, the end of stderr as printable text.")
+Output = define("Output", "code stdout stderr errors",
+                "How a program ended: exit code, stdout, the end of stderr as printable text, and stderr.",
+                b"")
 
 # Which setting needs a program; a missing one is named with it (contract, Shape).
-NEEDED_BY = {"openssl": "`csr`, wfm.profile signed and identity.enrollment est need it",
+NEEDED_BY = {"openssl": "`csr`, wfm.profile signed, identity.enrollment est and policy.images need it",
              "git": "wfm.profile git needs it",
              "gpg": "the keyLocation of a package, or git.allowed_signers, needs it",
              "podman": "see runtime.engine", "docker": "see runtime.engine", "helm": "see runtime.helm"}
@@ -6240,13 +6346,15 @@ def get_temporary(state_dir, environ):
     return {"TMPDIR": os.path.join(state_dir, "tmp")} if os.geteuid() == 0 or os.path.isdir(runtime) else {}
 
 
-def run_command(argv, timeout, env=None, cwd=None, limit=MAX_OUTPUT, data=b"", files=()):
+def run_command(argv, timeout, env=None, cwd=None, limit=MAX_OUTPUT, data=b"", files=(), ends=False,
+                watch=None):
     """The one door to other programs: Output(exit code, stdout bytes, the end of stderr as printable text).
 
     argv: list, never a shell.  The program runs in a process group of its own, which is killed whole after
-    `timeout` seconds or when it prints more than `limit` bytes; `data` is all that it reads, `files` are
-    descriptors that it gets, too.  A non-zero exit code is an answer.  Raises CommandMissing, CommandTimeout,
-    CommandError.
+    `timeout` seconds or when it prints more than `limit` bytes; ends: of more, the end of each stream is
+    kept instead.  `data` is all that it reads, `files` are descriptors that it gets, too.  watch: a function
+    that is called time and again meanwhile.  A non-zero exit code is an answer.  Raises CommandMissing,
+    CommandTimeout, CommandError.
     """
     import subprocess
     try:
@@ -6261,16 +6369,16 @@ def run_command(argv, timeout, env=None, cwd=None, limit=MAX_OUTPUT, data=b"", f
     except OSError as error:
         raise CommandError(f"{argv[0]} cannot be started ({error.strerror})") from None
     try:
-        stdout, stderr = serve_pipes(process, memoryview(data), timeout, limit)
+        stdout, stderr = serve_pipes(process, memoryview(data), timeout, limit, ends, watch)
     except subprocess.TimeoutExpired:
         raise CommandTimeout(f"{' '.join(argv[:2])} did not end within {timeout:.0f} s") from None
     finally:
         kill_group(process)
     return Output(process.returncode, stdout,
-                  make_printable(stderr[-8192:].decode("utf-8", "replace").strip(), 8192))
+                  make_printable(stderr[-8192:].decode("utf-8", "replace").strip(), 8192), stderr)
 
 
-def serve_pipes(process, data, timeout, limit):
+def serve_pipes(process, data, timeout, limit, ends, watch):
     """Writes `data` to stdin and reads until the process has ended: (stdout, stderr).
 
     A helper may leave something behind that keeps the pipes open, so their end is not waited for once the
@@ -6301,10 +6409,14 @@ def serve_pipes(process, data, timeout, limit):
             heard[pipe] += piece
             if not piece:
                 open_pipes.discard(pipe)
+            if ends:
+                del heard[pipe][:-limit // 2]
         if sum(map(len, heard.values())) > limit:
             raise CommandError(f"{process.args[0]} printed more than {limit} bytes")
         if ended and not ready:
             break
+        if watch:
+            watch()
         if time.monotonic() > deadline:
             raise subprocess.TimeoutExpired(process.args, 0)
     process.wait(max(0.0, deadline - time.monotonic()))
@@ -6689,7 +6801,8 @@ class Log:
             line = json.dumps(dict(fields, time=make_time(time.time()), level=level, message=message),
                               sort_keys=True, separators=(",", ":"))
         else:
-            facts = "".join(f" {key}={make_printable(str(value), 2000)}" for key, value in fields.items())
+            facts = "".join(f" {key}={make_printable(str(value), MAX_MESSAGE)}"
+                            for key, value in fields.items())
             line = f"{make_time(time.time())} {level:7} {make_printable(message, 4000)}{facts}"
         try:
             sys.stderr.write(line + "\n")
@@ -11556,7 +11669,114 @@ EXAMINE.update(hooks=examine_hooks)
 
 
 # ----------------------------------------------------------------------------------------------------------
-# 33. Doctor (optional)
+# 33. Image policy (optional)
+# ----------------------------------------------------------------------------------------------------------
+
+IMAGE_TYPES = ", ".join((OCI_INDEX, OCI_MANIFEST, "application/vnd.docker.distribution.manifest.list.v2+json",
+                         "application/vnd.docker.distribution.manifest.v2+json"))
+SIGNATURE = "dev.cosignproject.cosign/signature"
+MAX_SIGNATURES = 20                 # of one image that are looked at
+
+
+def judge_image(image, config):
+    """The name by which an image may be pulled, as policy.images says: a signed one by its digest.
+
+    Raises ComponentError: POLICY_DENIED, or why its registry cannot be asked.
+    """
+    policy = config.policy.images
+    host, path, tag, digest = re.fullmatch("([^/]+)/([^:@]+)(?::([^@]+))?(?:@(.+))?", image).groups()
+    allowed = [f"{host}/{path}/".startswith(entry.rstrip("/") + "/") for entry in policy.registries]
+    if allowed and not any(allowed):
+        raise ComponentError("POLICY_DENIED", "it is not from one of policy.images.registries")
+    if policy.pinned and not digest:
+        raise ComponentError("POLICY_DENIED", "it is not named by its digest (policy.images.pinned)")
+    if not policy.cosign_key:
+        return image
+    return ask_registries(host, config, lambda registry: f"{host}/{path}@" + ask_signature(
+        registry, path, tag or "latest", digest, config))
+
+
+def ask_signature(registry, path, tag, digest, config):
+    """The digest of an image, once a signature of it by policy.images.cosign_key was found in its registry.
+
+    The signature object is cosign's: an image manifest under the tag sha256-DIGEST.sig, each layer a payload
+    that names the digest, with an annotation that signs the payload.  Raises ComponentError, CommandError.
+    """
+    limit = config.policy.max_document
+    if digest is None:
+        digest = sha256_digest(registry.get(path, f"manifests/{tag}", IMAGE_TYPES, limit).body)
+    try:
+        answer = registry.get(path, f"manifests/{digest.replace(':', '-')}.sig", IMAGE_TYPES, limit)
+        for signature, layer in parse_signatures(answer.body)[:MAX_SIGNATURES]:
+            payload = registry.get(path, f"blobs/{layer}", "*/*", MAX_ANSWER).body
+            if (run_verification(config.policy.images.cosign_key, payload, signature)
+                    and parse_payload(payload) == digest):
+                return digest
+    except ComponentError as error:
+        if error.status != 404:
+            raise
+    raise ComponentError("POLICY_DENIED", f"{digest} is not signed by policy.images.cosign_key")
+
+
+def parse_signatures(data):
+    """A signature object to [(signature in base64, digest of its payload)]; [] for one of another form."""
+    try:
+        value = parse_json(data, "the signature object")
+        check_shape(value, {"layers": [{"digest": DIGEST_PATTERN, "annotations": {SIGNATURE: ".*"}}]}, "")
+    except ValueError:
+        return []
+    return [(layer["annotations"][SIGNATURE], layer["digest"]) for layer in value["layers"]]
+
+
+def parse_payload(data):
+    """The digest of the image that a signed payload is about; "" for one of another form."""
+    try:
+        value = parse_json(data, "the payload")
+        check_shape(value, {"critical": {"type": "cosign container image signature",
+                                         "image": {"docker-manifest-digest": DIGEST_PATTERN}}}, "")
+    except ValueError:
+        return ""
+    return value["critical"]["image"]["docker-manifest-digest"]
+
+
+def run_verification(key, payload, signature):
+    """Whether openssl finds that a payload is signed by a public key; CommandMissing where there is none."""
+    try:
+        with lend_file(parse_base64(signature)) as file:
+            run_openssl(["dgst", "-sha256", "-verify", key, "-signature", file.name], payload, b"Verified OK")
+    except CommandMissing:
+        raise
+    except (ValueError, CommandError):
+        return False
+    return True
+
+
+def examine_images(agent):
+    """Whether the key by which images have to be signed can be used."""
+    key = agent.config.policy.images.cosign_key
+    if not key:
+        return "ok", ""
+    try:
+        run_openssl(["pkey", "-pubin", "-in", key, "-noout"])
+    except CommandMissing:
+        raise
+    except CommandError as error:
+        raise ConfigError(f"policy.images.cosign_key: {key} is no public key ({error.message})") from None
+    return "ok", f"images have to be signed by {key}"
+
+
+SCHEMA["policy"]["images"] = {
+    "pinned": (read_flag, False, "whether images have to be named by their digest"),
+    "registries": (list_of(read_text, "a list of registries"), [],
+                   "HOST[:PORT][/PATH] from which images may be; empty: from everywhere"),
+    "cosign_key": (read_path, None, "public key by which images have to be signed, as cosign does"),
+}
+JUDGES.append(judge_image)
+EXAMINE.update(images=examine_images)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# 34. Doctor (optional)
 # ----------------------------------------------------------------------------------------------------------
 
 def command_doctor(config, options):
@@ -11665,7 +11885,7 @@ COMMANDS["doctor"] = (command_doctor, {}, "")
 
 
 # ----------------------------------------------------------------------------------------------------------
-# 34. Commands for people (optional)
+# 35. Commands for people (optional)
 # ----------------------------------------------------------------------------------------------------------
 
 def look_at(config, word):
@@ -11854,7 +12074,7 @@ COMMANDS.update(
 
 
 # ----------------------------------------------------------------------------------------------------------
-# 35. Command line
+# 36. Command line
 # ----------------------------------------------------------------------------------------------------------
 
 def command_run(config, options):
