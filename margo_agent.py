@@ -4584,11 +4584,11 @@ Workload = define("Workload",
     " runtime.environment, the child device it is for, the owner to label it with.", "", "")
 Service = define(
     "Service", "name image arguments command environment files networks depends_on pull hash ports"
-               " mounts shares",
+               " mounts shares follows",
     "One service as the engine is told of it.  files: {path in the container: Content}; networks:"
     " [Attachment]; depends_on: {service: (condition, required)}; hash: of all that makes its container what"
     " it is; ports: [[address or \"\", port, protocol]] that it holds of the host; mounts: [Mount]; shares:"
-    " services whose namespaces it shares.", (), ())
+    " services whose namespaces it shares; follows: those with which it is made anew.", (), (), ())
 Project = define("Project", "services networks volumes notes",
     "A compose file ready to run: services in starting order, {engine's name: create arguments} (None for"
     " what is external), and what of the file has no effect, in words.", ())
@@ -5056,7 +5056,7 @@ SERVICE_FORM = dict(
     profiles=to_list, expose=to_list, links=to_list, container_name=to_name, attach=to_flag, scale=to_one,
     configs=FILES_FORM, secrets=FILES_FORM, deploy=DEPLOY_FORM, tmpfs=to_tmpfs,
     volumes=[(MOUNT_FORM, to_mount)],
-    env_file=[(make_form(to_text, "path format", required=to_flag), "path")],
+    env_file=[({"path": to_text, "required": to_flag}, "path")],
     network_mode=to_namespace("none", "host", "bridge"),
     pull_policy=to_form("always|missing|if_not_present|never", "a pull policy that is supported"),
     blkio_config={"weight": to_number}, logging={"driver": to_text, "options": to_values},
@@ -5205,12 +5205,17 @@ def make_shared(name, value, workload, where, arguments):
     own = named or (name if value.external else f"{workload.project}_{name}")
     if not re.fullmatch(r"[a-zA-Z0-9][a-zA-Z0-9_.-]{0,254}", own):
         raise make_fault(f"{where}: {make_printable(own, 60)!r} is not a name here")
-    other = re.search(rf"-({UUID_PATTERN})_", own)
-    if other and other.group(1).lower() != workload.deployment_id.lower():
-        deny(where, f"{make_printable(own, 120)!r} is of another deployment; what is shared has a name of its"
-             " own")
+    check_name(own, workload, where)
     labels = dict(value.labels or {}, **make_shared_labels(workload))
     return own, None if value.external else make_arguments("--label", labels) + arguments
+
+
+def check_name(name, workload, where):
+    """Raises ComponentError for a name that the agent gives to what it makes for another deployment."""
+    other = re.search(rf"-({UUID_PATTERN})[_-]", name)
+    if other and other.group(1).lower() != workload.deployment_id.lower():
+        deny(where, f"{make_printable(name, 120)!r} is of another deployment; what is shared has a name of"
+             " its own")
 
 
 def make_contents(document, variables, folder):
@@ -5251,11 +5256,14 @@ def find_aliases(services, notes):
         for link in service.links or ():
             owner, _, alias = link.partition(":")
             names.append((owner, alias and to_name(alias, f"services.{name}.links")))
+        names = [(owner, alias) for owner, alias in names if alias and owner in services]
         for owner, alias in names:
-            if alias and owner in services:
-                if taken.setdefault(alias, owner) != owner:
-                    notes.append(f"services.{name}: the name {alias} also leads to service {taken[alias]}")
-                aliases.setdefault(owner, []).append(alias)
+            aliases.setdefault(owner, []).append(alias)
+        more = [(name, alias) for item in service.networks.values() for alias in item.aliases or ()]
+        for owner, alias in names + more:
+            if taken.setdefault(alias, owner) != owner:
+                notes.append(f"services.{name}: the name {make_printable(alias, 60)} also leads to service"
+                             f" {taken[alias]}")
     return aliases
 
 
@@ -5419,6 +5427,8 @@ def make_attachments(name, service, reading, where):
                                  " `subnet` of this network's `ipam`")
         options = make_options(value, ("ipv4_address", "ipv6_address", "mac_address"))
         aliases = dict.fromkeys((value.aliases or []) + reading.aliases.get(name, []))
+        for alias in aliases:
+            check_name(alias, reading.workload, f"{where}.networks.{network}")
         joined.append(Attachment(own, list(aliases), options))
     return joined
 
@@ -5719,7 +5729,8 @@ def make_service(name, service, reading):
     return Service(name, service.image, arguments, command, make_environment(service, reading, where),
                    make_files(service, reading, where), make_attachments(name, service, reading, where),
                    make_dependencies(service), service.pull_policy or "missing", "", held, mounts,
-                   find_shared(service))
+                   find_shared(service),
+                   [other for other, item in service.depends_on.items() if item.restart])
 
 
 def order_services(services):
@@ -5752,13 +5763,14 @@ def order_services(services):
 def make_hashes(order):
     """The services, each with a hash of all that makes its container.
 
-    A service that shares another's namespace is made anew with it.
+    A service that shares another's namespace is made anew with it; so is one that depends on it with
+    `restart`.
     """
     final = {}
     for service in order:
         contents = {path: [sha256_digest(item.text.encode("utf-8", "surrogateescape")), *item[1:]]
                     for path, item in service.files.items()}
-        shared = [final[other].hash for other in service.shares]
+        shared = [final[other].hash for other in service.shares + service.follows if other in final]
         parts = [service.image, service.arguments, service.command, service.environment, contents,
                  service.networks, shared]
         final[service.name] = service._replace(hash=sha256_digest(make_json(parts))[7:39])
