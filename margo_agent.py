@@ -389,8 +389,8 @@ class Agent:
             return
         self.check_patience()
         self.connect()
-        self.report_capabilities()
-        self.flush_outbox()
+        if self.report_capabilities():
+            self.flush_outbox()
         window = self.config.poll.window
         if window and not is_within(window, time.localtime()):
             log_wait("outside poll.window: the WFM is not asked for anything new")
@@ -420,9 +420,9 @@ class Agent:
         return desired
 
     def report_capabilities(self, always=False):
-        """PUTs the capabilities of all devices, before anything else and where they changed."""
+        """PUTs capabilities, before anything else and where they changed; see report_devices."""
         documents = load_capabilities(self.devices, self.config)
-        report_devices(documents, self.source, self.state, always)
+        return report_devices(documents, self.source, self.state, always)
 
     def accept(self, desired):
         """Makes a verified desired state the accepted one, durable: first its documents, then it (C-111)."""
@@ -1462,8 +1462,8 @@ def hold_back(action, share):
 def make_drivers(config, child=None, others=()):
     """{deployment type: driver} of what a device can run; arguments as make_compose_driver takes them.
 
-    A driver has observe, ask_strangers, tail_log, tend, prepare, list_ports, apply, remove, remove_image
-    and, where it holds ports of the host, stop; no other section knows what it drives.
+    A driver has observe, check, ask_strangers, tail_log, tend, prepare, list_ports, apply, remove,
+    remove_image and, where it holds ports of the host, stop; no other section knows what it drives.
     """
     drivers = {kind: make(config, child, others) for kind, make in DRIVERS.items()}
     return {kind: driver for kind, driver in drivers.items() if driver}
@@ -1591,7 +1591,7 @@ def make_prefix(device_id, own_id):
 def prune(state, store, own_id, answering):
     """Removes what neither the current nor the previous version of any deployment needs.
 
-    That are artifacts, unpacked packages, and images that the agent pulled: nothing else on the device.
+    These are artifacts, unpacked packages, and images that the agent pulled: nothing else on the device.
     Changes state["pulled"].  answering: {device id: {type: driver}} of what answers.
     """
     digests, images = find_needed(state)
@@ -3271,8 +3271,8 @@ def report_devices(documents, source, state, always):
     """PUTs what changed of {device id: capabilities document}, a gateway's own first.
 
     DELETEs that of a device that has gone (C-081, C-082, C-220, C-223).  always: all are sent, and every
-    fault is raised.  Changes state["enrollment"].  What the WFM does not take waits by a back-off
-    of its own, and holds up nothing else.
+    fault is raised.  Changes state["enrollment"].  What the WFM does not take waits by a back-off of its own,
+    and holds up nothing else.  Returns whether the WFM could be reached.
     """
     known = (state["enrollment"] or {}).get("devices", {})
     devices = [*documents, *sorted(set(known) - set(documents), reverse=True)]
@@ -3289,10 +3289,13 @@ def report_devices(documents, source, state, always):
             report_device(device_id, documents, source, state, always)
             state["waits"].pop(key, None)
         except (Refused, Unreachable, Untrusted) as error:
-            if always or not state["enrollment"] or not (error.status or isinstance(error, Refused)):
+            if always or not state["enrollment"]:
                 raise
             log("error", "the WFM does not take the capabilities", device=device_id, reason=error.message)
             state["waits"][key] = make_hold(wait, error, clock, get_random())
+            if not error.status and not isinstance(error, Refused):
+                return False
+    return True
 
 
 def report_device(device_id, documents, source, state, always, again=True):
@@ -4582,11 +4585,11 @@ Workload = define("Workload",
     " runtime.environment, the child device it is for, the owner to label it with.", "", "")
 Service = define(
     "Service", "name image arguments command environment files networks depends_on pull hash ports"
-               " mounts shares",
+               " mounts shares follows",
     "One service as the engine is told of it.  files: {path in the container: Content}; networks:"
     " [Attachment]; depends_on: {service: (condition, required)}; hash: of all that makes its container what"
     " it is; ports: [[address or \"\", port, protocol]] that it holds of the host; mounts: [Mount]; shares:"
-    " services whose namespaces it shares.", (), ())
+    " services whose namespaces it shares; follows: those with which it is made anew.", (), (), ())
 Project = define("Project", "services networks volumes notes",
     "A compose file ready to run: services in starting order, {engine's name: create arguments} (None for"
     " what is external), and what of the file has no effect, in words.", ())
@@ -5054,7 +5057,7 @@ SERVICE_FORM = dict(
     profiles=to_list, expose=to_list, links=to_list, container_name=to_name, attach=to_flag, scale=to_one,
     configs=FILES_FORM, secrets=FILES_FORM, deploy=DEPLOY_FORM, tmpfs=to_tmpfs,
     volumes=[(MOUNT_FORM, to_mount)],
-    env_file=[(make_form(to_text, "path format", required=to_flag), "path")],
+    env_file=[({"path": to_text, "required": to_flag}, "path")],
     network_mode=to_namespace("none", "host", "bridge"),
     pull_policy=to_form("always|missing|if_not_present|never", "a pull policy that is supported"),
     blkio_config={"weight": to_number}, logging={"driver": to_text, "options": to_values},
@@ -5203,12 +5206,17 @@ def make_shared(name, value, workload, where, arguments):
     own = named or (name if value.external else f"{workload.project}_{name}")
     if not re.fullmatch(r"[a-zA-Z0-9][a-zA-Z0-9_.-]{0,254}", own):
         raise make_fault(f"{where}: {make_printable(own, 60)!r} is not a name here")
-    other = re.search(rf"-({UUID_PATTERN})_", own)
-    if other and other.group(1).lower() != workload.deployment_id.lower():
-        deny(where, f"{make_printable(own, 120)!r} is of another deployment; what is shared has a name of its"
-             " own")
+    check_name(own, workload, where)
     labels = dict(value.labels or {}, **make_shared_labels(workload))
     return own, None if value.external else make_arguments("--label", labels) + arguments
+
+
+def check_name(name, workload, where):
+    """Raises ComponentError for a name that the agent gives to what it makes for another deployment."""
+    other = re.search(rf"-({UUID_PATTERN})[_-]", name)
+    if other and other.group(1).lower() != workload.deployment_id.lower():
+        deny(where, f"{make_printable(name, 120)!r} is of another deployment; what is shared has a name of"
+             " its own")
 
 
 def make_contents(document, variables, folder):
@@ -5249,11 +5257,14 @@ def find_aliases(services, notes):
         for link in service.links or ():
             owner, _, alias = link.partition(":")
             names.append((owner, alias and to_name(alias, f"services.{name}.links")))
+        names = [(owner, alias) for owner, alias in names if alias and owner in services]
         for owner, alias in names:
-            if alias and owner in services:
-                if taken.setdefault(alias, owner) != owner:
-                    notes.append(f"services.{name}: the name {alias} also leads to service {taken[alias]}")
-                aliases.setdefault(owner, []).append(alias)
+            aliases.setdefault(owner, []).append(alias)
+        more = [(name, alias) for item in service.networks.values() for alias in item.aliases or ()]
+        for owner, alias in names + more:
+            if taken.setdefault(alias, owner) != owner:
+                notes.append(f"services.{name}: the name {make_printable(alias, 60)} also leads to service"
+                             f" {taken[alias]}")
     return aliases
 
 
@@ -5417,6 +5428,8 @@ def make_attachments(name, service, reading, where):
                                  " `subnet` of this network's `ipam`")
         options = make_options(value, ("ipv4_address", "ipv6_address", "mac_address"))
         aliases = dict.fromkeys((value.aliases or []) + reading.aliases.get(name, []))
+        for alias in aliases:
+            check_name(alias, reading.workload, f"{where}.networks.{network}")
         joined.append(Attachment(own, list(aliases), options))
     return joined
 
@@ -5717,7 +5730,8 @@ def make_service(name, service, reading):
     return Service(name, service.image, arguments, command, make_environment(service, reading, where),
                    make_files(service, reading, where), make_attachments(name, service, reading, where),
                    make_dependencies(service), service.pull_policy or "missing", "", held, mounts,
-                   find_shared(service))
+                   find_shared(service),
+                   [other for other, item in service.depends_on.items() if item.restart])
 
 
 def order_services(services):
@@ -5750,13 +5764,14 @@ def order_services(services):
 def make_hashes(order):
     """The services, each with a hash of all that makes its container.
 
-    A service that shares another's namespace is made anew with it.
+    A service that shares another's namespace is made anew with it; so is one that depends on it with
+    `restart`.
     """
     final = {}
     for service in order:
         contents = {path: [sha256_digest(item.text.encode("utf-8", "surrogateescape")), *item[1:]]
                     for path, item in service.files.items()}
-        shared = [final[other].hash for other in service.shares]
+        shared = [final[other].hash for other in service.shares + service.follows if other in final]
         parts = [service.image, service.arguments, service.command, service.environment, contents,
                  service.networks, shared]
         final[service.name] = service._replace(hash=sha256_digest(make_json(parts))[7:39])
@@ -11475,11 +11490,12 @@ class HelmDriver:
             raise ComponentError("NAME_TAKEN", f"release {name} in namespace {namespace} was not made by this"
                                  " agent: remove it there")
 
-    def check(self):
+    def check(self, claim):
         """What `doctor` says of this driver; raises CommandError."""
         record = {"deploymentId": "", "components": []}
         version = self.run(["version", "--short"], 60).stdout.decode("utf-8", "replace").strip()
-        return f"helm {make_printable(version, 60)} answers, {len(self.observe([record]))} releases of ours"
+        count = len(self.observe([record], claim))
+        return f"helm {make_printable(version, 60)} answers, {count} releases of ours"
 
     def prepare(self, deployment, component, known, store, fetched):
         """Fetches and verifies the chart and makes the values, and touches nothing that runs.
