@@ -2453,7 +2453,8 @@ def load_own(config, make):
                              f" openssl pkcs12 -nokeys, with -in {path} -out client.pem")
         chain = parse_pem(data.decode("ascii", "replace"))
         if not chain:
-            raise ValueError("it holds no certificate in PEM, which is ascii text from -----BEGIN CERTIFICATE----- on")
+            raise ValueError("it holds no certificate in PEM, which is ascii text from -----BEGIN"
+                             " CERTIFICATE----- on")
         return make(parse_certificate(chain[0]))
     except (StorageError, ValueError) as error:
         raise Untrusted(f"identity.certificate {path}: {error}") from None
@@ -5970,8 +5971,8 @@ class Registry:
                     log("warning", "no token from the registry", registry=self.host, reason=str(error))
         words = f"asks for a login; set registries.{self.host}.username and password_file"
         if basic:
-            words = (f"refuses the login of {self.settings.username}; mend registries.{self.host}.username and"
-                     f" password_file {self.settings.password_file}")
+            words = (f"refuses the login of {self.settings.username}; mend registries.{self.host}.username"
+                     f" and password_file {self.settings.password_file}")
         raise ComponentError("PULL_UNAUTHORIZED", f"registry {self.host} {words}")
 
 
