@@ -1753,7 +1753,8 @@ class HttpSource:
         if coding not in (None, "identity"):
             log("info", "an answer is coded, which was not asked for; it is taken as it came", coding=coding,
                 request=f"{method} {path}")
-        denial = f"the WFM does not accept this client, {self.client_id}: register it there"
+        who = getattr(self, "client_id", "whom it knows by no id yet")
+        denial = f"the WFM does not accept this client, {who}: register it there"
         return check_response(response, f"{method} {self.url}{path}", accepted, now, denial)
 
     def fetch_manifest(self, etag):

@@ -632,7 +632,7 @@ class Daemon(AgentCase):
     def test_its_log_has_a_line_when_it_starts_and_when_it_ends(self):
         """In the form that was asked for, and none where only errors are wanted."""
         process = self.start()
-        self.log_holds(f"the daemon has started version={margo_agent.__version__} profile=mtls wfm={self.wfm.url} interval=60 s")
+        self.log_holds(f"the daemon has started version={margo_agent.__version__} profile=mtls wfm={self.wfm.url} interval=\"60 s\"")
         support.wait_for(self.polls, what="the first poll")
         process.send_signal(signal.SIGTERM)
         self.assertEqual(process.wait(20), 0)
