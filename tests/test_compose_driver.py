@@ -514,8 +514,9 @@ class SlowPull(DriverCase):
 
     def test_the_log_says_now_and_then_how_far_a_pull_is(self):
         """On a slow link nobody has to guess whether anything comes."""
-        temporary = os.path.join(self.config.state_dir, "tmp")
-        os.makedirs(temporary)
+        self.config["state_dir"] = self.folder
+        temporary = os.path.join(self.folder, "tmp")
+        os.mkdir(temporary)
         self.engine.change(images=[])
         podman = os.path.join(self.engine.folder, "bin", "podman")
         os.rename(podman, podman + ".real")
@@ -785,6 +786,8 @@ class Handover(DriverCase):
         self.apply({"services": {"new": {"image": IMAGE}, "b": {"image": IMAGE, "command": ["x"]}, "c": {"image": IMAGE}}})
         calls = [call for call in self.changes() if call[0] in ("create", "stop", "start", "rm")]
         self.assertEqual([call[0] for call in calls], ["create", "create", "stop", "start", "start", "rm"])
+        kinds = [call[0] for call in self.changes()]
+        self.assertLess(len(kinds) - 1 - kinds[::-1].index("rename"), kinds.index("stop"), "names change hands before the outage")
         self.assertEqual({*calls[2][2:]}, {before["a"], before["b"]})
         self.assertEqual(self.ids()["c"], before["c"])
         self.assertEqual(set(self.engine.containers()), {f"{PROJECT}-{name}-1" for name in ("new", "b", "c")})
