@@ -11847,7 +11847,8 @@ def command_config(config, options):
 # What an example of a configuration sets, by names of examples/pki.sh; all else is commented out.
 EXAMPLE = {"wfm": {"url": "https://localhost:8443"},
            "identity": {"certificate": "client.pem", "key": "client.key", "trust_bundle": "bundle.json"}}
-PARTS = {"registries": ("registry.example:5000:", REGISTRY_SCHEMA), "children": ("-", CHILD_SCHEMA)}
+# What stands below a key, which is here behind its indentation.
+PARTS = {"registries": ("registry.example:5000:", REGISTRY_SCHEMA), "  children": ("-", CHILD_SCHEMA)}
 
 
 def make_listing(schema, document, indent=""):
@@ -11884,8 +11885,8 @@ def make_example(schema, chosen, indent=""):
             meaning += f" ({str(error).partition(':')[0]})"
         value = make_yaml(chosen.get(key, default))
         lines += [f"{indent}# {meaning}", f"{indent}{'' if key in chosen else '# '}{key}: {value}".rstrip()]
-        if key in PARTS:
-            name, schema = PARTS[key]
+        if indent + key in PARTS:
+            name, schema = PARTS[indent + key]
             lines += [f"{indent}# {line}" for line in [f"  {name}", *make_example(schema, {}, "    ")]]
     return lines
 
