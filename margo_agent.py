@@ -67,7 +67,7 @@ JUDGES = []                         # functions of (image, config) to the name b
 DRIVERS = {}                        # {deployment type: function of (config, child, others) to its driver or
                                     # None}
 EXAMINE = {}                        # {what `doctor` checks: function of the Agent to (ok or warn, words)}
-TRACES = []                         # names in the state directory that `unenroll` removes
+TRACES = ["registries"]             # names in the state directory that `unenroll` removes
 
 KIB = 1024
 MIB = 1024 * KIB
@@ -76,6 +76,8 @@ MAX_ANSWER = 256 * KIB              # a problem document, a token, the answer to
 MAX_MESSAGE = 4000                  # characters of what the WFM is told about a fault
 MAX_OUTPUT = 32 * MIB               # what a helper program may print
 MAX_DEPLOYMENTS = 10000             # entries of one state manifest
+DOCUMENTS = 8                       # all documents together: one part in so many of policy.max_unpacked
+MAX_NODES = 250000                  # members of a document: each takes some hundred bytes of memory
 MAX_DURATION = 3650 * 86400         # seconds of one setting; clocks and timers take no sum of centuries
 MAX_VERSION = 2 ** 64 - 1           # manifestVersion is an unsigned 64 bit number (protocol 3.1)
 
@@ -147,16 +149,16 @@ class MargoError(Exception):
         vars(self).update(facts)
 
 
-def define_fault(name, exit, code, meaning, base=MargoError, result="failed"):
+def define_fault(name, exit, code, meaning, base=MargoError, result=""):
     """A kind of MargoError: its exit code, stable text, meaning (its docstring) and word for `lastPoll`."""
-    return type(name, (base,), {"exit": exit, "code": code, "__doc__": meaning, "result": result})
+    return type(name, (base,), {"exit": exit, "code": code, "__doc__": meaning,
+                                "result": result or base.result})
 
 
 ConfigError = define_fault("ConfigError", 2, "CONFIGURATION", "The command line or configuration is wrong.")
 Unreachable = define_fault("Unreachable", 3, "UNREACHABLE", "The WFM cannot be reached or asks for patience.",
                            result="unreachable")
-Silence = define_fault("Silence", 3, "UNREACHABLE", "No request is made now; not a fault.", Unreachable,
-                       "unreachable")
+Silence = define_fault("Silence", 3, "UNREACHABLE", "No request is made now; not a fault.", Unreachable)
 Waiting = define_fault("Waiting", 3, "REMOVALS_UNCONFIRMED", "So much is removed only once it is confirmed.",
                        result="refused")
 Interrupted = define_fault("Interrupted", 3, "INTERRUPTED", "The process was asked to end before its time.")
@@ -191,6 +193,9 @@ class ComponentError(MargoError):
 
     def __init__(self, code, message, **facts):
         super().__init__(message[:MAX_MESSAGE] + ("..." if len(message) > MAX_MESSAGE else ""), code, **facts)
+
+
+TROUBLE = (ComponentError, CommandError, MemoryError)       # what fails one deployment and not the cycle
 
 
 class Forbidden(ComponentError):
@@ -296,10 +301,9 @@ class Agent:
         self.starting = 0                           # seconds until the first contact since the device started
 
     def cycle(self):
-        """One cycle: every step in turn.  Returns an Outcome.
+        """One cycle: every step in turn.  Returns an Outcome, which tells what went wrong.
 
-        Raises Locked where another instance works, StorageError where the state cannot be read; all other
-        faults are in the Outcome.
+        Raises Locked where another instance works, StorageError where the state cannot be read.
         """
         with self:
             began = time.time()
@@ -380,10 +384,7 @@ class Agent:
             self.state["patience"] = make_patience(self.state["patience"], error, clock, get_random())
 
     def exchange(self):
-        """Speaks with the WFM: capabilities where they changed, the outbox, the desired state.
-
-        A WFM that does not take a report is polled all the same (P-9).
-        """
+        """Speaks with the WFM.  One that does not take what is reported is polled all the same (P-9)."""
         if self.silent:
             return
         self.check_patience()
@@ -409,14 +410,13 @@ class Agent:
         if not accepted:
             return self.source.fetch_desired(None, self.store.load_artifact)
         memo = self.store.load_memo()
-        digest, etag = memo.get("etag") or ("", "")
-        etag = etag if digest == accepted["digest"] else accepted["etag"]
+        etag = memo.get("etags", {}).get(accepted["digest"], accepted["etag"])
         needed = [target.digest for target in list_targets(accepted) if self.is_needed(target)]
         lost = None in map(self.store.load_artifact, needed)        # it is fetched again (D-9)
         asked = dict(accepted, etag=etag, incomplete=lost)
         desired = self.source.fetch_desired(asked, self.store.load_artifact)
         if not desired and asked["etag"] != etag:
-            memo["etag"] = [accepted["digest"], asked["etag"]]
+            memo["etags"] = {accepted["digest"]: asked["etag"]}
         return desired
 
     def report_capabilities(self, always=False):
@@ -506,8 +506,7 @@ class Agent:
     def reconcile(self, accepted=None):
         """Makes what runs match what was accepted.
 
-        An engine that does not answer is not an empty one: what runs there is left alone, and CommandError
-        says so (D-16).
+        An engine that does not answer is not an empty one: it is left alone, and CommandError says so (D-16).
         """
         accepted = accepted or self.state["accepted"]
         if not accepted:
@@ -620,13 +619,10 @@ class Agent:
         self.state["deployments"][step.action.key] = record
         enqueue_status(self.state, record)
         self.store.save_state(self.state)
-        self.silent = not self.flush_outbox() or self.silent    # one time-out is enough
+        self.silent |= not self.flush_outbox()      # one time-out is enough
 
     def flush_outbox(self):
-        """Sends every waiting status that is due, oldest first; whether the WFM could be reached.
-
-        One that it does not take waits by a back-off of its own, and holds up nothing else (P-9).
-        """
+        """Sends every status that waits and is due, oldest first; whether the WFM could be reached."""
         state = self.state
         for key, status in list(state["outbox"].items()):
             clock = get_clock()
@@ -644,7 +640,7 @@ class Agent:
                     log("warning", words, deployment=key, reason=error.message)
                 else:
                     log("error", f"{words}; it is dropped", deployment=key, reason=error.message)
-                answered = bool(error.status) or isinstance(error, Refused)
+                answered = error.status or isinstance(error, Refused)
                 if error.retry_after or not answered:
                     return answered                 # the others come next time
         return True
@@ -683,7 +679,7 @@ def judge_cycle(fault, changed, failed, waiting):
     deployment has failed.  waiting: whether a report waits to be taken.
     """
     silence = bool(fault) and not fault.exit
-    code = max(fault.exit if fault else 0, 1 if failed else 0, 3 if waiting and not silence else 0)
+    code = max(fault.exit if fault else 0, int(failed), 3 if waiting and not silence else 0)
     if fault and not silence:
         return fault.result, code
     if failed:
@@ -795,8 +791,7 @@ def make_action(target, record, containers, clock, settle, mark):
         return act("install", "new")
     if state != "installed":
         return act(change, f"was interrupted while {state}")
-    services = {item["name"]: item["services"] for item in record["components"]}
-    culprit, words = find_drift(services, containers, clock.now, settle)
+    culprit, words = find_drift(list_parts(record, "services"), containers, clock.now, settle)
     if words and pause:
         words += f" although it was repaired {record['repair']['failures']} times"
         return act("give_up", f"{words}; next attempt at {make_time(clock.now + pause)}", culprit)
@@ -899,6 +894,14 @@ class Step:
             raise ComponentError("UNSUPPORTED_TYPE", words)
         return self.sight.drivers[kind]
 
+    def load_deployment(self, digest):
+        """The Deployment of a revision; raises ComponentError where its document is lost, or none."""
+        target = Target(self.action.deployment_id, digest, 0, None, None)
+        target = read_target(target, self.store.load_artifact, self.config)
+        if target.error:
+            raise target.error
+        return target.deployment
+
     def look(self, record):
         """Looks anew at what there is of a deployment; raises CommandError."""
         self.sight = self.sight._replace(containers=observe_all(self.sight.drivers, record))
@@ -994,10 +997,7 @@ class Installation:
                 notices.remove(change)
 
     def take_turn(self, ports):
-        """Waits for its turn, and frees its own ports first where others wait for them.
-
-        What moves is then removed from where it was.
-        """
+        """Waits for its turn, after freeing its ports where others wait for them; then clears what moves."""
         step = self.step
         verb = "stop"
         while verb == "stop":
@@ -1005,9 +1005,8 @@ class Installation:
             if verb == "fail":
                 raise ComponentError("PORT_IN_USE", words)
             while step.before:
-                other = step.before.pop()
                 try:
-                    clear(other)
+                    clear(step.before.pop())
                 except (CommandError, ComponentError) as error:
                     if isinstance(error, Forbidden):
                         raise
@@ -1034,21 +1033,16 @@ class Installation:
         return self.step.fail(self.record, name, ComponentError(code, words, retry_after=error.retry_after))
 
     def undo(self, deployment=None):
-        """Brings the version before back, or else removes what a first installation has begun.
-
-        Returns what came of it, in words.
-        """
+        """Brings the version before back, or removes what was begun; what came of it, in words."""
         try:
             return self.go_back() if self.record["running"] else self.take_back(deployment)
-        except (ComponentError, CommandError, MemoryError) as error:
+        except TROUBLE as error:
             words = f"going back failed too: {to_fault(error).message}"
             log("error", words, deployment=self.record["deploymentId"])
             return words
 
     def take_back(self, deployment):
-        """Removes what was begun, so that nothing crashes on and on; what ran before it, of a state that was
-        lost, runs again.
-        """
+        """Leaves nothing that crashes on and on; what ran before it, of a lost state, runs again."""
         before = find_containers(deployment.deployment_id, self.step.sight.containers)
         if before and self.record.get("found"):
             driver = self.step.get_driver(before[0].type)
@@ -1061,8 +1055,7 @@ class Installation:
         """Makes the version before run."""
         before = self.record["running"]
         self.services = {}
-        deployment = load_deployment(self.record["deploymentId"], before["digest"], self.step.store,
-                                     self.step.config)
+        deployment = self.step.load_deployment(before["digest"])
         list(self.run(deployment, before["packages"], before["services"], rollback=True))
         log("warning", "rolled back; the version before runs again", deployment=self.record["deploymentId"],
             digest=before["digest"])
@@ -1073,8 +1066,7 @@ class Installation:
 def apply_install(step):
     """Makes one deployment as its target says, new or not; a failure ends in a failed record."""
     target, record = step.action.target, step.record
-    packages, services = ({item["name"]: item[part] for item in record["components"]}
-                          for part in ("package", "services"))
+    known = list_parts(record, "package"), list_parts(record, "services")
     running = record["running"]
     if running and running["digest"] == target.digest == record["adopted"]["digest"]:
         record = count_repair(record, get_clock())
@@ -1083,9 +1075,9 @@ def apply_install(step):
     job = Installation(begin_record(record, target), step)
     yield job.record
     try:
-        yield from job.run(target.deployment, packages, services)
+        yield from job.run(target.deployment, *known)
         yield finish_record(job.record, make_mark(step.config.runtime.environment))
-    except (ComponentError, CommandError, MemoryError) as error:
+    except TROUBLE as error:
         yield job.fail(to_fault(error), target.deployment)
 
 
@@ -1107,7 +1099,7 @@ def apply_give_up(step):
              if (container.component, container.service) == culprit]
     try:                                            # without its document nobody knows what to mask
         digest = record["adopted"]["digest"]
-        deployment = load_deployment(record["deploymentId"], digest, step.store, step.config)
+        deployment = step.load_deployment(digest)
         secrets = make_variables(deployment, culprit[0]).values()
         words = step.get_driver(deployment.type).tail_log((there or [""])[-1], secrets)
     except MargoError:
@@ -1141,8 +1133,8 @@ def apply_removal(step):
     yield record
     try:                                            # listeners are told of it
         digest = (record["running"] or record["adopted"])["digest"]
-        deployment = load_deployment(record["deploymentId"], digest, step.store, step.config)
-    except ComponentError:
+        deployment = step.load_deployment(digest)
+    except (ComponentError, StorageError):
         deployment = make_nothing(record)
     names = [component["name"] for component in record["components"]]
     known = [(name, record["type"]) for name in names[::-1]]
@@ -1155,13 +1147,13 @@ def apply_removal(step):
     try:
         with Notices(step) as notices:
             for change in changes:
-                name = change.name if change.name in names else None
+                name = change.name
                 step.get_driver(change.kind)        # it may run still
                 notices.ask(change)
             for change in changes:
-                name = change.name if change.name in names else None
+                name = change.name
                 notices.remove(change)
-                if name and change.kind == record["type"]:
+                if (name, change.kind) in known:
                     record = set_component(record, name, "removed")
                     if record["state"] != "removed":            # said below, once nothing is left
                         yield record
@@ -1169,7 +1161,7 @@ def apply_removal(step):
         log("error", "removal failed", deployment=record["deploymentId"], component=name,
             reason=error.message)
         code = error.code if isinstance(error, ComponentError) else "REMOVE_FAILED"
-        yield step.fail(record, name, ComponentError(code, error.message))
+        yield step.fail(record, name if name in names else None, ComponentError(code, error.message))
         return
     remove_folder(step.store.path("deployments", step.action.key))
     yield dict(set_component(record, None, "removed"), state="removed", running=None, previous=None)
@@ -1218,15 +1210,6 @@ def find_dropped(record, deployment, containers, rollback=False):
     there = find_components(deployment.deployment_id, containers)
     return [Change("removal", name, record, deployment, rollback, kind) for name, kind in there
             if (name, kind) not in wanted]
-
-
-def load_deployment(deployment_id, digest, store, config):
-    """The Deployment of a revision; raises ComponentError where its document is lost, or none."""
-    load = store.load_artifact if digest else {}.get            # there is none of what was never known
-    target = read_target(Target(deployment_id, digest, 0, None, None), load, config)
-    if target.error:
-        raise target.error
-    return target.deployment
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1282,7 +1265,7 @@ def begin_record(record, target):
     if before != target.digest:
         record.update(retry={}, repair={}, fetched=[])
         if running and running["digest"] == before:             # from here on it is the version before
-            running = dict(running, services={name: component["services"] for name, component in old.items()})
+            running = dict(running, services=list_parts(record, "services"))
     return dict(record, adopted={"digest": target.digest, "version": target.version}, running=running,
                 fallback=bool(running and running["digest"] != target.digest))
 
@@ -1316,9 +1299,8 @@ def fail_record(record, component, error, clock, jitter, refused=False):
 def finish_record(record, mark=""):
     """The record once all of its revision is installed.  mark: make_mark of its environment."""
     images = {facts["image"] for item in record["components"] for facts in item["services"].values()} - {""}
-    packages = {item["name"]: item["package"] for item in record["components"]}
-    running = {"digest": record["adopted"]["digest"], "packages": packages, "images": sorted(images),
-               "mark": mark, "type": record["type"]}
+    running = {"digest": record["adopted"]["digest"], "packages": list_parts(record, "package"),
+               "images": sorted(images), "mark": mark, "type": record["type"]}
     before = record["running"]
     previous = before if before and before["digest"] != running["digest"] else record["previous"]
     return dict(record, running=running, previous=previous, retry={}, fetched=[], fallback=False,
@@ -1358,10 +1340,10 @@ def enqueue_status(state, record):
 
 
 def put_off_status(state, key, error, clock, jitter):
-    """What becomes of a status that the WFM has not taken, in words: it waits longer each time.
+    """What becomes of a status that the WFM has not taken, in words: it waits longer each time (P-9).
 
-    One that it refuses for good (400 and above) is dropped; and so is a `removed` that it has answered by
-    faults for a day: it may not know the deployment.
+    It is dropped where it is refused for good (400 and above), or is a `removed` that was answered by faults
+    for a day: the WFM may not know the deployment.
     """
     wait = make_hold(state["waits"].get(key, {}), error, clock, jitter)
     removed = state["outbox"][key]["status"]["state"] == "removed"
@@ -1493,11 +1475,12 @@ def obtain_claim(profile, device_id):
     An identity that cannot be read now counts as the one before.
     """
     owners = profile.state["owners"]
+    last = owner = (owners or [""])[-1]
     try:
         owner = make_owner(profile.identify(), device_id)
     except Untrusted:
-        owner = (owners or [""])[-1]
-    if owner not in ("", *owners[-1:]):
+        pass
+    if owner != last:
         before = [other for other in owners if other != owner]
         profile.state["owners"] = before[1 - HISTORY:] + [owner]
     return make_claim(owner, profile.state)
@@ -1629,7 +1612,7 @@ def find_needed(state):
     for record in state["deployments"].values():
         digests.update([record["adopted"]["digest"], *record["fetched"]])
         images.update(record["fetched"])
-        packages = [item["package"] for item in record["components"]]
+        packages = [*list_parts(record, "package").values()]
         images.update(facts["image"] for item in record["components"] for facts in item["services"].values())
         for version in filter(None, (record["running"], record["previous"])):
             digests.add(version["digest"])
@@ -1643,12 +1626,17 @@ def find_needed(state):
 # 8. Turns
 # ----------------------------------------------------------------------------------------------------------
 
+def list_parts(record, part):
+    """{component: a part of it} of a deployment's record."""
+    return {item["name"]: item[part] for item in record["components"]}
+
+
 def list_facts(record):
     """[facts] of each service of the version that runs, as far as known."""
-    services = [component["services"] for component in record["components"]]
+    services = list_parts(record, "services")
     if record["fallback"]:
-        services = record["running"]["services"].values()       # the version before runs still
-    return [facts for items in services for facts in items.values()]
+        services = record["running"]["services"]    # the version before runs still
+    return [facts for items in services.values() for facts in items.values()]
 
 
 def make_groups(actions, records):
@@ -1751,10 +1739,10 @@ class HttpSource:
     def __init__(self, config):
         self.config, self.url = config, config.wfm.url
 
-    def send(self, method, path, accepted, headers=None, document=None, limit=MAX_ANSWER):
+    def send(self, method, path, accepted, headers=(), document=None, limit=MAX_ANSWER):
         """One request to the WFM; raises what check_response raises."""
         body = None
-        headers = dict(headers or {})
+        headers = dict(headers)
         path = self.root + path
         if document is not None:
             body = make_json(document)
@@ -1769,12 +1757,11 @@ class HttpSource:
 
     def fetch_manifest(self, etag):
         """The answer to a request for the state manifest; 304 where it still has the ETag."""
-        headers = {"Accept": MANIFEST_TYPE}
-        accepted = (200,)                                                           # C-100
+        headers = {"Accept": MANIFEST_TYPE}                                         # C-100
         if etag:
             headers["If-None-Match"] = etag                                         # C-101
-            accepted = (200, 304)
-        return self.send("GET", "/deployments", accepted, headers, limit=self.config.policy.max_document)
+        return self.send("GET", "/deployments", (200, 304) if etag else (200,), headers,
+                         limit=self.config.policy.max_document)
 
     def fetch_desired(self, accepted, load_artifact):
         """None where nothing changed, else a Desired whose every byte is verified.
@@ -1829,13 +1816,13 @@ class HttpSource:
         path = f"/bundles/{manifest.bundle_digest}"
         response = self.send("GET", path, (200,), limit=policy.max_artifact)
         check_digest(response.body, manifest.bundle_digest, "bundle")
-        documents = parse_bundle(response.body, manifest.entries, policy.max_unpacked)
+        documents = parse_bundle(response.body, manifest.entries, policy.max_unpacked, policy.max_document)
         return {entry.digest: documents[entry.digest] for entry in missing}
 
     def fetch_one_by_one(self, manifest, missing):
         """{digest: bytes} of the missing documents, each by a request of its own."""
         documents = {}
-        left = self.config.policy.max_unpacked
+        left = self.config.policy.max_unpacked // DOCUMENTS
         for entry in missing:
             path = f"/deployments/{entry.deployment_id}/{entry.digest}"
             response = self.send("GET", path, (200,), {"Accept": DEPLOYMENT_TYPE},
@@ -1844,8 +1831,8 @@ class HttpSource:
             documents[entry.digest] = response.body
             left -= len(response.body)
             if left < 0:
-                raise Refused("the documents of the state manifest are more than policy.max_unpacked, all"
-                              " together")
+                raise Refused(f"the documents of the state manifest are more than 1/{DOCUMENTS} of"
+                              " policy.max_unpacked, all together")
         return documents
 
     def put_capabilities(self, device_id, document):
@@ -2312,14 +2299,14 @@ def check_targets(parameters, names):
             )
 
 
-def parse_bundle(data, entries, max_unpacked):
+def parse_bundle(data, entries, max_unpacked, max_document=8 * MIB):
     """A bundle's bytes to {digest: bytes}.
 
     Raises Refused unless it holds exactly the manifest's documents (protocol 2.5, C-117).  They are known by
     their digests: names are not specified, and nothing reaches the disk under a name of the bundle's.
     """
     wanted = {entry.digest for entry in entries}
-    documents = {}
+    documents, total = {}, 0
     try:
         plain, members, _ = unpack_tar(data, max_unpacked, 4 * MAX_DEPLOYMENTS)
         for member in members:
@@ -2328,7 +2315,11 @@ def parse_bundle(data, entries, max_unpacked):
                 continue
             if not member.isfile() or member.issparse():
                 raise ValueError(f"{name} is not a regular file")
-            content = plain[member.offset_data:member.offset_data + member.size]
+            total += member.size
+            if member.size > max_document or total > max_unpacked // DOCUMENTS:
+                raise ValueError(f"{name} is longer than policy.max_document, or all documents together are"
+                                 f" longer than 1/{DOCUMENTS} of policy.max_unpacked")
+            content = b"".join(read_pieces(plain, member.offset_data, member.size))
             digest = sha256_digest(content)
             if digest not in wanted:
                 raise ValueError(f"{name} has digest {digest}, which the manifest does not name")
@@ -2814,6 +2805,7 @@ def fetch_trust_bundle(config, store, state, held, trust_domain, now, keep):
     check_sequence(bundle, trust, trust_domain)
     if bundle == held and trust.get("source") == url:
         return held
+    make_tls_context(bundle.anchors)                # OpenSSL can use them; else the one at hand stays
     if keep:
         write_file(store.path("trust-bundle.json"), answer.body)
     trust.update(source=url, sequence=bundle.sequence, refreshedAt=now, trustDomain=trust_domain)
@@ -3099,24 +3091,24 @@ def is_contained(expressions, value, combine):
 # below such a name, and a pattern that is found in the file, or among the names in that folder.
 PERIPHERAL_SIGNS = (
     ("gpu", "class/drm", "card[0-9]+"),
-    ("display", "class/drm", ".*", "status", "^connected"),
-    ("camera", "class/video4linux", ".*"),
+    ("display", "class/drm", ".+", "status", "^connected"),
+    ("camera", "class/video4linux", ".+"),
     ("microphone", "class/sound", "pcmC[0-9]+D[0-9]+c"),
     ("speaker", "class/sound", "pcmC[0-9]+D[0-9]+p"),
 )
 # Of a network interface the first row that fits.  What comes and goes with containers is of no kind, so that
 # the document does not change with them.
 INTERFACE_SIGNS = (
-    ("wifi", "class/net", ".*", "wireless", "."),
-    ("wifi", "class/net", ".*", "phy80211", "."),
+    ("wifi", "class/net", ".+", "wireless", "."),
+    ("wifi", "class/net", ".+", "phy80211", "."),
     ("cellular", "class/net", "wwan.*"),
-    ("cellular", "class/net", ".*", "uevent", "DEVTYPE=wwan"),
-    ("canbus", "class/net", ".*", "type", "^280$"),
-    ("", "class/net", "(lo|veth|br-|docker|podman|cni|virbr|tap|tun|wg|dummy|bond|vlan|vxlan|flannel).*"),
-    ("", "class/net", ".*", "bridge", "."),
-    ("ethernet", "class/net", ".*", "type", "^1$"),
-    ("bluetooth", "class/bluetooth", ".*"),
-    ("usb", "bus/usb/devices", ".*"),
+    ("cellular", "class/net", ".+", "uevent", "DEVTYPE=wwan"),
+    ("canbus", "class/net", ".+", "type", "^280$"),
+    ("", "class/net", "(?:lo|veth|br-|docker|podman|cni|virbr|tap|tun|wg|dummy|bond|vlan|vxlan|flannel).*"),
+    ("", "class/net", ".+", "bridge", "."),
+    ("ethernet", "class/net", ".+", "type", "^1$"),
+    ("bluetooth", "class/bluetooth", ".+"),
+    ("usb", "bus/usb/devices", ".+"),
     ("rs232", "class/tty", "ttyS.*", "type", "^(?!0$)."),
 )
 
@@ -3137,11 +3129,11 @@ def read_signs(root, signs):
     """{path in /sys: kind}, each by the first of some signs that fits."""
     found = {}
     for kind, folder, names, *inner in signs:
-        folder = os.path.join(root, "sys", folder)
-        for name in read_fact(folder).splitlines():
-            path = os.path.join(folder, name)
-            if re.fullmatch(names, name) and (not inner or re.search(inner[1], read_fact(path, inner[0]))):
-                found.setdefault(path, kind)
+        folder = f"{root}/sys/{folder}/"
+        for name in re.findall(f"(?m)^{names}$", read_fact(folder)):
+            path = folder + name
+            if path not in found and (not inner or re.search(inner[1], read_fact(path, inner[0]))):
+                found[path] = kind
     return found
 
 
@@ -3155,9 +3147,7 @@ def detect_properties(state_dir, root="/", hostname=False):
         cpu["architecture"] = ARCHITECTURES[os.uname().machine]
     memory = re.search(r"^MemTotal:\s+([0-9]+) kB", read_fact(root, "proc/meminfo"), re.M)
     disk = os.statvfs(state_dir if os.path.isdir(state_dir) else "/")
-    name = re.match("[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?", os.uname().nodename)
-    return {
-        **({"hostname": name.group()} if hostname and name else {}),
+    found = {
         "vendor": detect_text(root, "sys_vendor", "") or "unknown",
         "modelNumber": detect_text(root, "product_name", "model") or "unknown",
         "serialNumber": detect_text(root, "product_serial", "serial-number") or "unknown",
@@ -3167,6 +3157,10 @@ def detect_properties(state_dir, root="/", hostname=False):
         "peripherals": detect_peripherals(root),
         "interfaces": [{"type": kind} for kind in sorted(detect_interfaces(root))],
     }
+    name = re.match("[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?", os.uname().nodename)      # RFC 1123
+    if hostname and name:
+        found["hostname"] = name.group()
+    return found
 
 
 # What boards say that have nothing of their own to say: words for nothing, the name of the field itself, one
@@ -3275,7 +3269,11 @@ def report_devices(documents, source, state, always):
     of its own, and holds up nothing else.
     """
     known = (state["enrollment"] or {}).get("devices", {})
-    for device_id in [*documents, *sorted(set(known) - set(documents), reverse=True)]:
+    devices = [*documents, *sorted(set(known) - set(documents), reverse=True)]
+    for key in list(state["waits"]):                # also of a device that has gone before it was known
+        if key.partition(" ")[2] not in ["", *devices]:
+            del state["waits"][key]
+    for device_id in devices:
         key = f"capabilities {device_id}"
         wait = state["waits"].get(key, {})
         clock = get_clock()
@@ -3285,8 +3283,7 @@ def report_devices(documents, source, state, always):
             report_device(device_id, documents, source, state, always)
             state["waits"].pop(key, None)
         except (Refused, Unreachable, Untrusted) as error:
-            answered = error.status or isinstance(error, Refused)
-            if always or not state["enrollment"] or not answered:
+            if always or not state["enrollment"] or not (error.status or isinstance(error, Refused)):
                 raise
             log("error", "the WFM does not take the capabilities", device=device_id, reason=error.message)
             state["waits"][key] = make_hold(wait, error, clock, get_random())
@@ -3806,6 +3803,11 @@ class ComposeDriver:
             if self.remote and (service.files or any(mount.found for mount in service.mounts)):
                 raise make_fault(f"{where}: configs, secrets and bind mounts are files of the gateway, which"
                                  " a child device does not see")
+            for argument in () if self.remote else service.arguments:
+                option, _, path = argument.split(":")[0].partition("=")
+                # Docker would find that out when the old container is gone.
+                if option == "--device" and path.startswith("/") and not os.path.exists(path):
+                    raise make_fault(f"{where}.devices: this device has no {make_printable(path, 200)}")
             taken = [name for name in find_handed(service.environment) if name in self.environ]
             if taken:
                 raise make_fault(f"{where}.environment.{taken[0]}: the agent has a variable of this name, so"
@@ -3842,7 +3844,10 @@ class ComposeDriver:
             raise ComponentError("PULL_FAILED", "docker knows an image by its digest under its registry's own"
                                  " name alone; give the daemon this mirror instead")
         command = program + ["pull", "--quiet"] + platform + options + [name]
-        output = run_command(command, timeout, env=environ, watch=follow_pull(name, environ))
+        try:
+            output = run_command(command, timeout, env=environ, watch=follow_pull(name, environ))
+        finally:
+            remove_folder(os.path.join(self.config.state_dir, "registries"))
         if output.code:                             # a full disk is told of in the system's own words
             full = os.strerror(errno.ENOSPC).lower() in output.stderr.lower()
             raise ComponentError("DISK_FULL" if full else "PULL_FAILED",
@@ -3884,12 +3889,12 @@ class ComposeDriver:
     def make_access(self, host):
         """(command, options) with which the engine reaches a registry as `registries` says.
 
-        Credentials lie in a file of mode 0600.
+        Credentials lie in a file of mode 0600, for as long as the pull lasts.
         """
         settings = self.config.registries.get(host)
         if not settings:
             return [self.engine], []
-        folder = os.path.join(self.config.state_dir, "registries", sha256_digest(host.encode())[7:23])
+        folder = os.path.join(self.config.state_dir, "registries")
         create_folder(folder)
         program = [self.engine]
         options = []
@@ -4121,9 +4126,21 @@ class ComposeDriver:
             name = f"=container:{make_container_name(project, owner)}"
             now = f"=container:{job.current[owner]}"
             options = [option[:-len(name)] + now if option.endswith(name) else option for option in options]
+        if self.engine == "podman" and any(option.endswith(":host-gateway") for option in options):
+            address = self.ask_gateway(first[0])
+            options = [re.sub(":host-gateway\\Z", f":{address}", option) for option in options]
         if first[1] is not None:
             options += [f"--network-alias={alias}" for alias in [service.name] + first[1]] + first[2]
         return options
+
+    def ask_gateway(self, network):
+        """The host's address as a container in this network sees it; from 4.7 on podman knows it itself."""
+        version = self.run(["info", "--format={{.Version.Version}}"], 60, "INSTALL_FAILED").stdout.decode()
+        if [int(number) for number in re.findall("[0-9]+", version)[:2]] >= [4, 7]:
+            return "host-gateway"
+        form = "--format={{range .Subnets}}{{.Gateway}} {{end}}"
+        gateways = self.run(["network", "inspect", form, network], 60).stdout.decode().split()
+        return min(gateways, key=lambda item: ":" in item, default="127.0.0.1")
 
     def free_name(self, name):
         """Frees a name that storage alone holds, as a killed `podman create` leaves it; whether it was so."""
@@ -4556,9 +4573,9 @@ Project = define("Project", "services networks volumes notes",
 Mount = define("Mount", "kind source target options found",
     "An item of `volumes` or `tmpfs`: bind, volume or tmpfs; host path or volume (\"\" for one without"
     " name), path in the container, engine's options; found: the Source of a bind mount.", None)
-Port = define("Port", "argument address numbers protocol",
+Port = define("Port", "argument address numbers protocol choice",
     "An item of `ports` as the engine takes it, and what it holds of the host: an address or \"\", a range of"
-    " ports, tcp, udp or sctp.")
+    " ports, tcp, udp or sctp; or the range of which the engine chooses one.")
 Attachment = define("Attachment", "network aliases options",
     "What a container joins: the engine's name of a network, further names in it, arguments; or a network"
     " mode, None, None.", None)
@@ -4753,6 +4770,11 @@ def to_list(value, where):
     return [to_text(item, where) for item in (value if isinstance(value, list) else [value])]
 
 
+def to_search(value, where):
+    """`dns_search`: a list of texts; an engine takes a dot for no search at all, which is "" in compose."""
+    return [text or "." for text in to_list(value, where)]
+
+
 def to_pairs(value, where):
     """A mapping, or a list of NAME=value, as {NAME: text or None}."""
     if isinstance(value, dict):
@@ -4790,7 +4812,7 @@ def to_words(value, where):
         elif double is not None:                    # a space is what YAML has made of a line end
             words[-1].append(re.sub(r'\\([$`"\\\n ])', lambda found: found.group(1).strip("\n"), double))
         else:
-            words[-1].append((single or plain or escaped or "").strip("\n" if escaped else ""))
+            words[-1] += [single or plain or escaped or ""] if escaped != "\n" else []
     return ["".join(parts) for parts in words if parts]
 
 
@@ -4812,7 +4834,7 @@ def to_hosts(value, where):
 
 def to_restart(value, where):
     """`restart`: the engine's own words."""
-    form = to_form("no|always|unless-stopped|on-failure(:[0-9]+)?", "a restart policy")
+    form = to_form("|no|always|unless-stopped|on-failure(:[0-9]+)?", "a restart policy")
     return "no" if value is False else form(value, where)
 
 
@@ -4824,7 +4846,7 @@ def to_external(value, where):
 def to_namespace(*words):
     """A reader of `pid`, `ipc` and their like: the words that are known, or service:NAME."""
     words += ("service:NAME",)
-    form = to_form("|".join(words).replace("NAME", ".+"), f"supported; known are {', '.join(words)}")
+    form = to_form("|" + "|".join(words).replace("NAME", ".+"), f"supported; known are {', '.join(words)}")
 
     def read_namespace(value, where):
         if re.match("container:|ns:", str(value)):
@@ -4918,9 +4940,10 @@ def to_port(item, where):
     text = f"[{address}]:" if ":" in address else address and f"{address}:"
     text += f"{published}:{target}" if text or published else target
     protocol = protocol.lower() or "tcp"
-    held = outside if published and len(inside) == len(outside) else ()         # else the engine chooses one
+    chosen = len(inside) < len(outside)
     return Port(text if protocol == "tcp" else f"{text}/{protocol}",
-                "" if re.fullmatch("[0.:]+", address) else address, held, protocol)
+                "" if re.fullmatch("[0.:]+", address) else address,
+                outside if published and not chosen else (), protocol, outside if chosen else ())
 
 
 def to_tmpfs(value, where):
@@ -4967,20 +4990,23 @@ def make_form(reader, names, **forms):
 
 # The keys of a service that are options of the engine ...
 SERVICE_OPTIONS = dict(
-    make_form(to_text, "user hostname working_dir stop_signal cpuset platform mac_address"),
+    make_form(to_text, "user working_dir stop_signal cpuset platform mac_address"),
+    hostname=to_form("(?s).{0,64}", "a host name of at most 64 characters"),
     **make_form(to_size, "mem_limit memswap_limit mem_reservation shm_size"),
     **make_form(to_number, "mem_swappiness oom_score_adj cpus cpu_period cpu_quota cpu_shares pids_limit"),
     **make_form(to_flag, "init read_only privileged tty stdin_open"),
-    **make_form(to_list, "cap_add cap_drop devices security_opt group_add dns dns_opt dns_search"),
+    **make_form(to_list, "cap_add cap_drop devices device_cgroup_rules security_opt group_add dns dns_opt"),
     pid=to_namespace("private", "host"), ipc=to_namespace("private", "shareable", "none", "host"),
-    userns_mode=to_form("host|auto|nomap|keep-id(:[a-z]+=[0-9]+(,[a-z]+=[0-9]+)*)?",
+    userns_mode=to_form("|host|auto|nomap|keep-id(:[a-z]+=[0-9]+(,[a-z]+=[0-9]+)*)?",
                         "host, auto, nomap or keep-id"),
-    stop_grace_period=to_grace, restart=to_restart, extra_hosts=to_hosts, labels=to_labels, sysctls=to_values,
+    dns_search=to_search, stop_grace_period=to_grace, restart=to_restart, extra_hosts=to_hosts,
+    labels=to_labels, sysctls=to_values,
     ulimits={None: (make_form(to_text, "soft hard"), to_limit)})
 # ... and keys whose options have other names.
 RENAMED = {"working_dir": "workdir", "mem_limit": "memory", "memswap_limit": "memory-swap",
            "mem_reservation": "memory-reservation", "mem_swappiness": "memory-swappiness",
-           "cpuset": "cpuset-cpus", "stdin_open": "interactive", "devices": "device", "dns_opt": "dns-option",
+           "cpuset": "cpuset-cpus", "stdin_open": "interactive", "devices": "device",
+           "device_cgroup_rules": "device-cgroup-rule", "dns_opt": "dns-option",
            "userns_mode": "userns", "stop_grace_period": "stop-timeout", "extra_hosts": "add-host",
            "labels": "label", "sysctls": "sysctl", "ulimits": "ulimit", "enable_ipv6": "ipv6",
            "ipv4_address": "ip", "ipv6_address": "ip6", "test": "health-cmd", "interval": "health-interval",
@@ -5031,7 +5057,7 @@ FILE_FORM = {"name": to_text, "version": to_text, "services": {None: SERVICE_FOR
 ADVICE = {"build": "nothing is built on a device; name what was built by `image`",
           "extends": "write its settings out",
           "include": "put everything into compose.yaml", "gpus": "name device files by `devices`",
-          "runtime": "the engine's own is used", "device_cgroup_rules": "name device files by `devices`",
+          "runtime": "the engine's own is used",
           "volumes_from": "name the volumes themselves",
           "external_links": "join a network that is `external`",
           "domainname": "put it into `hostname`", "label_file": "write them as `labels`",
@@ -5217,12 +5243,12 @@ def make_options(settings, keys):
 
 
 def make_arguments(option, value):
-    """What was read as arguments: a flag, one for each of a list, NAME=value for each name, none for None."""
+    """What was read as arguments: a flag, one for each of a list, NAME=value for each name; none for ""."""
     if value is None or isinstance(value, bool):
         return [option] if value else []
     if isinstance(value, dict):
         return [f"{option}={name}={item}" for name, item in sorted(value.items())]
-    return [f"{option}={item}" for item in (value if isinstance(value, list) else [value])]
+    return [f"{option}={item}" for item in (value if isinstance(value, list) else [value]) if item != ""]
 
 
 # What podman takes several of in one argument, as a line of comma-separated values.
@@ -5241,17 +5267,16 @@ def make_single(argument):
 def make_service_options(service, workload):
     """The arguments of a service that options of the engine take as they are.
 
-    A key of its own stands above `deploy`.
+    What `deploy` says stands above the service's own keys.
     """
     limits = service.deploy.resources.limits
-    options = {"cpus": limits.cpus, "mem_limit": limits.memory, "pids_limit": limits.pids,
-               "mem_reservation": service.deploy.resources.reservations.memory,
-               "restart": make_restart(service.deploy.restart_policy)}
-    options.update((key, service[key]) for key in SERVICE_OPTIONS if service[key] is not None)
+    deployed = {"cpus": limits.cpus, "mem_limit": limits.memory, "pids_limit": limits.pids,
+                "mem_reservation": service.deploy.resources.reservations.memory,
+                "restart": make_restart(service.deploy.restart_policy)}
+    options = {key: deployed.get(key) or service[key] for key in SERVICE_OPTIONS}
     options.update(blkio_weight=service.blkio_config.weight, log_driver=service.logging.driver,
-                   log_opt=service.logging.options)
-    for key in ("pid", "ipc"):
-        options[key] = make_namespace(options.get(key), workload)
+                   log_opt=service.logging.options, pid=make_namespace(service.pid, workload),
+                   ipc=make_namespace(service.ipc, workload))
     return make_options(options, sorted(options, key=lambda key: RENAMED.get(key, key)))
 
 
@@ -5260,6 +5285,12 @@ def make_restart(policy):
     word = {"none": "no", "on-failure": "on-failure"}.get(policy.condition, "always")
     attempts = f":{policy.max_attempts}" if word == "on-failure" and policy.max_attempts else ""
     return word + attempts if any(item is not None for item in policy.values()) else None
+
+
+def make_ports(ports, engine):
+    """Each of these Ports once.  Of a range for one port podman takes none, so it is the range's first."""
+    return [port._replace(argument=re.sub("-[0-9]+:", ":", port.argument), numbers=port.choice[:1])
+            if engine == "podman" and port.choice else port for port in dict.fromkeys(ports)]
 
 
 def find_ports(ports, variables, where):
@@ -5282,6 +5313,8 @@ def make_health(check, engine):
         test = f"CMD {test}"                        # a list of one would be for a shell
     elif kind == "CMD":
         test = " ".join(map(shlex.quote, words))
+    elif engine == "podman" and re.match(r"(?i)\[|cmd|none", test or ""):
+        test = f"CMD-SHELL {test}"                  # podman would take it for a list, or for one of its words
     keys = ("test", "interval", "timeout", "retries", "start_period")
     return make_options(dict(check, test=test), keys)
 
@@ -5314,7 +5347,8 @@ def make_mounts(service, reading, where):
 def make_mount_argument(mount):
     """A Mount as the engine takes it."""
     source = mount.found.path if mount.found else mount.source
-    parts = [part for part in (source, mount.target, ",".join(mount.options)) if part]
+    options = [option for option in mount.options if option != "consistent"]    # podman does not know it
+    parts = [part for part in (source, mount.target, ",".join(options)) if part]
     return ("--tmpfs=" if mount.kind == "tmpfs" else "--volume=") + ":".join(parts)
 
 
@@ -5343,7 +5377,7 @@ def make_attachments(name, service, reading, where):
 
     Where there is only a network mode, that alone.
     """
-    if service.network_mode is not None:
+    if service.network_mode:
         if service.networks:
             raise make_fault(f"{where}.network_mode: cannot stand beside networks")
         return [Attachment(make_namespace(service.network_mode, reading.workload), None)]
@@ -5353,10 +5387,30 @@ def make_attachments(name, service, reading, where):
         if network not in reading.networks:
             raise make_fault(f"{where}.networks: {make_printable(network, 60)!r} is not among the top-level"
                              " networks")
+        own, arguments = reading.networks[network]
+        for address in filter(None, (value.ipv4_address, value.ipv6_address)):
+            if not may_have_address(arguments, address, reading.engine):
+                raise make_fault(f"{where}.networks.{network}: {make_printable(address, 60)!r} lies in no"
+                                 " `subnet` of this network's `ipam`")
         options = make_options(value, ("ipv4_address", "ipv6_address", "mac_address"))
         aliases = dict.fromkeys((value.aliases or []) + reading.aliases.get(name, []))
-        joined.append(Attachment(reading.networks[network][0], list(aliases), options))
+        joined.append(Attachment(own, list(aliases), options))
     return joined
+
+
+def may_have_address(arguments, address, engine):
+    """Whether a network with these create arguments can give an address; nobody knows where it is external.
+
+    Docker gives none out of a subnet that it has chosen itself.
+    """
+    import ipaddress
+    subnets = [text[len("--subnet="):] for text in arguments or () if text.startswith("--subnet=")]
+    if arguments is None or not subnets:
+        return arguments is None or engine == "podman"
+    try:
+        return any(ipaddress.ip_address(address) in ipaddress.ip_network(text, False) for text in subnets)
+    except ValueError:
+        return False
 
 
 def make_container_name(project, service):
@@ -5461,7 +5515,8 @@ LOG_DRIVERS = {"podman": ("json-file", "k8s-file", "journald", "none"),
 HARMLESS = {
     "privileged": "(?!)", "oom_score_adj": "[^-].*", "pid": "private|service:.*",
     "ipc": "private|shareable|none|service:.*", "userns_mode": "(?!host).*", "devices": "(?!)",
-    "group_add": "(?!keep-groups).*", "security_opt": "no-new-privileges([:=]true)?",
+    "device_cgroup_rules": "(?!)", "group_add": "(?!keep-groups).*",
+    "security_opt": "no-new-privileges([:=]true)?",
     "cap_add": "(?i)(CAP_)?(CHOWN|DAC_OVERRIDE|FOWNER|FSETID|KILL|NET_BIND_SERVICE|SETFCAP|SETGID|SETPCAP|"
                "SETUID|SYS_CHROOT)"}
 
@@ -5566,7 +5621,7 @@ def make_project(document, workload, policy, engine, folder=None):
     folder = folder or Folder(workload.folder)
     notes = []
     variables = make_file_variables(workload, folder)
-    document = dict(document, services=find_wanted(services, notes))
+    document = dict(document, services=find_wanted(services, variables, notes))
     document = read_value(document, FILE_FORM, variables=variables)
     reading = Reading(workload, policy, engine, folder, variables, make_volumes(document, workload),
                       make_networks(document, workload), make_contents(document, variables, folder),
@@ -5586,12 +5641,15 @@ def make_file_variables(workload, folder):
     return variables
 
 
-def find_wanted(services, notes):
-    """The services that are started: those of no profile.
+def find_wanted(services, variables, notes):
+    """The services that are started: those of no profile, or of one that COMPOSE_PROFILES in `.env` names.
 
     What an image was built from is left out where it is named, and noted.
     """
     started = {}
+    owners = {service.get("container_name"): name for name, service in services.items()
+              if isinstance(service, dict) and isinstance(service.get("container_name"), str)}
+    profiles = set(variables.get("COMPOSE_PROFILES", "").split(","))
     for name, service in make_names(services, "services").items():
         where = f"services.{name}"
         # It becomes part of the name of a file.
@@ -5599,11 +5657,14 @@ def find_wanted(services, notes):
             raise make_fault(f"services: {make_printable(name, 60)!r} is not a service name")
         if not isinstance(service, dict):
             raise make_fault(f"{where}: expected a mapping")
-        if service.get("profiles") and to_list(service["profiles"], f"{where}.profiles"):
+        if service.get("profiles") and profiles.isdisjoint(to_list(service["profiles"], f"{where}.profiles")):
             continue
         if "build" in service and service.get("image"):
             service = {key: item for key, item in service.items() if key != "build"}
             notes.append(f"{where}.build is not used: the image is pulled")
+        for key in ("network_mode", "pid", "ipc"):  # a container of ours has another name
+            owner = owners.get(str(service.get(key)).partition("container:")[2])
+            service = dict(service, **{key: f"service:{owner}"}) if owner else service
         started[name] = service
     return started
 
@@ -5616,7 +5677,7 @@ def make_service(name, service, reading):
     mounts = make_mounts(service, reading, where)
     check_policy(where, service, reading.policy)
     check_logging(f"{where}.logging", service.logging, reading.engine)
-    ports = list(dict.fromkeys(service.ports))      # one that is listed twice is one
+    ports = make_ports(service.ports, reading.engine)
     held = find_ports(ports, reading.variables, f"{where}.ports")
     arguments = make_service_options(service, reading.workload)
     arguments += make_arguments("--publish", [port.argument for port in ports])
@@ -6017,7 +6078,7 @@ COMPOSE_NAMES = ("compose.yaml", "compose.yml", "docker-compose.yaml", "docker-c
 
 
 def check_archive(data, max_unpacked, relaxed=False):
-    """A Compose Archive's bytes to its tar bytes and [Entry] (C-156 to C-162).
+    """A Compose Archive's bytes to a file of its tar bytes and [Entry] (C-156 to C-162).
 
     Nothing is unpacked before all of it was found to be harmless.  Links count as what they lead to, so that
     a chain of them cannot leave the top-level folder either.  relaxed: as older generations packed, there
@@ -6032,7 +6093,7 @@ def check_archive(data, max_unpacked, relaxed=False):
                                 for member in members)
         for member in members:
             add_entry(member, entries, tops, "package/" if loose else "")
-        if plain[end:].strip(b"\0"):
+        if any(piece.strip(b"\0") for piece in read_pieces(plain, end, max_unpacked)):
             raise ValueError(f"it is damaged at byte {end}")
         if not entries and not tops:
             raise ValueError("it is empty")
@@ -6046,7 +6107,8 @@ def check_archive(data, max_unpacked, relaxed=False):
         if compose is None or compose.kind != "file":
             raise ValueError("no compose.yaml in the top-level folder"
                              + (f" ({others[0]} is not taken for it)" if others else ""))
-        return plain, list(entries.values())
+        # in the order in which their bytes come
+        return plain, sorted(entries.values(), key=lambda entry: (entry.kind == "link", entry.offset))
     except ValueError as error:
         raise ComponentError("ARCHIVE_INVALID",
                              f"Compose Archive refused: {make_printable(str(error))}") from None
@@ -6145,15 +6207,21 @@ def resolve_link(path, entries, hops):
     return "/".join(resolved)
 
 
-def load_sameness(path, entry, plain):
-    """Whether a path on the disk is what an Entry of an archive with these tar bytes says."""
+def load_sameness(path, entry, plain, twin):
+    """Whether a path on the disk is what an Entry of an archive says.
+
+    plain: a file of its tar bytes.  twin: a path that already was found to hold the same bytes, or None.
+    """
     if os.path.islink(path) or entry.kind == "link":
         return os.path.islink(path) and os.readlink(path) == entry.link
     if entry.kind == "folder":
         return os.path.isdir(path)
-    content = plain[entry.offset:entry.offset + entry.size]
-    return (os.path.isfile(path) and os.stat(path).st_mode & 0o777 == entry.mode
-            and os.path.getsize(path) == entry.size and read_file(path, entry.size) == content)
+    if not os.path.isfile(path) or os.path.getsize(path) != entry.size:
+        return False
+    if os.stat(path).st_mode & 0o777 != entry.mode:
+        return False
+    pieces = load_pieces(twin) if twin else read_pieces(plain, entry.offset, entry.size)
+    return digest_pieces(pieces) == digest_pieces(load_pieces(path))
 
 
 def unpack_package(data, digest, parent, max_unpacked, relaxed=False):
@@ -6167,18 +6235,30 @@ def unpack_package(data, digest, parent, max_unpacked, relaxed=False):
     work = folder + ".tmp"
     try:
         if os.path.isdir(folder):
-            if all(load_sameness(os.path.join(folder, entry.path), entry, plain) for entry in entries):
+            places = {}
+            for entry in entries:
+                path = os.path.join(folder, entry.path)
+                twin = places.get(entry.offset) if entry.kind == "file" else None
+                if not load_sameness(path, entry, plain, twin):
+                    break
+                if entry.kind == "file":
+                    places.setdefault(entry.offset, path)
+            else:
                 return folder
             log("warning", "an unpacked package is not what its archive holds: made anew", folder=folder)
             remove_folder(folder)
         remove_folder(work)
         create_folder(os.path.join(work, "content"))
-        for entry in sorted(entries, key=lambda item: item.kind == "link"):
+        places = {}
+        for entry in entries:
             path = os.path.join(work, "content", entry.path)
             create_folder(path if entry.kind == "folder" else os.path.dirname(path), 0o755)
             if entry.kind == "file":
-                write_file(path, plain[entry.offset:entry.offset + entry.size], entry.mode,
-                           os.path.join(work, "part"))
+                pieces = read_pieces(plain, entry.offset, entry.size)
+                if entry.offset in places:          # a hard link: the archive is not unpacked anew for it
+                    pieces = load_pieces(places[entry.offset])
+                write_file(path, pieces, entry.mode, os.path.join(work, "part"))
+                places[entry.offset] = path
             elif entry.kind == "link":
                 os.symlink(entry.link, path)
         os.chmod(os.path.join(work, "content"), 0o755)      # containers of other users read it (C-161)
@@ -6219,7 +6299,7 @@ SYSTEMD_NAMES = ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID", "LISTEN_FDS",
 def parse_answer(data, program, read):
     """What `read` makes of the JSON that a program printed; CommandError where that is of another form."""
     try:
-        return read(parse_json(data, program))
+        return read(parse_json(data, program, len(data)))
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         words = f"{type(error).__name__}: {error}"
         raise CommandError(f"{program} answered in an unknown form ({words})") from None
@@ -6251,13 +6331,15 @@ def get_temporary(state_dir, environ):
     return {"TMPDIR": os.path.join(state_dir, "tmp")} if os.geteuid() == 0 or os.path.isdir(runtime) else {}
 
 
-def run_command(argv, timeout, env=None, cwd=None, limit=MAX_OUTPUT, data=b"", ends=False, watch=None):
+def run_command(argv, timeout, env=None, cwd=None, limit=MAX_OUTPUT, data=b"", files=(), ends=False,
+                watch=None):
     """The one door to other programs: Output(exit code, stdout bytes, the end of stderr as printable text).
 
     argv: list, never a shell.  The program runs in a process group of its own, which is killed whole after
     `timeout` seconds or when it prints more than `limit` bytes; ends: of more, the end of each stream is
-    kept instead.  `data` is all that it reads.  watch: a function that is called time and again meanwhile.
-    A non-zero exit code is an answer.  Raises CommandMissing, CommandTimeout, CommandError.
+    kept instead.  `data` is all that it reads, `files` are descriptors that it gets, too; watch: a function
+    that is called time and again meanwhile.  A non-zero exit code is an answer.  Raises CommandMissing,
+    CommandTimeout, CommandError.
     """
     import subprocess
     try:
@@ -6265,7 +6347,7 @@ def run_command(argv, timeout, env=None, cwd=None, limit=MAX_OUTPUT, data=b"", e
                                    stdout=subprocess.PIPE,
                                    stderr=subprocess.PIPE,
                                    env=get_command_environment(os.environ if env is None else env), cwd=cwd,
-                                   start_new_session=True)
+                                   start_new_session=True, pass_fds=files)
     except FileNotFoundError:
         needed = NEEDED_BY.get(os.path.basename(argv[0]), "correct the setting that names it")
         raise CommandMissing(f"{argv[0]} is not installed, or not on PATH; {needed}") from None
@@ -6355,6 +6437,8 @@ def kill_group(process):
 Response = define("Response", "status headers body", "An HTTP answer: int, email.message.Message, bytes.")
 
 
+# What TLS 1.2 may use, and with any TLS no short keys and no SHA-1; Python's own words from 3.10 on.
+CIPHERS = "@SECLEVEL=2:ECDH+AESGCM:ECDH+CHACHA20:ECDH+AES:DHE+AES:!aNULL:!eNULL:!aDSS:!SHA1:!AESCCM"
 Problem = define("Problem", "type title detail retryable retry_after strategy errors",
     "RFC 9457 as Margo uses it; `type` is cut to its last part for Margo's own types (protocol 3.7).")
 
@@ -6367,6 +6451,8 @@ def make_tls_context(anchors=(), ca_file=None, min_tls="1.3"):
     """
     import ssl
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.hostname_checks_common_name = False     # a name stands in subjectAltName (RFC 9525)
+    context.set_ciphers(CIPHERS)
     try:
         context.minimum_version = ssl.TLSVersion.TLSv1_2 if min_tls == "1.2" else ssl.TLSVersion.TLSv1_3
         if anchors:
@@ -6548,27 +6634,27 @@ def read_body(response, limit, timeout, where):
 
     Refused over `limit`, Unreachable when cut short or slower than 1 KiB/s over four time-outs.
     """
-    pieces, size = [], 0
+    body = io.BytesIO()
+    size = 0
     start = time.monotonic()
     while True:
         response.paced.renew()
         piece = response.read1(65536)
         if not piece:
             break
-        pieces.append(piece)
-        size += len(piece)
+        size += body.write(piece)
         if size > limit:
             raise Refused(f"{where}: the answer is longer than {limit} bytes")
         elapsed = time.monotonic() - start
         if elapsed > 4 * timeout and size < KIB * elapsed:
             raise Unreachable(f"{where}: given up at {size} bytes after {elapsed:.0f} s")
     unframed = response.length is None and not response.chunked
-    if unframed and not pieces and where.startswith("GET") and response.status == 200:
+    if unframed and not size and where.startswith("GET") and response.status == 200:
         # http.client takes a broken head for a whole one
         raise Unreachable(f"{where}: the answer broke off in its head")
     if response.length:
         raise Unreachable(f"{where}: the answer was cut short, {response.length} bytes are missing")
-    return b"".join(pieces)
+    return body.getvalue()
 
 
 def make_network_error(where, error):
@@ -6720,10 +6806,10 @@ def log_wait(words):
 
 
 def write_file(path, data, mode=0o600, temporary=None):
-    """The one door for writing: the file holds either its old bytes or all of `data`, whatever happens
-    (D-34).
+    """The one door for writing: the file holds its old bytes or all new ones, whatever happens (D-34).
 
-    Temporary file (by default beside it), fsync, rename, fsync of the folder.  Raises StorageError.
+    data: bytes, or pieces of them one by one.  Temporary file (by default beside it), fsync, rename, fsync of
+    the folder.  Raises StorageError.
     """
     folder = os.path.dirname(path)
     temporary = temporary or f"{path}.tmp"
@@ -6732,9 +6818,10 @@ def write_file(path, data, mode=0o600, temporary=None):
         descriptor = os.open(temporary, flags, mode)
         try:
             os.fchmod(descriptor, mode)
-            view = memoryview(data)
-            while view:
-                view = view[os.write(descriptor, view):]
+            for piece in [data] if isinstance(data, bytes) else data:
+                view = memoryview(piece)
+                while view:
+                    view = view[os.write(descriptor, view):]
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
@@ -6792,6 +6879,12 @@ def read_file(path, limit):
     if len(data) > size:
         raise StorageError(f"{path} is longer than {size} bytes")
     return data
+
+
+def load_pieces(path):
+    """The bytes of a file piece by piece; may raise OSError."""
+    with open(path, "rb") as file:
+        yield from read_pieces(file, 0, os.fstat(file.fileno()).st_size)
 
 
 def create_folder(path, mode=0o700):
@@ -6937,9 +7030,11 @@ def make_state_data(state):
     The outbox is a list there, because its order counts.
     """
     data = make_json(dict(state, outbox=list(state["outbox"].values())))
-    return data[:-1] + b',"sum":"' + sha256_digest(data).encode() + b'"}'
+    return b'%s%s%s"}' % (memoryview(data)[:-1], SUM, sha256_digest(data).encode())
 
 
+SUM = b',"sum":"'                   # what stands before the digest
+MAX_WORDS = 2 * MIB                 # characters that are kept of the messages of all faults together
 OLD_FIELDS = ("left", "failures", "retryAt", "repairs", "repairedAt")      # of records of schema 1
 
 
@@ -6950,10 +7045,10 @@ def parse_state(data, path):
 
     One without a digest was written by an older agent, or by hand.
     """
-    head, mark, digest = data.rpartition(b',"sum":"')
-    if mark and digest != sha256_digest(head + b"}").encode() + b'"}':
+    end = data.rfind(SUM)
+    if end >= 0 and data[end + len(SUM):] != digest_pieces([memoryview(data)[:end], b"}"]).encode() + b'"}':
         raise ValueError(f"{path} is damaged: its bytes do not have the digest at its end")
-    state = parse_json(data, path)
+    state = parse_json(data, path, len(data))
     blank = make_state()
     if not isinstance(state, dict) or type(state.get("schema")) is not int or state["schema"] < 1:
         raise ValueError(f"{path} is not a state of this agent")
@@ -6986,6 +7081,17 @@ def migrate_record(record):
     if "services" not in (record.get("running") or ()):
         record["fallback"] = False                  # what is installed has been said to have a version before
     return dict(record, retry={}, repair={})
+
+
+def shorten_errors(state):
+    """Cuts what is told of faults where many deployments have some, so that the state stays small."""
+    holders = list(state["deployments"].values())
+    for item in [*holders, *state["outbox"].values()]:
+        holders += [item.get("status", {}), *item.get("components", ())]
+    errors = [holder["error"] for holder in holders if holder.get("error")]
+    most = max(100, MAX_WORDS // max(1, len(errors)))
+    for error in errors:
+        error["message"] = error["message"][:most]
 
 
 def make_core(state):
@@ -7093,6 +7199,7 @@ class Store:
         First its copy, where that would otherwise be older in what no damage may bring back.  A full disk
         is given the reserve (P-4).
         """
+        shorten_errors(state)
         data = make_state_data(state)
         core = make_core(state)
         if data == self.saved:
@@ -7134,30 +7241,26 @@ class Store:
         except OSError as error:
             raise StorageError(f"{self.path('artifacts')} cannot be pruned ({error.strerror})") from None
         short = {digest.split(":")[1][:16] for digest in digests}
-        for folder, folders, _ in os.walk(self.path("deployments")):
-            # of a component, which may have such a name itself
-            inside = os.path.dirname(os.path.dirname(folder)) == self.path("deployments")
-            needed = self.load_needed(folder, short) if inside else set()
-            form = r"[0-9a-f]{16}|content-[0-9a-f]{32}(\.new)?"
-            for name in [
-                name for name in folders if name.endswith(".tmp") or inside and re.fullmatch(form, name)
-            ]:
-                folders.remove(name)
-                if name not in short | needed:
-                    remove_folder(os.path.join(folder, name))
+        form = re.compile(r"[0-9a-f]{16}(\.content)?|content-[0-9a-f]{32}(\.new)?")
+        top = self.path("deployments")
+        for folder, folders, files in os.walk(top):
+            # of a component; what is below is the applications'
+            inside = os.path.dirname(os.path.dirname(folder)) == top
+            needed = self.load_needed(folder, files, short) if inside else ()
+            for name in folders + files:
+                if name.endswith(".tmp") or inside and form.fullmatch(name) and name not in needed:
+                    path = os.path.join(folder, name)
+                    if not remove_file(path):
+                        remove_folder(path)
+            folders[:] = [] if inside else [name for name in folders if not name.endswith(".tmp")]
 
-    def load_needed(self, folder, short):
-        """The folders of a component from which containers of these packages mount files (see Folder.keep).
-
-        Other notes go.
+    def load_needed(self, folder, files, short):
+        """The names in a component's folder that stay: these packages, the notes of what their containers
+        mount, and that itself (see Folder.keep).
         """
-        needed = set()
-        for name in [name for name in os.listdir(folder) if re.fullmatch(r"[0-9a-f]{16}\.content", name)]:
-            if name[:16] in short:
-                needed.update((read_file(os.path.join(folder, name), MIB) or b"").decode().split())
-            else:
-                remove_file(os.path.join(folder, name))
-        return needed
+        notes = [name for name in files if name[:16] in short and name[16:] == ".content"]
+        texts = [read_file(os.path.join(folder, name), MIB) or b"" for name in notes]
+        return short.union(notes, b" ".join(texts).decode().split())
 
     def memo_path(self):
         """Where the last contact with the WFM is kept: in memory, so that an unchanged poll writes
@@ -7329,7 +7432,9 @@ def load_part(path):
     """What load_digest takes of one file, folder or link."""
     if os.path.islink(path):
         return os.readlink(path)
-    content = "" if os.path.isdir(path) else sha256_digest(read_file(path, 1024 * MIB) or b"")
+    content = ""
+    if not os.path.isdir(path):
+        content = digest_pieces(load_pieces(path))
     return f"{os.stat(path).st_mode:o} {content}"
 
 
@@ -7385,11 +7490,9 @@ def count_repair(record, clock):
 
 def make_patience(record, error, clock, jitter):
     """The record of one more fault at the WFM: how long it is left alone."""
-    delay = error.retry_after or 0
     if isinstance(error, Unreachable):
-        failures = record.get("failures", 0) + 1
-        delay = make_backoff(failures, error.retry_after, error.strategy, jitter)
-    return make_wait(record, delay, clock)
+        return make_hold(record, error, clock, jitter)
+    return make_wait(record, error.retry_after or 0, clock)
 
 
 def make_hold(record, error, clock, jitter):
@@ -7443,8 +7546,8 @@ def find_silence(patience, downtime, starting, clock):
     left = find_wait(patience, clock)
     why = "the WFM or a back-off asks" if left else "a fleet that has just started does not arrive at once"
     left = left or starting
-    words = f"waiting until {make_time(clock.now + left)}: {why}"
-    return Silence(words, retry_after=left) if left else None
+    until = make_time(clock.now + left)
+    return Silence(f"waiting until {until}: {why}", retry_after=left) if left else None
 
 
 def make_spread(device_id, spread):
@@ -7453,6 +7556,14 @@ def make_spread(device_id, spread):
     They are the same at each run, so that what cron starts at an interval speaks at that interval (P-19).
     """
     return int(sha256_digest(device_id.encode())[7:15], 16) / 2 ** 32 * spread
+
+
+def list_waits(state, clock):
+    """[{until, reason}] of what is held back: requests to the WFM, and reports that it has not taken."""
+    found = {"the WFM or a back-off asks to wait": state["patience"]}
+    found.update((f"{key} is not reported again", record) for key, record in state["waits"].items())
+    return [{"until": make_time(clock.now + find_wait(record, clock)), "reason": reason}
+            for reason, record in found.items() if find_wait(record, clock)]
 
 
 def make_delay(config, state, fault, clock, jitter):
@@ -7523,7 +7634,7 @@ def is_within(windows, local):
         return True
     now = int(time.mktime(local))
     before = time.localtime(now - MAX_SHIFT).tm_gmtoff
-    if not windows or before >= (local.tm_gmtoff or before):
+    if before >= local.tm_gmtoff:
         return False
     change = now - now % 60
     while time.localtime(change - 60).tm_gmtoff == local.tm_gmtoff:
@@ -7613,10 +7724,12 @@ def checked(expected, test):
     return read
 
 
-def list_of(read_item, expected):
-    """A reader of a list of what another reader takes; `expected` is said where it is none."""
+def list_of(read_item, expected, least=0):
+    """A reader of a list of what another reader takes, at least so many; `expected` is said where it is none.
+
+    """
     def read(value, base):
-        if not isinstance(value, list):
+        if not isinstance(value, list) or len(value) < least:
             raise ValueError(expected)
         return [read_item(item, base) for item in value]
     return read
@@ -7625,6 +7738,15 @@ def list_of(read_item, expected):
 def is_number(value):
     """Whether a value is a number that JSON can write; a boolean is none."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < float("inf")
+
+
+def get_kind(value):
+    """`text`, `boolean` or `number`, None for everything else; a boolean is no number."""
+    if isinstance(value, bool):
+        return "boolean"
+    if isinstance(value, str):
+        return "text"
+    return "number" if is_number(value) else None
 
 
 def is_mapping(value):
@@ -7638,10 +7760,6 @@ def is_uri(key):
 
 
 HOST_PATTERN = r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(:[0-9]{1,5})?"
-GIT_HOST = r"([A-Za-z0-9_][A-Za-z0-9._-]*@)?(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9_][A-Za-z0-9._-]*)"
-# A repository's address as git takes it, which is never an option or a helper to git, or holds a password.
-GIT_ADDRESS = (r"file:///[^\x00-\x1f\x7f]*|" rf"ssh://{GIT_HOST}(:[0-9]{{1,5}})?/[!-~]+|"
-               rf"{GIT_HOST}:(?!//)[A-Za-z0-9_~./][!-~]*")
 PINS = "a list of base64 SHA-256 digests of public keys, 44 characters each"
 DURATION = (
     "a duration greater than zero: seconds, or a number with s, m, h or d, such as 30s, and at most 3650d"
@@ -7655,10 +7773,6 @@ read_word = scalar("printable ASCII without \" and \\", r'[ !#-\[\]-~]*')
 read_url = scalar("an absolute https URL", rf"https://{HOST_PATTERN}([/?][^\s#@]*)?")
 read_root_url = scalar("an absolute https URL without query", rf"https://{HOST_PATTERN}(/[^\s#@?]*)?",
                        lambda text: text.rstrip("/"))
-read_address = scalar(
-    "an absolute https URL without query, or for profile git one of https, ssh or file, or host:path",
-    rf"https://{HOST_PATTERN}(/[^\s#@?]*)?|{GIT_ADDRESS}",
-    lambda text: text.rstrip("/") if text.startswith("https:") else text)
 read_folders = list_of(scalar("a list of absolute paths", r"(?s)/.*"), "a list of absolute paths")
 read_devices = list_of(
     scalar("a list of files below /dev", r"/dev/[\w./:+@*-]+"), "a list of files below /dev"
@@ -7715,44 +7829,34 @@ def read_compose(value, base):
     return choice("auto", "builtin", "off")(value, base)
 
 
-def is_words(value, words):
-    """Whether a value is a list of at least one of some words."""
-    return isinstance(value, list) and bool(value) and all(item in words for item in value)
+def equipment_of(words):
+    """A reader of a list of {type: one of some words, all else: text}."""
+    kinds = words.split()
+    words = f"a list with the types {words}"
+    return list_of(checked(words, lambda item: is_mapping(item) and item.get("type") in kinds
+                           and {"text"}.issuperset(map(get_kind, item.values()))), words)
 
 
-def is_equipment(value, kinds):
-    """Whether a value is a list of {type: one of `kinds`, all else: text}."""
-    return isinstance(value, list) and all(
-        isinstance(item, dict) and item.get("type") in kinds
-        and all(isinstance(text, str) for text in item.values())
-        for item in value)
-
-
-def is_cpus(value):
-    """Whether a value is a list of at least one {cores: number, architecture: text}."""
-    return isinstance(value, list) and bool(value) and all(
-        isinstance(item, dict) and is_number(item.get("cores")) and item["cores"] > 0
-        and item.get("architecture", "arm") in ("amd64", "arm64", "arm") for item in value)
+def is_cpu(item):
+    """Whether a value is {cores: number, architecture: text}."""
+    return (isinstance(item, dict) and is_number(item.get("cores")) and item["cores"] > 0
+            and item.get("architecture", "arm") in ("amd64", "arm64", "arm"))
 
 
 # Margo's own properties, each with what a WFM may expect of it (protocol 3.5, C-083, C-091).
-PERIPHERALS, INTERFACES = (
-    "gpu display camera microphone speaker",
-    "ethernet wifi cellular bluetooth usb canbus rs232",
-)
+CPUS = "a list of {cores: number, architecture: amd64, arm64 or arm}"
 PROPERTIES = {
     "vendor": read_name, "modelNumber": read_name, "serialNumber": read_name,
     "memory": scalar("a size such as 512Mi", "[0-9]{1,18}[KMG]i"),
     "storage": scalar("a size such as 512Mi", "[0-9]{1,18}[KMGTPE]i"),
-    "cpus": checked("a list of {cores: number, architecture: amd64, arm64 or arm}", is_cpus),
-    "peripherals": checked(f"a list with the types {PERIPHERALS}",
-                           lambda item: is_equipment(item, PERIPHERALS.split())),
-    "interfaces": checked(f"a list with the types {INTERFACES}",
-                          lambda item: is_equipment(item, INTERFACES.split())),
+    "cpus": list_of(checked(CPUS, is_cpu), CPUS, 1),
+    "peripherals": equipment_of("gpu display camera microphone speaker"),
+    "interfaces": equipment_of("ethernet wifi cellular bluetooth usb canbus rs232"),
     "otelCollector": checked("true, as Margo demands it where workloads run", lambda item: item is True),
-    "supportedRuntimes": checked("a list of oci, custom", lambda item: is_words(item, ("oci", "custom"))),
-    "supportedDeploymentTypes": checked("a list of helm, compose, custom",
-                                        lambda item: is_words(item, ("helm", "compose", "custom")))}
+    "supportedRuntimes": list_of(choice("oci", "custom"), "a list of oci, custom", 1),
+    "supportedDeploymentTypes": list_of(choice("helm", "compose", "custom"),
+                                        "a list of helm, compose, custom", 1),
+}
 
 
 def read_properties(value, base):
@@ -7782,18 +7886,11 @@ def read_environment(value, base):
     return {name: read_text(item, base) for name, item in value.items()}
 
 
-def get_kind(value):
-    """`text`, `boolean` or `number`, None for everything else; a boolean is no number."""
-    kinds = ((bool, "boolean"), ((int, float), "number"), (str, "text"))
-    return next((kind for types, kind in kinds if isinstance(value, types)), None)
-
-
 def is_label(value):
     """Whether a value is text, number or boolean, or a list of texts or of numbers (C-087)."""
-    if not isinstance(value, list):
-        return get_kind(value) == "number" and is_number(value) or get_kind(value) in ("text", "boolean")
-    kinds = set(map(get_kind, value))
-    return kinds == {"text"} or kinds == {"number"} and all(map(is_number, value))
+    if isinstance(value, list):
+        return set(map(get_kind, value)) in (set(), {"text"}, {"number"})
+    return get_kind(value) is not None
 
 
 read_labels = checked("a mapping of labels to text, number, boolean, or a list of texts or of numbers",
@@ -7870,7 +7967,7 @@ SCHEMA = {
     "wfm": {
         "profile": (lambda value, base: choice(*PROFILES)(value, base), "mtls",
                     "generation of Margo's protocol that the WFM speaks"),
-        "url": (read_address, None, "root URL of the WFM, or address of the repository"),
+        "url": (read_root_url, None, "root URL of the WFM"),
         "timeout": (read_duration, "30s", "limit of connecting, and of each wait for data"),
         "min_tls": (choice("1.2", "1.3"), "1.3", "oldest TLS version that is accepted"),
     },
@@ -8164,9 +8261,9 @@ def parse_certificate(der):
         if usage is not None:
             usage = {bit for bit in range(8 * (len(usage) - 1)) if usage[1 + bit // 8] & (0x80 >> bit % 8)}
         return Certificate(
-            der, subject[2], issuer[2], int.from_bytes(serial[1], "big"), not_before, not_after, spki[2],
-            uris, is_ca, usage, open_extension(extensions, OID_SUBJECT_KEY), find_issuer_key(extensions),
-            extensions.get(OID_SUBJECT_ALT_NAME, (0, 0, b""))[2])
+            der, subject[2], issuer[2], int.from_bytes(serial[1], "big", signed=True),
+            not_before, not_after, spki[2], uris, is_ca, usage, open_extension(extensions, OID_SUBJECT_KEY),
+            find_issuer_key(extensions), extensions.get(OID_SUBJECT_ALT_NAME, (0, 0, b""))[2])
     except (IndexError, ValueError) as error:
         raise ValueError(f"not a readable X.509 certificate ({error})") from None
 
@@ -8223,7 +8320,7 @@ def parse_pem(text, label="CERTIFICATE"):
     A block begins with a line, or right behind the block before.  Raises ValueError.
     """
     found = []
-    for block in re.split(f"(?m)^-----BEGIN {label}-----", text.replace("-" * 10, "-----\n-----"))[1:]:
+    for block in re.split(f"(?m)^[ \t]*-----BEGIN {label}-----", text.replace("-" * 10, "-----\n-----"))[1:]:
         body, end, _ = block.partition(f"-----END {label}-----")
         if not end or not body.strip():
             raise ValueError("a certificate in PEM is empty or not closed")
@@ -8247,7 +8344,6 @@ def make_pem(ders):
 # column is `column` (-1 at the end and at a marker).
 
 MAX_DEPTH = 64                      # levels of collections
-MAX_NODES = 250000                  # nodes, lines, and each 16 characters that an alias repeats
 
 INT_PATTERN = r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+"
 FLOAT_PATTERN = (
@@ -8323,8 +8419,9 @@ class YAMLReader:
     PROPERTY = re.compile(r"(?:&([^\s,\[\]{}]+)|(!<[^\s<>]+>|![^\s,\[\]{}]*))(?:[ \t]+|(?=[\n,\]}]))")
     # what is not itself in a quoted scalar
     QUOTED = {
-        '"': re.compile(r"\\(?:\n[ \t\n]*|x[0-9a-fA-F]{2}|u[0-9a-fA-F]{4}|U[0-9a-fA-F]{8}|.)|[ \t\n]+"),
-        "'": re.compile(r"''|[ \t\n]+"),
+        '"': re.compile(r"\\(?:\n[ \t\n]*|x[0-9a-fA-F]{2}|u[0-9a-fA-F]{4}|U[0-9a-fA-F]{8}|.)"
+                        r"|(?:(?<![ \t])|(?<=\\[ \t]))[ \t]*\n[ \t\n]*"),
+        "'": re.compile(r"''|(?<![ \t])[ \t]*\n[ \t\n]*"),
     }
     # its opposite takes 3 ms to compile
     FORBIDDEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x84\x86-\x9f\ud800-\udfff\ufeff\ufffe\uffff]")
@@ -8352,7 +8449,9 @@ class YAMLReader:
         raise YAMLError(message, self.text.count("\n", 0, start) + 1, position - start + 1)
 
     def count(self, nodes=1):
-        """Counts what takes memory, so that no small document becomes huge."""
+        """Counts nodes, lines, and each 16 characters that an alias repeats: no small document becomes huge.
+
+        """
         self.nodes += nodes
         if self.nodes > MAX_NODES:
             self.fail(f"more than {MAX_NODES} nodes and lines")
@@ -8750,10 +8849,7 @@ class YAMLReader:
                 return "'"
             if piece[0] == "\\" and piece[1] != "\n":
                 return self.make_character(piece, place)
-            ends = piece.count("\n")
-            if not ends:
-                return piece
-            after, _, column = self.look(place + (piece[0] == "\\"))
+            after, ends, column = self.look(place + (piece[0] == "\\"))
             if self.is_outside(after, column, parent):
                 self.fail("a quoted value is continued with too little indentation", after)
             return "\n" * (ends - 1) or ("" if piece[0] == "\\" else " ")
@@ -8848,8 +8944,16 @@ def measure_depth(value):
 
 def sha256_digest(data):
     """The digest of bytes in Margo's spelling, `sha256:` and 64 lower-case hex digits (C-108, C-109)."""
+    return digest_pieces([data])
+
+
+def digest_pieces(pieces):
+    """The digest, as sha256_digest spells it, of bytes that come piece by piece."""
     import hashlib
-    return "sha256:" + hashlib.sha256(data).hexdigest()
+    found = hashlib.sha256()
+    for piece in pieces:
+        found.update(piece)
+    return "sha256:" + found.hexdigest()
 
 
 def make_json(value):
@@ -8860,11 +8964,11 @@ def make_json(value):
     ).encode()
 
 
-def parse_json(data, what):
+def parse_json(data, what, most=MAX_NODES):
     """JSON text that leaves no doubt (UTF-8, no duplicate member, no NaN, nothing endless, no half character)
     to a value.
 
-    Raises ValueError naming `what`.
+    Raises ValueError naming `what`, also for more than `most` members.
     """
     import json
 
@@ -8887,6 +8991,8 @@ def parse_json(data, what):
     try:
         if data[:2] == b"\x1f\x8b":
             raise ValueError("it is coded by gzip (Content-Encoding), which was not asked for")
+        if sum(map(data.count, (b",", b"[", b"{"))) > most:
+            raise ValueError(f"it has more than {most} members")
         value = json.loads(data.decode("utf-8"), object_pairs_hook=make_object, parse_constant=refuse,
                            parse_int=read_int,
                            parse_float=read_float)
@@ -8931,51 +9037,62 @@ def parse_date(text):
         return None
 
 
-def unpack_gzip(data, max_unpacked):
-    """The content of one whole gzip stream.
-
-    Raises ValueError over the limit or for a stream that is not just that.
-    """
+def check_gzip(data, max_unpacked):
+    """Raises ValueError unless bytes are one whole gzip stream that unpacks to at most so many bytes."""
     import zlib
     stream = zlib.decompressobj(31)
+    size, place = 0, 0
     try:
-        plain = stream.decompress(data, max_unpacked + 1)
+        while not stream.eof:
+            piece = stream.unconsumed_tail or data[place:place + 16 * KIB]
+            place += 0 if stream.unconsumed_tail else len(piece)
+            plain = stream.decompress(piece, MIB)
+            size += len(plain)
+            if not piece and not plain:
+                break
+            if size > max_unpacked:
+                raise ValueError(f"it unpacks to more than {max_unpacked} bytes (policy.max_unpacked)")
     except zlib.error as error:
         raise ValueError(f"not a readable tar+gzip ({error})") from None
-    if len(plain) > max_unpacked:
-        raise ValueError(f"it unpacks to more than {max_unpacked} bytes (policy.max_unpacked)")
-    if not stream.eof or stream.unused_data:
+    if not stream.eof or stream.unused_data or place < len(data):
         raise ValueError("it is cut short, or something follows it")
-    return plain
 
 
 def unpack_tar(data, max_unpacked, max_entries):
-    """(the tar's bytes, [TarInfo], where the archive ends in it) of a tar+gzip.
+    """(a file of the tar's bytes, [TarInfo], where the archive ends in it) of a tar+gzip.
 
-    Raises ValueError for what is none, or is over a limit.
-
-    A file's content is what lies at its place in the bytes: tarfile itself would blow up a sparse one to
-    whatever size it claims.
+    The file is unpacked as it is read, because the whole may be larger than the memory (see read_pieces).
+    Raises ValueError for what is none, or is over a limit.  A file's content is what lies at its place in the
+    bytes: tarfile itself would blow up a sparse one to whatever size it claims.
     """
-    import io
+    import gzip
     import itertools
     import tarfile
 
-    class Headers(io.BytesIO):
-        """What tarfile reads: headers, forwards and up to a limit.
+    class Headers:
+        """What tarfile reads: headers, forwards and up to a limit, because it keeps all that they hold.
 
-        A negative size leads it in circles, and it keeps all that they hold.
+        To go back would unpack all anew; a negative size leads it in circles.
         """
 
-        left = 64 * MIB
+        left = 32 * MIB
 
-        def read(self, size=-1):
+        def __init__(self, file):
+            self.file, self.tell = file, file.tell
+
+        def seek(self, offset):
+            if offset < self.tell() - 512:
+                raise ValueError("headers of negative size")
+            return self.file.seek(offset)
+
+        def read(self, size):
             self.left -= size
             if size < 0 or self.left < 0:
                 raise ValueError("headers that are too large, or of negative size")
-            return super().read(size)
+            return self.file.read(size)
 
-    plain = unpack_gzip(data, max_unpacked)
+    check_gzip(data, max_unpacked)
+    plain = gzip.GzipFile(fileobj=io.BytesIO(data))
     try:
         with tarfile.open(fileobj=Headers(plain), mode="r:") as archive:
             members = list(itertools.islice(archive, max_entries + 1))
@@ -8984,6 +9101,17 @@ def unpack_tar(data, max_unpacked, max_entries):
     if len(members) > max_entries:
         raise ValueError(f"more than {max_entries} entries")
     return plain, members, archive.offset
+
+
+def read_pieces(file, offset, size):
+    """So many bytes of a file from a place on, piece by piece."""
+    file.seek(offset)
+    while size > 0:
+        piece = file.read(min(size, MIB))
+        if not piece:
+            return
+        size -= len(piece)
+        yield piece
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -9399,14 +9527,11 @@ def convert_older(value):
     spec = value["spec"]
     profile = spec["deploymentProfile"]
     notes = metadata.get("annotations") or {}
-
-    def find(key, *holders):
-        return next((holder[key] for holder in holders if holder.get(key) is not None), None)
-
-    own_id = find("id", value, notes, metadata)
-    if own_id is None and re.fullmatch(UUID_PATTERN, str(metadata.get("name"))):
-        own_id = metadata["name"]
-    application = find("applicationId", spec, notes, metadata)
+    ids = [holder.get("id") for holder in (value, notes, metadata)]
+    places = [item for item in ids + [metadata.get("name")] if re.fullmatch(UUID_PATTERN, str(item))]
+    own_id = next(filter(None, places + ids), None)
+    applications = [holder.get("applicationId") for holder in (spec, notes, metadata)]
+    application = next(filter(None, applications), None)
     kind = {"helm.v3": "helm", "docker-compose": "compose"}.get(str(profile.get("type")), profile.get("type"))
     metadata = {"name": application or str(own_id).lower(), "namespace": "default", **metadata}
     spec = dict(spec, applicationId=application or "none", deploymentProfile=dict(profile, type=kind))
@@ -9551,6 +9676,18 @@ BRANCH_PATTERN = (r"(?!.*(\.\.|\.(lock)?(/|$)))[A-Za-z0-9_][A-Za-z0-9_.+@-]*"   
                   r"(/[A-Za-z0-9_+@][A-Za-z0-9_.+@-]*)*")
 
 
+GIT_HOST = r"([A-Za-z0-9_][A-Za-z0-9._-]*@)?(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9_][A-Za-z0-9._-]*)"
+# A repository's address that git never takes for an option or a helper, and that holds no password.
+GIT_ADDRESS = (r"file:///[^\x00-\x1f\x7f]*|" rf"ssh://{GIT_HOST}(:[0-9]{{1,5}})?/[!-~]+|"
+               rf"{GIT_HOST}:(?!//)[A-Za-z0-9_~./][!-~]*")
+read_address = scalar("an absolute https URL, or for profile git also ssh, file, or host:path", GIT_ADDRESS)
+
+
+def read_url_or_address(value, base):
+    """The root URL of a WFM, or a repository's address; which one is needed, the profile says."""
+    return (read_root_url if str(value).startswith("https:") else read_address)(value, base)
+
+
 def parse_folder(text):
     """A folder inside a repository without slashes around it; empty: the whole of it; raises ValueError."""
     parts = text.strip("/").split("/")
@@ -9561,6 +9698,7 @@ def parse_folder(text):
 
 read_branch = scalar("the name of a branch", BRANCH_PATTERN)
 read_folder = scalar("a folder inside the repository", make=parse_folder)
+SCHEMA["wfm"]["url"] = (read_url_or_address, None, "root URL of the WFM, or address of the repository")
 SCHEMA["wfm"]["status_url"] = (read_root_url, None, "root URL of a WFM to report to; without it a branch is")
 SCHEMA["git"] = {
     "branch": (read_branch, "main", "branch of the desired state"),
@@ -9593,17 +9731,6 @@ def check_git_settings(config):
 CHECKS.append(check_git_settings)
 
 
-def limit_files(size):
-    """How large a file may become that this process or one that it starts writes, -1: as large as it likes.
-
-    Returns what held before.
-    """
-    import resource
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size if hard < 0 or 0 <= size < hard else hard, hard))
-    return soft
-
-
 class GitSource:
     """The desired state as a folder of documents on a branch, and a branch of one's own as the sink of
     reports.
@@ -9620,6 +9747,7 @@ class GitSource:
         self.branch = f"refs/heads/{config.git.branch}"
         self.repository = os.path.join(home, "repository")
         self.env = make_git_environment(config, home, os.environ)
+        self.secret = save_secret(header) if header else None
         self.heads, self.reporter = {}, None
 
     def git(self, command, *arguments, timeout=60, codes=(0,), env=None, **options):
@@ -9632,8 +9760,12 @@ class GitSource:
             folder = os.path.join(self.home, "none")                    # what is spoilt stops no poll (P-14)
         before = os.umask(0o077)                    # what git writes is below the state directory
         try:
-            command_line = ["git", f"--git-dir={folder}", command, *arguments]
-            output = run_command(command_line, timeout, env or self.env, self.home, **options)
+            files = [self.secret.fileno()] if self.secret else []
+            command_line = ["git", f"--git-dir={folder}"]
+            for number in files:
+                command_line += ["-c", f"include.path=/proc/self/fd/{number}"]
+            output = run_command([*command_line, command, *arguments], timeout, env or self.env, self.home,
+                                 files=files, **options)
         except CommandMissing as error:
             raise ConfigError(error.message) from None
         finally:
@@ -9811,10 +9943,9 @@ class GitSource:
         for name in ignored:
             log("info", "ignored: not a file", name=name)
         total = sum(size for _, _, size in blobs)
-        if len(blobs) > MAX_DEPLOYMENTS or total > policy.max_unpacked:
+        if len(blobs) > MAX_DEPLOYMENTS or total > policy.max_unpacked // DOCUMENTS:
             raise Refused(f"commit {head} refused: {len(blobs)} documents of {total} bytes are more than"
-                          f" {MAX_DEPLOYMENTS}"
-                          " or policy.max_unpacked")
+                          f" {MAX_DEPLOYMENTS} or 1/{DOCUMENTS} of policy.max_unpacked")
         found = parse_files(self.read_blobs(blobs))
         suspects = find_suspects(self.list_tree(base), listing, {*found[2]}) if base else []
         for name, data in self.read_blobs(suspects):
@@ -9923,6 +10054,17 @@ class GitSource:
         return made.stdout.decode().strip()
 
 
+def limit_files(size):
+    """How large a file may become that this process or one that it starts writes, -1: as large as it likes.
+
+    Returns what held before.
+    """
+    import resource
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size if hard < 0 or 0 <= size < hard else hard, hard))
+    return soft
+
+
 def ask_ssh(address, timeout):
     """Whether an ssh server answers at a repository's address: then it is not the wire that is at fault."""
     import socket
@@ -9986,14 +10128,13 @@ GIT_CONFIG = """\
 """
 
 
-def make_git_config(config, home, header):
-    """The configuration that git finds in its home, as bytes, with the credential, which nobody else sees."""
+def make_git_config(config, home):
+    """The configuration that git finds in its home, as bytes."""
     settings = {
         "http.lowSpeedTime": int(4 * config.wfm.timeout) or 1,
         "http.sslVersion": f"tlsv{config.wfm.min_tls}",
         "http.sslCAInfo": config.identity.ca,
         "http.sslCAPath": config.identity.ca and os.path.join(home, "none"),
-        "http.extraHeader": header and f"Authorization: {header}",
         "gpg \"ssh\".allowedSignersFile": config.git.allowed_signers,
     }
     text = GIT_CONFIG
@@ -10006,6 +10147,18 @@ def make_git_config(config, home, header):
         for place in (folder, folder + "/.git"):
             text += f"[safe]\n\tdirectory = {quote_for_git(place)}\n"
     return text.encode()
+
+
+def save_secret(header):
+    """A file without a name from which git reads its credential; it goes with this process.
+
+    So the credential is in no folder, environment or command line.
+    """
+    import tempfile
+    file = tempfile.TemporaryFile()
+    file.write(f"[http]\n\textraHeader = {quote_for_git('Authorization: ' + header)}\n".encode())
+    file.flush()
+    return file
 
 
 def quote_for_git(value):
@@ -10198,7 +10351,7 @@ class Git(Profile):
             home = temporary.name
         create_folder(os.path.join(home, "none"))
         path = os.path.join(home, ".gitconfig")
-        content = make_git_config(config, home, header)
+        content = make_git_config(config, home)
         if read_file(path, MAX_ANSWER) != content:
             write_file(path, content)
         wfm = Settings(config, wfm=Settings(config.wfm, url=config.wfm.status_url))
@@ -10232,7 +10385,7 @@ class Git(Profile):
 
 
 PROFILES["git"] = Git
-TRACES.append("git")                # its credential, too
+TRACES.append("git")
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -10751,7 +10904,8 @@ def parse_crl(data):
             raise ValueError("it is not of version 2")
         times = [parse_der_time(*field[:2]) for field in fields[3:5]]
         listed = fields[5][1] if fields[5][0] == 0x30 else b""
-        serials = {int.from_bytes(parse_der(entry)[0][1], "big") for _, entry, _ in walk_der(listed)}
+        serials = {int.from_bytes(parse_der(entry)[0][1], "big", signed=True)
+                   for _, entry, _ in walk_der(listed)}
         extensions = parse_extensions(fields[5:], 0xA0)
         number = parse_der(extensions[OID_CRL_NUMBER][1])[0][1]
         if len(number) > 21:
@@ -11367,8 +11521,8 @@ def assign(targets, records, devices, silent, offers):
             answers = {child: target.deployment.type not in silent[child] for child in children}
             reasons = {name: find_reason(target.deployment, device, offers) for name, device in known.items()}
             try:
-                held = before.get(key)
-                homes[key] = find_place(target.deployment, held, own_id, answers, reasons.get, loads)
+                homes[key] = find_place(target.deployment, before.get(key), own_id, answers, reasons.get,
+                                        loads)
                 error = reasons[homes[key]]
             except ComponentError as fault:
                 error = fault
@@ -11652,11 +11806,9 @@ def examine_storage(agent):
 
 
 def examine_wait(agent):
-    """Whether the WFM, or a back-off, keeps the next run from asking."""
-    clock = get_clock()
-    left = find_wait(agent.state["patience"], clock)
-    return "warn", left and (f"until {make_time(clock.now + left)} the WFM or a back-off asks to wait;"
-                             " `retry` ends that")
+    """Whether a back-off keeps the next run from asking, reporting or trying again."""
+    waits = [f"until {item['until']} {item['reason']}" for item in list_waits(agent.state, get_clock())]
+    return "warn", waits and f"{'; '.join(waits)}; `retry` ends that"
 
 
 def examine_labels(agent):
@@ -11682,10 +11834,8 @@ def examine_engine(agent):
     if not drivers and agent.devices[1:]:
         return "ok", "nothing here runs workloads; they run on child devices"
     if not drivers:
-        return (
-            "warn",
-            "nothing here runs Compose applications; install podman or docker, or see runtime.compose",
-        )
+        return "warn", ("nothing here runs Compose applications; install podman or docker, or see"
+                        " runtime.compose")
     claim = obtain_claim(agent.get_profile(), agent.device_id)
     words = [driver.check(claim) for driver in drivers.values()]
     lacks, notes = drivers["compose"].list_lacks() if "compose" in drivers else ([], [])
@@ -11709,11 +11859,11 @@ def examine_registries(agent):
 
 
 def examine_connection(agent):
-    """Whether the WFM answers, is the one it should be, and what it says can be accepted."""
+    """Whether the WFM answers, is the one it should be, and offers what can be accepted."""
     agent.connect(keep=False)
     desired = agent.fetch_desired()
-    return "ok", f"{agent.config.wfm.url} is {agent.source.peer}; " + (
-        f"version {desired.version} is there to be accepted" if desired else "nothing new")
+    news = f"version {desired.version} is there to be accepted" if desired else "nothing new"
+    return "ok", f"{agent.config.wfm.url} is {agent.source.peer}; {news}"
 
 
 COMMANDS["doctor"] = (command_doctor, {}, "")
@@ -11724,7 +11874,7 @@ COMMANDS["doctor"] = (command_doctor, {}, "")
 # ----------------------------------------------------------------------------------------------------------
 
 def look_at(config, word):
-    """What there is of a deployment that somebody names: (Store, record, drivers of its device, a look).
+    """(Agent, record, Seen): a deployment that somebody names, and what its device shows of it now.
 
     The look is a function that returns its containers, or raises CommandError.  Raises ConfigError,
     StorageError.
@@ -11732,11 +11882,11 @@ def look_at(config, word):
     agent = Agent(config)
     agent.state = agent.store.load_state()
     record = find_record(agent.state, word)
-    drivers = [device.drivers for device in agent.devices if device.device_id == record["deviceId"]]
-    drivers = drivers[0] if drivers else {}
+    home = record["deviceId"]
+    devices = [device for device in agent.devices if device.device_id == home]
     claim = obtain_claim(agent.get_profile(), agent.device_id)
-    return agent.store, record, drivers, lambda: find_containers(
-        record["deploymentId"], observe_all(drivers, record, claim))
+    seen = observe_devices(devices, [record], claim).get(home, Seen([], {}, {}))
+    return agent, record, seen._replace(containers=find_containers(record["deploymentId"], seen.containers))
 
 
 def command_describe(config, options):
@@ -11748,14 +11898,11 @@ def command_describe(config, options):
     """
     if not options["operands"]:
         return command_status(config, options)
-    store, record, _, look = look_at(config, options["operands"][0])
-    seen = try_look(look)
-    trouble = isinstance(seen, CommandError)
-    containers = [] if trouble else seen
+    agent, record, seen = look_at(config, options["operands"][0])
     adopted = record["adopted"]
     target = Target(record["deploymentId"], adopted["digest"], adopted["version"], None, None)
-    deployment = read_target(target, store.load_artifact, config).deployment
-    report = make_details(record, deployment, containers, get_clock())
+    deployment = read_target(target, agent.store.load_artifact, config).deployment
+    report = make_details(record, deployment, seen.containers, get_clock())
     if "--json" in options:
         return print_json(report)
     print_row(report["state"], f"{report['deploymentId']}  {report['name']}  on {report['deviceId']}")
@@ -11767,8 +11914,8 @@ def command_describe(config, options):
         since = f" since {item['since']}" if item["since"] else ""
         ports = f"  ports {', '.join(item['ports'])}" if item["ports"] else ""
         print_row(item["state"], f"{item['name']}{since}  {item['image']}{ports}")
-    if trouble:
-        print_row("containers", seen.message)
+    for fault in seen.silent.values():
+        print_row("containers", fault.message)
     if report["attempts"]:
         print_row("attempts", f"{report['attempts']} failed; the next one is due"
                   f" {report['nextAttempt'] or 'with the next run'}, `retry {report['name']}` tries at once")
@@ -11787,7 +11934,7 @@ def make_details(record, deployment, containers, clock):
     known = {item.name: f"{item.repository} {item.revision}" for item in components}
     for part in report["components"]:
         part["revision"] = known.get(part["name"], "")
-    services = {item["name"]: item["services"] for item in record["components"]}
+    services = list_parts(record, "services")
     shown = []
     for container in containers:
         facts = services.get(container.component, {}).get(container.service, {})
@@ -11812,9 +11959,11 @@ def command_logs(config, options):
     Example: margo_agent.py logs hello --tail 50
     """
     name, *services = options["operands"]
-    _, record, drivers, look = look_at(config, name)
-    found = [container for container in look() if container.service in services or not services]
-    driver = drivers.get(found[0].type) if found else None
+    _, record, seen = look_at(config, name)
+    for fault in seen.silent.values():
+        raise fault
+    found = [item for item in seen.containers if item.service in services or not services]
+    driver = seen.drivers.get(found[0].type) if found else None
     if not hasattr(driver, "engine"):
         where = make_printable(f"service {services[0]} of {name}" if services else name)
         raise ConfigError(f"{where} has no container here; `status {record['name']}` shows what there is")
@@ -11915,12 +12064,14 @@ COMMANDS.update(
 # ----------------------------------------------------------------------------------------------------------
 
 def command_run(config, options):
-    """`run --once`: one cycle; `run`: one after the other, each in a process of its own.
+    """Polls the WFM and makes the device match what it wants, for ever or (`--once`) a single time.
 
-    --spread: the cycle begins at the device's own moment within that time, for fleets that cron starts.
+    `--spread TIME` begins at the device's own moment within that time, for fleets that cron starts.
+
+    Example: margo_agent.py run --once --spread 50s
     """
     try:
-        spread = read_duration(options.get("--spread", "1"), "") if "--spread" in options else 0
+        spread = read_duration(options["--spread"], "") if "--spread" in options else 0
     except ValueError as error:
         raise ConfigError(f"--spread: found {options['--spread']!r}, expected {error}") from None
     if "--once" not in options:
@@ -11984,11 +12135,11 @@ def start_watch(config, arguments):
         for part in (notify, write_line, start_cycle, read_answer, count_wakes, end_cycle, watch)
     }
     last = "the daemon has ended" if log.level in ("debug", "info") else ""
-    arguments = make_child(arguments), CYCLE_RETRY, HUNG, STOP_LIMIT, last
-    program = ("import marshal, os, time\n"
+    words = make_child(arguments), CYCLE_RETRY, HUNG, STOP_LIMIT, last
+    program = (f"import marshal, os, time\nLINE = {LINES[log.form]!r}\n"
                f"for name, code in marshal.loads({marshal.dumps(parts)!r}).items():\n"
-               f"    globals()[name] = type(lambda: None)(code, globals())\nLINE = {LINES[log.form]!r}\n"
-               f"raise SystemExit(watch(*{arguments!r}))\n")
+               "    globals()[name] = type(lambda: None)(code, globals())\n"
+               f"raise SystemExit(watch(*{words!r}))\n")
     log("info", "the daemon has started", version=__version__, profile=config.wfm.profile,
         wfm=config.wfm.url, interval=f"{config.poll.interval:.0f} s")
     reader, writer = os.pipe()
@@ -12108,14 +12259,13 @@ def end_cycle(pid, limit):
 
 
 def watch(child, fallback, hung, limit, last):
-    """Runs cycles one after the other; returns the daemon's exit code.
+    """Runs cycles one after the other, for ever; returns the daemon's exit code.
 
-    child: the command line of a cycle, which says in a pipe how long to wait after it, else `fallback`, and
-    how it went.  last: how the log ends.  SIGTERM and SIGINT end the daemon after the current step, SIGHUP
-    starts a cycle at once; each reads the configuration anew.
-
-    A cycle that has not woken from a wait for `hung` seconds hangs, because its own waits are shorter: it is
-    killed.  systemd's watchdog is fed while cycles can be started and move; five in a row that cannot end it.
+    child: the command line of a cycle.  It says in a pipe how many seconds to wait after it (else `fallback`)
+    and how it went.  SIGTERM and SIGINT end the daemon after the current step; `last` is how its log ends.
+    SIGHUP starts a cycle at once; each cycle reads the configuration anew.  A cycle that has not woken from
+    a wait for `hung` seconds hangs, because its own waits are shorter: it is killed.  systemd's watchdog is
+    fed while cycles can be started and move.  Five cycles in a row that cannot be started end the daemon.
     """
     import signal
     signals = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD}
@@ -12230,10 +12380,7 @@ def purge(agent):
         agent.connect()
     version = (agent.state["accepted"] or {}).get("version", 0)
     agent.reconcile({"version": version, "deployments": []})
-    try:
-        agent.flush_outbox()                        # also what an earlier purge could not report
-    except Untrusted as error:
-        log("warning", "the WFM does not take the last reports", reason=error.message)
+    agent.flush_outbox()                            # also what an earlier purge could not report
     return any(record["state"] != "removed" for record in agent.state["deployments"].values())
 
 
@@ -12306,6 +12453,8 @@ def command_status(config, options):
         # Only a document that cannot be read leaves a deployment without components.
         for part in deployment["components"] or [dict(deployment, name="")]:
             print_row(f"  {part['state']}", part["name"] + make_error_words(part["error"]))
+    for item in document["waits"]:
+        print_row("waits", f"until {item['until']} {item['reason']}")
     for words in make_others_words(document["others"]):
         print_row("other", f"{words}; it is left alone")
 
@@ -12336,23 +12485,24 @@ def status(config):
     config: what load_config returns.  Nobody is asked, neither the WFM nor the engine.
     """
     store = Store(config.state_dir)
-    return make_status_report(config, store.load_state(), store.load_memo(), time.time())
+    return make_status_report(config, store.load_state(), store.load_memo(), get_clock())
 
 
-def make_status_report(config, state, memo, now):
+def make_status_report(config, state, memo, clock):
     """The object of `status --json` (contract)."""
     accepted = state["accepted"] or {}
     return {
         "version": __version__,
         "profile": config.wfm.profile,
         "enrolled": bool(state["enrollment"]),
-        "identity": PROFILES[config.wfm.profile](config, Store(config.state_dir), state).describe(now),
+        "identity": PROFILES[config.wfm.profile](config, Store(config.state_dir), state).describe(clock.now),
         "desiredState": {key: accepted.get(key) for key in ("version", "etag", "acceptedAt")},
         "lastPoll": memo.get("lastPoll") or state["lastPoll"] or {"at": None, "result": None, "detail": ""},
         "outbox": len(state["outbox"]),
         "deployments": [make_deployment_report(record) for _, record in sorted(state["deployments"].items())],
         "dropped": [dict(refused, deploymentId=key) for key, refused in state["dropped"].items()],
         "others": memo.get("others", []),
+        "waits": list_waits(state, clock),
     }
 
 

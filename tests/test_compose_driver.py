@@ -10,7 +10,8 @@ from unittest import mock
 
 import margo_agent
 from tests import fake_podman, support
-from tests.test_compose_file import ABSENT, IMAGE, MARKS, OWNER, PROJECT, FileCase, make_config, make_document
+from tests.oracle import ABSENT
+from tests.test_compose_file import IMAGE, MARKS, OWNER, PROJECT, FileCase, make_config, make_document
 
 
 # Judging a start

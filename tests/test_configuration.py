@@ -161,7 +161,7 @@ class Refusals(unittest.TestCase):
 
     def test_labels_have_the_types_of_the_capabilities(self):
         """C-087: label values are string, number, boolean, or a list of strings or numbers."""
-        make(device={"labels": {"a": "x", "b": 1, "c": True, "d": ["x"], "e": [1, 2.5]}})
+        make(device={"labels": {"a": "x", "b": 1, "c": True, "d": ["x"], "e": [1, 2.5], "f": []}})
         for bad in ({"a": {}}, {"a": None}, {"a": [True]}, {"a": [1, "x"]}, {"a": [[1]]}):
             self.assertIn("device.labels", faults(device={"labels": bad}), bad)
 

@@ -11,6 +11,7 @@ from unittest import mock
 
 import margo_agent
 from tests import git_server, support
+from tests.bench import costs
 from tests.support import HELLO
 
 MIB = 1 << 20
@@ -61,10 +62,10 @@ class Memory(SmallCase):
     def test_a_package_that_takes_too_much_fails_alone(self):
         """No lack of memory is a bug: the others go on, the fleet manager is told, and there is a next attempt."""
         self.publish()
-        files = {"compose.yaml": support.make_compose(), "zeros": bytes(150 * MIB)}
+        files = {"compose.yaml": support.make_compose(), "noise": os.urandom(60 * MIB)}
         self.wfm.add_package(support.make_archive(files), "large")
         self.publish(deployment_id=OTHER, name="large", package="large")
-        code, text = self.run_with(limit_memory(128 * MIB), "run", "--once")
+        code, text = self.run_with(limit_memory(96 * MIB), "run", "--once")
         self.assertEqual(code, 1, text)
         self.assertNotIn("bug", text)
         self.assertEqual((self.wfm.statuses()[-1], self.wfm.statuses(OTHER)[-1]), ("installed", "failed"))
@@ -72,6 +73,14 @@ class Memory(SmallCase):
         self.due()
         self.device.cycle()
         self.assertEqual(len(self.engine.containers()), 2)
+
+    def test_a_package_larger_than_the_memory_is_unpacked(self):
+        """It is unpacked as it is read (security 3.4)."""
+        files = {"compose.yaml": support.make_compose(), "zeros": bytes(150 * MIB)}
+        self.wfm.add_package(support.make_archive(files), "large")
+        self.publish(package="large", name="large")
+        code, text = self.run_with(limit_memory(128 * MIB), "run", "--once")
+        self.assertEqual((code, self.wfm.statuses()[-1]), (0, "installed"), text)
 
     def due(self):
         """Failed deployments are tried at once."""
@@ -97,6 +106,21 @@ class Memory(SmallCase):
             with mock.patch.object(margo_agent, "STEPS", [lambda _: bytearray(1 << 60)] + margo_agent.STEPS[2:]):
                 outcome = agent.cycle()
         self.assertEqual((outcome.code, len(self.engine.containers())), (3, 1), outcome)
+
+
+class Costs(unittest.TestCase):
+    """What a peer may send takes bounded memory and time (security 3.4, 3.7, 4.1 to 4.3)."""
+
+    WORST = ("YAML: line ends", "YAML: escapes", "YAML: words in quotes", "YAML: pairs", "YAML: long plain lines", "YAML: long text and aliases",
+             "manifest: 10,000, long", "manifest: empty lists", "manifest: members", "bundle: zeros", "bundle: entries", "package: zeros",
+             "package: more zeros", "state.json: 10,000 long errors")
+
+    def test_no_input_takes_more_than_128_MiB(self):
+        for kind in costs.KINDS if os.environ.get("MARGO_TEST_SLOW") else self.WORST:
+            with self.subTest(kind):
+                _, _, peak, seconds, words = costs.run(kind)
+                self.assertLess(peak, costs.LIMIT, words)
+                self.assertLess(seconds, 30, words)
 
 
 class Disk(SmallCase):
