@@ -3343,7 +3343,7 @@ Check = define("Check", "interval retries start",
 # How docker shows a container, in podman's form.
 DOCKER_FORM = ('{"Id":{{json .ID}},"Names":[{{json .Names}}],"State":{{json .State}},'
                '"Status":{{json .Status}},"Labels":{%s}}')
-PULL_NOTE = 60                      # seconds between two words about a pull
+PULL_NOTE = 60                      # seconds between two lines of the log about a pull
 LOG_LINES = 4000                    # of a log that are looked at for its end
 MAX_LOG = 256 * KIB                 # bytes of them
 RUNS_TOO = {"amd64": "386", "arm64": "arm"}         # what a processor usually runs beside its own
@@ -3843,6 +3843,7 @@ class ComposeDriver:
         if host != own and self.engine != "podman" and "@" in name:
             raise ComponentError("PULL_FAILED", "docker knows an image by its digest under its registry's own"
                                  " name alone; give the daemon this mirror instead")
+        before = host == own or not self.run(["image", "inspect", "--format={{.Id}}", name], 60).code
         command = program + ["pull", "--quiet"] + platform + options + [name]
         try:
             output = run_command(command, timeout, env=environ, watch=follow_pull(name, environ))
@@ -3855,6 +3856,7 @@ class ComposeDriver:
         if host != own:                             # a digest becomes a tag here, and podman knows it by both
             kept = re.sub("(:[^:/@]*)?@(sha256):", r":\2-", service.image)
             self.run(["tag", name, kept], 60, "PULL_FAILED")
+        if not before:
             self.remove_image(name)
 
     def check_space(self, image):

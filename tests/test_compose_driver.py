@@ -441,6 +441,15 @@ class Preparation(DriverCase):
                 self.assertEqual(self.changes(), [["pull", "--quiet", image]] if expected else [])
                 self.assertEqual(self.fetched, [image] if image != IMAGE else [])
 
+    def test_a_name_of_the_mirror_that_was_there_before_stays(self):
+        """F-31: it is somebody else's, who may run by it."""
+        self.config["registries"] = {"plant.example": margo_agent.Settings(mirror="mirror.example")}
+        for images in ([], ["mirror.example/app:1"]):
+            self.engine.change(images=images)
+            self.prepare(make_document({"image": "plant.example/app:1"}))
+            with self.engine.open() as held:
+                self.assertEqual(set(held["images"]), {"plant.example/app:1", *images})
+
     def test_the_platform_is_pulled_that_will_run(self):
         self.prepare(make_document({"image": "localhost/new:1", "platform": "linux/arm64"}))
         self.assertEqual(self.changes(), [["pull", "--quiet", "--platform=linux/arm64", "localhost/new:1"]])
