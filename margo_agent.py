@@ -3351,7 +3351,7 @@ Check = define("Check", "interval retries start",
 # How docker shows a container, in podman's form.
 DOCKER_FORM = ('{"Id":{{json .ID}},"Names":[{{json .Names}}],"State":{{json .State}},'
                '"Status":{{json .Status}},"Labels":{%s}}')
-PULL_NOTE = 60                      # seconds between two words about a pull
+PULL_NOTE = 60                      # seconds between two lines of the log about a pull
 LOG_LINES = 4000                    # of a log that are looked at for its end
 MAX_LOG = 256 * KIB                 # bytes of them
 RUNS_TOO = {"amd64": "386", "arm64": "arm"}         # what a processor usually runs beside its own
@@ -3512,15 +3512,15 @@ def make_path(text):
     return re.sub("/+", "/", text).rstrip("/") or "/"
 
 
-def make_volume_names(service, project, declared, before):
-    """{path: volume} for each volume to which nobody gave a name: in the file, or `declared` by the image.
+def make_volume_names(service, project, before):
+    """{path: volume} for each volume to which nobody gave a name: in the file, or declared by the image.
 
     It goes by a name of ours, so that whatever is made in the place of a container finds it.  before: {path:
     volume} as it was in the container before, which an earlier agent may have left to the engine to name.
     """
     named, unnamed = find_targets(service)
     volumes = {}
-    for path in sorted(unnamed.union(map(make_path, declared)) - named):
+    for path in sorted(unnamed.union(map(make_path, service.declared)) - named):
         volumes[path] = before.get(path) or f"{project}_{service.name}_{sha256_digest(path.encode())[7:19]}"
     return volumes
 
@@ -3759,21 +3759,24 @@ class ComposeDriver:
                 fetched.extend(self.pull(service, timeout))
             except (ComponentError, CommandError) as error:
                 self.excuse(error, service.image, again)
-        self.ask_images(services)
-        return workload, project._replace(services=services)
+        return workload, project._replace(services=self.look_at_images(services))
 
-    def ask_images(self, services):
-        """Raises ComponentError for an image that cannot run here, or lacks a health check that is awaited.
+    def look_at_images(self, services):
+        """The services with what their images declare.
 
-        Both are found out before anything stops (K5, K18).
+        Raises ComponentError for an image that cannot run here, or lacks a health check that is awaited: both
+        are found out before anything stops (K5, K18).
         """
         form = "{{.Host.Arch}}" if self.engine == "podman" else "{{.Architecture}}"
         words = self.run(["info", f"--format={form}"], 60).stdout.decode("utf-8", "replace").strip()
         own = ARCHITECTURES.get(words, words)
         checked = set()
+        result = []
         for service in services:
             output = self.run(["image", "inspect", service.image], 60, "PULL_FAILED")
-            made_for, check = parse_answer(output.stdout, self.engine, lambda items: parse_image(items[0]))
+            made_for, check, paths = parse_answer(output.stdout, self.engine,
+                                                  lambda items: parse_image(items[0]))
+            result.append(service._replace(declared=paths))
             named = [argument.partition("=")[0] for argument in service.arguments]
             if "--platform" not in named and own and made_for not in (own, RUNS_TOO.get(own)):
                 raise ComponentError(
@@ -3786,6 +3789,7 @@ class ComposeDriver:
                 if condition == "service_healthy" and other not in checked:
                     raise make_fault(f"services.{service.name}.depends_on.{other}: it has no health check"
                                      " that could be awaited")
+        return result
 
     def excuse(self, error, image, again):
         """Raises the error for which an image cannot be had, unless one that is here will do (P-1)."""
@@ -3857,6 +3861,7 @@ class ComposeDriver:
             raise ComponentError("PULL_FAILED", "docker knows an image by its digest under its registry's own"
                                  " name alone; give the daemon this mirror instead")
         program, options = self.make_access(host)
+        before = host == own or not self.run(["image", "inspect", "--format={{.Id}}", name], 60).code
         command = program + ["pull", "--quiet"] + platform + options + [name]
         try:
             output = run_command(command, timeout, env=environ, watch=follow_pull(name, environ))
@@ -3870,6 +3875,7 @@ class ComposeDriver:
         if host != own:                             # a digest becomes a tag here, and podman knows it by both
             kept = re.sub("(:[^:/@]*)?@(sha256):", r":\2-", service.image)
             self.run(["tag", name, kept], 60, "PULL_FAILED")
+        if not before:
             self.remove_image(name)
 
     def check_space(self, image):
@@ -3996,7 +4002,6 @@ class ComposeDriver:
                 for name in first:
                     self.carry_out(job, ["network", "rm", name])
                 self.create_all(job, new, changes.making, leaving, names)
-            self.hand_names_over(job, leaving, names)
             for service in services:
                 self.await_dependencies(service, job)
                 if service.name not in changes.idle:
@@ -4075,29 +4080,25 @@ class ComposeDriver:
         return volumes
 
     def create_all(self, job, networks, services, leaving, names):
-        """Makes networks, volumes and containers.
+        """Makes networks, volumes and containers, and gives each container the name of its service.
 
-        A container whose name one has that leaves gets another name for now.
+        One that leaves may have that name still: it gets another one once all are made.  names: {service:
+        name} of containers that are kept.  Nothing is stopped yet, so that this is no part of the outage.
         """
         self.create_shared(job, "network", networks)
         self.create_shared(job, "volume", job.project.volumes)
-        held = {container.name for container in leaving}
+        held = {container.name: container.id for container in leaving}
         for service in services:
             name = make_container_name(job.workload.project, service.name)
             name += f"-new-{os.urandom(4).hex()}" if name in held else ""
             names[service.name] = name
             job.current[service.name] = self.create(service, job, name)
-
-    def hand_names_over(self, job, leaving, names):
-        """Gives each container the name of its service, which one that leaves may have."""
         for service, name in names.items():
             own = make_container_name(job.workload.project, service)
-            if name == own:
-                continue
-            for container in leaving:
-                if container.name == own:           # it may have been removed: see halt
-                    self.run(["rename", container.id, f"{own}-old-{container.id[:12]}"], 60)
-            self.rename(job, job.current[service], own)
+            if name != own:
+                if own in held:                     # it may have gone meanwhile
+                    self.run(["rename", held[own], f"{own}-old-{held[own][:12]}"], 60)
+                self.rename(job, job.current[service], own)
 
     def rename(self, job, container_id, name):
         """Renames a container."""
@@ -4131,10 +4132,7 @@ class ComposeDriver:
     def prepare_options(self, service, job):
         """The options of `create` for a service; its files are written, and its volumes made."""
         project = job.workload.project
-        shown = self.run(["image", "inspect", "--format={{json .Config.Volumes}}", service.image], 60)
-        text = b"" if shown.code else shown.stdout.strip()
-        declared = parse_answer(text or b"null", self.engine, lambda value: list(value or ()))
-        volumes = make_volume_names(service, project, declared, job.volumes.get(service.name, {}))
+        volumes = make_volume_names(service, project, job.volumes.get(service.name, {}))
         labels = make_arguments("--label", make_shared_labels(job.workload))
         self.create_shared(job, "volume", {volume: labels for volume in volumes.values()})
         # Else podman hands in the agent's own proxy, password and all.
@@ -4478,9 +4476,10 @@ def parse_seen(item):
 
 
 def parse_image(item):
-    """An element of what `image inspect` prints to (architecture, its Check or None)."""
-    check = item.get("Healthcheck") or (item.get("Config") or {}).get("Healthcheck") or {}
-    return item["Architecture"], parse_check(check)
+    """An element of what `image inspect` prints to (architecture, its Check or None, paths of volumes)."""
+    config = item.get("Config") or {}
+    check = parse_check(item.get("Healthcheck") or config.get("Healthcheck") or {})
+    return item["Architecture"], check, list(config.get("Volumes") or ())
 
 
 def parse_check(item):
@@ -4584,11 +4583,12 @@ Workload = define("Workload",
     " runtime.environment, the child device it is for, the owner to label it with.", "", "")
 Service = define(
     "Service", "name image arguments command environment files networks depends_on pull hash ports"
-               " mounts shares follows",
+               " mounts shares follows declared",
     "One service as the engine is told of it.  files: {path in the container: Content}; networks:"
     " [Attachment]; depends_on: {service: (condition, required)}; hash: of all that makes its container what"
     " it is; ports: [[address or \"\", port, protocol]] that it holds of the host; mounts: [Mount]; shares:"
-    " services whose namespaces it shares; follows: those with which it is made anew.", (), (), ())
+    " services whose namespaces it shares; follows: those with which it is made anew; declared: paths at"
+    " which its image has volumes.", (), (), (), ())
 Project = define("Project", "services networks volumes notes",
     "A compose file ready to run: services in starting order, {engine's name: create arguments} (None for"
     " what is external), and what of the file has no effect, in words.", ())
@@ -12223,7 +12223,8 @@ def command_config(config, options):
 # What an example of a configuration sets, by names of examples/pki.sh; all else is commented out.
 EXAMPLE = {"wfm": {"url": "https://localhost:8443"},
            "identity": {"certificate": "client.pem", "key": "client.key", "trust_bundle": "bundle.json"}}
-PARTS = {"registries": ("registry.example:5000:", REGISTRY_SCHEMA), "children": ("-", CHILD_SCHEMA)}
+# What stands below a key, which is here behind its indentation.
+PARTS = {"registries": ("registry.example:5000:", REGISTRY_SCHEMA), "  children": ("-", CHILD_SCHEMA)}
 
 
 def make_listing(schema, document, indent=""):
@@ -12260,8 +12261,8 @@ def make_example(schema, chosen, indent=""):
             meaning += f" ({str(error).partition(':')[0]})"
         value = make_yaml(chosen.get(key, default))
         lines += [f"{indent}# {meaning}", f"{indent}{'' if key in chosen else '# '}{key}: {value}".rstrip()]
-        if key in PARTS:
-            name, schema = PARTS[key]
+        if indent + key in PARTS:
+            name, schema = PARTS[indent + key]
             lines += [f"{indent}# {line}" for line in [f"  {name}", *make_example(schema, {}, "    ")]]
     return lines
 
