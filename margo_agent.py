@@ -1557,13 +1557,12 @@ def ask_others(answering, known=None):
     return list(others.values())
 
 
-def observe_all(drivers, record, claim=None):
+def observe_all(drivers, record):
     """Every container of ours on one device, as far as a deployment may have some there.
 
-    claim: as for list_looks.  Raises CommandError where something does not answer.
+    Raises CommandError where something does not answer.
     """
-    looks = list_looks(drivers, [record], claim)
-    return [container for function in looks.values() for container in function()]
+    return [container for look in list_looks(drivers, [record]).values() for container in look()]
 
 
 def find_kinds(record, target=None):
@@ -11373,9 +11372,9 @@ class HelmDriver:
     def check(self, claim):
         """What `doctor` says of this driver; raises CommandError."""
         record = {"deploymentId": "", "components": []}
-        version = self.run(["version", "--short"], 60).stdout.decode("utf-8", "replace").strip()
-        count = len(self.observe([record], claim))
-        return f"helm {make_printable(version, 60)} answers, {count} releases of ours"
+        output = self.run(["version", "--short"], 60).stdout.decode("utf-8", "replace")
+        version = make_printable(output.strip(), 60)
+        return f"helm {version} answers, {len(self.observe([record], claim))} releases of ours"
 
     def prepare(self, deployment, component, known, store, fetched):
         """Fetches and verifies the chart and makes the values, and touches nothing that runs.
