@@ -572,8 +572,7 @@ class Agent:
         if record and home not in seen and action.verb != "keep":
             log("warning", "its device is no longer configured; what runs there is forgotten",
                 deployment=action.deployment_id, device=home)
-        moves = home != action.device_id and action.target and action.verb != "clear"
-        if not record or moves:
+        if not record or home != action.device_id and action.target and action.verb != "clear":
             target = action.target or Target(action.deployment_id, "", 0, None, None)
             record = make_record(target, action.device_id)
         sight = seen[action.device_id]
@@ -1164,7 +1163,7 @@ def apply_removal(step):
         yield step.fail(record, name if name in names else None, ComponentError(code, error.message))
         return
     remove_folder(step.store.path("deployments", step.action.key))
-    yield dict(set_component(record, None, "removed"), state="removed", running=None, previous=None)
+    yield dict(set_component(record, None, "removed"), running=None, previous=None)
 
 
 def clear(step):
