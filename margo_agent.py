@@ -572,8 +572,7 @@ class Agent:
         if record and home not in seen and action.verb != "keep":
             log("warning", "its device is no longer configured; what runs there is forgotten",
                 deployment=action.deployment_id, device=home)
-        moves = home != action.device_id and action.target and action.verb != "clear"
-        if not record or moves:
+        if not record or home != action.device_id and action.target and action.verb != "clear":
             target = action.target or Target(action.deployment_id, "", 0, None, None)
             record = make_record(target, action.device_id)
         sight = seen[action.device_id]
@@ -1164,7 +1163,7 @@ def apply_removal(step):
         yield step.fail(record, name if name in names else None, ComponentError(code, error.message))
         return
     remove_folder(step.store.path("deployments", step.action.key))
-    yield dict(set_component(record, None, "removed"), state="removed", running=None, previous=None)
+    yield dict(set_component(record, None, "removed"), running=None, previous=None)
 
 
 def clear(step):
@@ -1557,13 +1556,12 @@ def ask_others(answering, known=None):
     return list(others.values())
 
 
-def observe_all(drivers, record, claim=None):
+def observe_all(drivers, record):
     """Every container of ours on one device, as far as a deployment may have some there.
 
-    claim: as for list_looks.  Raises CommandError where something does not answer.
+    Raises CommandError where something does not answer.
     """
-    looks = list_looks(drivers, [record], claim)
-    return [container for function in looks.values() for container in function()]
+    return [container for look in list_looks(drivers, [record]).values() for container in look()]
 
 
 def find_kinds(record, target=None):
@@ -11491,9 +11489,9 @@ class HelmDriver:
     def check(self, claim):
         """What `doctor` says of this driver; raises CommandError."""
         record = {"deploymentId": "", "components": []}
-        version = self.run(["version", "--short"], 60).stdout.decode("utf-8", "replace").strip()
-        count = len(self.observe([record], claim))
-        return f"helm {make_printable(version, 60)} answers, {count} releases of ours"
+        output = self.run(["version", "--short"], 60).stdout.decode("utf-8", "replace")
+        version = make_printable(output.strip(), 60)
+        return f"helm {version} answers, {len(self.observe([record], claim))} releases of ours"
 
     def prepare(self, deployment, component, known, store, fetched):
         """Fetches and verifies the chart and makes the values, and touches nothing that runs.
