@@ -1751,7 +1751,8 @@ class HttpSource:
         if coding not in (None, "identity"):
             log("info", "an answer is coded, which was not asked for; it is taken as it came", coding=coding,
                 request=f"{method} {path}")
-        return check_response(response, f"{method} {self.url}{path}", accepted, now, self.client_id)
+        denial = f"the WFM does not accept this client, {self.client_id}: register it there"
+        return check_response(response, f"{method} {self.url}{path}", accepted, now, denial)
 
     def fetch_manifest(self, etag):
         """The answer to a request for the state manifest; 304 where it still has the ETag."""
@@ -2450,7 +2451,8 @@ def load_own(config, make):
                              f" openssl pkcs12 -nokeys, with -in {path} -out client.pem")
         chain = parse_pem(data.decode("ascii", "replace"))
         if not chain:
-            raise ValueError("it holds no certificate in PEM, which begins with -----BEGIN CERTIFICATE-----")
+            raise ValueError("it holds no certificate in PEM, which is ascii text from -----BEGIN"
+                             " CERTIFICATE----- on")
         return make(parse_certificate(chain[0]))
     except (StorageError, ValueError) as error:
         raise Untrusted(f"identity.certificate {path}: {error}") from None
@@ -5967,8 +5969,8 @@ class Registry:
                     log("warning", "no token from the registry", registry=self.host, reason=str(error))
         words = f"asks for a login; set registries.{self.host}.username and password_file"
         if basic:
-            words = (f"refuses the login of {self.settings.username} by registries.{self.host}.password_file"
-                     f" {self.settings.password_file}")
+            words = (f"refuses the login of {self.settings.username}; mend registries.{self.host}.username"
+                     f" and password_file {self.settings.password_file}")
         raise ComponentError("PULL_UNAUTHORIZED", f"registry {self.host} {words}")
 
 
@@ -6804,12 +6806,12 @@ def find_verdict(status):
     return Unreachable if status in (408, 429) or status >= 500 else Refused
 
 
-def check_response(response, where, accepted, now, client="this client"):
+def check_response(response, where, accepted, now, denial="the WFM does not accept this client"):
     """Returns the response if its status is one of `accepted`, else raises what it means (protocol 10).
 
-    client: who asked.  The problem's type decides where it is one of Margo's (C-053), the status where it is
-    not (C-054).  What says of itself whether it can be retried is believed (C-057).  The code of Refused is
-    the type, or `HTTP <status>`.
+    denial: what that means, in words.  The problem's type decides where it is one of Margo's (C-053), the
+    status where it is not (C-054).  What says of itself whether it can be retried is believed (C-057).  The
+    code of Refused is the type, or `HTTP <status>`.
     """
     if response.status in accepted:
         return response
@@ -6824,7 +6826,7 @@ def check_response(response, where, accepted, now, client="this client"):
     facts = {"status": response.status, "strategy": problem.strategy,
              "retry_after": limit_wait(problem.retry_after, now) if wait is None else wait}
     if denied or verdict is Untrusted and not known:
-        raise Untrusted(f"{message}; {client} is not accepted there: register it", **facts)
+        raise Untrusted(f"{message}; {denial}", **facts)
     retryable = problem.retryable
     if not isinstance(retryable, bool):
         retryable = verdict is Unreachable and problem.strategy != "none"
@@ -6832,7 +6834,7 @@ def check_response(response, where, accepted, now, client="this client"):
         if response.status >= 500:
             message += "; that is the server's own trouble, see its operator"
         if facts["retry_after"]:
-            message += f"; it asks to wait until {make_time(now + facts['retry_after'])}"
+            message += f"; it wants to be left alone until {make_time(now + facts['retry_after'])}"
         raise Unreachable(message, **facts)
     if response.status in (301, 302, 303, 307, 308):
         message += ("; redirects are not followed: set wfm.url, or the setting this address came from,"
@@ -9924,7 +9926,8 @@ class GitSource:
                     headers["Authorization"] = self.header
                 where = f"{self.url}/info/refs?service={service}"
                 answer = request("GET", where, headers, None, context, wfm.timeout, MAX_ANSWER)
-                check_response(answer, self.url, (200,), time.time(), "the token of git.token_file")
+                check_response(answer, self.url, (200,), time.time(),
+                               "the server does not accept the token of git.token_file")
             except MargoError as fault:
                 return fault
         elif service == "git-upload-pack" and not self.url.startswith("file://") and ask_ssh(self.url,
