@@ -4885,7 +4885,7 @@ def to_test(value, where):
     words = to_list(value, where)
     if not isinstance(value, list) and value != "NONE":
         words = ["CMD-SHELL"] + words
-    if len(words) < {"NONE": 1, "CMD-SHELL": 2, "CMD": 2}.get(words[0] if words else "", len(words) + 1):
+    if not (words == ["NONE"] or words[:1] == ["CMD"] != words or words[:-1] == ["CMD-SHELL"]):
         raise make_fault(f"{where}: expected a text, [CMD, …], [CMD-SHELL, text] or [NONE]")
     return words
 
@@ -4931,8 +4931,8 @@ def to_limit(item, where):
 
 def to_source(item, where):
     """One of the top-level `configs` or `secrets` as (where its text comes from, what it is there)."""
-    keys = ("file", "content", "environment") if isinstance(item, Settings) else ()
-    given = [(key, item[key]) for key in keys if item[key] is not None]
+    given = [(key, item[key]) for key in ("file", "content", "environment")
+             if isinstance(item, Settings) and item[key] is not None]
     if len(given) != 1:
         raise make_fault(f"{where}: expected one of file, content, environment")
     return given[0]
@@ -5127,8 +5127,9 @@ def read_value(value, form, where="", variables=None):
         result = Settings()
         for key in value if each else {**value, **form}:
             place = f"{where}.{key}" if where else key
-            if each or key in form:
-                result[key] = read(value.get(key), each or form[key], place)
+            part = each or form.get(key)
+            if part:
+                result[key] = read(value.get(key), part, place)
             elif not key.startswith("x-"):
                 unknown.append((place, key, list(form)))
         return result
@@ -5163,9 +5164,8 @@ def make_volumes(document, workload):
     for name, value in document.volumes.items():
         where = f"volumes.{name}"
         options = value.driver_opts or {}
-        form = {"type": "tmpfs", "device": "tmpfs", "o": f"(({TMPFS_OPTION}),?)*"}
-        harmless = options.get("type") == "tmpfs" and set(options) <= set(form)
-        if options and not (harmless and all(re.fullmatch(form[key], options[key]) for key in options)):
+        text = "\0".join(f"{key}={item}" for key, item in sorted(options.items()))
+        if options and not re.fullmatch(f"(device=tmpfs\0)?(o=(({TMPFS_OPTION}),?)*\0)?type=tmpfs", text):
             deny(f"{where}.driver_opts",
                  "only those of a tmpfs are supported; a folder of the host is named where it is mounted")
         volumes[name] = make_shared(name, value, workload, where, make_arguments("--opt", options))
@@ -5173,8 +5173,7 @@ def make_volumes(document, workload):
 
 
 # Words that an engine takes for a mode where the name of a network is expected.
-MODES = ("host", "none", "bridge", "private", "default", "nat", "slirp4netns", "pasta", "container", "pod",
-         "ns")
+MODES = "host none bridge private default nat slirp4netns pasta container pod ns".split()
 
 
 def make_networks(document, workload):
@@ -5285,8 +5284,8 @@ def make_arguments(option, value):
 
 
 # What podman takes several of in one argument, as a line of comma-separated values.
-LISTED = ("--add-host", "--cap-add", "--cap-drop", "--device", "--dns", "--dns-option", "--dns-search",
-          "--group-add", "--log-opt", "--publish", "--sysctl", "--ulimit")
+LISTED = ("--add-host --cap-add --cap-drop --device --dns --dns-option --dns-search --group-add --log-opt"
+          " --publish --sysctl --ulimit").split()
 
 
 def make_single(argument):
@@ -5364,9 +5363,9 @@ def make_mounts(service, reading, where):
         if not mount.target.startswith("/") or ":" in mount.source + mount.target:
             raise make_fault(f"{place}: expected source:target[:options] with an absolute target")
         if mount.kind == "bind":
-            mount = mount._replace(found=reading.folder.look(mount.source))
+            found = reading.folder.look(mount.source)
             kept = [option for option in mount.options if option not in ("ro", "rw")]
-            mount = mount._replace(options=["ro"] + kept) if mount.found.own else mount
+            mount = mount._replace(found=found, options=["ro"] + kept if found.own else mount.options)
         elif mount.source and mount.source not in reading.volumes:
             raise make_fault(f"{place}: {make_printable(mount.source, 60)!r} is not among the top-level"
                              " volumes")
@@ -5440,8 +5439,8 @@ def may_have_address(arguments, address, engine):
     """
     import ipaddress
     subnets = [text[len("--subnet="):] for text in arguments or () if text.startswith("--subnet=")]
-    if arguments is None or not subnets:
-        return arguments is None or engine == "podman"
+    if arguments is None or engine == "podman" and not subnets:
+        return True
     try:
         return any(ipaddress.ip_address(address) in ipaddress.ip_network(text, False) for text in subnets)
     except ValueError:
@@ -5543,8 +5542,8 @@ MOUNT_OPTION = ("ro|rw|z|Z|copy|nocopy|cached|delegated|consistent|exec|noexec|n
 # What names nothing but the size of a tmpfs, its owner and what may be done in it.
 TMPFS_OPTION = "(size|mode|uid|gid|nr_inodes)=[0-9]+[kmgKMG%]?|ro|rw|exec|noexec|nosuid|nodev|noatime"
 LOG_OPTIONS = "max-size max-file max-buffer-size mode compress tag labels labels-regex env env-regex".split()
-LOG_DRIVERS = {"podman": ("json-file", "k8s-file", "journald", "none"),
-               "docker": ("json-file", "local", "journald", "syslog", "none")}
+LOG_DRIVERS = {"podman": "json-file k8s-file journald none".split(),
+               "docker": "json-file local journald syslog none".split()}
 # {key: what a service may ask for by it where policy.privileged is deny}; the capabilities are those that
 # every container has by itself, on each engine.
 HARMLESS = {
@@ -5651,13 +5650,13 @@ def make_project(document, workload, policy, engine, folder=None):
     D-18).  Everything is read once, into records, and policy is held against these.
     """
     services = document.get("services") if isinstance(document, dict) else None
-    if not services or not isinstance(services, dict):
+    if not (services and isinstance(services, dict)):
         raise make_fault("no services")
     folder = folder or Folder(workload.folder)
     notes = []
     variables = make_file_variables(workload, folder)
     document = dict(document, services=find_wanted(services, variables, notes))
-    document = read_value(document, FILE_FORM, variables=variables)
+    document = read_value(document, FILE_FORM, "", variables)
     reading = Reading(workload, policy, engine, folder, variables, make_volumes(document, workload),
                       make_networks(document, workload), make_contents(document, variables, folder),
                       find_aliases(document.services, notes))
@@ -5670,7 +5669,7 @@ def make_project(document, workload, policy, engine, folder=None):
 
 def make_file_variables(workload, folder):
     """The Variables of a file: its own defaults in `.env`, two that are compose's own, the parameters."""
-    variables = Variables(dict(workload.parameters))
+    variables = Variables(workload.parameters)
     if folder.look(".env").kind:
         variables.maps.append(parse_env_file(read_inside(folder, ".env", ".env"), variables, ".env"))
     variables.maps.insert(1, {"PWD": ".", "COMPOSE_PROJECT_NAME": workload.project})
@@ -5683,8 +5682,8 @@ def find_wanted(services, variables, notes):
     What an image was built from is left out where it is named, and noted.
     """
     started = {}
-    owners = {service.get("container_name"): name for name, service in services.items()
-              if isinstance(service, dict) and isinstance(service.get("container_name"), str)}
+    owners = {f"container:{service['container_name']}": name for name, service in services.items()
+              if isinstance(service, dict) and "container_name" in service}
     profiles = set(variables.get("COMPOSE_PROFILES", "").split(","))
     for name, service in make_names(services, "services").items():
         where = f"services.{name}"
@@ -5699,7 +5698,7 @@ def find_wanted(services, variables, notes):
             service = {key: item for key, item in service.items() if key != "build"}
             notes.append(f"{where}.build is not used: the image is pulled")
         for key in ("network_mode", "pid", "ipc"):  # a container of ours has another name
-            owner = owners.get(str(service.get(key)).partition("container:")[2])
+            owner = owners.get(str(service.get(key)))
             service = dict(service, **{key: f"service:{owner}"}) if owner else service
         started[name] = service
     return started
