@@ -3839,11 +3839,11 @@ class ComposeDriver:
         own = find_registry(service.image)
         name = host + service.image[len(own):]
         platform = [argument for argument in service.arguments if argument.startswith("--platform=")]
-        program, options = self.make_access(host)
         if host != own and self.engine != "podman" and "@" in name:
             raise ComponentError("PULL_FAILED", "docker knows an image by its digest under its registry's own"
                                  " name alone; give the daemon this mirror instead")
         before = host == own or not self.run(["image", "inspect", "--format={{.Id}}", name], 60).code
+        program, options = self.make_access(host)
         command = program + ["pull", "--quiet"] + platform + options + [name]
         try:
             output = run_command(command, timeout, env=environ, watch=follow_pull(name, environ))

@@ -92,7 +92,7 @@ class Output(support.DeviceCase):
         self.device.cycle()
         status = self.device.status()
         self.assertEqual(set(status), {"version", "profile", "enrolled", "identity", "desiredState", "lastPoll", "outbox", "deployments", "dropped",
-                                       "others"})
+                                       "others", "waits"})
         self.assertEqual((status["profile"], status["enrolled"], status["identity"]["id"]), ("mtls", True, support.CLIENT_ID))
         self.assertEqual(status["desiredState"]["version"], 1)
         for moment in (status["identity"]["notAfter"], status["desiredState"]["acceptedAt"], status["lastPoll"]["at"]):
