@@ -3860,8 +3860,8 @@ class ComposeDriver:
         if host != own and self.engine != "podman" and "@" in name:
             raise ComponentError("PULL_FAILED", "docker knows an image by its digest under its registry's own"
                                  " name alone; give the daemon this mirror instead")
-        program, options = self.make_access(host)
         before = host == own or not self.run(["image", "inspect", "--format={{.Id}}", name], 60).code
+        program, options = self.make_access(host)
         command = program + ["pull", "--quiet"] + platform + options + [name]
         try:
             output = run_command(command, timeout, env=environ, watch=follow_pull(name, environ))
