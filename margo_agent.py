@@ -29,10 +29,10 @@ optional ones and the command line, which stand at the end, use all of it, and n
    6 Deployment status            18 Transport                      30 Helm (optional)
    7 Devices                      19 Store                          31 Gateway (optional)
    8 Turns                        20 Patience                       32 Hooks (optional)
-   9 Desired-state source         21 Configuration                  33 Doctor (optional)
-  10 Desired state                22 X.509                          34 Commands for people (optional)
-  11 Identity and trust           23 YAML                           35 Command line
-  12 Eligibility                  24 Small encodings
+   9 Desired-state source         21 Configuration                  33 Image policy (optional)
+  10 Desired state                22 X.509                          34 Doctor (optional)
+  11 Identity and trust           23 YAML                           35 Commands for people (optional)
+  12 Eligibility                  24 Small encodings              36 Command line
 "C-nnn" and "E-nnn" in comments and docstrings are rules of Margo's protocol and of its drafts
 (tests/data/rules.txt), "P-nn" and "D-nn" are mistakes of other agents, which a test of the same mark keeps
 out; "F-nn" and "K-nn" are what fleets and compose files met.
@@ -62,10 +62,12 @@ PROFILES = {}                       # {wfm.profile: its Profile class}
 OPTIONS = {"enroll": {}}            # {command: {option: (name of its value, function of config and value)}}
 COMMANDS = {}                       # {name: (its function, to an exit code or nothing for 0; its options,
                                     # each with what follows it; its operands)}; its docstring is its help
+JUDGES = []                         # functions of (image, config) to the name by which it is pulled, once
+                                    # nothing speaks against it; else ComponentError
 DRIVERS = {}                        # {deployment type: function of (config, child, others) to its driver or
                                     # None}
 EXAMINE = {}                        # {what `doctor` checks: function of the Agent to (ok or warn, words)}
-TRACES = []                         # names in the state directory that `unenroll` removes
+TRACES = ["registries"]             # names in the state directory that `unenroll` removes
 
 KIB = 1024
 MIB = 1024 * KIB
@@ -147,16 +149,16 @@ class MargoError(Exception):
         vars(self).update(facts)
 
 
-def define_fault(name, exit, code, meaning, base=MargoError, result="failed"):
+def define_fault(name, exit, code, meaning, base=MargoError, result=""):
     """A kind of MargoError: its exit code, stable text, meaning (its docstring) and word for `lastPoll`."""
-    return type(name, (base,), {"exit": exit, "code": code, "__doc__": meaning, "result": result})
+    return type(name, (base,), {"exit": exit, "code": code, "__doc__": meaning,
+                                "result": result or base.result})
 
 
 ConfigError = define_fault("ConfigError", 2, "CONFIGURATION", "The command line or configuration is wrong.")
 Unreachable = define_fault("Unreachable", 3, "UNREACHABLE", "The WFM cannot be reached or asks for patience.",
                            result="unreachable")
-Silence = define_fault("Silence", 3, "UNREACHABLE", "No request is made now; not a fault.", Unreachable,
-                       "unreachable")
+Silence = define_fault("Silence", 3, "UNREACHABLE", "No request is made now; not a fault.", Unreachable)
 Waiting = define_fault("Waiting", 3, "REMOVALS_UNCONFIRMED", "So much is removed only once it is confirmed.",
                        result="refused")
 Interrupted = define_fault("Interrupted", 3, "INTERRUPTED", "The process was asked to end before its time.")
@@ -191,6 +193,9 @@ class ComponentError(MargoError):
 
     def __init__(self, code, message, **facts):
         super().__init__(message[:MAX_MESSAGE] + ("..." if len(message) > MAX_MESSAGE else ""), code, **facts)
+
+
+TROUBLE = (ComponentError, CommandError, MemoryError)       # what fails one deployment and not the cycle
 
 
 class Forbidden(ComponentError):
@@ -296,10 +301,9 @@ class Agent:
         self.starting = 0                           # seconds until the first contact since the device started
 
     def cycle(self):
-        """One cycle: every step in turn.  Returns an Outcome.
+        """One cycle: every step in turn.  Returns an Outcome, which tells what went wrong.
 
-        Raises Locked where another instance works, StorageError where the state cannot be read; all other
-        faults are in the Outcome.
+        Raises Locked where another instance works, StorageError where the state cannot be read.
         """
         with self:
             began = time.time()
@@ -380,10 +384,7 @@ class Agent:
             self.state["patience"] = make_patience(self.state["patience"], error, clock, get_random())
 
     def exchange(self):
-        """Speaks with the WFM: capabilities where they changed, the outbox, the desired state.
-
-        A WFM that does not take a report is polled all the same (P-9).
-        """
+        """Speaks with the WFM.  One that does not take what is reported is polled all the same (P-9)."""
         if self.silent:
             return
         self.check_patience()
@@ -409,14 +410,13 @@ class Agent:
         if not accepted:
             return self.source.fetch_desired(None, self.store.load_artifact)
         memo = self.store.load_memo()
-        digest, etag = memo.get("etag") or ("", "")
-        etag = etag if digest == accepted["digest"] else accepted["etag"]
+        etag = memo.get("etags", {}).get(accepted["digest"], accepted["etag"])
         needed = [target.digest for target in list_targets(accepted) if self.is_needed(target)]
         lost = None in map(self.store.load_artifact, needed)        # it is fetched again (D-9)
         asked = dict(accepted, etag=etag, incomplete=lost)
         desired = self.source.fetch_desired(asked, self.store.load_artifact)
         if not desired and asked["etag"] != etag:
-            memo["etag"] = [accepted["digest"], asked["etag"]]
+            memo["etags"] = {accepted["digest"]: asked["etag"]}
         return desired
 
     def report_capabilities(self, always=False):
@@ -506,8 +506,7 @@ class Agent:
     def reconcile(self, accepted=None):
         """Makes what runs match what was accepted.
 
-        An engine that does not answer is not an empty one: what runs there is left alone, and CommandError
-        says so (D-16).
+        An engine that does not answer is not an empty one: it is left alone, and CommandError says so (D-16).
         """
         accepted = accepted or self.state["accepted"]
         if not accepted:
@@ -620,13 +619,10 @@ class Agent:
         self.state["deployments"][step.action.key] = record
         enqueue_status(self.state, record)
         self.store.save_state(self.state)
-        self.silent = not self.flush_outbox() or self.silent    # one time-out is enough
+        self.silent |= not self.flush_outbox()      # one time-out is enough
 
     def flush_outbox(self):
-        """Sends every waiting status that is due, oldest first; whether the WFM could be reached.
-
-        One that it does not take waits by a back-off of its own, and holds up nothing else (P-9).
-        """
+        """Sends every status that waits and is due, oldest first; whether the WFM could be reached."""
         state = self.state
         for key, status in list(state["outbox"].items()):
             clock = get_clock()
@@ -644,7 +640,7 @@ class Agent:
                     log("warning", words, deployment=key, reason=error.message)
                 else:
                     log("error", f"{words}; it is dropped", deployment=key, reason=error.message)
-                answered = bool(error.status) or isinstance(error, Refused)
+                answered = error.status or isinstance(error, Refused)
                 if error.retry_after or not answered:
                     return answered                 # the others come next time
         return True
@@ -683,7 +679,7 @@ def judge_cycle(fault, changed, failed, waiting):
     deployment has failed.  waiting: whether a report waits to be taken.
     """
     silence = bool(fault) and not fault.exit
-    code = max(fault.exit if fault else 0, 1 if failed else 0, 3 if waiting and not silence else 0)
+    code = max(fault.exit if fault else 0, int(failed), 3 if waiting and not silence else 0)
     if fault and not silence:
         return fault.result, code
     if failed:
@@ -795,8 +791,7 @@ def make_action(target, record, containers, clock, settle, mark):
         return act("install", "new")
     if state != "installed":
         return act(change, f"was interrupted while {state}")
-    services = {item["name"]: item["services"] for item in record["components"]}
-    culprit, words = find_drift(services, containers, clock.now, settle)
+    culprit, words = find_drift(list_parts(record, "services"), containers, clock.now, settle)
     if words and pause:
         words += f" although it was repaired {record['repair']['failures']} times"
         return act("give_up", f"{words}; next attempt at {make_time(clock.now + pause)}", culprit)
@@ -899,6 +894,14 @@ class Step:
             raise ComponentError("UNSUPPORTED_TYPE", words)
         return self.sight.drivers[kind]
 
+    def load_deployment(self, digest):
+        """The Deployment of a revision; raises ComponentError where its document is lost, or none."""
+        target = Target(self.action.deployment_id, digest, 0, None, None)
+        target = read_target(target, self.store.load_artifact, self.config)
+        if target.error:
+            raise target.error
+        return target.deployment
+
     def look(self, record):
         """Looks anew at what there is of a deployment; raises CommandError."""
         self.sight = self.sight._replace(containers=observe_all(self.sight.drivers, record))
@@ -994,10 +997,7 @@ class Installation:
                 notices.remove(change)
 
     def take_turn(self, ports):
-        """Waits for its turn, and frees its own ports first where others wait for them.
-
-        What moves is then removed from where it was.
-        """
+        """Waits for its turn, after freeing its ports where others wait for them; then clears what moves."""
         step = self.step
         verb = "stop"
         while verb == "stop":
@@ -1005,9 +1005,8 @@ class Installation:
             if verb == "fail":
                 raise ComponentError("PORT_IN_USE", words)
             while step.before:
-                other = step.before.pop()
                 try:
-                    clear(other)
+                    clear(step.before.pop())
                 except (CommandError, ComponentError) as error:
                     if isinstance(error, Forbidden):
                         raise
@@ -1034,21 +1033,16 @@ class Installation:
         return self.step.fail(self.record, name, ComponentError(code, words, retry_after=error.retry_after))
 
     def undo(self, deployment=None):
-        """Brings the version before back, or else removes what a first installation has begun.
-
-        Returns what came of it, in words.
-        """
+        """Brings the version before back, or removes what was begun; what came of it, in words."""
         try:
             return self.go_back() if self.record["running"] else self.take_back(deployment)
-        except (ComponentError, CommandError, MemoryError) as error:
+        except TROUBLE as error:
             words = f"going back failed too: {to_fault(error).message}"
             log("error", words, deployment=self.record["deploymentId"])
             return words
 
     def take_back(self, deployment):
-        """Removes what was begun, so that nothing crashes on and on; what ran before it, of a state that was
-        lost, runs again.
-        """
+        """Leaves nothing that crashes on and on; what ran before it, of a lost state, runs again."""
         before = find_containers(deployment.deployment_id, self.step.sight.containers)
         if before and self.record.get("found"):
             driver = self.step.get_driver(before[0].type)
@@ -1061,8 +1055,7 @@ class Installation:
         """Makes the version before run."""
         before = self.record["running"]
         self.services = {}
-        deployment = load_deployment(self.record["deploymentId"], before["digest"], self.step.store,
-                                     self.step.config)
+        deployment = self.step.load_deployment(before["digest"])
         list(self.run(deployment, before["packages"], before["services"], rollback=True))
         log("warning", "rolled back; the version before runs again", deployment=self.record["deploymentId"],
             digest=before["digest"])
@@ -1073,8 +1066,7 @@ class Installation:
 def apply_install(step):
     """Makes one deployment as its target says, new or not; a failure ends in a failed record."""
     target, record = step.action.target, step.record
-    packages, services = ({item["name"]: item[part] for item in record["components"]}
-                          for part in ("package", "services"))
+    known = list_parts(record, "package"), list_parts(record, "services")
     running = record["running"]
     if running and running["digest"] == target.digest == record["adopted"]["digest"]:
         record = count_repair(record, get_clock())
@@ -1083,9 +1075,9 @@ def apply_install(step):
     job = Installation(begin_record(record, target), step)
     yield job.record
     try:
-        yield from job.run(target.deployment, packages, services)
+        yield from job.run(target.deployment, *known)
         yield finish_record(job.record, make_mark(step.config.runtime.environment))
-    except (ComponentError, CommandError, MemoryError) as error:
+    except TROUBLE as error:
         yield job.fail(to_fault(error), target.deployment)
 
 
@@ -1107,7 +1099,7 @@ def apply_give_up(step):
              if (container.component, container.service) == culprit]
     try:                                            # without its document nobody knows what to mask
         digest = record["adopted"]["digest"]
-        deployment = load_deployment(record["deploymentId"], digest, step.store, step.config)
+        deployment = step.load_deployment(digest)
         secrets = make_variables(deployment, culprit[0]).values()
         words = step.get_driver(deployment.type).tail_log((there or [""])[-1], secrets)
     except MargoError:
@@ -1141,8 +1133,8 @@ def apply_removal(step):
     yield record
     try:                                            # listeners are told of it
         digest = (record["running"] or record["adopted"])["digest"]
-        deployment = load_deployment(record["deploymentId"], digest, step.store, step.config)
-    except ComponentError:
+        deployment = step.load_deployment(digest)
+    except (ComponentError, StorageError):
         deployment = make_nothing(record)
     names = [component["name"] for component in record["components"]]
     known = [(name, record["type"]) for name in names[::-1]]
@@ -1155,13 +1147,13 @@ def apply_removal(step):
     try:
         with Notices(step) as notices:
             for change in changes:
-                name = change.name if change.name in names else None
+                name = change.name
                 step.get_driver(change.kind)        # it may run still
                 notices.ask(change)
             for change in changes:
-                name = change.name if change.name in names else None
+                name = change.name
                 notices.remove(change)
-                if name and change.kind == record["type"]:
+                if (name, change.kind) in known:
                     record = set_component(record, name, "removed")
                     if record["state"] != "removed":            # said below, once nothing is left
                         yield record
@@ -1169,7 +1161,7 @@ def apply_removal(step):
         log("error", "removal failed", deployment=record["deploymentId"], component=name,
             reason=error.message)
         code = error.code if isinstance(error, ComponentError) else "REMOVE_FAILED"
-        yield step.fail(record, name, ComponentError(code, error.message))
+        yield step.fail(record, name if name in names else None, ComponentError(code, error.message))
         return
     remove_folder(step.store.path("deployments", step.action.key))
     yield dict(set_component(record, None, "removed"), state="removed", running=None, previous=None)
@@ -1218,15 +1210,6 @@ def find_dropped(record, deployment, containers, rollback=False):
     there = find_components(deployment.deployment_id, containers)
     return [Change("removal", name, record, deployment, rollback, kind) for name, kind in there
             if (name, kind) not in wanted]
-
-
-def load_deployment(deployment_id, digest, store, config):
-    """The Deployment of a revision; raises ComponentError where its document is lost, or none."""
-    load = store.load_artifact if digest else {}.get            # there is none of what was never known
-    target = read_target(Target(deployment_id, digest, 0, None, None), load, config)
-    if target.error:
-        raise target.error
-    return target.deployment
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1282,7 +1265,7 @@ def begin_record(record, target):
     if before != target.digest:
         record.update(retry={}, repair={}, fetched=[])
         if running and running["digest"] == before:             # from here on it is the version before
-            running = dict(running, services={name: component["services"] for name, component in old.items()})
+            running = dict(running, services=list_parts(record, "services"))
     return dict(record, adopted={"digest": target.digest, "version": target.version}, running=running,
                 fallback=bool(running and running["digest"] != target.digest))
 
@@ -1316,9 +1299,8 @@ def fail_record(record, component, error, clock, jitter, refused=False):
 def finish_record(record, mark=""):
     """The record once all of its revision is installed.  mark: make_mark of its environment."""
     images = {facts["image"] for item in record["components"] for facts in item["services"].values()} - {""}
-    packages = {item["name"]: item["package"] for item in record["components"]}
-    running = {"digest": record["adopted"]["digest"], "packages": packages, "images": sorted(images),
-               "mark": mark, "type": record["type"]}
+    running = {"digest": record["adopted"]["digest"], "packages": list_parts(record, "package"),
+               "images": sorted(images), "mark": mark, "type": record["type"]}
     before = record["running"]
     previous = before if before and before["digest"] != running["digest"] else record["previous"]
     return dict(record, running=running, previous=previous, retry={}, fetched=[], fallback=False,
@@ -1358,10 +1340,10 @@ def enqueue_status(state, record):
 
 
 def put_off_status(state, key, error, clock, jitter):
-    """What becomes of a status that the WFM has not taken, in words: it waits longer each time.
+    """What becomes of a status that the WFM has not taken, in words: it waits longer each time (P-9).
 
-    One that it refuses for good (400 and above) is dropped; and so is a `removed` that it has answered by
-    faults for a day: it may not know the deployment.
+    It is dropped where it is refused for good (400 and above), or is a `removed` that was answered by faults
+    for a day: the WFM may not know the deployment.
     """
     wait = make_hold(state["waits"].get(key, {}), error, clock, jitter)
     removed = state["outbox"][key]["status"]["state"] == "removed"
@@ -1493,11 +1475,12 @@ def obtain_claim(profile, device_id):
     An identity that cannot be read now counts as the one before.
     """
     owners = profile.state["owners"]
+    last = owner = (owners or [""])[-1]
     try:
         owner = make_owner(profile.identify(), device_id)
     except Untrusted:
-        owner = (owners or [""])[-1]
-    if owner not in ("", *owners[-1:]):
+        pass
+    if owner != last:
         before = [other for other in owners if other != owner]
         profile.state["owners"] = before[1 - HISTORY:] + [owner]
     return make_claim(owner, profile.state)
@@ -1629,7 +1612,7 @@ def find_needed(state):
     for record in state["deployments"].values():
         digests.update([record["adopted"]["digest"], *record["fetched"]])
         images.update(record["fetched"])
-        packages = [item["package"] for item in record["components"]]
+        packages = [*list_parts(record, "package").values()]
         images.update(facts["image"] for item in record["components"] for facts in item["services"].values())
         for version in filter(None, (record["running"], record["previous"])):
             digests.add(version["digest"])
@@ -1643,12 +1626,17 @@ def find_needed(state):
 # 8. Turns
 # ----------------------------------------------------------------------------------------------------------
 
+def list_parts(record, part):
+    """{component: a part of it} of a deployment's record."""
+    return {item["name"]: item[part] for item in record["components"]}
+
+
 def list_facts(record):
     """[facts] of each service of the version that runs, as far as known."""
-    services = [component["services"] for component in record["components"]]
+    services = list_parts(record, "services")
     if record["fallback"]:
-        services = record["running"]["services"].values()       # the version before runs still
-    return [facts for items in services for facts in items.values()]
+        services = record["running"]["services"]    # the version before runs still
+    return [facts for items in services.values() for facts in items.values()]
 
 
 def make_groups(actions, records):
@@ -1751,10 +1739,10 @@ class HttpSource:
     def __init__(self, config):
         self.config, self.url = config, config.wfm.url
 
-    def send(self, method, path, accepted, headers=None, document=None, limit=MAX_ANSWER):
+    def send(self, method, path, accepted, headers=(), document=None, limit=MAX_ANSWER):
         """One request to the WFM; raises what check_response raises."""
         body = None
-        headers = dict(headers or {})
+        headers = dict(headers)
         path = self.root + path
         if document is not None:
             body = make_json(document)
@@ -1769,12 +1757,11 @@ class HttpSource:
 
     def fetch_manifest(self, etag):
         """The answer to a request for the state manifest; 304 where it still has the ETag."""
-        headers = {"Accept": MANIFEST_TYPE}
-        accepted = (200,)                                                           # C-100
+        headers = {"Accept": MANIFEST_TYPE}                                         # C-100
         if etag:
             headers["If-None-Match"] = etag                                         # C-101
-            accepted = (200, 304)
-        return self.send("GET", "/deployments", accepted, headers, limit=self.config.policy.max_document)
+        return self.send("GET", "/deployments", (200, 304) if etag else (200,), headers,
+                         limit=self.config.policy.max_document)
 
     def fetch_desired(self, accepted, load_artifact):
         """None where nothing changed, else a Desired whose every byte is verified.
@@ -2818,6 +2805,7 @@ def fetch_trust_bundle(config, store, state, held, trust_domain, now, keep):
     check_sequence(bundle, trust, trust_domain)
     if bundle == held and trust.get("source") == url:
         return held
+    make_tls_context(bundle.anchors)                # OpenSSL can use them; else the one at hand stays
     if keep:
         write_file(store.path("trust-bundle.json"), answer.body)
     trust.update(source=url, sequence=bundle.sequence, refreshedAt=now, trustDomain=trust_domain)
@@ -3103,24 +3091,24 @@ def is_contained(expressions, value, combine):
 # below such a name, and a pattern that is found in the file, or among the names in that folder.
 PERIPHERAL_SIGNS = (
     ("gpu", "class/drm", "card[0-9]+"),
-    ("display", "class/drm", ".*", "status", "^connected"),
-    ("camera", "class/video4linux", ".*"),
+    ("display", "class/drm", ".+", "status", "^connected"),
+    ("camera", "class/video4linux", ".+"),
     ("microphone", "class/sound", "pcmC[0-9]+D[0-9]+c"),
     ("speaker", "class/sound", "pcmC[0-9]+D[0-9]+p"),
 )
 # Of a network interface the first row that fits.  What comes and goes with containers is of no kind, so that
 # the document does not change with them.
 INTERFACE_SIGNS = (
-    ("wifi", "class/net", ".*", "wireless", "."),
-    ("wifi", "class/net", ".*", "phy80211", "."),
+    ("wifi", "class/net", ".+", "wireless", "."),
+    ("wifi", "class/net", ".+", "phy80211", "."),
     ("cellular", "class/net", "wwan.*"),
-    ("cellular", "class/net", ".*", "uevent", "DEVTYPE=wwan"),
-    ("canbus", "class/net", ".*", "type", "^280$"),
-    ("", "class/net", "(lo|veth|br-|docker|podman|cni|virbr|tap|tun|wg|dummy|bond|vlan|vxlan|flannel).*"),
-    ("", "class/net", ".*", "bridge", "."),
-    ("ethernet", "class/net", ".*", "type", "^1$"),
-    ("bluetooth", "class/bluetooth", ".*"),
-    ("usb", "bus/usb/devices", ".*"),
+    ("cellular", "class/net", ".+", "uevent", "DEVTYPE=wwan"),
+    ("canbus", "class/net", ".+", "type", "^280$"),
+    ("", "class/net", "(?:lo|veth|br-|docker|podman|cni|virbr|tap|tun|wg|dummy|bond|vlan|vxlan|flannel).*"),
+    ("", "class/net", ".+", "bridge", "."),
+    ("ethernet", "class/net", ".+", "type", "^1$"),
+    ("bluetooth", "class/bluetooth", ".+"),
+    ("usb", "bus/usb/devices", ".+"),
     ("rs232", "class/tty", "ttyS.*", "type", "^(?!0$)."),
 )
 
@@ -3141,11 +3129,11 @@ def read_signs(root, signs):
     """{path in /sys: kind}, each by the first of some signs that fits."""
     found = {}
     for kind, folder, names, *inner in signs:
-        folder = os.path.join(root, "sys", folder)
-        for name in read_fact(folder).splitlines():
-            path = os.path.join(folder, name)
-            if re.fullmatch(names, name) and (not inner or re.search(inner[1], read_fact(path, inner[0]))):
-                found.setdefault(path, kind)
+        folder = f"{root}/sys/{folder}/"
+        for name in re.findall(f"(?m)^{names}$", read_fact(folder)):
+            path = folder + name
+            if path not in found and (not inner or re.search(inner[1], read_fact(path, inner[0]))):
+                found[path] = kind
     return found
 
 
@@ -3159,9 +3147,7 @@ def detect_properties(state_dir, root="/", hostname=False):
         cpu["architecture"] = ARCHITECTURES[os.uname().machine]
     memory = re.search(r"^MemTotal:\s+([0-9]+) kB", read_fact(root, "proc/meminfo"), re.M)
     disk = os.statvfs(state_dir if os.path.isdir(state_dir) else "/")
-    name = re.match("[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?", os.uname().nodename)
-    return {
-        **({"hostname": name.group()} if hostname and name else {}),
+    found = {
         "vendor": detect_text(root, "sys_vendor", "") or "unknown",
         "modelNumber": detect_text(root, "product_name", "model") or "unknown",
         "serialNumber": detect_text(root, "product_serial", "serial-number") or "unknown",
@@ -3171,6 +3157,10 @@ def detect_properties(state_dir, root="/", hostname=False):
         "peripherals": detect_peripherals(root),
         "interfaces": [{"type": kind} for kind in sorted(detect_interfaces(root))],
     }
+    name = re.match("[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?", os.uname().nodename)      # RFC 1123
+    if hostname and name:
+        found["hostname"] = name.group()
+    return found
 
 
 # What boards say that have nothing of their own to say: words for nothing, the name of the field itself, one
@@ -3279,7 +3269,11 @@ def report_devices(documents, source, state, always):
     of its own, and holds up nothing else.
     """
     known = (state["enrollment"] or {}).get("devices", {})
-    for device_id in [*documents, *sorted(set(known) - set(documents), reverse=True)]:
+    devices = [*documents, *sorted(set(known) - set(documents), reverse=True)]
+    for key in list(state["waits"]):                # also of a device that has gone before it was known
+        if key.partition(" ")[2] not in ["", *devices]:
+            del state["waits"][key]
+    for device_id in devices:
         key = f"capabilities {device_id}"
         wait = state["waits"].get(key, {})
         clock = get_clock()
@@ -3289,8 +3283,7 @@ def report_devices(documents, source, state, always):
             report_device(device_id, documents, source, state, always)
             state["waits"].pop(key, None)
         except (Refused, Unreachable, Untrusted) as error:
-            answered = error.status or isinstance(error, Refused)
-            if always or not state["enrollment"] or not answered:
+            if always or not state["enrollment"] or not (error.status or isinstance(error, Refused)):
                 raise
             log("error", "the WFM does not take the capabilities", device=device_id, reason=error.message)
             state["waits"][key] = make_hold(wait, error, clock, get_random())
@@ -3350,6 +3343,10 @@ Check = define("Check", "interval retries start",
 # How docker shows a container, in podman's form.
 DOCKER_FORM = ('{"Id":{{json .ID}},"Names":[{{json .Names}}],"State":{{json .State}},'
                '"Status":{{json .Status}},"Labels":{%s}}')
+PULL_NOTE = 60                      # seconds between two words about a pull
+LOG_LINES = 4000                    # of a log that are looked at for its end
+MAX_LOG = 256 * KIB                 # bytes of them
+RUNS_TOO = {"amd64": "386", "arm64": "arm"}         # what a processor usually runs beside its own
 # An engine's words for what does not run.
 AT_REST = ("exited", "created", "initialized", "stopped", "configured")
 
@@ -3637,9 +3634,10 @@ class ComposeDriver:
                             make_variables(deployment, name), self.config.runtime.environment, component.wait,
                             self.device_id, self.claim.owner)
         again = bool(known) and known["digest"] == package["digest"]
-        prepared = self.resolve(workload, PULL_TIMEOUT, again, fetched)
+        images = dict(known.get("images", {})) if again else {}
+        prepared = self.resolve(workload, PULL_TIMEOUT, again, fetched, images)
         self.ask_names(*prepared)
-        return prepared, package
+        return prepared, dict(package, images=images) if images else package
 
     def ask_names(self, workload, project):
         """Raises ComponentError where a name that a component needs is another owner's; touches nothing."""
@@ -3717,27 +3715,69 @@ class ComposeDriver:
         init = find_program("catatonit", everywhere)
         return lacks, [] if init else ["catatonit is not installed: `init: true` fails"]
 
-    def resolve(self, workload, timeout, again=False, fetched=None):
+    def resolve(self, workload, timeout, again=False, fetched=None, images=None):
         """The compose file read, checked and resolved, the images pulled.
 
         That is all that can fail without touching what runs (C-154, D-11).  again: this package ran here
         before; then an image that is here will do where its registry does not answer (P-1).  fetched: as in
-        prepare.
+        prepare.  images: {image of the file: the name by which it was found good}, kept up.
         """
         project = self.load_project(workload)
-        for service in project.services:
+        fetched = [] if fetched is None else fetched
+        images = {} if images is None else images
+        services = []
+        for service in project.services:            # all are judged before one is pulled
+            name = service.image
             try:
-                new = self.pull(service, timeout)
-                if fetched is not None:
-                    fetched += new
+                for judge in JUDGES:
+                    name = judge(name, self.config)
             except (ComponentError, CommandError) as error:
-                if not again or self.run(["image", "inspect", "--format={{.Id}}", service.image], 60).code:
-                    if isinstance(error, ComponentError):
-                        raise
-                    raise ComponentError("PULL_FAILED", f"image {service.image}: {error.message}") from None
-                log("warning", "the image that is here is used, as it cannot be pulled now",
-                    image=service.image, reason=error.message)
-        return workload, project
+                name = images.get(name, name)
+                self.excuse(error, name, again)
+            services.append(service._replace(image=name))
+            images.update({service.image: name} if name != service.image else {})
+        for service in services:
+            try:
+                fetched.extend(self.pull(service, timeout))
+            except (ComponentError, CommandError) as error:
+                self.excuse(error, service.image, again)
+        self.ask_images(services)
+        return workload, project._replace(services=services)
+
+    def ask_images(self, services):
+        """Raises ComponentError for an image that cannot run here, or lacks a health check that is awaited.
+
+        Both are found out before anything stops (K5, K18).
+        """
+        form = "{{.Host.Arch}}" if self.engine == "podman" else "{{.Architecture}}"
+        words = self.run(["info", f"--format={form}"], 60).stdout.decode("utf-8", "replace").strip()
+        own = ARCHITECTURES.get(words, words)
+        checked = set()
+        for service in services:
+            output = self.run(["image", "inspect", service.image], 60, "PULL_FAILED")
+            made_for, check = parse_answer(output.stdout, self.engine, lambda items: parse_image(items[0]))
+            named = [argument.partition("=")[0] for argument in service.arguments]
+            if "--platform" not in named and own and made_for not in (own, RUNS_TOO.get(own)):
+                raise ComponentError(
+                    "INSTALL_FAILED", f"image {service.image} is made for {made_for}, and this device is"
+                    f" {own}; a `platform` in the file says that it can run it all the same")
+            if "--no-healthcheck" not in named and (check or "--health-cmd" in named):
+                checked.add(service.name)
+        for service in services:
+            for other, (condition, _) in service.depends_on.items():
+                if condition == "service_healthy" and other not in checked:
+                    raise make_fault(f"services.{service.name}.depends_on.{other}: it has no health check"
+                                     " that could be awaited")
+
+    def excuse(self, error, image, again):
+        """Raises the error for which an image cannot be had, unless one that is here will do (P-1)."""
+        denied = error.code == "POLICY_DENIED"
+        if not again or denied or self.run(["image", "inspect", "--format={{.Id}}", image], 60).code:
+            code = error.code if isinstance(error, ComponentError) else "PULL_FAILED"
+            words = error.message if image in error.message else f"image {image}: {error.message}"
+            raise ComponentError(code, words, retry_after=error.retry_after)
+        log("warning", "the image that is here is used, as it cannot be pulled now", image=image,
+            reason=error.message)
 
     def load_project(self, workload):
         """The Project of a workload's compose file, its own files laid where they are mounted from.
@@ -3759,6 +3799,11 @@ class ComposeDriver:
             if self.remote and (service.files or any(mount.found for mount in service.mounts)):
                 raise make_fault(f"{where}: configs, secrets and bind mounts are files of the gateway, which"
                                  " a child device does not see")
+            for argument in () if self.remote else service.arguments:
+                option, _, path = argument.split(":")[0].partition("=")
+                # Docker would find that out when the old container is gone.
+                if option == "--device" and path.startswith("/") and not os.path.exists(path):
+                    raise make_fault(f"{where}.devices: this device has no {make_printable(path, 200)}")
             taken = [name for name in find_handed(service.environment) if name in self.environ]
             if taken:
                 raise make_fault(f"{where}.environment.{taken[0]}: the agent has a variable of this name, so"
@@ -3772,28 +3817,41 @@ class ComposeDriver:
 
         One that is there is not asked for again unless pull_policy says so (P-1).
         """
-        import errno
         present = self.run(["image", "inspect", "--format={{.Id}}", service.image], 60).code == 0
         if present and service.pull != "always":
             return []
         if service.pull == "never":
             raise ComponentError(
                 "PULL_FAILED", f"image {service.image} is not on the device, and pull_policy is never")
-        arguments = [argument for argument in service.arguments if argument.startswith("--platform=")]
         environ = self.clear_temporary(self.check_space(service.image))
-        host = find_registry(service.image)
-        program, options = self.make_access(host)
         log("info", "an image is pulled", image=service.image)
-        command = program + ["pull", "--quiet"] + arguments + options + [service.image]
-        output = run_command(command, timeout, env=environ)
+        ask_registries(find_registry(service.image), self.config,
+                       lambda registry: self.pull_from(registry.host, service, timeout, environ))
+        return [] if present else [service.image]
+
+    def pull_from(self, host, service, timeout, environ):
+        """Pulls a service's image from its registry, or from a mirror, whose name it then does not keep."""
+        import errno
+        own = find_registry(service.image)
+        name = host + service.image[len(own):]
+        platform = [argument for argument in service.arguments if argument.startswith("--platform=")]
+        if host != own and self.engine != "podman" and "@" in name:
+            raise ComponentError("PULL_FAILED", "docker knows an image by its digest under its registry's own"
+                                 " name alone; give the daemon this mirror instead")
+        program, options = self.make_access(host)
+        command = program + ["pull", "--quiet"] + platform + options + [name]
+        try:
+            output = run_command(command, timeout, env=environ, watch=follow_pull(name, environ))
+        finally:
+            remove_folder(os.path.join(self.config.state_dir, "registries"))
         if output.code:                             # a full disk is told of in the system's own words
             full = os.strerror(errno.ENOSPC).lower() in output.stderr.lower()
-            words = f"{self.engine} pull failed: {output.stderr[-1500:]}"
-            if (self.config.registries.get(host) or {}).get("mirror"):
-                words += (f"; registries.{host}.mirror serves packages only: give the engine a mirror of its"
-                          " own")
-            raise ComponentError("DISK_FULL" if full else "PULL_FAILED", words)
-        return [] if present else [service.image]
+            raise ComponentError("DISK_FULL" if full else "PULL_FAILED",
+                                 f"{self.engine} pull failed: {output.stderr[-1500:]}")
+        if host != own:                             # a digest becomes a tag here, and podman knows it by both
+            kept = re.sub("(:[^:/@]*)?@(sha256):", r":\2-", service.image)
+            self.run(["tag", name, kept], 60, "PULL_FAILED")
+            self.remove_image(name)
 
     def check_space(self, image):
         """The folder in which the engine keeps its images, "" where that is elsewhere.
@@ -3827,12 +3885,12 @@ class ComposeDriver:
     def make_access(self, host):
         """(command, options) with which the engine reaches a registry as `registries` says.
 
-        Credentials lie in a file of mode 0600.
+        Credentials lie in a file of mode 0600, for as long as the pull lasts.
         """
         settings = self.config.registries.get(host)
         if not settings:
             return [self.engine], []
-        folder = os.path.join(self.config.state_dir, "registries", sha256_digest(host.encode())[7:23])
+        folder = os.path.join(self.config.state_dir, "registries")
         create_folder(folder)
         program = [self.engine]
         options = []
@@ -4072,9 +4130,21 @@ class ComposeDriver:
             name = f"=container:{make_container_name(project, owner)}"
             now = f"=container:{job.current[owner]}"
             options = [option[:-len(name)] + now if option.endswith(name) else option for option in options]
+        if self.engine == "podman" and any(option.endswith(":host-gateway") for option in options):
+            address = self.ask_gateway(first[0])
+            options = [re.sub(":host-gateway\\Z", f":{address}", option) for option in options]
         if first[1] is not None:
             options += [f"--network-alias={alias}" for alias in [service.name] + first[1]] + first[2]
         return options
+
+    def ask_gateway(self, network):
+        """The host's address as a container in this network sees it; from 4.7 on podman knows it itself."""
+        version = self.run(["info", "--format={{.Version.Version}}"], 60, "INSTALL_FAILED").stdout.decode()
+        if [int(number) for number in re.findall("[0-9]+", version)[:2]] >= [4, 7]:
+            return "host-gateway"
+        form = "--format={{range .Subnets}}{{.Gateway}} {{end}}"
+        gateways = self.run(["network", "inspect", form, network], 60).stdout.decode().split()
+        return min(gateways, key=lambda item: ":" in item, default="127.0.0.1")
 
     def free_name(self, name):
         """Frees a name that storage alone holds, as a killed `podman create` leaves it; whether it was so."""
@@ -4258,15 +4328,17 @@ class ComposeDriver:
 
         The values of parameters are masked.
         """
+        if not container:
+            return ""
         try:
-            output = self.run(["logs", "--tail=20", container], 60) if container else Output(1, b"", "")
+            command = [self.engine, "logs", "--timestamps", f"--tail={LOG_LINES}", container]
+            output = run_command(command, 60, env=self.environ, limit=MAX_LOG, ends=True)
         except CommandError as error:
             return f"; its log cannot be had: {error.message}"
         if output.code:
             return ""
-        text = mask((output.stdout.decode("utf-8", "replace").strip() + "\n"
-                     + output.stderr).strip(), secrets)
-        return f"; its log ends: {make_printable(text[-2048:], 2048)}" if text else ""
+        text = mask(merge_logs(output.stdout, output.errors), secrets)[-2048:]
+        return f"; its log ends: {make_printable(text, 2048)}" if text else ""
 
     def stop(self, ids, deadline):
         """Stops containers within their own grace period, or kills them once the time is over.
@@ -4329,6 +4401,38 @@ class ComposeDriver:
             raise ComponentError("REMOVE_FAILED", f"container {container.name} is still there")
 
 
+def follow_pull(image, environ):
+    """A function to call while an image is pulled: it logs how far that is, each minute or so.
+
+    podman keeps what it has fetched of layers in its folder for temporary files, until they are unpacked.
+    """
+    start = time.monotonic()
+    due = [start + PULL_NOTE]
+
+    def tell():
+        now = time.monotonic()
+        if now < due[0]:
+            return
+        due[0] = now + PULL_NOTE
+        files = [os.path.join(folder, name) for folder, _, names in os.walk(environ.get("TMPDIR", ""))
+                 for name in names]
+        fetched = sum(os.path.getsize(path) for path in files if os.path.exists(path))
+        log("info", "an image is being pulled", image=image, seconds=int(now - start), fetched=fetched)
+    return tell
+
+
+def merge_logs(*streams):
+    """The last 20 lines of what a program said on two streams, each line behind its time, in their order.
+
+    An engine reads each stream by itself, in large pieces: where a program talks a lot, the end of one may
+    come long before that of the other.  So up to ten lines of each are there.
+    """
+    said, errors = [stream.decode("utf-8", "replace").strip().splitlines() for stream in streams]
+    last = said[min(10, len(errors)) - 20:] + errors[min(10, len(said)) - 20:]
+    last.sort(key=lambda line: line.partition(" ")[0])
+    return "\n".join(line.partition(" ")[2] for line in last).strip()
+
+
 def part_containers(containers, claim):
     """([Container] of ours, [Container] of others): from here on nobody sees what is not ours."""
     parts = {True: [], False: []}
@@ -4352,6 +4456,12 @@ def parse_seen(item):
     volumes = {make_path(mount["Destination"]): mount["Name"] for mount in mounts}
     return item["Id"], Shown(state["Status"], state.get("ExitCode", 0), item.get("RestartCount", 0), health,
                              volumes, parse_check(item["Config"].get("Healthcheck") or {}))
+
+
+def parse_image(item):
+    """An element of what `image inspect` prints to (architecture, its Check or None)."""
+    check = item.get("Healthcheck") or (item.get("Config") or {}).get("Healthcheck") or {}
+    return item["Architecture"], parse_check(check)
 
 
 def parse_check(item):
@@ -4466,9 +4576,9 @@ Project = define("Project", "services networks volumes notes",
 Mount = define("Mount", "kind source target options found",
     "An item of `volumes` or `tmpfs`: bind, volume or tmpfs; host path or volume (\"\" for one without"
     " name), path in the container, engine's options; found: the Source of a bind mount.", None)
-Port = define("Port", "argument address numbers protocol",
+Port = define("Port", "argument address numbers protocol choice",
     "An item of `ports` as the engine takes it, and what it holds of the host: an address or \"\", a range of"
-    " ports, tcp, udp or sctp.")
+    " ports, tcp, udp or sctp; or the range of which the engine chooses one.")
 Attachment = define("Attachment", "network aliases options",
     "What a container joins: the engine's name of a network, further names in it, arguments; or a network"
     " mode, None, None.", None)
@@ -4663,6 +4773,11 @@ def to_list(value, where):
     return [to_text(item, where) for item in (value if isinstance(value, list) else [value])]
 
 
+def to_search(value, where):
+    """`dns_search`: a list of texts; an engine takes a dot for no search at all, which is "" in compose."""
+    return [text or "." for text in to_list(value, where)]
+
+
 def to_pairs(value, where):
     """A mapping, or a list of NAME=value, as {NAME: text or None}."""
     if isinstance(value, dict):
@@ -4681,7 +4796,8 @@ def to_labels(value, where):
     labels = to_values(value, where)
     if any(name.startswith(("org.margo.", "com.docker.compose.")) for name in labels):
         raise make_fault(f"{where}: org.margo.… and com.docker.compose.… are the agent's own")
-    return labels
+    return {name: text for name, text in labels.items()         # by these podman updates it behind our back
+            if not name.startswith(("io.containers.autoupdate", "PODMAN_SYSTEMD_UNIT"))}
 
 
 def to_words(value, where):
@@ -4699,7 +4815,7 @@ def to_words(value, where):
         elif double is not None:                    # a space is what YAML has made of a line end
             words[-1].append(re.sub(r'\\([$`"\\\n ])', lambda found: found.group(1).strip("\n"), double))
         else:
-            words[-1].append((single or plain or escaped or "").strip("\n" if escaped else ""))
+            words[-1] += [single or plain or escaped or ""] if escaped != "\n" else []
     return ["".join(parts) for parts in words if parts]
 
 
@@ -4721,7 +4837,7 @@ def to_hosts(value, where):
 
 def to_restart(value, where):
     """`restart`: the engine's own words."""
-    form = to_form("no|always|unless-stopped|on-failure(:[0-9]+)?", "a restart policy")
+    form = to_form("|no|always|unless-stopped|on-failure(:[0-9]+)?", "a restart policy")
     return "no" if value is False else form(value, where)
 
 
@@ -4733,7 +4849,7 @@ def to_external(value, where):
 def to_namespace(*words):
     """A reader of `pid`, `ipc` and their like: the words that are known, or service:NAME."""
     words += ("service:NAME",)
-    form = to_form("|".join(words).replace("NAME", ".+"), f"supported; known are {', '.join(words)}")
+    form = to_form("|" + "|".join(words).replace("NAME", ".+"), f"supported; known are {', '.join(words)}")
 
     def read_namespace(value, where):
         if re.match("container:|ns:", str(value)):
@@ -4827,9 +4943,10 @@ def to_port(item, where):
     text = f"[{address}]:" if ":" in address else address and f"{address}:"
     text += f"{published}:{target}" if text or published else target
     protocol = protocol.lower() or "tcp"
-    held = outside if published and len(inside) == len(outside) else ()         # else the engine chooses one
+    chosen = len(inside) < len(outside)
     return Port(text if protocol == "tcp" else f"{text}/{protocol}",
-                "" if re.fullmatch("[0.:]+", address) else address, held, protocol)
+                "" if re.fullmatch("[0.:]+", address) else address,
+                outside if published and not chosen else (), protocol, outside if chosen else ())
 
 
 def to_tmpfs(value, where):
@@ -4876,20 +4993,23 @@ def make_form(reader, names, **forms):
 
 # The keys of a service that are options of the engine ...
 SERVICE_OPTIONS = dict(
-    make_form(to_text, "user hostname working_dir stop_signal cpuset platform mac_address"),
+    make_form(to_text, "user working_dir stop_signal cpuset platform mac_address"),
+    hostname=to_form("(?s).{0,64}", "a host name of at most 64 characters"),
     **make_form(to_size, "mem_limit memswap_limit mem_reservation shm_size"),
     **make_form(to_number, "mem_swappiness oom_score_adj cpus cpu_period cpu_quota cpu_shares pids_limit"),
     **make_form(to_flag, "init read_only privileged tty stdin_open"),
-    **make_form(to_list, "cap_add cap_drop devices security_opt group_add dns dns_opt dns_search"),
+    **make_form(to_list, "cap_add cap_drop devices device_cgroup_rules security_opt group_add dns dns_opt"),
     pid=to_namespace("private", "host"), ipc=to_namespace("private", "shareable", "none", "host"),
-    userns_mode=to_form("host|auto|nomap|keep-id(:[a-z]+=[0-9]+(,[a-z]+=[0-9]+)*)?",
+    userns_mode=to_form("|host|auto|nomap|keep-id(:[a-z]+=[0-9]+(,[a-z]+=[0-9]+)*)?",
                         "host, auto, nomap or keep-id"),
-    stop_grace_period=to_grace, restart=to_restart, extra_hosts=to_hosts, labels=to_labels, sysctls=to_values,
+    dns_search=to_search, stop_grace_period=to_grace, restart=to_restart, extra_hosts=to_hosts,
+    labels=to_labels, sysctls=to_values,
     ulimits={None: (make_form(to_text, "soft hard"), to_limit)})
 # ... and keys whose options have other names.
 RENAMED = {"working_dir": "workdir", "mem_limit": "memory", "memswap_limit": "memory-swap",
            "mem_reservation": "memory-reservation", "mem_swappiness": "memory-swappiness",
-           "cpuset": "cpuset-cpus", "stdin_open": "interactive", "devices": "device", "dns_opt": "dns-option",
+           "cpuset": "cpuset-cpus", "stdin_open": "interactive", "devices": "device",
+           "device_cgroup_rules": "device-cgroup-rule", "dns_opt": "dns-option",
            "userns_mode": "userns", "stop_grace_period": "stop-timeout", "extra_hosts": "add-host",
            "labels": "label", "sysctls": "sysctl", "ulimits": "ulimit", "enable_ipv6": "ipv6",
            "ipv4_address": "ip", "ipv6_address": "ip6", "test": "health-cmd", "interval": "health-interval",
@@ -4940,7 +5060,7 @@ FILE_FORM = {"name": to_text, "version": to_text, "services": {None: SERVICE_FOR
 ADVICE = {"build": "nothing is built on a device; name what was built by `image`",
           "extends": "write its settings out",
           "include": "put everything into compose.yaml", "gpus": "name device files by `devices`",
-          "runtime": "the engine's own is used", "device_cgroup_rules": "name device files by `devices`",
+          "runtime": "the engine's own is used",
           "volumes_from": "name the volumes themselves",
           "external_links": "join a network that is `external`",
           "domainname": "put it into `hostname`", "label_file": "write them as `labels`",
@@ -5126,12 +5246,12 @@ def make_options(settings, keys):
 
 
 def make_arguments(option, value):
-    """What was read as arguments: a flag, one for each of a list, NAME=value for each name, none for None."""
+    """What was read as arguments: a flag, one for each of a list, NAME=value for each name; none for ""."""
     if value is None or isinstance(value, bool):
         return [option] if value else []
     if isinstance(value, dict):
         return [f"{option}={name}={item}" for name, item in sorted(value.items())]
-    return [f"{option}={item}" for item in (value if isinstance(value, list) else [value])]
+    return [f"{option}={item}" for item in (value if isinstance(value, list) else [value]) if item != ""]
 
 
 # What podman takes several of in one argument, as a line of comma-separated values.
@@ -5150,17 +5270,16 @@ def make_single(argument):
 def make_service_options(service, workload):
     """The arguments of a service that options of the engine take as they are.
 
-    A key of its own stands above `deploy`.
+    What `deploy` says stands above the service's own keys.
     """
     limits = service.deploy.resources.limits
-    options = {"cpus": limits.cpus, "mem_limit": limits.memory, "pids_limit": limits.pids,
-               "mem_reservation": service.deploy.resources.reservations.memory,
-               "restart": make_restart(service.deploy.restart_policy)}
-    options.update((key, service[key]) for key in SERVICE_OPTIONS if service[key] is not None)
+    deployed = {"cpus": limits.cpus, "mem_limit": limits.memory, "pids_limit": limits.pids,
+                "mem_reservation": service.deploy.resources.reservations.memory,
+                "restart": make_restart(service.deploy.restart_policy)}
+    options = {key: deployed.get(key) or service[key] for key in SERVICE_OPTIONS}
     options.update(blkio_weight=service.blkio_config.weight, log_driver=service.logging.driver,
-                   log_opt=service.logging.options)
-    for key in ("pid", "ipc"):
-        options[key] = make_namespace(options.get(key), workload)
+                   log_opt=service.logging.options, pid=make_namespace(service.pid, workload),
+                   ipc=make_namespace(service.ipc, workload))
     return make_options(options, sorted(options, key=lambda key: RENAMED.get(key, key)))
 
 
@@ -5169,6 +5288,12 @@ def make_restart(policy):
     word = {"none": "no", "on-failure": "on-failure"}.get(policy.condition, "always")
     attempts = f":{policy.max_attempts}" if word == "on-failure" and policy.max_attempts else ""
     return word + attempts if any(item is not None for item in policy.values()) else None
+
+
+def make_ports(ports, engine):
+    """Each of these Ports once.  Of a range for one port podman takes none, so it is the range's first."""
+    return [port._replace(argument=re.sub("-[0-9]+:", ":", port.argument), numbers=port.choice[:1])
+            if engine == "podman" and port.choice else port for port in dict.fromkeys(ports)]
 
 
 def find_ports(ports, variables, where):
@@ -5191,6 +5316,8 @@ def make_health(check, engine):
         test = f"CMD {test}"                        # a list of one would be for a shell
     elif kind == "CMD":
         test = " ".join(map(shlex.quote, words))
+    elif engine == "podman" and re.match(r"(?i)\[|cmd|none", test or ""):
+        test = f"CMD-SHELL {test}"                  # podman would take it for a list, or for one of its words
     keys = ("test", "interval", "timeout", "retries", "start_period")
     return make_options(dict(check, test=test), keys)
 
@@ -5223,7 +5350,8 @@ def make_mounts(service, reading, where):
 def make_mount_argument(mount):
     """A Mount as the engine takes it."""
     source = mount.found.path if mount.found else mount.source
-    parts = [part for part in (source, mount.target, ",".join(mount.options)) if part]
+    options = [option for option in mount.options if option != "consistent"]    # podman does not know it
+    parts = [part for part in (source, mount.target, ",".join(options)) if part]
     return ("--tmpfs=" if mount.kind == "tmpfs" else "--volume=") + ":".join(parts)
 
 
@@ -5252,7 +5380,7 @@ def make_attachments(name, service, reading, where):
 
     Where there is only a network mode, that alone.
     """
-    if service.network_mode is not None:
+    if service.network_mode:
         if service.networks:
             raise make_fault(f"{where}.network_mode: cannot stand beside networks")
         return [Attachment(make_namespace(service.network_mode, reading.workload), None)]
@@ -5262,10 +5390,30 @@ def make_attachments(name, service, reading, where):
         if network not in reading.networks:
             raise make_fault(f"{where}.networks: {make_printable(network, 60)!r} is not among the top-level"
                              " networks")
+        own, arguments = reading.networks[network]
+        for address in filter(None, (value.ipv4_address, value.ipv6_address)):
+            if not may_have_address(arguments, address, reading.engine):
+                raise make_fault(f"{where}.networks.{network}: {make_printable(address, 60)!r} lies in no"
+                                 " `subnet` of this network's `ipam`")
         options = make_options(value, ("ipv4_address", "ipv6_address", "mac_address"))
         aliases = dict.fromkeys((value.aliases or []) + reading.aliases.get(name, []))
-        joined.append(Attachment(reading.networks[network][0], list(aliases), options))
+        joined.append(Attachment(own, list(aliases), options))
     return joined
+
+
+def may_have_address(arguments, address, engine):
+    """Whether a network with these create arguments can give an address; nobody knows where it is external.
+
+    Docker gives none out of a subnet that it has chosen itself.
+    """
+    import ipaddress
+    subnets = [text[len("--subnet="):] for text in arguments or () if text.startswith("--subnet=")]
+    if arguments is None or not subnets:
+        return arguments is None or engine == "podman"
+    try:
+        return any(ipaddress.ip_address(address) in ipaddress.ip_network(text, False) for text in subnets)
+    except ValueError:
+        return False
 
 
 def make_container_name(project, service):
@@ -5370,7 +5518,8 @@ LOG_DRIVERS = {"podman": ("json-file", "k8s-file", "journald", "none"),
 HARMLESS = {
     "privileged": "(?!)", "oom_score_adj": "[^-].*", "pid": "private|service:.*",
     "ipc": "private|shareable|none|service:.*", "userns_mode": "(?!host).*", "devices": "(?!)",
-    "group_add": "(?!keep-groups).*", "security_opt": "no-new-privileges([:=]true)?",
+    "device_cgroup_rules": "(?!)", "group_add": "(?!keep-groups).*",
+    "security_opt": "no-new-privileges([:=]true)?",
     "cap_add": "(?i)(CAP_)?(CHOWN|DAC_OVERRIDE|FOWNER|FSETID|KILL|NET_BIND_SERVICE|SETFCAP|SETGID|SETPCAP|"
                "SETUID|SYS_CHROOT)"}
 
@@ -5475,7 +5624,7 @@ def make_project(document, workload, policy, engine, folder=None):
     folder = folder or Folder(workload.folder)
     notes = []
     variables = make_file_variables(workload, folder)
-    document = dict(document, services=find_wanted(services, notes))
+    document = dict(document, services=find_wanted(services, variables, notes))
     document = read_value(document, FILE_FORM, variables=variables)
     reading = Reading(workload, policy, engine, folder, variables, make_volumes(document, workload),
                       make_networks(document, workload), make_contents(document, variables, folder),
@@ -5495,12 +5644,15 @@ def make_file_variables(workload, folder):
     return variables
 
 
-def find_wanted(services, notes):
-    """The services that are started: those of no profile.
+def find_wanted(services, variables, notes):
+    """The services that are started: those of no profile, or of one that COMPOSE_PROFILES in `.env` names.
 
     What an image was built from is left out where it is named, and noted.
     """
     started = {}
+    owners = {service.get("container_name"): name for name, service in services.items()
+              if isinstance(service, dict) and isinstance(service.get("container_name"), str)}
+    profiles = set(variables.get("COMPOSE_PROFILES", "").split(","))
     for name, service in make_names(services, "services").items():
         where = f"services.{name}"
         # It becomes part of the name of a file.
@@ -5508,11 +5660,14 @@ def find_wanted(services, notes):
             raise make_fault(f"services: {make_printable(name, 60)!r} is not a service name")
         if not isinstance(service, dict):
             raise make_fault(f"{where}: expected a mapping")
-        if service.get("profiles") and to_list(service["profiles"], f"{where}.profiles"):
+        if service.get("profiles") and profiles.isdisjoint(to_list(service["profiles"], f"{where}.profiles")):
             continue
         if "build" in service and service.get("image"):
             service = {key: item for key, item in service.items() if key != "build"}
             notes.append(f"{where}.build is not used: the image is pulled")
+        for key in ("network_mode", "pid", "ipc"):  # a container of ours has another name
+            owner = owners.get(str(service.get(key)).partition("container:")[2])
+            service = dict(service, **{key: f"service:{owner}"}) if owner else service
         started[name] = service
     return started
 
@@ -5525,7 +5680,7 @@ def make_service(name, service, reading):
     mounts = make_mounts(service, reading, where)
     check_policy(where, service, reading.policy)
     check_logging(f"{where}.logging", service.logging, reading.engine)
-    ports = list(dict.fromkeys(service.ports))      # one that is listed twice is one
+    ports = make_ports(service.ports, reading.engine)
     held = find_ports(ports, reading.variables, f"{where}.ports")
     arguments = make_service_options(service, reading.workload)
     arguments += make_arguments("--publish", [port.argument for port in ports])
@@ -5674,6 +5829,7 @@ class Registry:
 
     def __init__(self, host, config):
         self.host, self.timeout = host, config.wfm.timeout
+        self.address = "registry-1.docker.io" if host == "docker.io" else host
         self.settings = config.registries.get(host) or make_settings({}, REGISTRY_SCHEMA, "", "", [])
         self.scheme = "http" if self.settings.insecure else "https"
         self.authorization = None
@@ -5685,7 +5841,7 @@ class Registry:
 
         Raises ComponentError PULL_UNAUTHORIZED, PULL_FAILED.
         """
-        url = f"{self.scheme}://{self.host}/v2/{name}/{path}"
+        url = f"{self.scheme}://{self.address}/v2/{name}/{path}"
         for attempt in range(2):
             response = self.fetch(url, accept, limit)
             if response.status != 401 or attempt:
@@ -5705,7 +5861,7 @@ class Registry:
             absent = response.status == 404
             hint = "there is no such package" if absent else "it cannot be served now, tried again later"
             wait = parse_retry_after(response.headers.get("Retry-After"), time.time())
-            raise ComponentError("PULL_FAILED", f"{where}; {hint}", retry_after=wait)
+            raise ComponentError("PULL_FAILED", f"{where}; {hint}", retry_after=wait, status=response.status)
         if len(response.body) > limit:
             raise ComponentError("PULL_FAILED",
                                  f"{url}: the answer is longer than {limit} bytes, all that policy allows")
@@ -5809,16 +5965,20 @@ def fetch_package(reference, config, store, kind="compose"):
 
     It is verified and kept; what is in the store already is not fetched again.  Raises ComponentError.
     """
-    mirror = (config.registries.get(reference.host) or {}).get("mirror")
+    return ask_registries(reference.host, config, lambda registry: fetch_from_registry(
+        reference, registry, config, store, kind))
+
+
+def ask_registries(host, config, ask):
+    """What `ask` has from the mirror of a registry, or from the Registry itself; raises ComponentError."""
+    mirror = (config.registries.get(host) or {}).get("mirror")
     try:
         if mirror:
-            return fetch_from_registry(
-                reference, Registry(re.sub("^https?://", "", mirror).rstrip("/"), config), config, store, kind
-            )
+            return ask(Registry(re.sub("^https?://", "", mirror).rstrip("/"), config))
     except ComponentError as error:
         log("warning", "the mirror does not serve it; the registry itself is asked", mirror=mirror,
             reason=error.message)
-    return fetch_from_registry(reference, Registry(reference.host, config), config, store, kind)
+    return ask(Registry(host, config))
 
 
 def fetch_from_registry(reference, registry, config, store, kind):
@@ -6121,11 +6281,12 @@ def unpack_package(data, digest, parent, max_unpacked, relaxed=False):
 # 17. Commands
 # ----------------------------------------------------------------------------------------------------------
 
-Output = define("Output", "code stdout stderr",
-                "How a program ended: exit code, stdout bytes, the end of stderr as printable text.")
+Output = define("Output", "code stdout stderr errors",
+                "How a program ended: exit code, stdout, the end of stderr as printable text, and stderr.",
+                b"")
 
 # Which setting needs a program; a missing one is named with it (contract, Shape).
-NEEDED_BY = {"openssl": "`csr`, wfm.profile signed and identity.enrollment est need it",
+NEEDED_BY = {"openssl": "`csr`, wfm.profile signed, identity.enrollment est and policy.images need it",
              "git": "wfm.profile git needs it",
              "gpg": "the keyLocation of a package, or git.allowed_signers, needs it",
              "podman": "see runtime.engine", "docker": "see runtime.engine", "helm": "see runtime.helm"}
@@ -6173,13 +6334,15 @@ def get_temporary(state_dir, environ):
     return {"TMPDIR": os.path.join(state_dir, "tmp")} if os.geteuid() == 0 or os.path.isdir(runtime) else {}
 
 
-def run_command(argv, timeout, env=None, cwd=None, limit=MAX_OUTPUT, data=b"", files=()):
+def run_command(argv, timeout, env=None, cwd=None, limit=MAX_OUTPUT, data=b"", files=(), ends=False,
+                watch=None):
     """The one door to other programs: Output(exit code, stdout bytes, the end of stderr as printable text).
 
     argv: list, never a shell.  The program runs in a process group of its own, which is killed whole after
-    `timeout` seconds or when it prints more than `limit` bytes; `data` is all that it reads, `files` are
-    descriptors that it gets, too.  A non-zero exit code is an answer.  Raises CommandMissing, CommandTimeout,
-    CommandError.
+    `timeout` seconds or when it prints more than `limit` bytes; ends: of more, the end of each stream is
+    kept instead.  `data` is all that it reads, `files` are descriptors that it gets, too.  watch: a function
+    that is called time and again meanwhile.  A non-zero exit code is an answer.  Raises CommandMissing,
+    CommandTimeout, CommandError.
     """
     import subprocess
     try:
@@ -6194,16 +6357,16 @@ def run_command(argv, timeout, env=None, cwd=None, limit=MAX_OUTPUT, data=b"", f
     except OSError as error:
         raise CommandError(f"{argv[0]} cannot be started ({error.strerror})") from None
     try:
-        stdout, stderr = serve_pipes(process, memoryview(data), timeout, limit)
+        stdout, stderr = serve_pipes(process, memoryview(data), timeout, limit, ends, watch)
     except subprocess.TimeoutExpired:
         raise CommandTimeout(f"{' '.join(argv[:2])} did not end within {timeout:.0f} s") from None
     finally:
         kill_group(process)
     return Output(process.returncode, stdout,
-                  make_printable(stderr[-8192:].decode("utf-8", "replace").strip(), 8192))
+                  make_printable(stderr[-8192:].decode("utf-8", "replace").strip(), 8192), stderr)
 
 
-def serve_pipes(process, data, timeout, limit):
+def serve_pipes(process, data, timeout, limit, ends, watch):
     """Writes `data` to stdin and reads until the process has ended: (stdout, stderr).
 
     A helper may leave something behind that keeps the pipes open, so their end is not waited for once the
@@ -6234,10 +6397,14 @@ def serve_pipes(process, data, timeout, limit):
             heard[pipe] += piece
             if not piece:
                 open_pipes.discard(pipe)
+            if ends:
+                del heard[pipe][:-limit // 2]
         if sum(map(len, heard.values())) > limit:
             raise CommandError(f"{process.args[0]} printed more than {limit} bytes")
         if ended and not ready:
             break
+        if watch:
+            watch()
         if time.monotonic() > deadline:
             raise subprocess.TimeoutExpired(process.args, 0)
     process.wait(max(0.0, deadline - time.monotonic()))
@@ -6273,6 +6440,8 @@ def kill_group(process):
 Response = define("Response", "status headers body", "An HTTP answer: int, email.message.Message, bytes.")
 
 
+# What TLS 1.2 may use, and with any TLS no short keys and no SHA-1; Python's own words from 3.10 on.
+CIPHERS = "@SECLEVEL=2:ECDH+AESGCM:ECDH+CHACHA20:ECDH+AES:DHE+AES:!aNULL:!eNULL:!aDSS:!SHA1:!AESCCM"
 Problem = define("Problem", "type title detail retryable retry_after strategy errors",
     "RFC 9457 as Margo uses it; `type` is cut to its last part for Margo's own types (protocol 3.7).")
 
@@ -6285,6 +6454,8 @@ def make_tls_context(anchors=(), ca_file=None, min_tls="1.3"):
     """
     import ssl
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.hostname_checks_common_name = False     # a name stands in subjectAltName (RFC 9525)
+    context.set_ciphers(CIPHERS)
     try:
         context.minimum_version = ssl.TLSVersion.TLSv1_2 if min_tls == "1.2" else ssl.TLSVersion.TLSv1_3
         if anchors:
@@ -6618,7 +6789,8 @@ class Log:
             line = json.dumps(dict(fields, time=make_time(time.time()), level=level, message=message),
                               sort_keys=True, separators=(",", ":"))
         else:
-            facts = "".join(f" {key}={make_printable(str(value), 2000)}" for key, value in fields.items())
+            facts = "".join(f" {key}={make_printable(str(value), MAX_MESSAGE)}"
+                            for key, value in fields.items())
             line = f"{make_time(time.time())} {level:7} {make_printable(message, 4000)}{facts}"
         try:
             sys.stderr.write(line + "\n")
@@ -7321,11 +7493,9 @@ def count_repair(record, clock):
 
 def make_patience(record, error, clock, jitter):
     """The record of one more fault at the WFM: how long it is left alone."""
-    delay = error.retry_after or 0
     if isinstance(error, Unreachable):
-        failures = record.get("failures", 0) + 1
-        delay = make_backoff(failures, error.retry_after, error.strategy, jitter)
-    return make_wait(record, delay, clock)
+        return make_hold(record, error, clock, jitter)
+    return make_wait(record, error.retry_after or 0, clock)
 
 
 def make_hold(record, error, clock, jitter):
@@ -7379,8 +7549,8 @@ def find_silence(patience, downtime, starting, clock):
     left = find_wait(patience, clock)
     why = "the WFM or a back-off asks" if left else "a fleet that has just started does not arrive at once"
     left = left or starting
-    words = f"waiting until {make_time(clock.now + left)}: {why}"
-    return Silence(words, retry_after=left) if left else None
+    until = make_time(clock.now + left)
+    return Silence(f"waiting until {until}: {why}", retry_after=left) if left else None
 
 
 def make_spread(device_id, spread):
@@ -7389,6 +7559,14 @@ def make_spread(device_id, spread):
     They are the same at each run, so that what cron starts at an interval speaks at that interval (P-19).
     """
     return int(sha256_digest(device_id.encode())[7:15], 16) / 2 ** 32 * spread
+
+
+def list_waits(state, clock):
+    """[{until, reason}] of what is held back: requests to the WFM, and reports that it has not taken."""
+    found = {"the WFM or a back-off asks to wait": state["patience"]}
+    found.update((f"{key} is not reported again", record) for key, record in state["waits"].items())
+    return [{"until": make_time(clock.now + find_wait(record, clock)), "reason": reason}
+            for reason, record in found.items() if find_wait(record, clock)]
 
 
 def make_delay(config, state, fault, clock, jitter):
@@ -7459,7 +7637,7 @@ def is_within(windows, local):
         return True
     now = int(time.mktime(local))
     before = time.localtime(now - MAX_SHIFT).tm_gmtoff
-    if not windows or before >= (local.tm_gmtoff or before):
+    if before >= local.tm_gmtoff:
         return False
     change = now - now % 60
     while time.localtime(change - 60).tm_gmtoff == local.tm_gmtoff:
@@ -8086,9 +8264,9 @@ def parse_certificate(der):
         if usage is not None:
             usage = {bit for bit in range(8 * (len(usage) - 1)) if usage[1 + bit // 8] & (0x80 >> bit % 8)}
         return Certificate(
-            der, subject[2], issuer[2], int.from_bytes(serial[1], "big"), not_before, not_after, spki[2],
-            uris, is_ca, usage, open_extension(extensions, OID_SUBJECT_KEY), find_issuer_key(extensions),
-            extensions.get(OID_SUBJECT_ALT_NAME, (0, 0, b""))[2])
+            der, subject[2], issuer[2], int.from_bytes(serial[1], "big", signed=True),
+            not_before, not_after, spki[2], uris, is_ca, usage, open_extension(extensions, OID_SUBJECT_KEY),
+            find_issuer_key(extensions), extensions.get(OID_SUBJECT_ALT_NAME, (0, 0, b""))[2])
     except (IndexError, ValueError) as error:
         raise ValueError(f"not a readable X.509 certificate ({error})") from None
 
@@ -8145,7 +8323,7 @@ def parse_pem(text, label="CERTIFICATE"):
     A block begins with a line, or right behind the block before.  Raises ValueError.
     """
     found = []
-    for block in re.split(f"(?m)^-----BEGIN {label}-----", text.replace("-" * 10, "-----\n-----"))[1:]:
+    for block in re.split(f"(?m)^[ \t]*-----BEGIN {label}-----", text.replace("-" * 10, "-----\n-----"))[1:]:
         body, end, _ = block.partition(f"-----END {label}-----")
         if not end or not body.strip():
             raise ValueError("a certificate in PEM is empty or not closed")
@@ -9352,14 +9530,11 @@ def convert_older(value):
     spec = value["spec"]
     profile = spec["deploymentProfile"]
     notes = metadata.get("annotations") or {}
-
-    def find(key, *holders):
-        return next((holder[key] for holder in holders if holder.get(key) is not None), None)
-
-    own_id = find("id", value, notes, metadata)
-    if own_id is None and re.fullmatch(UUID_PATTERN, str(metadata.get("name"))):
-        own_id = metadata["name"]
-    application = find("applicationId", spec, notes, metadata)
+    ids = [holder.get("id") for holder in (value, notes, metadata)]
+    places = [item for item in ids + [metadata.get("name")] if re.fullmatch(UUID_PATTERN, str(item))]
+    own_id = next(filter(None, places + ids), None)
+    applications = [holder.get("applicationId") for holder in (spec, notes, metadata)]
+    application = next(filter(None, applications), None)
     kind = {"helm.v3": "helm", "docker-compose": "compose"}.get(str(profile.get("type")), profile.get("type"))
     metadata = {"name": application or str(own_id).lower(), "namespace": "default", **metadata}
     spec = dict(spec, applicationId=application or "none", deploymentProfile=dict(profile, type=kind))
@@ -10734,7 +10909,8 @@ def parse_crl(data):
             raise ValueError("it is not of version 2")
         times = [parse_der_time(*field[:2]) for field in fields[3:5]]
         listed = fields[5][1] if fields[5][0] == 0x30 else b""
-        serials = {int.from_bytes(parse_der(entry)[0][1], "big") for _, entry, _ in walk_der(listed)}
+        serials = {int.from_bytes(parse_der(entry)[0][1], "big", signed=True)
+                   for _, entry, _ in walk_der(listed)}
         extensions = parse_extensions(fields[5:], 0xA0)
         number = parse_der(extensions[OID_CRL_NUMBER][1])[0][1]
         if len(number) > 21:
@@ -11350,8 +11526,8 @@ def assign(targets, records, devices, silent, offers):
             answers = {child: target.deployment.type not in silent[child] for child in children}
             reasons = {name: find_reason(target.deployment, device, offers) for name, device in known.items()}
             try:
-                held = before.get(key)
-                homes[key] = find_place(target.deployment, held, own_id, answers, reasons.get, loads)
+                homes[key] = find_place(target.deployment, before.get(key), own_id, answers, reasons.get,
+                                        loads)
                 error = reasons[homes[key]]
             except ComponentError as fault:
                 error = fault
@@ -11483,7 +11659,114 @@ EXAMINE.update(hooks=examine_hooks)
 
 
 # ----------------------------------------------------------------------------------------------------------
-# 33. Doctor (optional)
+# 33. Image policy (optional)
+# ----------------------------------------------------------------------------------------------------------
+
+IMAGE_TYPES = ", ".join((OCI_INDEX, OCI_MANIFEST, "application/vnd.docker.distribution.manifest.list.v2+json",
+                         "application/vnd.docker.distribution.manifest.v2+json"))
+SIGNATURE = "dev.cosignproject.cosign/signature"
+MAX_SIGNATURES = 20                 # of one image that are looked at
+
+
+def judge_image(image, config):
+    """The name by which an image may be pulled, as policy.images says: a signed one by its digest.
+
+    Raises ComponentError: POLICY_DENIED, or why its registry cannot be asked.
+    """
+    policy = config.policy.images
+    host, path, tag, digest = re.fullmatch("([^/]+)/([^:@]+)(?::([^@]+))?(?:@(.+))?", image).groups()
+    allowed = [f"{host}/{path}/".startswith(entry.rstrip("/") + "/") for entry in policy.registries]
+    if allowed and not any(allowed):
+        raise ComponentError("POLICY_DENIED", "it is not from one of policy.images.registries")
+    if policy.pinned and not digest:
+        raise ComponentError("POLICY_DENIED", "it is not named by its digest (policy.images.pinned)")
+    if not policy.cosign_key:
+        return image
+    return ask_registries(host, config, lambda registry: f"{host}/{path}@" + ask_signature(
+        registry, path, tag or "latest", digest, config))
+
+
+def ask_signature(registry, path, tag, digest, config):
+    """The digest of an image, once a signature of it by policy.images.cosign_key was found in its registry.
+
+    The signature object is cosign's: an image manifest under the tag sha256-DIGEST.sig, each layer a payload
+    that names the digest, with an annotation that signs the payload.  Raises ComponentError, CommandError.
+    """
+    limit = config.policy.max_document
+    if digest is None:
+        digest = sha256_digest(registry.get(path, f"manifests/{tag}", IMAGE_TYPES, limit).body)
+    try:
+        answer = registry.get(path, f"manifests/{digest.replace(':', '-')}.sig", IMAGE_TYPES, limit)
+        for signature, layer in parse_signatures(answer.body)[:MAX_SIGNATURES]:
+            payload = registry.get(path, f"blobs/{layer}", "*/*", MAX_ANSWER).body
+            if (run_verification(config.policy.images.cosign_key, payload, signature)
+                    and parse_payload(payload) == digest):
+                return digest
+    except ComponentError as error:
+        if error.status != 404:
+            raise
+    raise ComponentError("POLICY_DENIED", f"{digest} is not signed by policy.images.cosign_key")
+
+
+def parse_signatures(data):
+    """A signature object to [(signature in base64, digest of its payload)]; [] for one of another form."""
+    try:
+        value = parse_json(data, "the signature object")
+        check_shape(value, {"layers": [{"digest": DIGEST_PATTERN, "annotations": {SIGNATURE: ".*"}}]}, "")
+    except ValueError:
+        return []
+    return [(layer["annotations"][SIGNATURE], layer["digest"]) for layer in value["layers"]]
+
+
+def parse_payload(data):
+    """The digest of the image that a signed payload is about; "" for one of another form."""
+    try:
+        value = parse_json(data, "the payload")
+        check_shape(value, {"critical": {"type": "cosign container image signature",
+                                         "image": {"docker-manifest-digest": DIGEST_PATTERN}}}, "")
+    except ValueError:
+        return ""
+    return value["critical"]["image"]["docker-manifest-digest"]
+
+
+def run_verification(key, payload, signature):
+    """Whether openssl finds that a payload is signed by a public key; CommandMissing where there is none."""
+    try:
+        with lend_file(parse_base64(signature)) as file:
+            run_openssl(["dgst", "-sha256", "-verify", key, "-signature", file.name], payload, b"Verified OK")
+    except CommandMissing:
+        raise
+    except (ValueError, CommandError):
+        return False
+    return True
+
+
+def examine_images(agent):
+    """Whether the key by which images have to be signed can be used."""
+    key = agent.config.policy.images.cosign_key
+    if not key:
+        return "ok", ""
+    try:
+        run_openssl(["pkey", "-pubin", "-in", key, "-noout"])
+    except CommandMissing:
+        raise
+    except CommandError as error:
+        raise ConfigError(f"policy.images.cosign_key: {key} is no public key ({error.message})") from None
+    return "ok", f"images have to be signed by {key}"
+
+
+SCHEMA["policy"]["images"] = {
+    "pinned": (read_flag, False, "whether images have to be named by their digest"),
+    "registries": (list_of(read_text, "a list of registries"), [],
+                   "HOST[:PORT][/PATH] from which images may be; empty: from everywhere"),
+    "cosign_key": (read_path, None, "public key by which images have to be signed, as cosign does"),
+}
+JUDGES.append(judge_image)
+EXAMINE.update(images=examine_images)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# 34. Doctor (optional)
 # ----------------------------------------------------------------------------------------------------------
 
 def command_doctor(config, options):
@@ -11528,11 +11811,9 @@ def examine_storage(agent):
 
 
 def examine_wait(agent):
-    """Whether the WFM, or a back-off, keeps the next run from asking."""
-    clock = get_clock()
-    left = find_wait(agent.state["patience"], clock)
-    return "warn", left and (f"until {make_time(clock.now + left)} the WFM or a back-off asks to wait;"
-                             " `retry` ends that")
+    """Whether a back-off keeps the next run from asking, reporting or trying again."""
+    waits = [f"until {item['until']} {item['reason']}" for item in list_waits(agent.state, get_clock())]
+    return "warn", waits and f"{'; '.join(waits)}; `retry` ends that"
 
 
 def examine_labels(agent):
@@ -11558,10 +11839,8 @@ def examine_engine(agent):
     if not drivers and agent.devices[1:]:
         return "ok", "nothing here runs workloads; they run on child devices"
     if not drivers:
-        return (
-            "warn",
-            "nothing here runs Compose applications; install podman or docker, or see runtime.compose",
-        )
+        return "warn", ("nothing here runs Compose applications; install podman or docker, or see"
+                        " runtime.compose")
     claim = obtain_claim(agent.get_profile(), agent.device_id)
     words = [driver.check(claim) for driver in drivers.values()]
     lacks, notes = drivers["compose"].list_lacks() if "compose" in drivers else ([], [])
@@ -11585,22 +11864,22 @@ def examine_registries(agent):
 
 
 def examine_connection(agent):
-    """Whether the WFM answers, is the one it should be, and what it says can be accepted."""
+    """Whether the WFM answers, is the one it should be, and offers what can be accepted."""
     agent.connect(keep=False)
     desired = agent.fetch_desired()
-    return "ok", f"{agent.config.wfm.url} is {agent.source.peer}; " + (
-        f"version {desired.version} is there to be accepted" if desired else "nothing new")
+    news = f"version {desired.version} is there to be accepted" if desired else "nothing new"
+    return "ok", f"{agent.config.wfm.url} is {agent.source.peer}; {news}"
 
 
 COMMANDS["doctor"] = (command_doctor, {}, "")
 
 
 # ----------------------------------------------------------------------------------------------------------
-# 34. Commands for people (optional)
+# 35. Commands for people (optional)
 # ----------------------------------------------------------------------------------------------------------
 
 def look_at(config, word):
-    """What there is of a deployment that somebody names: (Store, record, drivers of its device, a look).
+    """(Agent, record, Seen): a deployment that somebody names, and what its device shows of it now.
 
     The look is a function that returns its containers, or raises CommandError.  Raises ConfigError,
     StorageError.
@@ -11608,11 +11887,11 @@ def look_at(config, word):
     agent = Agent(config)
     agent.state = agent.store.load_state()
     record = find_record(agent.state, word)
-    drivers = [device.drivers for device in agent.devices if device.device_id == record["deviceId"]]
-    drivers = drivers[0] if drivers else {}
+    home = record["deviceId"]
+    devices = [device for device in agent.devices if device.device_id == home]
     claim = obtain_claim(agent.get_profile(), agent.device_id)
-    return agent.store, record, drivers, lambda: find_containers(
-        record["deploymentId"], observe_all(drivers, record, claim))
+    seen = observe_devices(devices, [record], claim).get(home, Seen([], {}, {}))
+    return agent, record, seen._replace(containers=find_containers(record["deploymentId"], seen.containers))
 
 
 def command_describe(config, options):
@@ -11624,14 +11903,11 @@ def command_describe(config, options):
     """
     if not options["operands"]:
         return command_status(config, options)
-    store, record, _, look = look_at(config, options["operands"][0])
-    seen = try_look(look)
-    trouble = isinstance(seen, CommandError)
-    containers = [] if trouble else seen
+    agent, record, seen = look_at(config, options["operands"][0])
     adopted = record["adopted"]
     target = Target(record["deploymentId"], adopted["digest"], adopted["version"], None, None)
-    deployment = read_target(target, store.load_artifact, config).deployment
-    report = make_details(record, deployment, containers, get_clock())
+    deployment = read_target(target, agent.store.load_artifact, config).deployment
+    report = make_details(record, deployment, seen.containers, get_clock())
     if "--json" in options:
         return print_json(report)
     print_row(report["state"], f"{report['deploymentId']}  {report['name']}  on {report['deviceId']}")
@@ -11643,8 +11919,8 @@ def command_describe(config, options):
         since = f" since {item['since']}" if item["since"] else ""
         ports = f"  ports {', '.join(item['ports'])}" if item["ports"] else ""
         print_row(item["state"], f"{item['name']}{since}  {item['image']}{ports}")
-    if trouble:
-        print_row("containers", seen.message)
+    for fault in seen.silent.values():
+        print_row("containers", fault.message)
     if report["attempts"]:
         print_row("attempts", f"{report['attempts']} failed; the next one is due"
                   f" {report['nextAttempt'] or 'with the next run'}, `retry {report['name']}` tries at once")
@@ -11663,7 +11939,7 @@ def make_details(record, deployment, containers, clock):
     known = {item.name: f"{item.repository} {item.revision}" for item in components}
     for part in report["components"]:
         part["revision"] = known.get(part["name"], "")
-    services = {item["name"]: item["services"] for item in record["components"]}
+    services = list_parts(record, "services")
     shown = []
     for container in containers:
         facts = services.get(container.component, {}).get(container.service, {})
@@ -11688,9 +11964,11 @@ def command_logs(config, options):
     Example: margo_agent.py logs hello --tail 50
     """
     name, *services = options["operands"]
-    _, record, drivers, look = look_at(config, name)
-    found = [container for container in look() if container.service in services or not services]
-    driver = drivers.get(found[0].type) if found else None
+    _, record, seen = look_at(config, name)
+    for fault in seen.silent.values():
+        raise fault
+    found = [item for item in seen.containers if item.service in services or not services]
+    driver = seen.drivers.get(found[0].type) if found else None
     if not hasattr(driver, "engine"):
         where = make_printable(f"service {services[0]} of {name}" if services else name)
         raise ConfigError(f"{where} has no container here; `status {record['name']}` shows what there is")
@@ -11802,16 +12080,18 @@ COMMANDS.update(
 
 
 # ----------------------------------------------------------------------------------------------------------
-# 35. Command line
+# 36. Command line
 # ----------------------------------------------------------------------------------------------------------
 
 def command_run(config, options):
-    """`run --once`: one cycle; `run`: one after the other, each in a process of its own.
+    """Polls the WFM and makes the device match what it wants, for ever or (`--once`) a single time.
 
-    --spread: the cycle begins at the device's own moment within that time, for fleets that cron starts.
+    `--spread TIME` begins at the device's own moment within that time, for fleets that cron starts.
+
+    Example: margo_agent.py run --once --spread 50s
     """
     try:
-        spread = read_duration(options.get("--spread", "1"), "") if "--spread" in options else 0
+        spread = read_duration(options["--spread"], "") if "--spread" in options else 0
     except ValueError as error:
         raise ConfigError(f"--spread: found {options['--spread']!r}, expected {error}") from None
     if "--once" not in options:
@@ -11875,11 +12155,11 @@ def start_watch(config, arguments):
         for part in (notify, write_line, start_cycle, read_answer, count_wakes, end_cycle, watch)
     }
     last = "the daemon has ended" if log.level in ("debug", "info") else ""
-    arguments = make_child(arguments), CYCLE_RETRY, HUNG, STOP_LIMIT, last
-    program = ("import marshal, os, time\n"
+    words = make_child(arguments), CYCLE_RETRY, HUNG, STOP_LIMIT, last
+    program = (f"import marshal, os, time\nLINE = {LINES[log.form]!r}\n"
                f"for name, code in marshal.loads({marshal.dumps(parts)!r}).items():\n"
-               f"    globals()[name] = type(lambda: None)(code, globals())\nLINE = {LINES[log.form]!r}\n"
-               f"raise SystemExit(watch(*{arguments!r}))\n")
+               "    globals()[name] = type(lambda: None)(code, globals())\n"
+               f"raise SystemExit(watch(*{words!r}))\n")
     log("info", "the daemon has started", version=__version__, profile=config.wfm.profile,
         wfm=config.wfm.url, interval=f"{config.poll.interval:.0f} s")
     reader, writer = os.pipe()
@@ -11999,14 +12279,13 @@ def end_cycle(pid, limit):
 
 
 def watch(child, fallback, hung, limit, last):
-    """Runs cycles one after the other; returns the daemon's exit code.
+    """Runs cycles one after the other, for ever; returns the daemon's exit code.
 
-    child: the command line of a cycle, which says in a pipe how long to wait after it, else `fallback`, and
-    how it went.  last: how the log ends.  SIGTERM and SIGINT end the daemon after the current step, SIGHUP
-    starts a cycle at once; each reads the configuration anew.
-
-    A cycle that has not woken from a wait for `hung` seconds hangs, because its own waits are shorter: it is
-    killed.  systemd's watchdog is fed while cycles can be started and move; five in a row that cannot end it.
+    child: the command line of a cycle.  It says in a pipe how many seconds to wait after it (else `fallback`)
+    and how it went.  SIGTERM and SIGINT end the daemon after the current step; `last` is how its log ends.
+    SIGHUP starts a cycle at once; each cycle reads the configuration anew.  A cycle that has not woken from
+    a wait for `hung` seconds hangs, because its own waits are shorter: it is killed.  systemd's watchdog is
+    fed while cycles can be started and move.  Five cycles in a row that cannot be started end the daemon.
     """
     import signal
     signals = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD}
@@ -12121,10 +12400,7 @@ def purge(agent):
         agent.connect()
     version = (agent.state["accepted"] or {}).get("version", 0)
     agent.reconcile({"version": version, "deployments": []})
-    try:
-        agent.flush_outbox()                        # also what an earlier purge could not report
-    except Untrusted as error:
-        log("warning", "the WFM does not take the last reports", reason=error.message)
+    agent.flush_outbox()                            # also what an earlier purge could not report
     return any(record["state"] != "removed" for record in agent.state["deployments"].values())
 
 
@@ -12197,6 +12473,8 @@ def command_status(config, options):
         # Only a document that cannot be read leaves a deployment without components.
         for part in deployment["components"] or [dict(deployment, name="")]:
             print_row(f"  {part['state']}", part["name"] + make_error_words(part["error"]))
+    for item in document["waits"]:
+        print_row("waits", f"until {item['until']} {item['reason']}")
     for words in make_others_words(document["others"]):
         print_row("other", f"{words}; it is left alone")
 
@@ -12227,23 +12505,24 @@ def status(config):
     config: what load_config returns.  Nobody is asked, neither the WFM nor the engine.
     """
     store = Store(config.state_dir)
-    return make_status_report(config, store.load_state(), store.load_memo(), time.time())
+    return make_status_report(config, store.load_state(), store.load_memo(), get_clock())
 
 
-def make_status_report(config, state, memo, now):
+def make_status_report(config, state, memo, clock):
     """The object of `status --json` (contract)."""
     accepted = state["accepted"] or {}
     return {
         "version": __version__,
         "profile": config.wfm.profile,
         "enrolled": bool(state["enrollment"]),
-        "identity": PROFILES[config.wfm.profile](config, Store(config.state_dir), state).describe(now),
+        "identity": PROFILES[config.wfm.profile](config, Store(config.state_dir), state).describe(clock.now),
         "desiredState": {key: accepted.get(key) for key in ("version", "etag", "acceptedAt")},
         "lastPoll": memo.get("lastPoll") or state["lastPoll"] or {"at": None, "result": None, "detail": ""},
         "outbox": len(state["outbox"]),
         "deployments": [make_deployment_report(record) for _, record in sorted(state["deployments"].items())],
         "dropped": [dict(refused, deploymentId=key) for key, refused in state["dropped"].items()],
         "others": memo.get("others", []),
+        "waits": list_waits(state, clock),
     }
 
 

@@ -1,7 +1,7 @@
 """An engine of files that answers as podman does, for tests that need no real containers; see support.FakeEngine.
 
 held.json: containers {name: {id, image, labels, state, code, restarts, argv, env}}, networks {name: labels}, volumes {name: labels}, images [name],
-           external {name: id}: what storage alone holds, declared {image: [path]}: its volumes, checked {image: its health check}, unstartable [id],
+           external {name: id}: what storage alone holds, declared {image: [path]}: its volumes, checked {image: its health check}, made_for {image: architecture}, unstartable [id],
            exits {service: code}: such a service has ended with this code as soon as it is started,
            unhealthy [service], restless [service] (restarted between any two looks), unpullable [image], deaf (true: every command
            fails), logless (true: no log can be had), stubborn (true: nothing can be removed), uncreatable (true: no container can be made), lethal (a command, at which
@@ -53,7 +53,7 @@ class Engine:
     def __init__(self, held):
         self.held, self.lines = held, []
         for key, value in (("containers", {}), ("networks", {}), ("volumes", {}), ("images", []), ("exits", {}), ("unhealthy", []),
-                           ("unpullable", []), ("restless", []), ("external", {}), ("declared", {}), ("unstartable", []), ("damaged", []), ("checked", {}),
+                           ("unpullable", []), ("restless", []), ("external", {}), ("declared", {}), ("unstartable", []), ("damaged", []), ("checked", {}), ("made_for", {}),
                            ("count", 0)):
             held.setdefault(key, value)
 
@@ -89,8 +89,8 @@ class Engine:
             self.say(json.dumps([dict({"Id": c["id"], "Names": [key], "Labels": c["labels"], "State": c["state"], "ExitCode": c["code"]},
                                    **c.get("shown", {})) for key, c in found]))
 
-    def info(self, _):
-        self.say("/nowhere")
+    def info(self, arguments):
+        self.say("amd64" if "Arch" in arguments[0] else "/nowhere")
 
     def image(self, arguments):
         _, names = split(arguments[1:])
@@ -102,6 +102,9 @@ class Engine:
                 self.held["damaged"] = [other for other in self.held["damaged"] if other != name]
             elif "--format={{json .Config.Volumes}}" in arguments:
                 self.say(json.dumps({path: {} for path in self.held["declared"].get(name, ())} or None))
+            elif arguments[1:] == names:
+                self.say(json.dumps([{"Os": "linux", "Architecture": self.held["made_for"].get(name, "amd64"),
+                                      "Healthcheck": self.held["checked"].get(name)}]))
 
     def pull(self, arguments):
         _, (name,) = split(arguments)
@@ -109,6 +112,11 @@ class Engine:
             fail(f"initializing source docker://{name}: connection refused")
         if name not in self.held["images"]:
             self.held["images"].append(name)
+
+    def tag(self, arguments):
+        if arguments[0] not in self.held["images"]:
+            fail(f"{arguments[0]}: image not known")
+        self.held["images"].append(arguments[1])
 
     def show(self, kind, names):
         """Prints those of some names that there are, and fails where one is missing.
@@ -245,7 +253,8 @@ class Engine:
         if self.held.get("logless"):
             fail("this log driver cannot be read")
         _, container = self.find(split(arguments)[1][0])
-        self.say("first line\n" + "\n".join(container["env"]) + "\nlast words")
+        for number, line in enumerate(["first line", *container["env"], "last words"]):
+            self.say(f"2026-11-28T10:00:00.{number:09}Z {line}")
 
 
 def is_hanging(folder, command):

@@ -97,6 +97,8 @@ CHECKS = {
     "dockerd": lambda: find_dockerd() and shutil.which("docker") and os.geteuid() == 0 and os.path.exists("/bin/busybox"),
     "netavark": find_netavark,
     "dpkg-deb": lambda: shutil.which("dpkg-deb"),
+    "bash": lambda: shutil.which("bash"),
+    "man": lambda: shutil.which("man"),
     "lintian": lambda: shutil.which("lintian"),
     "docker-registry": lambda: shutil.which("docker-registry"),
     "skopeo": lambda: shutil.which("skopeo"),

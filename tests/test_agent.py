@@ -353,6 +353,11 @@ class Reports(AgentCase):
                 for _ in range(2):
                     self.device.cycle(3)
                 self.assertEqual((self.sent().count(HELLO), len(self.polls())), (count, polls + 2))
+                (wait,) = self.device.status()["waits"]
+                self.assertEqual(wait["reason"], f"{HELLO} is not reported again")
+                self.assertGreater(wait["until"], margo_agent.make_time(time.time() + 300))
+                self.assertIn(f"waits      until {wait['until']} {wait['reason']}", self.device.run("status").stdout)
+                self.assertIn(wait["reason"], self.device.run("doctor").stdout)
                 self.assertEqual(self.device.status()["outbox"], 1)
                 self.wfm.fault()
                 self.assertEqual(self.device.run("retry").returncode, 0)
@@ -391,6 +396,14 @@ class Reports(AgentCase):
         self.assertEqual(self.device.run("enroll").returncode, 0)
         self.device.cycle(0)
         self.assertEqual((len(self.sent("/capabilities/")), self.device.state()["waits"]), (4, {}))
+
+    def test_what_waits_of_a_device_that_is_named_otherwise_by_now_is_forgotten(self):
+        self.device.cycle()
+        state = self.device.state()
+        state["waits"]["capabilities gone"] = {"failures": 1, "at": time.time(), "delay": 600}
+        support.write(os.path.join(self.device.state_dir, "state.json"), json.dumps(state))
+        self.device.cycle(0)
+        self.assertEqual(self.device.state()["waits"], {})
 
     def test_capabilities_of_a_device_that_is_not_enrolled_come_first(self):
         """C-080"""

@@ -92,7 +92,7 @@ class Output(support.DeviceCase):
         self.device.cycle()
         status = self.device.status()
         self.assertEqual(set(status), {"version", "profile", "enrolled", "identity", "desiredState", "lastPoll", "outbox", "deployments", "dropped",
-                                       "others"})
+                                       "others", "waits"})
         self.assertEqual((status["profile"], status["enrolled"], status["identity"]["id"]), ("mtls", True, support.CLIENT_ID))
         self.assertEqual(status["desiredState"]["version"], 1)
         for moment in (status["identity"]["notAfter"], status["desiredState"]["acceptedAt"], status["lastPoll"]["at"]):
@@ -331,7 +331,7 @@ class Example(unittest.TestCase):
     def test_every_line_that_is_commented_out_may_be_used(self):
         """With its default, where it has one."""
         text = run("config", "--example").stdout
-        bare = re.sub(r"(?m)^( *)# (\w+: *[^ ].*)$", r"\1\2", text)
+        bare = re.sub(r"(?m)^( *)# (?!.*\)$)(\w+: *[^ ].*)$", r"\1\2", text)
         self.assertIn("\n  interval: 60s\n", bare)
         self.assertEqual(*(margo_agent.make_config(margo_agent.load_yaml(item), "/etc/margo", {}) for item in (bare, text)))
 

@@ -16,7 +16,13 @@ def python(code, *args):
 class RunCommand(unittest.TestCase):
     def test_output_and_exit_code_are_answers(self):
         output = margo_agent.run_command(python("import sys; print('out'); print('err', file=sys.stderr); sys.exit(3)"), 30)
-        self.assertEqual(output, (3, b"out\n", "err"))
+        self.assertEqual(output, (3, b"out\n", "err", b"err\n"))
+
+    def test_the_end_of_what_is_too_much_can_be_had(self):
+        code = "import sys\nfor n in range(50000): print('out', n); print('err', n, file=sys.stderr)"
+        output = margo_agent.run_command([sys.executable, "-c", code], 30, limit=1000, ends=True)
+        self.assertEqual((len(output.stdout), len(output.errors)), (500, 500))
+        self.assertTrue(output.stdout.endswith(b"out 49999\n") and output.errors.endswith(b"err 49999\n"))
 
     def test_arguments_are_never_seen_by_a_shell(self):
         output = margo_agent.run_command(python("import sys; print(sys.argv[1])", "$(id); `id` > x | y"), 30)

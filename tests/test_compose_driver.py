@@ -10,7 +10,8 @@ from unittest import mock
 
 import margo_agent
 from tests import fake_podman, support
-from tests.test_compose_file import ABSENT, IMAGE, MARKS, OWNER, PROJECT, FileCase, make_config, make_document
+from tests.oracle import ABSENT
+from tests.test_compose_file import IMAGE, MARKS, OWNER, PROJECT, FileCase, make_config, make_document
 
 
 # Judging a start
@@ -69,6 +70,27 @@ class JudgeStartup(unittest.TestCase):
 
     def test_containers_of_others_do_not_count(self):
         self.assertEqual(self.judge("a", a=("running",), b=("exited", 1)), (None, {}, set()))
+
+
+class Logs(unittest.TestCase):
+    """The end of a log, as an error tells it."""
+
+    def merge(self, said, errors):
+        streams = ["".join(f"2026-11-28T10:00:{second:02}.000000000Z {text}\n" for second, text in lines) for lines in (said, errors)]
+        return margo_agent.merge_logs(*(stream.encode() for stream in streams)).split("\n")
+
+    def test_both_streams_are_told_in_their_order(self):
+        self.assertEqual(self.merge([(1, "a"), (3, "c d")], [(2, "b"), (4, "e")]), ["a", "b", "c d", "e"])
+        self.assertEqual(self.merge([], []), [""])
+        self.assertEqual(self.merge([(1, "a"), (1, "b")], []), ["a", "b"])
+
+    def test_twenty_lines_and_of_each_stream_the_last_ten(self):
+        """A program that talks a lot on one stream and says on the other why it ends."""
+        many = [(number, f"out {number}") for number in range(1, 51)]
+        self.assertEqual(self.merge(many, []), [f"out {number}" for number in range(31, 51)])
+        self.assertEqual(self.merge(many, [(3, "why")]), ["why"] + [f"out {number}" for number in range(32, 51)])
+        found = self.merge(many, [(2, f"err {number}") for number in range(30)])
+        self.assertEqual(found, [f"err {number}" for number in range(20, 30)] + [f"out {number}" for number in range(41, 51)])
 
 
 class Masking(unittest.TestCase):
@@ -195,7 +217,7 @@ class DriverCase(FileCase):
         patch.start()
         self.addCleanup(patch.stop)
 
-    def run_here(self, argv, timeout, env=None):
+    def run_here(self, argv, timeout, env=None, limit=0, ends=False, watch=None):
         """The engine of files in this process: a process for each of hundreds of commands would take too long."""
         for argument in argv:
             self.assertNotIn(b"\0", os.fsencode(argument))
@@ -272,6 +294,13 @@ class CommandLines(DriverCase):
             held["uncreatable"] = True
         words = self.assertFails("INSTALL_FAILED", lambda: self.apply(make_document({}), parameters={"PASS": "localhost"}), "create failed")
         self.assertNotIn("localhost", words)
+
+    def test_labels_by_which_podman_updates_by_itself_are_not_handed_on(self):
+        """What runs is what was verified: `podman auto-update` would pull another image behind the agent's back."""
+        self.apply(make_document({"labels": {"io.containers.autoupdate": "registry", "io.containers.autoupdate.authfile": "/x",
+                                             "PODMAN_SYSTEMD_UNIT": "sshd.service", "io.containers": "kept"}}))
+        labels = self.engine.containers()[f"{PROJECT}-main-1"]["labels"]
+        self.assertEqual([name for name in labels if name.startswith(("io.", "PODMAN"))], ["io.containers"])
 
     def test_a_network_mode_has_no_alias(self):
         self.apply(make_document({"network_mode": "none"}))
@@ -426,6 +455,27 @@ class Preparation(DriverCase):
                          "pull_policy is never")
         self.assertEqual(self.changes(), [])
 
+    def test_an_image_of_another_architecture_is_found_before_anything_stops(self):
+        """K18: on a device that runs it by an emulator, the file says so."""
+        self.engine.change(images=["localhost/arm:1", "localhost/old:1", IMAGE], made_for={"localhost/arm:1": "arm64", "localhost/old:1": "386"})
+        self.assertFails("INSTALL_FAILED", lambda: self.prepare(make_document({"image": "localhost/arm:1"})),
+                         "localhost/arm:1 is made for arm64, and this device is amd64")
+        for changes in ({"image": "localhost/arm:1", "platform": "linux/arm64"}, {"image": "localhost/old:1"}, {}):
+            self.prepare(make_document(changes))
+
+    def test_a_health_check_that_is_awaited_has_to_be_there(self):
+        """K5: found out before anything stops, as is what turns it off."""
+        def make(check=None):
+            return {"services": {"main": {"image": IMAGE, "depends_on": {"db": {"condition": "service_healthy"}}},
+                                 "db": dict({"image": "localhost/db:1"}, **({"healthcheck": check} if check else {}))}}
+        self.engine.change(images=["localhost/db:1", IMAGE])
+        for check in (None, {"disable": True}, {"interval": "5s"}):
+            self.assertFails("INVALID_DEPLOYMENT", lambda: self.prepare(make(check)), "services.main.depends_on.db: it has no health check")
+        self.prepare(make({"test": "true"}))
+        self.engine.change(checked={"localhost/db:1": {"Test": ["CMD", "x"]}})
+        self.prepare(make())
+        self.assertFails("INVALID_DEPLOYMENT", lambda: self.prepare(make({"disable": True})), "no health check")
+
     def test_nothing_is_pulled_for_a_file_that_is_refused(self):
         self.assertFails("POLICY_DENIED", lambda: self.prepare({"services": {
             "a": {"image": "localhost/new:1"}, "b": {"image": IMAGE, "privileged": True}}}), "services.b.privileged")
@@ -458,6 +508,27 @@ class Preparation(DriverCase):
         found = self.driver.observe()
         self.assertEqual([(c.name, c.deployment_id, c.component, c.service, c.state) for c in found],
                          [(f"{PROJECT}-main-1", support.HELLO, "web", "main", "running")])
+
+
+class SlowPull(DriverCase):
+    starts_processes = True
+
+    def test_the_log_says_now_and_then_how_far_a_pull_is(self):
+        """On a slow link nobody has to guess whether anything comes."""
+        self.config["state_dir"] = self.folder
+        temporary = os.path.join(self.folder, "tmp")
+        os.makedirs(temporary)
+        self.engine.change(images=[])
+        podman = os.path.join(self.engine.folder, "bin", "podman")
+        os.rename(podman, podman + ".real")
+        support.write(podman, '#!/bin/sh\nif [ "$1" = pull ]; then mkdir "$TMPDIR/storage1"; head -c 3000000 /dev/zero > "$TMPDIR/storage1/1"; '
+                      f'sleep 1.5; fi\nexec {podman}.real "$@"\n', 0o755)
+        self.driver.environ = dict(os.environ, TMPDIR=temporary)
+        with mock.patch.object(margo_agent, "PULL_NOTE", 0.5), mock.patch.object(margo_agent, "log") as log:
+            self.prepare(make_document({}))
+        notes = [call[1] for call in log.call_args_list if call[0][1] == "an image is being pulled"]
+        self.assertIn((IMAGE, 3000000), [(note["image"], note["fetched"]) for note in notes])
+        self.assertLess(len(notes), 5)
 
 
 class Updates(DriverCase):

@@ -20,7 +20,7 @@ import time
 import unittest
 
 import margo_agent
-from tests import support
+from tests import oracle, support
 
 CORPUS = os.path.join(support.DATA, "compose")
 PROJECT = f"web-{support.HELLO}"
@@ -136,7 +136,7 @@ class Interpolation(FileCase):
         answer = ask_compose(self.archive, self.VARIABLES)
         for index, (text, expected) in enumerate(self.FORMS):
             with self.subTest(text=text):
-                self.assertEqual(unescape(answer["services"]["main"]["environment"][f"F{index}"]), expected)
+                self.assertEqual(oracle.unescape(answer["services"]["main"]["environment"][f"F{index}"]), expected)
 
     def test_a_form_that_is_unknown_is_refused_at_its_place(self):
         for text in ("${}", "${1}", "${SET", "${SET:-${UNSET}", "${SET!x}", "${ SET}", "${SET }", "a${", "${SET:x}",
@@ -274,7 +274,7 @@ class EnvFiles(FileCase):
         for index, (text, expected) in enumerate(self.LINES):
             with self.subTest(text=text):
                 found = answer[f"s{index}"].get("environment") or {}
-                self.assertEqual({name: unescape(value) for name, value in found.items()}, expected)
+                self.assertEqual({name: oracle.unescape(value) for name, value in found.items()}, expected)
 
     def test_a_bare_name_takes_the_parameter_of_its_name(self):
         self.assertEqual(margo_agent.parse_env_file("GIVEN\nUNSET\nEMPTY\n", self.VARIABLES, "app.env"),
@@ -310,229 +310,14 @@ class EnvFiles(FileCase):
 
 # What Docker Compose makes of the same file
 
-def start_compose(folder, variables, *options):
-    """`docker-compose config` on its way; it needs no engine."""
-    environ = dict({key: os.environ[key] for key in os.environ if key in ("PATH", "HOME") or key.startswith("PYENV")},
-                   **variables)
-    argv = [support.find_compose(), "--project-name", PROJECT] + list(options or ("--file",
-        os.path.join(folder, "compose.yaml")))
-    return subprocess.Popen(argv + ["config", "--format", "json"], env=environ, cwd=folder, stdin=subprocess.DEVNULL,
-                            stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE)
-
-
-def end_compose(process):
-    """The value that `docker-compose config` printed."""
-    stdout, stderr = process.communicate()
-    if not stdout.strip():
-        raise AssertionError(f"Docker Compose refuses the file: {stderr.decode()}")
-    return json.loads(stdout.decode())
-
-
 def ask_compose(folder, variables):
     """What Docker Compose makes of compose.yaml in a folder, the variables given by its environment."""
-    return end_compose(start_compose(folder, variables))
-
-
-def unescape(value):
-    """What `config` prints, with its `$$` made `$` again."""
-    if isinstance(value, dict):
-        return {key: unescape(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [unescape(item) for item in value]
-    return value.replace("$$", "$") if isinstance(value, str) else value
-
-
-def to_bytes(text):
-    """A size such as 64m or 67108864 in bytes."""
-    number, unit = re.fullmatch(r"([0-9.]+)([bkmg]?)b?", str(text).lower()).groups()
-    return int(float(number) * {"": 1, "b": 1, "k": 2 ** 10, "m": 2 ** 20, "g": 2 ** 30}[unit])
-
-
-def to_time(text):
-    """A duration such as 1m30s in seconds."""
-    units = {"h": 3600, "m": 60, "s": 1, "ms": 0.001}
-    return sum(float(number) * units[unit] for number, unit in re.findall(r"([0-9.]+)(ms|h|m|s)", text))
-
-
-NORMAL = {"--memory": to_bytes, "--shm-size": to_bytes, "--cpus": float, "--pids-limit": int, "--stop-timeout": int}
-HEALTH = {"interval": "--health-interval", "timeout": "--health-timeout", "retries": "--health-retries",
-          "start_period": "--health-start-period"}
-SCALARS = {"user": "--user", "hostname": "--hostname", "working_dir": "--workdir", "stop_signal": "--stop-signal",
-           "restart": "--restart",
-           "platform": "--platform", "mem_limit": "--memory", "cpus": "--cpus", "pids_limit": "--pids-limit",
-           "shm_size": "--shm-size",
-           "ipc": "--ipc"}
-LISTS = {"cap_drop": "--cap-drop", "group_add": "--group-add", "dns": "--dns", "security_opt": "--security-opt",
-         "tmpfs": "--tmpfs"}
-FLAGS = {"init": "--init", "read_only": "--read-only", "tty": "--tty", "stdin_open": "--interactive"}
-ABSENT = object()
-
-
-class Meaning:
-    """What a service means, in terms that do not depend on who says it; see read_agent and read_compose."""
-
-    def __init__(self):
-        self.facts = {"options": [], "ports": [], "mounts": [], "entrypoint": None, "health": {}}
-
-    def add_option(self, name, value=""):
-        """One option of the engine, its value in a normal form."""
-        self.facts["options"].append((name, str(NORMAL.get(name, str)(value))))
-
-    def add_port(self, host, published, target, protocol):
-        """One published port; ranges of the container's side are one port each, as Docker Compose has them."""
-        first, _, last = str(target).partition("-")
-        for offset in range(int(last or first) - int(first) + 1):
-            start = str(int(published.split("-")[0]) + offset) if last and published else published
-            self.facts["ports"].append((host, start, int(first) + offset, protocol))
-
-    def finish(self):
-        """The facts, in an order that does not matter."""
-        return dict(self.facts, options=sorted(self.facts["options"]), ports=sorted(self.facts["ports"]),
-                    mounts=sorted(self.facts["mounts"]))
-
-
-def read_agent(service, names):
-    """The meaning of a Service of margo_agent; names: the services that are started."""
-    meaning = Meaning()
-    for argument in service.arguments:
-        name, _, value = argument.partition("=")
-        if name == "--publish":
-            host, published, target, protocol = re.fullmatch(
-                r"(?:(?:\[?([0-9a-f.:]+?)\]?:(?=[0-9-]*:))?([0-9-]*):)?([0-9-]+)(?:/(\w+))?", value).groups()
-            meaning.add_port(host or "", published or "", target, protocol or "tcp")
-        elif name == "--volume":
-            continue                                # see the mounts below
-        elif name == "--entrypoint":
-            meaning.facts["entrypoint"] = value
-        elif name == "--health-cmd":
-            words = json.loads(value) if value.startswith("[") else value.split(" ")[1:]
-            exact = value.startswith(("[", "CMD "))
-            meaning.facts["health"]["test"] = ["CMD"] + words if exact else ["CMD-SHELL", value]
-        elif name == "--no-healthcheck":
-            meaning.facts["health"]["disable"] = True
-        elif name in HEALTH.values():
-            meaning.facts["health"][name] = to_time(value) if name != "--health-retries" else int(value)
-        else:
-            meaning.add_option(name, value)
-    for mount in service.mounts:
-        if mount.kind != "tmpfs":
-            source = mount.found.real if mount.found else mount.source
-            meaning.facts["mounts"].append((source, mount.target, "ro" in mount.options))
-    networks = [(item[0], sorted(item[1]), item[2]) if item[1] is not None else (item[0], None,
-        None) for item in service.networks]
-    return dict(meaning.finish(), image=service.image, argv=service.command, environment=service.environment,
-                files={path: content.text for path, content in service.files.items()},
-                networks=sorted(networks), depends_on={name: facts for name,
-                    facts in service.depends_on.items() if name in names})
-
-
-def read_compose(service, answer):
-    """The meaning of a service in the answer of Docker Compose."""
-    service, meaning = unescape(service), Meaning()
-    for key, name in SCALARS.items():
-        if service.get(key) not in (None, 0):
-            meaning.add_option(name, service[key])
-    for key, name in LISTS.items():
-        for value in service.get(key) or ():
-            meaning.add_option(name, value)
-    for key, name in FLAGS.items():
-        if service.get(key):
-            meaning.add_option(name)
-    read_compose_options(service, meaning)
-    for port in service.get("ports") or ():
-        meaning.add_port(port.get("host_ip", ""), port.get("published", ""), port["target"], port["protocol"])
-    for mount in service.get("volumes") or ():
-        read_compose_mount(mount, answer, meaning)
-    read_compose_health(service.get("healthcheck") or {}, meaning)
-    entrypoint = service.get("entrypoint")
-    if entrypoint is not None:
-        meaning.facts["entrypoint"] = entrypoint[0] if entrypoint else ""
-    return dict(
-        meaning.finish(), image=service["image"], argv=(entrypoint or [])[1:] + (service.get("command") or []),
-        environment={name: value for name, value in (service.get("environment") or {}).items() if value is not None},
-        files=dict(read_compose_config(item, answer) for item in service.get("configs") or ()),
-        networks=read_compose_networks(service, answer),
-        depends_on={name: (facts["condition"], facts["required"]) for name,
-                    facts in (service.get("depends_on") or {}).items()
-                    if name in answer["services"]})
-
-
-def read_compose_options(service, meaning):
-    """What is an option for each of several names, and the limits of `deploy`."""
-    for name, value in (service.get("labels") or {}).items():
-        if name not in MARGO_LABELS:
-            meaning.add_option("--label", f"{name}={value}")
-    for name, value in (service.get("sysctls") or {}).items():
-        meaning.add_option("--sysctl", f"{name}={value}")
-    for value in service.get("extra_hosts") or ():
-        meaning.add_option("--add-host", value.replace("=", ":", 1))
-    for name, value in (service.get("ulimits") or {}).items():
-        value = f"{value['soft']}:{value['hard']}" if isinstance(value, dict) else value
-        meaning.add_option("--ulimit", f"{name}={value}")
-    logging = service.get("logging") or {}
-    if "driver" in logging:
-        meaning.add_option("--log-driver", logging["driver"])
-    for name, value in (logging.get("options") or {}).items():
-        meaning.add_option("--log-opt", f"{name}={value}")
-    limits = ((service.get("deploy") or {}).get("resources") or {}).get("limits") or {}
-    for key, name in (("cpus", "--cpus"), ("memory", "--memory"), ("pids", "--pids-limit")):
-        if key in limits:
-            meaning.add_option(name, limits[key])
-    if "stop_grace_period" in service:
-        meaning.add_option("--stop-timeout", to_time(service["stop_grace_period"]))
-
-
-def read_compose_mount(mount, answer, meaning):
-    """One entry of `volumes`."""
-    if mount["type"] == "tmpfs":
-        size = (mount.get("tmpfs") or {}).get("size")
-        meaning.add_option("--tmpfs", mount["target"] + (f":size={size}" if size else ""))
-        return
-    source = mount.get("source", "")
-    if mount["type"] == "volume" and source:
-        source = answer["volumes"][source]["name"]
-    meaning.facts["mounts"].append((source, mount["target"], bool(mount.get("read_only"))))
-
-
-def read_compose_health(health, meaning):
-    """A health check."""
-    if health.get("disable"):
-        meaning.facts["health"]["disable"] = True
-        return
-    if "test" in health:
-        meaning.facts["health"]["test"] = health["test"]
-    for key, name in HEALTH.items():
-        if key in health:
-            meaning.facts["health"][name] = health[key] if key == "retries" else to_time(health[key])
-
-
-def read_compose_config(item, answer):
-    """(target, text) of one entry of `configs`."""
-    config = unescape(answer["configs"][item["source"]])
-    if "content" in config:
-        return item.get("target", "/" + item["source"]), config["content"]
-    with open(config["file"], encoding="utf-8") as file:
-        return item.get("target", "/" + item["source"]), file.read()
-
-
-def read_compose_networks(service, answer):
-    """[(engine's name, aliases, address options)], or the mode."""
-    if "network_mode" in service:
-        mode = service["network_mode"]
-        return [(f"container:{PROJECT}-{mode[8:]}-1" if mode.startswith("service:") else mode, None, None)]
-    networks = []
-    for name, facts in service["networks"].items():
-        facts = facts or {}
-        addresses = [f"{option}={facts[key]}" for key, option in (("ipv4_address", "--ip"),
-            ("ipv6_address", "--ip6")) if key in facts]
-        networks.append((answer["networks"][name]["name"], sorted(facts.get("aliases") or ()), addresses))
-    return sorted(networks)
+    return oracle.end_config(oracle.start_config(folder, variables, PROJECT))
 
 
 @functools.lru_cache(maxsize=None)
 def ask_about_corpus():
-    """({name: folder}, {name: answer to the file}), all asked at once."""
+    """({name: folder}, {name: (what Docker Compose prints, its complaint)}), all asked at once."""
     holder = FileCase()
     holder.folder = os.path.realpath(tempfile.mkdtemp(prefix="margo-corpus-"))
     atexit.register(shutil.rmtree, holder.folder, True)
@@ -543,7 +328,7 @@ def ask_about_corpus():
         holder.add_file("compose.yaml", text)
         for path, content in head.get("files", {}).items():
             holder.add_file(path, content)
-        asked[name] = start_compose(folders[name], head.get("parameters", {}))
+        asked[name] = oracle.start_config(folders[name], head.get("parameters", {}), PROJECT)
     return folders, {name: process.communicate() for name, process in asked.items()}
 
 
@@ -563,20 +348,28 @@ class ValidCorpus(FileCase):
         """C-180: what the builtin driver tells the engine is what Docker Compose resolves, fed the same variables."""
         support.require("docker-compose")
         folders, answers = ask_about_corpus()
-        self.config = make_config(policy__host_network="allow")
+        self.config = make_config(policy__host_network="allow", policy__privileged="allow")
         for name, folder in folders.items():
             with self.subTest(file=name):
                 answer = self.read_answer(answers[name])
                 text, head = read_corpus("valid", name)
                 self.archive = folder
                 project = self.settle(text, head.get("parameters"))
-                self.assertEqual({service.name for service in project.services}, set(answer["services"]))
-                for service in project.services:
-                    expected = read_compose(answer["services"][service.name], answer)
-                    self.assertEqual(read_agent(service, answer["services"]), expected, service.name)
+                expected = oracle.read_compose(answer, PROJECT, folder, head.get("parameters", {}))
+                self.assertEqual(oracle.find_differences(oracle.read_agent(project, folder), expected), [])
                 own = {facts["name"] for facts in (answer.get("volumes") or {}).values() if not facts.get("external")}
                 made = {name for name, arguments in project.volumes.items() if arguments is not None}
                 self.assertEqual(made, own)
+
+    def test_the_corpus_has_every_key_of_a_service(self):
+        """So that what is accepted is held against Docker Compose, whatever is added."""
+        found = set()
+        for name in list_corpus("valid"):
+            document = margo_agent.load_yaml(read_corpus("valid", name)[0])
+            found.update(*document["services"].values())
+        self.assertEqual(set(margo_agent.SERVICE_FORM) - found, set())
+
+
 class InvalidCorpus(FileCase):
     def test_there_are_files(self):
         self.assertGreater(len(list_corpus("invalid")), 60)
@@ -659,6 +452,7 @@ class ServiceKeys(FileCase):
         ("pid", "host", ["--pid=host"]),
         ("ipc", "host", ["--ipc=host"]), ("userns_mode", "host", ["--userns=host"]),
         ("devices", ["/dev/a:/dev/b:r"], ["--device=/dev/a:/dev/b:r"]),
+        ("device_cgroup_rules", ["c 189:* rmw"], ["--device-cgroup-rule=c 189:* rmw"]),
         ("security_opt", ["seccomp=unconfined"], ["--security-opt=seccomp=unconfined"])]
     OTHERS = [                                      # keys with an option, or several, that are read with more than themselves
         ("tmpfs", ["/run:size=1m,mode=0755", "/tmp"], ["--tmpfs=/run:size=1m,mode=0755", "--tmpfs=/tmp"]),
@@ -668,7 +462,7 @@ class ServiceKeys(FileCase):
          ["--publish=127.0.0.1:8080:80/udp"]), ("attach", False, []), ("expose", ["80"], []), ("scale", 1, [])]
     UNSUPPORTED = (
         "annotations cgroup cgroup_parent cpu_count cpu_percent cpu_rt_period cpu_rt_runtime credential_spec develop"
-        " device_cgroup_rules domainname extends external_links gpus isolation label_file models oom_kill_disable post_start"
+        " domainname extends external_links gpus isolation label_file models oom_kill_disable post_start"
         " pre_stop provider pull_refresh_after runtime storage_opt use_api_socket uts volumes_from").split()
 
     def test_every_key_becomes_its_option(self):
@@ -819,33 +613,27 @@ class ServiceKeys(FileCase):
                 except margo_agent.ComponentError as error:
                     self.assertIn("1", error.message)
 
-    def test_random_values_are_settled_or_refused(self):
+    def test_a_number_that_is_none_is_a_wrong_value(self):
+        """`.nan` was once an error of the agent, with exit code 70."""
+        for key in sorted(margo_agent.SERVICE_FORM):
+            for text in (".nan", "-.inf", "[.nan]", "{.nan: .nan}"):
+                with self.subTest(key=key, text=text):
+                    try:
+                        self.settle("services: {main: {%s%s: %s}}" % ("" if key == "image" else f"image: {IMAGE}, ", key, text))
+                    except margo_agent.ComponentError as error:
+                        self.assertTrue(error.message.startswith("compose.yaml: services.main"), error.message)
+
+    def test_random_files_are_settled_or_refused(self):
         """Whatever stands in a file: a Project or a ComponentError, and never a bug of the agent."""
         support.require("hypothesis")
         from hypothesis import HealthCheck, given, settings, strategies
-        words = ("driver options test retries interval disable source target type bind volume tmpfs file content name"
-                 " external labels ipam config subnet limits resources replicas condition required soft hard published"
-                 " host_ip protocol path").split()
-        texts = ["", "CMD", "a:/b", "./x:/y", "${A:-b}", "5s", "x=1", "service:main", "~/a:/b"]
-        scalars = strategies.one_of(
-            strategies.none(), strategies.booleans(), strategies.integers(-5, 70000), strategies.floats(),
-            strategies.sampled_from(words + texts), strategies.text(max_size=6))
-        keys = strategies.sampled_from(words) | strategies.integers(0, 3) | strategies.text(max_size=3)
-        values = strategies.recursive(scalars, lambda inner: strategies.one_of(
-            strategies.lists(inner, max_size=3), strategies.dictionaries(keys, inner, max_size=3)), max_leaves=6)
-        sections = strategies.dictionaries(strategies.sampled_from(sorted(margo_agent.FILE_FORM)), values,
-                                           max_size=2)
-        services = strategies.dictionaries(strategies.sampled_from(sorted(margo_agent.SERVICE_FORM)), values,
-                                           max_size=2)
         failures = {}
 
-        @settings(max_examples=120, deadline=None, database=None, derandomize=True,
-                  suppress_health_check=list(HealthCheck))
-        @given(services, sections)
-        def check(service, section):
-            document = dict({"services": {"main": dict({"image": IMAGE}, **service)}}, **section)
+        @settings(max_examples=150, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck))
+        @given(make_documents(strategies), strategies.sampled_from(["podman", "docker"]))
+        def check(document, engine):
             try:
-                project = margo_agent.make_project(document, self.make_workload(), self.config.policy, "podman")
+                project = margo_agent.make_project(document, self.make_workload({"P": "1"}), self.config.policy, engine)
                 self.assertIsInstance(project, margo_agent.Project)
             except margo_agent.ComponentError as error:
                 self.assertTrue(error.message.startswith("compose.yaml: "), error.message)
@@ -853,6 +641,36 @@ class ServiceKeys(FileCase):
                 failures.setdefault(f"{type(error).__name__}: {error}"[:80], document)
         check()
         self.assertEqual(failures, {})
+
+
+def make_documents(strategies):
+    """A strategy of compose files: mostly of the right form with wrong values here and there, sometimes of no form at all."""
+    texts = ("", "CMD", "a:/b", "./x:/y", "/a:/b:ro", "${A:-b}", "$P", "${P:?}", "${", "5s", "1m", "x=1", "service:main", "service:s", "container:c", "~/a:/b",
+             "bind", "volume", "tmpfs", "host", "none", "80", "8080:80", "1-3:80", "[::1]:1:2/udp", "data", "front", "10.0.0.1", "fd00::/64", "true", "0644",
+             "on-failure:3", "json-file", "service_healthy", "64m", "NONE", "/t:size=1m", "h:host-gateway", "a\0b", "x" * 300)
+    scalars = strategies.one_of(strategies.none(), strategies.booleans(), strategies.integers(-5, 70000), strategies.floats(),
+                                strategies.sampled_from(texts), strategies.text(max_size=6))
+    keys = strategies.sampled_from(["main", "s", "data", "front", "x-y", "labels", 1, None, True]) | strategies.text(max_size=3)
+    anything = strategies.recursive(scalars, lambda inner: strategies.one_of(
+        strategies.lists(inner, max_size=3), strategies.dictionaries(keys, inner, max_size=3)), max_leaves=6)
+
+    def make_values(form):
+        """Values for a form of margo_agent."""
+        if isinstance(form, tuple):
+            return strategies.one_of(make_values(form[0]), scalars)
+        if isinstance(form, list):
+            return strategies.lists(make_values(form[0]), max_size=3) | scalars
+        if not isinstance(form, dict):
+            return scalars | strategies.lists(scalars, max_size=2) | anything
+        if None in form or list in form:
+            return strategies.dictionaries(keys, make_values(form.get(None) or form[list]), max_size=3) | strategies.lists(scalars, max_size=2)
+        members = {key: strategies.deferred(lambda part=part: make_values(part)) for key, part in form.items()}
+        return strategies.lists(strategies.sampled_from(sorted(members)), max_size=4, unique=True).flatmap(
+            lambda chosen: strategies.fixed_dictionaries({key: members[key] for key in chosen})) | anything
+    service = make_values(margo_agent.SERVICE_FORM).map(lambda item: dict({"image": IMAGE}, **item) if isinstance(item, dict) and all(
+        isinstance(key, str) for key in item) else item)
+    parts = {key: make_values(form) for key, form in margo_agent.FILE_FORM.items() if key != "services"}
+    return strategies.fixed_dictionaries({"services": strategies.dictionaries(keys, service, min_size=1, max_size=3)}, optional=parts) | anything
 
 
 class Readers(unittest.TestCase):
@@ -933,7 +751,7 @@ class Readers(unittest.TestCase):
                 self.assertFault(lambda: self.make_ports("1:1", value), "services.main.ports[1]")
 
     def test_a_restart_policy_is_the_engines_own_word(self):
-        for value in ("sometimes", "on-failure:", "on-failure:x", "always:3", "", "no\n", True):
+        for value in ("sometimes", "on-failure:", "on-failure:x", "always:3", " ", "no\n", True):
             self.assertFault(lambda: margo_agent.to_restart(value, "services.main.restart"),
                              "services.main.restart: ", "is not a restart policy")
 
@@ -963,6 +781,12 @@ class Readers(unittest.TestCase):
             arguments = self.make_health({"test": ["CMD", word]})
             self.assertEqual(arguments, [f"--health-cmd={expected}"])
 
+    def test_a_text_that_podman_would_take_for_its_own_words_stays_one(self):
+        """It takes a JSON list for words, and CMD and NONE at the beginning for a list's first word, in any case."""
+        for text in ('["a", "b"]', "cmd --status", "NONE of it", "CMD x", "[ -f /x ]"):
+            self.assertEqual(self.make_health({"test": text}), [f"--health-cmd=CMD-SHELL {text}"])
+            self.assertEqual(self.make_health({"test": text}, "docker"), [f"--health-cmd={text}"])
+
     def test_the_mode_of_a_file_is_octal_as_it_is_usually_written(self):
         for text, expected in (("0440", 0o440), ("'440'", 0o440), ("0o555", 0o555), ("292", 0o444), ("'0o17'", 0o17)):
             self.assertEqual(margo_agent.to_mode(margo_agent.load_yaml(text), "here"), expected)
@@ -976,7 +800,7 @@ class Ports(FileCase):
     CASES = [("80", []), ("8080:80", [["", 8080, "tcp"]]), ("127.0.0.1:8080:80/udp", [["127.0.0.1", 8080, "udp"]]),
              ("0.0.0.0:8080:80", [["", 8080, "tcp"]]), ("[::]:8080:80", [["", 8080, "tcp"]]),
              ("[0:0::1]:53:53/udp", [["::1", 53, "udp"]]), ("127.0.0.1::80", []),
-             ("8080-8081:80-81", [["", 8080, "tcp"], ["", 8081, "tcp"]]), ("8080-8090:80", []),
+             ("8080-8081:80-81", [["", 8080, "tcp"], ["", 8081, "tcp"]]), ("8080-8090:80", [["", 8080, "tcp"]]),
              ({"target": 80, "published": 8080, "host_ip": "10.0.0.1", "protocol": "sctp"}, [["10.0.0.1", 8080, "sctp"]]),
              ({"target": 80}, [])]
 
@@ -985,6 +809,14 @@ class Ports(FileCase):
             with self.subTest(item=item):
                 self.assertEqual(self.settle_service({"ports": [item]}).ports, expected)
 
+
+    def test_podman_takes_the_first_of_a_range_for_one_port(self):
+        """Docker chooses one that is free; podman refuses ranges of different lengths."""
+        document = make_document({"ports": ["127.0.0.1:8100-8110:84/udp"]})
+        for engine, argument, held in (("podman", "127.0.0.1:8100:84/udp", [["127.0.0.1", 8100, "udp"]]),
+                                       ("docker", "127.0.0.1:8100-8110:84/udp", [])):
+            service = self.settle(document, engine=engine).services[0]
+            self.assertEqual((service.arguments, service.ports), ([f"--publish={argument}"], held))
 
     def test_a_port_that_is_listed_twice_is_one(self):
         """The engine is asked for a port once: the second time it is in use."""
@@ -1275,6 +1107,28 @@ class Shared(FileCase):
             with self.subTest(value=value):
                 self.assertEqual(self.settle_service({"networks": value}, networks=networks).networks, expected)
 
+    def test_an_address_that_a_network_cannot_give_is_found_before(self):
+        """An engine says so at the start, when the old container has stopped already."""
+        networks = {"n": {"ipam": {"config": [{"subnet": "10.1.0.0/24"}, {"subnet": "fd00::/64"}]}}, "other": {"external": True}, "own": None}
+
+        def settle(network, engine="podman", **addresses):
+            return self.settle(make_document({"networks": {network: addresses}}, networks=networks), engine=engine)
+        settle("n", ipv4_address="10.1.0.7", ipv6_address="fd00::7")
+        settle("other", "docker", ipv4_address="10.9.9.9")
+        settle("own", ipv4_address="10.9.9.9")
+        for network, engine, address in (("n", "podman", "10.1.1.7"), ("n", "docker", "fd01::1"), ("n", "podman", "x"), ("own", "docker", "10.1.0.7")):
+            with self.assertRaises(margo_agent.ComponentError) as caught:
+                settle(network, engine, ipv4_address=address)
+            self.assertIn(f"services.main.networks.{network}: '{address}' lies in no `subnet`", caught.exception.message)
+
+    def test_the_network_of_a_container_of_this_file_is_its_services(self):
+        """Our containers have other names than theirs; one that is not of this file is not shared."""
+        services = {"a": {"image": IMAGE, "container_name": "vpn"},
+                    "b": {"image": IMAGE, "network_mode": "container:vpn", "pid": "container:vpn", "ipc": "container:vpn"}}
+        found = self.settle({"services": services}).services[1]
+        self.assertEqual((found.networks[0].network, found.shares, found.arguments), (f"container:{PROJECT}-a-1", ["a", "a", "a"], [
+            f"--ipc=container:{PROJECT}-a-1", f"--pid=container:{PROJECT}-a-1"]))
+
     def test_network_modes(self):
         self.config = make_config(policy__host_network="allow")
         for mode in ("none", "host", "bridge"):
@@ -1349,6 +1203,9 @@ class Shared(FileCase):
             self.assertRefused(make_document({"logging": logging}), "services.main.logging.options.tag: podman takes it for")
             self.settle(make_document({"logging": logging}), engine="docker")
 
+    def test_a_host_name_has_an_end(self):
+        self.assertRefused(make_document({"hostname": "x" * 65}), "services.main.hostname: ", "at most 64 characters")
+
     def test_mounts_in_both_syntaxes(self):
         cases = [
             ("data:/d", f"--volume={PROJECT}_data:/d"), ("data:/d:ro", f"--volume={PROJECT}_data:/d:ro"),
@@ -1357,7 +1214,7 @@ class Shared(FileCase):
             ({"type": "volume", "source": "data", "target": "/d"}, f"--volume={PROJECT}_data:/d"),
             ({"type": "volume", "target": "/d"}, "--volume=/d"),
             ({"type": "volume", "source": "data", "target": "/d", "read_only": True}, f"--volume={PROJECT}_data:/d:ro"),
-            ({"type": "tmpfs", "target": "/t"}, "--tmpfs=/t"),
+            ({"type": "tmpfs", "target": "/t"}, "--tmpfs=/t"), ("data:/d:consistent", f"--volume={PROJECT}_data:/d"),
             ({"type": "volume", "source": "data", "target": "/d", "volume": {"nocopy": True}}, f"--volume={PROJECT}_data:/d:nocopy"),
             ({"type": "tmpfs", "target": "/t", "tmpfs": {"size": "1m"}}, "--tmpfs=/t:size=1m"),
             ({"type": "tmpfs", "target": "/t", "tmpfs": {"mode": 0o1777}}, "--tmpfs=/t:mode=1777")]

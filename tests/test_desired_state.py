@@ -393,10 +393,11 @@ class Public(unittest.TestCase):
                 self.assertIn(words, caught.exception.message)
 
     def test_an_id_is_found_where_servers_put_it(self):
-        """F1: at the top, in the annotations, in metadata, or as a name that is one; the first of these counts, null is none."""
+        """F1: at the top, in the annotations, in metadata, or as a name; the first of these that is a UUID counts."""
         for metadata, top in (({"id": HELLO, "name": "n"}, None), ({"name": "n", "annotations": {"id": HELLO}}, None), ({"name": HELLO}, None),
                               ({"name": OTHER, "id": OTHER}, HELLO), ({"name": OTHER, "id": OTHER, "annotations": {"id": HELLO}}, None),
-                              ({"name": "n", "id": HELLO, "annotations": None}, None), ({"id": HELLO, "annotations": {"id": None}}, None)):
+                              ({"name": "n", "id": HELLO, "annotations": None}, None), ({"id": HELLO, "annotations": {"id": None}}, None),
+                              ({"name": HELLO, "id": "an-application"}, "its-name")):
             with self.subTest(metadata=metadata, top=top):
                 self.assertEqual(load(json.dumps(make_older(metadata=metadata, id=top))).namespace, "default")
         self.assertEqual(load(json.dumps(make_older(metadata={"id": HELLO.upper()}))).name, HELLO)

@@ -1268,7 +1268,8 @@ class Pem(unittest.TestCase):
         key = "-----BEGIN PRIVATE KEY-----\nAAAA\n-----END PRIVATE KEY-----\n"
         for text in (self.armour(one) + self.armour(two), self.armour(one, 76, "\r\n") + self.armour(two, 10000),
                      "subject=x\n" + self.armour(one) + "issuer=y\n\n" + self.armour(two),
-                     self.armour(one).rstrip("\n") + self.armour(two), self.armour(one) + key + self.armour(two)):
+                     self.armour(one).rstrip("\n") + self.armour(two), self.armour(one) + key + self.armour(two),
+                     "anchors:\n" + (self.armour(one) + self.armour(two)).replace("-----B", "\t-----B").replace("\n", "\n  ")):
             with self.subTest(text[:40]):
                 self.assertEqual(margo_agent.parse_pem(text), [one, two])
 

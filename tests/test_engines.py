@@ -4,10 +4,12 @@ The agent runs as a process against the example WFM; what is asserted is what th
 """
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
 import unittest
+import urllib.request
 import uuid
 
 import margo_agent
@@ -371,6 +373,124 @@ class PrivateImages(EngineCase):
         self.device.cycle(0)
         self.assertEqual(len(self.engine.containers()), 1)
         self.engine.podman("rmi", "--force", f"{host}/app:1", check=False)
+
+
+class Mirrored:
+    """F-31: a plant without a way out; what a registry's mirror has runs under the name that the file gives it."""
+
+    def setUp(self):
+        super().setUp()
+        support.require("docker-registry")
+        self.folder, port = support.make_folder(self), support.free_port()
+        self.mirror = f"127.0.0.1:{port}"
+        support.write(os.path.join(self.folder, "config.yml"), json.dumps({
+            "version": 0.1, "storage": {"filesystem": {"rootdirectory": self.folder}}, "http": {"addr": self.mirror}}))
+        self.registry = support.Service(self, ["docker-registry", "serve", os.path.join(self.folder, "config.yml")])
+        support.wait_for(lambda: "listening on" in self.registry.read_output(), what="the registry")
+        for name in ("plant/app:1", "library/tool:2"):
+            self.engine.make_image(f"{self.mirror}/{name}")         # made anew, it has an id of its own
+            self.engine.podman("push", *(["--tls-verify=false"] if self.engine.kind == "podman" else []), f"{self.mirror}/{name}")
+            self.engine.podman("rmi", f"{self.mirror}/{name}")
+        self.device.settings["registries"].update({self.mirror: {"insecure": True}, "127.0.0.1:9": {"mirror": self.mirror, "insecure": True},
+                                                   "docker.io": {"mirror": f"http://{self.mirror}/"}})
+        self.device.save()
+
+    def find_names(self):
+        """The names by which the engine knows images, but that of the tests' own."""
+        return {line for line in self.engine.podman("images", "--format={{.Repository}}:{{.Tag}}").split() if "margo-test" not in line}
+
+    def test_images_come_from_the_mirror_under_their_own_names(self):
+        self.publish({"main": service(image="127.0.0.1:9/plant/app:1"), "tool": service(image="tool:2")})
+        self.device.cycle(0)
+        hub = "docker.io/library/tool:2" if self.engine.kind == "podman" else "tool:2"
+        self.assertEqual(self.find_names(), {"127.0.0.1:9/plant/app:1", hub})
+        self.registry.stop()
+        self.engine.podman("rm", "--force", self.name(), self.name("tool"))
+        self.device.cycle(0)
+        self.assertEqual({state for _, state in self.engine.containers().values()}, {"running"})
+        self.wfm.withdraw(self.deployment_id)
+        self.device.cycle(0)
+        self.assertEqual(self.find_names(), set(), "what the agent pulled is pruned")
+
+    def test_an_image_that_the_mirror_lacks_is_asked_of_its_registry(self):
+        self.publish({"main": service(image="127.0.0.1:9/plant/other:1")})
+        words = self.device.cycle(1)
+        self.assertIn("the mirror does not serve it; the registry itself is asked", words)
+        self.assertIn("PULL_FAILED", words)
+
+    def test_by_digest(self):
+        address = f"http://{self.mirror}/v2/plant/app/manifests/1"
+        kinds = ("application/vnd.oci.image.manifest.v1+json", "application/vnd.docker.distribution.manifest.v2+json")
+        with urllib.request.urlopen(urllib.request.Request(address, headers={"Accept": ", ".join(kinds)})) as answer:
+            digest = answer.headers["Docker-Content-Digest"]
+        image = f"127.0.0.1:9/plant/app@{digest}"
+        self.publish({"main": service(image=image)})
+        if self.engine.kind == "docker":
+            self.assertIn("give the daemon this mirror instead", self.device.cycle(1))
+            return
+        self.device.cycle(0)
+        self.assertEqual(self.engine.facts(self.name(), "{{.ImageName}}"), image)
+        self.registry.stop()
+        self.engine.podman("rm", "--force", self.name())
+        self.device.cycle(0)
+        self.wfm.withdraw(self.deployment_id)
+        self.device.cycle(0)
+        self.assertEqual(self.find_names(), set(), "what the agent pulled is pruned")
+
+
+class Memory(EngineCase):
+    """F-02: what the engine remembers is not what is; nobody has to come."""
+
+    def test_a_container_whose_runtime_went_away_with_an_upgrade_is_made_anew(self):
+        conf, old = self.engine.env["CONTAINERS_CONF"], os.path.join(support.make_folder(self), "oldruntime")
+        with open(conf) as file:
+            text = file.read()
+        shutil.copy(shutil.which("runc") or shutil.which("crun"), old)
+        self.addCleanup(support.write, conf, text)
+        support.write(conf, re.sub('runtime = "[a-z]+"', 'runtime = "oldruntime"', text) + f'[engine.runtimes]\noldruntime = ["{old}"]\n')
+        self.publish({"main": service()})
+        self.device.cycle(0)
+        before = self.engine.containers()
+        self.engine.podman("stop", "--time=0", self.name())
+        support.write(conf, text)
+        os.remove(old)
+        self.assertIn("a container that cannot be started is made anew", self.device.cycle(0))
+        self.assertNotEqual(self.engine.containers(), before)
+
+    def test_an_image_of_ours_with_a_damaged_layer_is_pulled_anew(self):
+        support.require("docker-registry")
+        folder, port = support.make_folder(self), support.free_port()
+        image = f"127.0.0.1:{port}/app:1"
+        support.write(os.path.join(folder, "config.yml"), json.dumps({
+            "version": 0.1, "storage": {"filesystem": {"rootdirectory": folder}}, "http": {"addr": f"127.0.0.1:{port}"}}))
+        registry = support.Service(self, ["docker-registry", "serve", os.path.join(folder, "config.yml")])
+        support.wait_for(lambda: "listening on" in registry.read_output(), what="the registry")
+        self.engine.podman("run", "--network=none", "--name=x", IMAGE, "sh", "-c", "echo unique > /tmp/u")
+        self.engine.podman("commit", "--quiet", "x", image)
+        self.engine.podman("rm", "x")
+        self.engine.podman("push", "--tls-verify=false", image)
+        self.engine.podman("rmi", image)
+        self.device.settings["registries"][image.split("/")[0]] = {"insecure": True}
+        self.device.save()
+        self.publish({"main": service(image=image)})
+        self.device.cycle(0)
+        with open(os.path.join(self.engine.folder, "graph", "vfs-images", "images.json")) as file:
+            layer = next(item["layer"] for item in json.load(file) if image in (item.get("names") or ()))
+        self.engine.podman("rm", "--force", "--time=0", self.name())
+        shutil.rmtree(os.path.join(self.engine.folder, "graph", "vfs", "dir", layer))
+        self.assertIn("a damaged image is pulled anew", self.device.cycle(0))
+        self.assertEqual(self.inside("cat", "/tmp/u"), "unique")
+
+    def inside(self, *command):
+        return self.engine.podman("exec", self.name(), *command).strip()
+
+
+class MirroredPodman(Mirrored, EngineCase):
+    pass
+
+
+class MirroredDocker(Mirrored, EngineCase):
+    engine_class = support.Docker
 
 
 class FullDisk(EngineCase):

@@ -1,12 +1,15 @@
 """examples/packaging: each way to pack and start the agent, tried as its README says."""
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
+import tarfile
 import unittest
 import zipfile
 
+import margo_agent
 from tests import support
 
 PACKAGING = os.path.join(support.EXAMPLES, "packaging")
@@ -37,6 +40,7 @@ class DebianPackage(unittest.TestCase):
         support.require("lintian")
         done = run("lintian", "--no-cfg", "--allow-root", "--fail-on", "error", self.build())
         self.assertNotRegex(done.stdout, "(?m)^E:")
+        self.assertNotIn("manual-page", done.stdout)
 
     def test_it_is_the_same_each_time_it_is_built(self):
         paths = [self.build("one"), self.build("two")]
@@ -60,6 +64,40 @@ class DebianPackage(unittest.TestCase):
         for name in ("margo-agent.service", "margo-agent-poll.service"):
             with open(os.path.join(root, "lib/systemd/system", name)) as file:
                 self.assertRegex(file.read(), r"(?m)^ExecStart=/usr/bin/margo-agent -c /etc/margo/agent.yaml run")
+
+
+class Manual(unittest.TestCase):
+    """Both are made of the agent's table of commands."""
+
+    def make(self, what):
+        text = run(sys.executable, os.path.join(PACKAGING, "manual.py"), what, support.AGENT).stdout
+        return support.write(os.path.join(support.make_folder(self), "margo-agent.8"), text)
+
+    def test_the_manual_page_has_every_command_and_no_mistake(self):
+        support.require("man")
+        page = self.make("man")
+        done = subprocess.run(["man", "--warnings", "-E", "UTF-8", "-l", page], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                              universal_newlines=True, env=dict(os.environ, LC_ALL="C.UTF-8", MANWIDTH="100", MANPAGER="cat"))
+        self.assertEqual((done.returncode, done.stderr), (0, ""))
+        for name, (_, options, _) in margo_agent.COMMANDS.items():
+            self.assertRegex(done.stdout, f"(?m)^       {name}\\b.*" + ".*".join(re.escape(option) for option in options))
+        self.assertNotIn("margo_agent.py", done.stdout)
+        self.assertRegex(done.stdout, r"(?m)^       70 ")
+
+    def complete(self, script, *words):
+        """What bash offers for the last of some words."""
+        ask = (f". {script}; COMP_WORDS=({' '.join(shlex.quote(word) for word in words)}); "
+               f"COMP_CWORD=$(( ${{#COMP_WORDS[@]}} - 1 )); _margo_agent; echo \"${{COMPREPLY[*]}}\"")
+        return run("bash", "-uec", ask, cwd=os.path.dirname(script)).stdout.split()
+
+    def test_bash_offers_commands_their_options_and_files(self):
+        support.require("bash")
+        script = self.make("bash")
+        self.assertEqual(set(self.complete(script, "margo-agent", "c")), {name for name in margo_agent.COMMANDS if name[0] == "c"})
+        self.assertIn("--once", self.complete(script, "margo-agent", "-c", "x", "run", "--o"))
+        self.assertEqual(self.complete(script, "margo-agent", "-c", "margo"), ["margo-agent.8"])
+        self.assertEqual(self.complete(script, "margo-agent", "--log-format", "j"), ["json"])
+        self.assertTrue(set(margo_agent.COMMANDS) <= set(self.complete(script, "margo-agent", "-q", "")))
 
 
 class InASystem(unittest.TestCase):
@@ -94,19 +132,15 @@ class Cron(unittest.TestCase):
         self.variables = dict(line.split("=", 1) for line in lines if re.match("[A-Z]+=", line))
         (self.line,) = [line for line in lines if line.startswith("*")]
 
-    def test_every_device_waits_its_own_time_below_a_minute(self):
-        """The wait comes from the machine id alone."""
-        command = self.line.split("root ", 1)[1].replace(r"\%", "%")
-        self.assertNotRegex(self.line, r"[^\\]%")                               # cron takes a bare % for a line break
-        folder, waits = support.make_folder(self), set()
-        for number in range(40):
-            identity = support.write(os.path.join(folder, "machine-id"), f"{number:032x}\n")
-            script = command.replace("/etc/machine-id", identity).split(";")[0].replace("sleep", "echo")
-            said = {run(self.variables["SHELL"], "-c", script, env={"PATH": self.variables["PATH"]}).stdout for _ in range(2)}
-            self.assertEqual(len(said), 1)
-            waits.add(int(said.pop()))
-        self.assertGreater(len(waits), 15)
-        self.assertLess(max(waits), 50)
+    def test_it_is_a_line_that_cron_and_the_agent_understand(self):
+        self.assertNotIn("%", self.line)                                        # cron takes it for a line break
+        words = self.line.split(" && exec python3 -m margo_agent ")
+        self.assertEqual(words[0], "* * * * * root cd /usr/local/lib/margo")
+        self.assertEqual(words[1], "-q run --once --spread 50s")
+        done = subprocess.run([sys.executable, support.AGENT, "-c", "/nowhere/agent.yaml"] + words[1].split(),
+                              stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True)
+        self.assertEqual(done.returncode, 2)                                    # for the file that is not there
+        self.assertIn("/nowhere/agent.yaml", done.stderr)
 
     def test_the_path_has_what_podman_needs(self):
         self.assertTrue({"/usr/sbin", "/sbin", "/usr/bin"} <= set(self.variables["PATH"].split(":")))
@@ -126,8 +160,66 @@ class Zipapp(support.DeviceCase):
         self.assertRegex(run(sys.executable, "-I", "-S", "-c", script).stdout, r"margo-agent\.pyz/margo_agent\.pyc$")
 
 
+PROCD = """
+procd_open_instance() { :; }
+procd_close_instance() { :; }
+procd_set_param() { echo "$@"; }
+procd_send_signal() { echo "signal $*"; }
+mkdir() { :; }
+"""
+
+
+class OpenWrt(support.DeviceCase):
+    """Its package and its init script, without an OpenWrt: procd's part is done by the test."""
+
+    def setUp(self):
+        super().setUp()
+        folder = support.make_folder(self)
+        run("sh", os.path.join(PACKAGING, "openwrt.sh"), folder, support.AGENT, env=dict(os.environ, PYTHON=sys.executable))
+        (self.package,) = [os.path.join(folder, name) for name in os.listdir(folder)]
+        self.root = os.path.join(folder, "root")
+        with tarfile.open(self.package) as package:
+            self.assertEqual(sorted(package.getnames()), [".", "./control.tar.gz", "./data.tar.gz", "./debian-binary"])
+            for name in ("data", "control"):
+                with tarfile.open(fileobj=package.extractfile(f"./{name}.tar.gz")) as inner:
+                    self.assertEqual({(entry.uid, entry.gid) for entry in inner}, {(0, 0)})
+                    inner.extractall(os.path.join(folder, "root" if name == "data" else name))
+        with open(os.path.join(folder, "control", "control")) as file:
+            self.control = dict(re.findall(r"^([A-Za-z-]+): (.*)$", file.read(), re.M))
+
+    def ask_init(self, function):
+        """{parameter: its values} that a function of the init script tells procd."""
+        script = f"{PROCD}\n. {self.root}/etc/init.d/margo-agent\n{function}\n"
+        return {line.split()[0]: line.split()[1:] for line in run("sh", "-euc", script).stdout.splitlines()}
+
+    def test_the_daemon_runs_from_bytecode_as_procd_starts_it(self):
+        told = self.ask_init("start_service")
+        program, *arguments = told["command"]
+        self.assertEqual((program, arguments), ("/usr/bin/margo-agent", ["-c", "/etc/margo/agent.yaml", "run"]))
+        self.assertEqual((told["stdout"], told["stderr"], told["respawn"]), (["1"], ["1"], ["3600", "30", "0"]))
+        with open(self.root + program) as file:
+            line = file.read().splitlines()[1].replace("/usr/lib", f"{self.root}/usr/lib").replace("python3", sys.executable)
+        self.assertEqual(os.listdir(os.path.join(self.root, "usr/lib/margo")), ["margo_agent.pyc"])
+        self.wfm.publish(support.make_deployment(registry=self.wfm.registry))
+        self.device.set("poll.interval", "5s")
+        words = [word.replace("/etc/margo/agent.yaml", self.device.config_file) for word in arguments]
+        process = subprocess.Popen(["sh", "-c", line, "sh"] + words, env=self.device.env, stdin=subprocess.DEVNULL,
+                                   stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        self.addCleanup(process.stdout.close)
+        self.addCleanup(support.end, process)
+        support.wait_for(lambda: "installed" in self.wfm.statuses(), what="the installation")
+        process.terminate()
+        self.assertEqual(process.wait(30), 0, process.stdout.read())
+
+    def test_its_control_file_names_the_agents_version_and_pythons(self):
+        version = run(sys.executable, support.AGENT, "version").stdout.split()[1]
+        self.assertEqual((self.control["Version"], self.control["Architecture"]), (f"{version}-r1", "all"))
+        self.assertTrue(self.control["Description"].endswith("Python %d.%d" % sys.version_info[:2]))
+        self.assertEqual(self.ask_init("reload_service"), {"signal": ["margo-agent", "*", "HUP"]})
+
+
 class Container(support.EngineCase):
-    """The agent in a container, which drives the engine that it runs on by its socket."""
+    """C-233: the agent in a container, which drives the engine that it runs on by its socket."""
 
     def make_base(self):
         """An image with this machine's own Python, podman, openssl and a shell, instead of a Debian from elsewhere."""

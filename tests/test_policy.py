@@ -17,7 +17,7 @@ class Policy(PolicyCase):
     DENIED = [
         ("privileged", True), ("privileged", "true"), ("privileged", "${YES}"), ("privileged", "yes"), ("privileged", "On"), ("pid", "host"),
         ("ipc", "host"), ("userns_mode", "host"), ("pid", "${HOST}"), ("cap_add", ["SYS_ADMIN"]), ("cap_add", "ALL"),
-        ("cap_add", ["CHOWN", "CAP_NET_RAW"]), ("devices", ["/dev/mem"]), ("devices", "/dev/mem"),
+        ("cap_add", ["CHOWN", "CAP_NET_RAW"]), ("devices", ["/dev/mem"]), ("devices", "/dev/mem"), ("device_cgroup_rules", ["c 1:1 rwm"]),
         ("security_opt", ["seccomp=unconfined"]), ("security_opt", "label=disable"),
         ("security_opt", ["no-new-privileges:false"]), ("security_opt", ["apparmor:unconfined"]),
         ("security_opt", ["no-new-privileges:true", "label:disable"]), ("oom_score_adj", -1), ("oom_score_adj", "-1000"),

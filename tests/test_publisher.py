@@ -97,7 +97,7 @@ class Publisher(support.EngineCase):
                      "deploymentProfile": {"type": profile["type"], "components": profile["components"]}}}))
 
     def test_an_application_of_margot_runs_is_updated_and_goes(self):
-        """Its archive has no entry for the folder at its top, its annotations lie on the manifest."""
+        """C-153, C-155, C-156: its archive has no entry for the folder at its top, its annotations lie on the manifest."""
         self.deploy(self.publish("1.0.0", "good morning"))
         self.device.cycle()
         self.assertEqual(support.fetch(self.port), "press 1.0.0 good morning")

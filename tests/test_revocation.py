@@ -7,6 +7,7 @@ import ssl
 import subprocess
 import sys
 import time
+import tracemalloc
 import unittest
 from unittest import mock
 
@@ -311,6 +312,32 @@ class Reading(unittest.TestCase):
         for size in range(0, len(der) - 1, 7):
             with self.assertRaises(ValueError):
                 margo_agent.parse_crl(der[:size])
+
+    def test_what_is_no_list_costs_little_memory(self):
+        """Case 4.18: 8 MiB of tiny elements where a list has ten fields, by whoever stands on the path of an http address."""
+        head = [margo_agent.make_der(2, b"\1"), margo_agent.make_der(0x30), margo_agent.make_der(0x30)] + [margo_agent.make_der(0x17, b"260101000000Z")] * 2
+        fields = b"".join(head) + b"\x05\0" * (4 * 1024 * 1024)
+        data = margo_agent.make_der(0x30, margo_agent.make_der(0x30, fields))
+        del fields
+        tracemalloc.start()
+        self.addCleanup(tracemalloc.stop)
+        with self.assertRaises(ValueError):
+            margo_agent.parse_crl(data)
+        self.assertLess(tracemalloc.get_traced_memory()[1], 4 * len(data))
+
+    def test_an_entry_that_cannot_be_read_spoils_the_list(self):
+        """E-085: before it is stored, and not when somebody is looked up in it."""
+        name, start = margo_agent.make_der(0x30), margo_agent.make_der(0x17, b"260101000000Z")
+        number = margo_agent.make_der(0x30, margo_agent.make_der(6, margo_agent.OID_CRL_NUMBER), margo_agent.make_der(4, b"\2\1\1"))
+        for entry, good in ((margo_agent.make_der(0x30, b"\2\1\5", start), True), (margo_agent.make_der(0x30), False), (b"\x30\x05\x02", False),
+                            (margo_agent.make_der(0x30, b"\x02\x7f"), False)):
+            fields = (b"\2\1\1", name, name, start, start, margo_agent.make_der(0x30, entry), margo_agent.make_der(0xA0, margo_agent.make_der(0x30, number)))
+            data = margo_agent.make_der(0x30, margo_agent.make_der(0x30, *fields), name)
+            with self.subTest(entry):
+                if good:
+                    self.assertEqual(margo_agent.parse_crl(data)[1].serials, {5})
+                else:
+                    self.assertRaises(ValueError, margo_agent.parse_crl, data)
 
     def test_der_is_written_as_it_is_read(self):
         for size in (0, 1, 127, 128, 255, 256, 65535, 65536):

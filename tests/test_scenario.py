@@ -2,6 +2,7 @@
 
 What is asserted is what the engine shows and what the applications keep; the cases (E-n, F-n, K-n) are those that were found in use.
 """
+import os
 import unittest
 import uuid
 
@@ -148,6 +149,53 @@ class Scenario:
         self.assertIn("10.214.5.5", self.engine.facts(self.name("app"), "{{json .NetworkSettings.Networks}}"))
         self.assertEqual(self.states(), {"app": "running", "side": "running"})
         self.assertEqual(self.ids()[self.name("side")], before[self.name("side")])
+
+    def make_checked_image(self):
+        """The name of an image that has a health check of its own."""
+        name, line = "localhost/checked:1", "HEALTHCHECK --interval=1s --retries=2 CMD test -e /tmp/ok"
+        if self.engine.kind == "docker":
+            self.engine.podman("commit", f"--change={line}", self.engine.podman("create", IMAGE, "true").strip(), name)
+        else:
+            folder = support.make_folder(self)
+            support.write(os.path.join(folder, "Dockerfile"), f"FROM {IMAGE}\n{line}\n")
+            self.engine.podman("build", "--format=docker", "--isolation=chroot", f"--tag={name}", folder)
+        self.engine.clean()
+        return name
+
+    def test_a_health_check_of_an_image_counts(self):
+        """K5: as if the file had said it; who awaits it waits, and one that is turned off is none."""
+        image = self.make_checked_image()
+        self.assertIn("UNHEALTHY", self.update({"app": service(image=image)}, 1))
+        waits = {"db": {"condition": "service_healthy"}}
+        self.assertIn("service db is unhealthy", self.update({"app": service(depends_on=waits), "db": service(image=image)}, 1))
+        well = ["sh", "-c", "sleep 1; touch /tmp/ok; exec sleep 100000"]
+        self.update({"app": service(depends_on=waits), "db": service(image=image, command=well)})
+        self.assertEqual(self.states(), {"app": "running", "db": "running"})
+        before = self.ids()
+        off = service(image=image, healthcheck={"disable": True})
+        self.assertIn("no health check that could be awaited", self.update({"app": service(depends_on=waits), "db": off}, 1))
+        self.assertEqual(self.ids(), before, "what runs stays")
+        self.update({"app": service(depends_on=["db"]), "db": off})
+
+    def test_modes_and_owners_of_configs_are_what_the_file_says(self):
+        """K10: an entrypoint that is a config can be run, whoever runs it."""
+        script = "#!/bin/sh\nexec sleep 100000\n"
+        configs = [{"source": "run", "target": "/run.sh", "mode": 0o555}, {"source": "run", "target": "/own", "uid": "7", "gid": "8", "mode": "0400"}]
+        self.update({"app": service(configs=configs, user="1000", init=False, entrypoint=["/run.sh"], command=[])}, configs={"run": {"content": script}})
+        self.assertEqual(self.states(), {"app": "running"})
+        for path, expected in (("/run.sh", "-r-xr-xr-x 1 0 0"), ("/own", "-r-------- 1 7 8")):
+            with self.subTest(path=path):
+                self.assertEqual(" ".join(self.shell("app", f"ls -ln {path}").split()[:4]), expected)
+
+    def test_an_error_tells_the_end_of_the_log_however_much_was_said(self):
+        """Engines read each stream by itself, in pieces: what was said last is in the report and in the agent's own log."""
+        talk = "i=0; while [ $$i -lt 3000 ]; do echo \"out $$i\"; echo \"err $$i\" >&2; i=$$((i+1)); done; "
+        for end in ("echo last words >&2; exit 3", "echo last words; exit 3", "s=xxxxxxxx; for n in 1 2 3 4 5 6 7 8 9 10 11 12; do s=$$s$$s; done; echo $$s; echo last words; exit 3"):
+            with self.subTest(end=end):
+                log = self.update({"app": service(command=["sh", "-c", talk + end], init=False)}, 1)
+                self.assertRegex(log, r"reason=service app exited with code 3; its log ends: .*last words")
+                (component,) = self.wfm.reports(self.deployment_id)[-1]["body"]["components"]
+                self.assertIn("last words", component["error"]["message"])
 
     def test_what_the_agent_before_made_stays(self):
         """K-3: a network without a mark of its definition that has not changed."""

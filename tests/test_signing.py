@@ -281,6 +281,9 @@ class Speech(unittest.TestCase):
                 return margo_agent.Response(201, {}, json.dumps(answer).encode())
 
         source = Source(config, make_signer(), state)
+        patch = unittest.mock.patch.object(margo_agent, "log")
+        patch.start()
+        self.addCleanup(patch.stop)
         state["client"] = {"id": source.onboard(), "key": ""}
         source.adopt(state["client"]["id"])
         source.put_capabilities(DEVICE, {"properties": {"id": DEVICE}})

@@ -88,7 +88,7 @@ class Poll(SourceCase):
     def manifest(self):
         """The manifest as the WFM gives it out."""
         config = margo_agent.load_config(self.device.config_file)
-        source = margo_agent.MtlsSource(config, margo_agent.load_identity(config), margo_agent.load_trust_bundle(config, margo_agent.Store(config.state_dir)))
+        source = margo_agent.MtlsSource(config, margo_agent.load_identity(config), margo_agent.load_trust_bundle(config, margo_agent.Store(config.state_dir)), {})
         return source.fetch_manifest(None).body.decode()
 
     def test_a_coding_that_nobody_asked_for_is_named(self):

@@ -34,12 +34,15 @@ from margo_agent import main  # noqa: E402
 sys.exit(main())
 END
 chmod 755 "$root/usr/bin/margo-agent"
+mkdir -p "$root/usr/share/man/man8" "$root/usr/share/bash-completion/completions"
+python3 "$here/manual.py" man "$agent" | gzip -9n > "$root/usr/share/man/man8/margo-agent.8.gz"
+python3 "$here/manual.py" bash "$agent" > "$root/usr/share/bash-completion/completions/margo-agent"
 for unit in "$here/../margo-agent.service" "$here/margo-agent-poll.service" "$here/margo-agent-poll.timer"; do
     sed 's,/usr/bin/python3 -I /usr/local/lib/margo/margo_agent.py,/usr/bin/margo-agent,' "$unit" \
         > "$root/lib/systemd/system/$(basename "$unit")"
 done
 cp "$here/../agent.yaml" "$here/margo-agent.cron" "$doc/examples/"
-sed -i 's,cd /usr/local/lib/margo && exec python3 -m margo_agent,exec margo-agent,; s, *python3 -m keeps.*,,' "$doc/examples/margo-agent.cron"
+sed -i 's,cd /usr/local/lib/margo && exec python3 -m margo_agent,exec margo-agent,; /python3 -m keeps/d' "$doc/examples/margo-agent.cron"
 cat > "$doc/copyright" <<END
 Format: https://www.debian.org/doc/packaging-manuals/copyright-format/1.0/
 Upstream-Name: margo-agent

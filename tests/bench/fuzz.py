@@ -369,7 +369,7 @@ def judge_certificate(data, own):
         key_id, issuer_key = extensions.get("2.5.29.14"), extensions.get("2.5.29.35")
         pairs = {
             "subject": (own.subject, other.subject.public_bytes()), "issuer": (own.issuer, other.issuer.public_bytes()),
-            "serial": (own.serial, other.serial_number if other.serial_number >= 0 else own.serial),
+            "serial": (own.serial, other.serial_number),
             "not_before": (own.not_before, to_seconds(other, "not_valid_before")),
             "not_after": (own.not_after, to_seconds(other, "not_valid_after")),
             "uris": (own.uris, names.get_values_for_type(x509.UniformResourceIdentifier) if names else []),
@@ -455,10 +455,10 @@ def judge_answer(data, own):
     from asn1crypto import cms
     try:
         der = data if data[:1] == b"0" else base64.b64decode(re.sub(rb"-----(BEGIN|END) PKCS7-----", b"", data))
-        theirs = [item.chosen.dump() for item in cms.ContentInfo.load(der)["content"]["certificates"]]
+        theirs = [item.chosen["tbs_certificate"].dump() for item in cms.ContentInfo.load(der)["content"]["certificates"]]
     except Exception:
         return ""
-    ours = [item.der for item in own]
+    ours = [margo_agent.parse_der(margo_agent.parse_der(item.der)[0][1])[0][2] for item in own]     # openssl writes what is around it anew
     return "" if set(ours) <= set(theirs) else f"certificates that are not in it: {ours} and {theirs}"
 
 
