@@ -8548,7 +8548,7 @@ class YAMLReader:
         text = text[1:] if text.startswith("\ufeff") else text
         text = text.replace("\r\n", "\n").replace("\r", "\n")
         # the last line has no end, so a block scalar there does not get one either
-        self.cut = text[-1:] not in " \n"
+        self.cut = text[text.rfind("\n") + 1:].strip(" ") != ""
         self.text = text if text.endswith("\n") else text + "\n"
         self.position, self.column, self.depth, self.nodes = 0, 0, 0, 0
         self.closed = -1                            # where the last quoted scalar or flow collection ended
@@ -9209,7 +9209,11 @@ def unpack_tar(data, max_unpacked, max_entries):
             self.left -= size
             if size < 0 or self.left < 0:
                 raise ValueError("headers that are too large, or of negative size")
-            return self.file.read(size)
+            data = self.file.read(size)
+            # older Pythons look at each digit again and again
+            if size > 512 and re.search(b"[0-9]{64}", data):
+                raise ValueError("a header with endless digits")
+            return data
 
     check_gzip(data, max_unpacked)
     plain = gzip.GzipFile(fileobj=io.BytesIO(data))
@@ -10315,14 +10319,16 @@ def make_ref_path(device_id):
 def parse_listing(listing):
     """[(name, whether it is a file, blob, size)] of what `git ls-tree -r -z -l` prints.
 
-    Names as those of a file system.
+    Names are as those of a file system.  Raises CommandError for what git never prints.
     """
     found = []
     for line in listing.split(b"\0")[:-1]:
-        head, _, name = line.partition(b"\t")
-        mode, kind, blob, size = head.decode("ascii").split()
-        is_file = kind == "blob" and mode.startswith("100")
-        found.append((name.decode("utf-8", "surrogateescape"), is_file, blob, int(size) if is_file else 0))
+        match = re.fullmatch(rb"([0-7]{6}) ([a-z]+) ([0-9a-f]+) +(-|[0-9]{1,18})\t(.+)", line, re.S)
+        if not match:
+            raise CommandError(f"git ls-tree printed {make_printable(repr(line), 200)}")
+        mode, kind, blob, size, name = [part.decode("utf-8", "surrogateescape") for part in match.groups()]
+        is_file = kind == "blob" and mode.startswith("100") and size != "-"
+        found.append((name, is_file, blob, int(size) if is_file else 0))
     return found
 
 
@@ -12200,7 +12206,23 @@ def command_logs(config, options):
     flags = [f"--tail={options['--tail']}"] if "--tail" in options else []
     flags += ["--follow"] * ("-f" in options) + ["--names"] * bool(found[1:])
     argv = [driver.engine, "logs", *flags, *(container.id for container in found)]
+    if sys.stdout.isatty():
+        reader, writer = os.pipe()
+        if os.fork():
+            os.close(writer)
+            return show_lines(reader)
+        os.dup2(writer, 1)
+        os.dup2(writer, 2)
     os.execvpe(argv[0], argv, get_command_environment(driver.environ))
+
+
+def show_lines(reader):
+    """Prints what comes through a pipe, without what would steer the terminal; returns the exit code."""
+    with open(reader, "rb") as lines:
+        for line in iter(lambda: lines.readline(64 * KIB), b""):
+            words = line.decode("utf-8", "replace").rstrip("\r\n").split("\t")
+            print("\t".join(make_printable(word, 64 * KIB) for word in words), flush=True)
+    return os.wait()[1] >> 8
 
 
 def command_config(config, options):
@@ -12734,7 +12756,7 @@ def make_error_words(error):
 
 def print_row(name, words):
     """Prints a line of a table of two columns."""
-    print(f"{name:10} {make_printable(words.strip(), MAX_MESSAGE)}")
+    print(make_printable(f"{name:10} {words.strip()}", MAX_MESSAGE))
 
 
 def make_deployment_report(record):
@@ -12781,8 +12803,8 @@ def command_history(config, options):
         return print_json({"history": history})
     for item in history:
         changes = [f"{len(item[key])} {key}" for key in ("added", "changed", "removed") if item[key]]
-        words = f"{', '.join(changes) or 'nothing changed'}  {make_printable(item['outcome'])}"
-        print(f"{item['at']}  version {item['version']}  {words}")
+        words = f"{', '.join(changes) or 'nothing changed'}  {item['outcome']}"
+        print(make_printable(f"{item['at']}  version {item['version']}  {words}"))
         if item.get("refused"):
             print(f"  what came after it is refused: {make_printable(item['refused'])}")
 
@@ -12859,10 +12881,12 @@ def command_version(config, options):
 
 
 def print_json(value):
-    """Prints one JSON document, for people and programs alike."""
+    """Prints one JSON document, for people and programs alike: nothing in it steers a terminal."""
     import json
     encoding = (sys.stdout.encoding or "").lower().replace("-", "")
-    print(json.dumps(value, indent=2, ensure_ascii=encoding != "utf8"))
+    text = json.dumps(value, indent=2, ensure_ascii=encoding != "utf8")
+    print(re.sub(r"[^ -~\n]", lambda odd: odd.group() if odd.group().isprintable()
+                 else json.dumps(odd.group())[1:-1], text))
 
 
 JSON = {"--json": ""}
