@@ -746,6 +746,16 @@ def read_text(parse):
     return lambda data: parse(data.decode("utf-8", "surrogateescape"))
 
 
+def needed(parse):
+    """A parser that refuses where another one finds nothing, which it says by None or an empty list."""
+    def read(data):
+        found = parse(data)
+        if not found:
+            raise ValueError("nothing in it")
+        return found
+    return read
+
+
 def read_variables(data):
     """A text of a compose file and an env file with the same content."""
     text = data.decode("utf-8", "replace")
@@ -811,11 +821,11 @@ add("manifest", make_manifests, lambda data: margo_agent.parse_manifest(data, BA
 add("deployment", make_deployments, read_deployment, judge_deployment, tokens=MEMBERS, mutate=mutate_json)
 add("oci-manifest", make_oci_manifests, lambda data: margo_agent.parse_package_manifest(data, "x", 1 << 20), judge_oci_manifest, tokens=MEMBERS,
     mutate=mutate_json)
-add("challenge", lambda: CHALLENGES, read_text(margo_agent.parse_challenge), tokens=[b"Bearer ", b"realm=", b'"', b",", b"=", b" "])
+add("challenge", lambda: CHALLENGES, needed(read_text(margo_agent.parse_challenge)), refusals=IDENTITY, tokens=[b"Bearer ", b"realm=", b'"', b",", b"=", b" "])
 add("retry-after", lambda: [b"120", b"Fri, 27 Nov 2026 10:00:00 GMT", b"Friday, 27-Nov-26 10:00:00 GMT"],
-    read_text(lambda text: margo_agent.parse_retry_after(text, 1e9)),
-    lambda data, own: "" if own is None or 0 <= own <= 86400 else f"{own} seconds", tokens=[b"GMT", b"+9999", b"Nov", b"9" * 30])
-add("problem", lambda: PROBLEMS, margo_agent.parse_problem, mutate=mutate_json)
+    needed(read_text(lambda text: margo_agent.parse_retry_after(text, 1e9))),
+    lambda data, own: "" if own is None or 0 <= own <= 86400 else f"{own} seconds", IDENTITY, [b"GMT", b"+9999", b"Nov", b"9" * 30])
+add("problem", lambda: PROBLEMS, needed(margo_agent.parse_problem), refusals=IDENTITY, mutate=mutate_json)
 add("package", make_archives, read_archive, judge_archive, mutate=mutate_archive,
     tokens=[b"../", b"/", b"\0", b"0000777\0", b"0004755\0", b"\x80" + b"\0" * 11, b"\xff" * 12, b"1", b"2", b"3", b"x", b"L", b"ustar\x0000", b"9 path=x\n"])
 add("gzip", make_gzips, read_gzip, judge_gzip, IDENTITY)
