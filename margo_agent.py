@@ -11366,11 +11366,11 @@ class HelmDriver:
             raise ComponentError("NAME_TAKEN", f"release {name} in namespace {namespace} was not made by this"
                                  " agent: remove it there")
 
-    def check(self):
+    def check(self, claim):
         """What `doctor` says of this driver; raises CommandError."""
-        record = {"deploymentId": "", "components": []}
+        found = self.observe([{"deploymentId": "", "components": []}], claim)
         version = self.run(["version", "--short"], 60).stdout.decode("utf-8", "replace").strip()
-        return f"helm {make_printable(version, 60)} answers, {len(self.observe([record]))} releases of ours"
+        return f"helm {make_printable(version, 60)} answers, {len(found)} releases of ours"
 
     def prepare(self, deployment, component, known, store, fetched):
         """Fetches and verifies the chart and makes the values, and touches nothing that runs.
