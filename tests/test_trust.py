@@ -485,7 +485,7 @@ class Repositories(Hosts):
         home = os.path.join(self.folder, "home")
         os.makedirs(home, exist_ok=True)
         with open(os.path.join(home, ".gitconfig"), "wb") as file:
-            file.write(margo_agent.make_git_config(config, home, ""))
+            file.write(margo_agent.make_git_config(config, home))
         source = margo_agent.GitSource(config, home, "", None)
         try:
             source.git("ls-remote", config.wfm.url)
@@ -588,8 +588,8 @@ class Redirects(Hosts):
             home = os.path.join(self.folder, "home")
             os.makedirs(home, exist_ok=True)
             with open(os.path.join(home, ".gitconfig"), "wb") as file:
-                file.write(margo_agent.make_git_config(config, home, "Bearer s3cret"))
-            margo_agent.GitSource(config, home, "", None).git("ls-remote", config.wfm.url)
+                file.write(margo_agent.make_git_config(config, home))
+            margo_agent.GitSource(config, home, "Bearer s3cret", None).git("ls-remote", config.wfm.url)
         self.assertEqual(self.follow(ask), [([], [])] * 5)
 
 
