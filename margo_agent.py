@@ -389,8 +389,8 @@ class Agent:
             return
         self.check_patience()
         self.connect()
-        self.report_capabilities()
-        self.flush_outbox()
+        if self.report_capabilities():
+            self.flush_outbox()
         window = self.config.poll.window
         if window and not is_within(window, time.localtime()):
             log_wait("outside poll.window: the WFM is not asked for anything new")
@@ -420,9 +420,9 @@ class Agent:
         return desired
 
     def report_capabilities(self, always=False):
-        """PUTs the capabilities of all devices, before anything else and where they changed."""
+        """PUTs capabilities, before anything else and where they changed; see report_devices."""
         documents = load_capabilities(self.devices, self.config)
-        report_devices(documents, self.source, self.state, always)
+        return report_devices(documents, self.source, self.state, always)
 
     def accept(self, desired):
         """Makes a verified desired state the accepted one, durable: first its documents, then it (C-111)."""
@@ -572,8 +572,7 @@ class Agent:
         if record and home not in seen and action.verb != "keep":
             log("warning", "its device is no longer configured; what runs there is forgotten",
                 deployment=action.deployment_id, device=home)
-        moves = home != action.device_id and action.target and action.verb != "clear"
-        if not record or moves:
+        if not record or home != action.device_id and action.target and action.verb != "clear":
             target = action.target or Target(action.deployment_id, "", 0, None, None)
             record = make_record(target, action.device_id)
         sight = seen[action.device_id]
@@ -1164,7 +1163,7 @@ def apply_removal(step):
         yield step.fail(record, name if name in names else None, ComponentError(code, error.message))
         return
     remove_folder(step.store.path("deployments", step.action.key))
-    yield dict(set_component(record, None, "removed"), state="removed", running=None, previous=None)
+    yield dict(set_component(record, None, "removed"), running=None, previous=None)
 
 
 def clear(step):
@@ -1462,8 +1461,8 @@ def hold_back(action, share):
 def make_drivers(config, child=None, others=()):
     """{deployment type: driver} of what a device can run; arguments as make_compose_driver takes them.
 
-    A driver has observe, ask_strangers, tail_log, tend, prepare, list_ports, apply, remove, remove_image
-    and, where it holds ports of the host, stop; no other section knows what it drives.
+    A driver has observe, check, ask_strangers, tail_log, tend, prepare, list_ports, apply, remove,
+    remove_image and, where it holds ports of the host, stop; no other section knows what it drives.
     """
     drivers = {kind: make(config, child, others) for kind, make in DRIVERS.items()}
     return {kind: driver for kind, driver in drivers.items() if driver}
@@ -1557,13 +1556,12 @@ def ask_others(answering, known=None):
     return list(others.values())
 
 
-def observe_all(drivers, record, claim=None):
+def observe_all(drivers, record):
     """Every container of ours on one device, as far as a deployment may have some there.
 
-    claim: as for list_looks.  Raises CommandError where something does not answer.
+    Raises CommandError where something does not answer.
     """
-    looks = list_looks(drivers, [record], claim)
-    return [container for function in looks.values() for container in function()]
+    return [container for look in list_looks(drivers, [record]).values() for container in look()]
 
 
 def find_kinds(record, target=None):
@@ -1591,7 +1589,7 @@ def make_prefix(device_id, own_id):
 def prune(state, store, own_id, answering):
     """Removes what neither the current nor the previous version of any deployment needs.
 
-    That are artifacts, unpacked packages, and images that the agent pulled: nothing else on the device.
+    These are artifacts, unpacked packages, and images that the agent pulled: nothing else on the device.
     Changes state["pulled"].  answering: {device id: {type: driver}} of what answers.
     """
     digests, images = find_needed(state)
@@ -1753,7 +1751,8 @@ class HttpSource:
         if coding not in (None, "identity"):
             log("info", "an answer is coded, which was not asked for; it is taken as it came", coding=coding,
                 request=f"{method} {path}")
-        return check_response(response, f"{method} {path}", accepted, now)
+        denial = f"the WFM does not accept this client, {self.client_id}: register it there"
+        return check_response(response, f"{method} {self.url}{path}", accepted, now, denial)
 
     def fetch_manifest(self, etag):
         """The answer to a request for the state manifest; 304 where it still has the ETag."""
@@ -2398,7 +2397,9 @@ def parse_spiffe_id(text):
 def check_leaf(certificate):
     """The SPIFFE ID of a leaf that may be used as an X.509-SVID; raises ValueError (C-011)."""
     if len(certificate.uris) != 1:
-        raise ValueError(f"subjectAltName holds {len(certificate.uris)} URIs, an X.509-SVID has exactly one")
+        raise ValueError(f"subjectAltName holds {len(certificate.uris)} URIs, an X.509-SVID has exactly one,"
+                         " a client's is spiffe://TRUST DOMAIN/margo/wfm/ID/client/ID; ask whoever runs the"
+                         " WFM for such a certificate")
     if certificate.is_ca:
         raise ValueError("basicConstraints says CA, an X.509-SVID is a leaf")
     if {KEY_CERT_SIGN, CRL_SIGN} & (certificate.key_usage or set()):
@@ -2445,9 +2446,13 @@ def load_own(config, make):
             if config.identity.get("enrollment") == "est":
                 way = "`margo_agent.py enroll` obtains one"
             raise ValueError(f"there is no such file; {way}")
-        chain = parse_pem(data.decode("ascii"))
+        if data[:1] == b"\x30":
+            raise ValueError("it is binary (DER or PKCS#12), and PEM is needed: openssl x509 -inform DER, or"
+                             f" openssl pkcs12 -nokeys, with -in {path} -out client.pem")
+        chain = parse_pem(data.decode("ascii", "replace"))
         if not chain:
-            raise ValueError("it holds no certificate in PEM")
+            raise ValueError("it holds no certificate in PEM, which is ascii text from -----BEGIN"
+                             " CERTIFICATE----- on")
         return make(parse_certificate(chain[0]))
     except (StorageError, ValueError) as error:
         raise Untrusted(f"identity.certificate {path}: {error}") from None
@@ -2561,9 +2566,9 @@ def load_key_pair(context, certificate_file, key_file, where="identity"):
     except (OSError, ValueError) as error:
         if asked:
             raise Untrusted(f"{where}.key {key_file} is encrypted; store it unencrypted, mode 0600") from None
-        strange = "MISMATCH" in (getattr(error, "reason", None) or "")
-        fault = "not the key of" if strange else "unreadable, beside"
-        raise Untrusted(f"{where}.key {key_file}: {fault} {where}.certificate ({error})") from None
+        reason = getattr(error, "reason", None) or getattr(error, "strerror", None) or "no key in PEM"
+        fault = "not the key of" if "MISMATCH" in reason else f"unreadable ({reason}), beside"
+        raise Untrusted(f"{where}.key {key_file}: {fault} {where}.certificate {certificate_file}") from None
 
 
 def run_own_handshake(certificate_file, key_file, anchors):
@@ -3265,8 +3270,8 @@ def report_devices(documents, source, state, always):
     """PUTs what changed of {device id: capabilities document}, a gateway's own first.
 
     DELETEs that of a device that has gone (C-081, C-082, C-220, C-223).  always: all are sent, and every
-    fault is raised.  Changes state["enrollment"].  What the WFM does not take waits by a back-off
-    of its own, and holds up nothing else.
+    fault is raised.  Changes state["enrollment"].  What the WFM does not take waits by a back-off of its own,
+    and holds up nothing else.  Returns whether the WFM could be reached.
     """
     known = (state["enrollment"] or {}).get("devices", {})
     devices = [*documents, *sorted(set(known) - set(documents), reverse=True)]
@@ -3283,10 +3288,13 @@ def report_devices(documents, source, state, always):
             report_device(device_id, documents, source, state, always)
             state["waits"].pop(key, None)
         except (Refused, Unreachable, Untrusted) as error:
-            if always or not state["enrollment"] or not (error.status or isinstance(error, Refused)):
+            if always or not state["enrollment"]:
                 raise
             log("error", "the WFM does not take the capabilities", device=device_id, reason=error.message)
             state["waits"][key] = make_hold(wait, error, clock, get_random())
+            if not error.status and not isinstance(error, Refused):
+                return False
+    return True
 
 
 def report_device(device_id, documents, source, state, always, again=True):
@@ -3343,7 +3351,7 @@ Check = define("Check", "interval retries start",
 # How docker shows a container, in podman's form.
 DOCKER_FORM = ('{"Id":{{json .ID}},"Names":[{{json .Names}}],"State":{{json .State}},'
                '"Status":{{json .Status}},"Labels":{%s}}')
-PULL_NOTE = 60                      # seconds between two words about a pull
+PULL_NOTE = 60                      # seconds between two lines of the log about a pull
 LOG_LINES = 4000                    # of a log that are looked at for its end
 MAX_LOG = 256 * KIB                 # bytes of them
 RUNS_TOO = {"amd64": "386", "arm64": "arm"}         # what a processor usually runs beside its own
@@ -3504,15 +3512,15 @@ def make_path(text):
     return re.sub("/+", "/", text).rstrip("/") or "/"
 
 
-def make_volume_names(service, project, declared, before):
-    """{path: volume} for each volume to which nobody gave a name: in the file, or `declared` by the image.
+def make_volume_names(service, project, before):
+    """{path: volume} for each volume to which nobody gave a name: in the file, or declared by the image.
 
     It goes by a name of ours, so that whatever is made in the place of a container finds it.  before: {path:
     volume} as it was in the container before, which an earlier agent may have left to the engine to name.
     """
     named, unnamed = find_targets(service)
     volumes = {}
-    for path in sorted(unnamed.union(map(make_path, declared)) - named):
+    for path in sorted(unnamed.union(map(make_path, service.declared)) - named):
         volumes[path] = before.get(path) or f"{project}_{service.name}_{sha256_digest(path.encode())[7:19]}"
     return volumes
 
@@ -3568,6 +3576,16 @@ def find_containers(deployment_id, containers, component=None, kind=None):
             if wanted == (item.deployment_id.lower(), component and item.component, kind and item.type)]
 
 
+def find_cause(stderr):
+    """What an engine says of a failure, without what it tried before: from its last `Error` on, else the end.
+
+    Ids of 64 digits are cut to the 12 that the engine shows elsewhere.
+    """
+    starts = [match.end() for match in re.finditer(r"(?:^|\\n)(?=Error)", stderr)]      # made printable
+    start = max(starts, default=0)
+    return re.sub(r"\b([0-9a-f]{12})[0-9a-f]{52}\b", r"\1", stderr[start:])[-1500:]
+
+
 class ComposeDriver:
     """Runs compose components by an engine's own commands.
 
@@ -3592,7 +3610,7 @@ class ComposeDriver:
         environ = dict(self.environ, **(more or {}))
         output = run_command([self.engine] + arguments, max(1.0, timeout), env=environ)
         if code and output.code:
-            raise ComponentError(code, f"{self.engine} {arguments[0]} failed: {output.stderr[-1500:]}")
+            raise ComponentError(code, f"{self.engine} {arguments[0]} failed: {find_cause(output.stderr)}")
         return output
 
     def observe(self, records=(), claim=None):
@@ -3741,21 +3759,24 @@ class ComposeDriver:
                 fetched.extend(self.pull(service, timeout))
             except (ComponentError, CommandError) as error:
                 self.excuse(error, service.image, again)
-        self.ask_images(services)
-        return workload, project._replace(services=services)
+        return workload, project._replace(services=self.look_at_images(services))
 
-    def ask_images(self, services):
-        """Raises ComponentError for an image that cannot run here, or lacks a health check that is awaited.
+    def look_at_images(self, services):
+        """The services with what their images declare.
 
-        Both are found out before anything stops (K5, K18).
+        Raises ComponentError for an image that cannot run here, or lacks a health check that is awaited: both
+        are found out before anything stops (K5, K18).
         """
         form = "{{.Host.Arch}}" if self.engine == "podman" else "{{.Architecture}}"
         words = self.run(["info", f"--format={form}"], 60).stdout.decode("utf-8", "replace").strip()
         own = ARCHITECTURES.get(words, words)
         checked = set()
+        result = []
         for service in services:
             output = self.run(["image", "inspect", service.image], 60, "PULL_FAILED")
-            made_for, check = parse_answer(output.stdout, self.engine, lambda items: parse_image(items[0]))
+            made_for, check, paths = parse_answer(output.stdout, self.engine,
+                                                  lambda items: parse_image(items[0]))
+            result.append(service._replace(declared=paths))
             named = [argument.partition("=")[0] for argument in service.arguments]
             if "--platform" not in named and own and made_for not in (own, RUNS_TOO.get(own)):
                 raise ComponentError(
@@ -3768,6 +3789,7 @@ class ComposeDriver:
                 if condition == "service_healthy" and other not in checked:
                     raise make_fault(f"services.{service.name}.depends_on.{other}: it has no health check"
                                      " that could be awaited")
+        return result
 
     def excuse(self, error, image, again):
         """Raises the error for which an image cannot be had, unless one that is here will do (P-1)."""
@@ -3838,6 +3860,7 @@ class ComposeDriver:
         if host != own and self.engine != "podman" and "@" in name:
             raise ComponentError("PULL_FAILED", "docker knows an image by its digest under its registry's own"
                                  " name alone; give the daemon this mirror instead")
+        before = host == own or not self.run(["image", "inspect", "--format={{.Id}}", name], 60).code
         program, options = self.make_access(host)
         command = program + ["pull", "--quiet"] + platform + options + [name]
         try:
@@ -3846,11 +3869,13 @@ class ComposeDriver:
             remove_folder(os.path.join(self.config.state_dir, "registries"))
         if output.code:                             # a full disk is told of in the system's own words
             full = os.strerror(errno.ENOSPC).lower() in output.stderr.lower()
+            cause = find_cause(output.stderr)
             raise ComponentError("DISK_FULL" if full else "PULL_FAILED",
-                                 f"{self.engine} pull failed: {output.stderr[-1500:]}")
+                                 f"{self.engine} cannot pull {name} for {service.name}: {cause}")
         if host != own:                             # a digest becomes a tag here, and podman knows it by both
             kept = re.sub("(:[^:/@]*)?@(sha256):", r":\2-", service.image)
             self.run(["tag", name, kept], 60, "PULL_FAILED")
+        if not before:
             self.remove_image(name)
 
     def check_space(self, image):
@@ -3977,7 +4002,6 @@ class ComposeDriver:
                 for name in first:
                     self.carry_out(job, ["network", "rm", name])
                 self.create_all(job, new, changes.making, leaving, names)
-            self.hand_names_over(job, leaving, names)
             for service in services:
                 self.await_dependencies(service, job)
                 if service.name not in changes.idle:
@@ -4056,29 +4080,25 @@ class ComposeDriver:
         return volumes
 
     def create_all(self, job, networks, services, leaving, names):
-        """Makes networks, volumes and containers.
+        """Makes networks, volumes and containers, and gives each container the name of its service.
 
-        A container whose name one has that leaves gets another name for now.
+        One that leaves may have that name still: it gets another one once all are made.  names: {service:
+        name} of containers that are kept.  Nothing is stopped yet, so that this is no part of the outage.
         """
         self.create_shared(job, "network", networks)
         self.create_shared(job, "volume", job.project.volumes)
-        held = {container.name for container in leaving}
+        held = {container.name: container.id for container in leaving}
         for service in services:
             name = make_container_name(job.workload.project, service.name)
             name += f"-new-{os.urandom(4).hex()}" if name in held else ""
             names[service.name] = name
             job.current[service.name] = self.create(service, job, name)
-
-    def hand_names_over(self, job, leaving, names):
-        """Gives each container the name of its service, which one that leaves may have."""
         for service, name in names.items():
             own = make_container_name(job.workload.project, service)
-            if name == own:
-                continue
-            for container in leaving:
-                if container.name == own:           # it may have been removed: see halt
-                    self.run(["rename", container.id, f"{own}-old-{container.id[:12]}"], 60)
-            self.rename(job, job.current[service], own)
+            if name != own:
+                if own in held:                     # it may have gone meanwhile
+                    self.run(["rename", held[own], f"{own}-old-{held[own][:12]}"], 60)
+                self.rename(job, job.current[service], own)
 
     def rename(self, job, container_id, name):
         """Renames a container."""
@@ -4112,10 +4132,7 @@ class ComposeDriver:
     def prepare_options(self, service, job):
         """The options of `create` for a service; its files are written, and its volumes made."""
         project = job.workload.project
-        shown = self.run(["image", "inspect", "--format={{json .Config.Volumes}}", service.image], 60)
-        text = b"" if shown.code else shown.stdout.strip()
-        declared = parse_answer(text or b"null", self.engine, lambda value: list(value or ()))
-        volumes = make_volume_names(service, project, declared, job.volumes.get(service.name, {}))
+        volumes = make_volume_names(service, project, job.volumes.get(service.name, {}))
         labels = make_arguments("--label", make_shared_labels(job.workload))
         self.create_shared(job, "volume", {volume: labels for volume in volumes.values()})
         # Else podman hands in the agent's own proxy, password and all.
@@ -4368,7 +4385,7 @@ class ComposeDriver:
                 return
             ids = [container.id for container in self.observe() if container.id in ids]
         if ids:
-            raise ComponentError("REMOVE_FAILED", f"{self.engine} rm failed: {output.stderr[-1500:]}")
+            raise ComponentError("REMOVE_FAILED", f"{self.engine} rm failed: {find_cause(output.stderr)}")
 
     def bring_back(self, before, deadline):
         """Undoes a start: what has been made since goes, and what ran runs again.
@@ -4459,9 +4476,10 @@ def parse_seen(item):
 
 
 def parse_image(item):
-    """An element of what `image inspect` prints to (architecture, its Check or None)."""
-    check = item.get("Healthcheck") or (item.get("Config") or {}).get("Healthcheck") or {}
-    return item["Architecture"], parse_check(check)
+    """An element of what `image inspect` prints to (architecture, its Check or None, paths of volumes)."""
+    config = item.get("Config") or {}
+    check = parse_check(item.get("Healthcheck") or config.get("Healthcheck") or {})
+    return item["Architecture"], check, list(config.get("Volumes") or ())
 
 
 def parse_check(item):
@@ -4565,11 +4583,12 @@ Workload = define("Workload",
     " runtime.environment, the child device it is for, the owner to label it with.", "", "")
 Service = define(
     "Service", "name image arguments command environment files networks depends_on pull hash ports"
-               " mounts shares",
+               " mounts shares follows declared",
     "One service as the engine is told of it.  files: {path in the container: Content}; networks:"
     " [Attachment]; depends_on: {service: (condition, required)}; hash: of all that makes its container what"
     " it is; ports: [[address or \"\", port, protocol]] that it holds of the host; mounts: [Mount]; shares:"
-    " services whose namespaces it shares.", (), ())
+    " services whose namespaces it shares; follows: those with which it is made anew; declared: paths at"
+    " which its image has volumes.", (), (), (), ())
 Project = define("Project", "services networks volumes notes",
     "A compose file ready to run: services in starting order, {engine's name: create arguments} (None for"
     " what is external), and what of the file has no effect, in words.", ())
@@ -4606,6 +4625,7 @@ class Variables(ChainMap):
     """{NAME: text} for one compose file.  `room`: how many characters these may still bring into it."""
 
     room = 8 * MIB
+    unset = frozenset()                             # names that the file uses, and nobody gives
 
     def spend(self, count, where):
         """Takes characters from the room; raises ComponentError where none is left, so nothing is a bomb."""
@@ -4634,6 +4654,8 @@ def interpolate(text, variables, where, depth=0):
         position = match.end()
         name = name or short
         value = "$" if short == "$" else variables.get(name, "")
+        if operator in (None, "}") and name not in variables and name != "$":
+            variables.unset |= {name}
         if operator not in (None, "}"):
             end = find_brace(text, position, variables, where)
             given = name in variables and bool(value or ":" not in operator)
@@ -4863,7 +4885,7 @@ def to_test(value, where):
     words = to_list(value, where)
     if not isinstance(value, list) and value != "NONE":
         words = ["CMD-SHELL"] + words
-    if len(words) < {"NONE": 1, "CMD-SHELL": 2, "CMD": 2}.get(words[0] if words else "", len(words) + 1):
+    if not (words == ["NONE"] or words[:1] == ["CMD"] != words or words[:-1] == ["CMD-SHELL"]):
         raise make_fault(f"{where}: expected a text, [CMD, …], [CMD-SHELL, text] or [NONE]")
     return words
 
@@ -4909,8 +4931,8 @@ def to_limit(item, where):
 
 def to_source(item, where):
     """One of the top-level `configs` or `secrets` as (where its text comes from, what it is there)."""
-    keys = ("file", "content", "environment") if isinstance(item, Settings) else ()
-    given = [(key, item[key]) for key in keys if item[key] is not None]
+    given = [(key, item[key]) for key in ("file", "content", "environment")
+             if isinstance(item, Settings) and item[key] is not None]
     if len(given) != 1:
         raise make_fault(f"{where}: expected one of file, content, environment")
     return given[0]
@@ -5034,7 +5056,7 @@ SERVICE_FORM = dict(
     profiles=to_list, expose=to_list, links=to_list, container_name=to_name, attach=to_flag, scale=to_one,
     configs=FILES_FORM, secrets=FILES_FORM, deploy=DEPLOY_FORM, tmpfs=to_tmpfs,
     volumes=[(MOUNT_FORM, to_mount)],
-    env_file=[(make_form(to_text, "path format", required=to_flag), "path")],
+    env_file=[({"path": to_text, "required": to_flag}, "path")],
     network_mode=to_namespace("none", "host", "bridge"),
     pull_policy=to_form("always|missing|if_not_present|never", "a pull policy that is supported"),
     blkio_config={"weight": to_number}, logging={"driver": to_text, "options": to_values},
@@ -5105,8 +5127,9 @@ def read_value(value, form, where="", variables=None):
         result = Settings()
         for key in value if each else {**value, **form}:
             place = f"{where}.{key}" if where else key
-            if each or key in form:
-                result[key] = read(value.get(key), each or form[key], place)
+            part = each or form.get(key)
+            if part:
+                result[key] = read(value.get(key), part, place)
             elif not key.startswith("x-"):
                 unknown.append((place, key, list(form)))
         return result
@@ -5141,9 +5164,8 @@ def make_volumes(document, workload):
     for name, value in document.volumes.items():
         where = f"volumes.{name}"
         options = value.driver_opts or {}
-        form = {"type": "tmpfs", "device": "tmpfs", "o": f"(({TMPFS_OPTION}),?)*"}
-        harmless = options.get("type") == "tmpfs" and set(options) <= set(form)
-        if options and not (harmless and all(re.fullmatch(form[key], options[key]) for key in options)):
+        text = "\0".join(f"{key}={item}" for key, item in sorted(options.items()))
+        if options and not re.fullmatch(f"(device=tmpfs\0)?(o=(({TMPFS_OPTION}),?)*\0)?type=tmpfs", text):
             deny(f"{where}.driver_opts",
                  "only those of a tmpfs are supported; a folder of the host is named where it is mounted")
         volumes[name] = make_shared(name, value, workload, where, make_arguments("--opt", options))
@@ -5151,8 +5173,7 @@ def make_volumes(document, workload):
 
 
 # Words that an engine takes for a mode where the name of a network is expected.
-MODES = ("host", "none", "bridge", "private", "default", "nat", "slirp4netns", "pasta", "container", "pod",
-         "ns")
+MODES = "host none bridge private default nat slirp4netns pasta container pod ns".split()
 
 
 def make_networks(document, workload):
@@ -5183,12 +5204,17 @@ def make_shared(name, value, workload, where, arguments):
     own = named or (name if value.external else f"{workload.project}_{name}")
     if not re.fullmatch(r"[a-zA-Z0-9][a-zA-Z0-9_.-]{0,254}", own):
         raise make_fault(f"{where}: {make_printable(own, 60)!r} is not a name here")
-    other = re.search(rf"-({UUID_PATTERN})_", own)
-    if other and other.group(1).lower() != workload.deployment_id.lower():
-        deny(where, f"{make_printable(own, 120)!r} is of another deployment; what is shared has a name of its"
-             " own")
+    check_name(own, workload, where)
     labels = dict(value.labels or {}, **make_shared_labels(workload))
     return own, None if value.external else make_arguments("--label", labels) + arguments
+
+
+def check_name(name, workload, where):
+    """Raises ComponentError for a name that the agent gives to what it makes for another deployment."""
+    other = re.search(rf"-({UUID_PATTERN})[_-]", name)
+    if other and other.group(1).lower() != workload.deployment_id.lower():
+        deny(where, f"{make_printable(name, 120)!r} is of another deployment; what is shared has a name of"
+             " its own")
 
 
 def make_contents(document, variables, folder):
@@ -5229,11 +5255,14 @@ def find_aliases(services, notes):
         for link in service.links or ():
             owner, _, alias = link.partition(":")
             names.append((owner, alias and to_name(alias, f"services.{name}.links")))
+        names = [(owner, alias) for owner, alias in names if alias and owner in services]
         for owner, alias in names:
-            if alias and owner in services:
-                if taken.setdefault(alias, owner) != owner:
-                    notes.append(f"services.{name}: the name {alias} also leads to service {taken[alias]}")
-                aliases.setdefault(owner, []).append(alias)
+            aliases.setdefault(owner, []).append(alias)
+        more = [(name, alias) for item in service.networks.values() for alias in item.aliases or ()]
+        for owner, alias in names + more:
+            if taken.setdefault(alias, owner) != owner:
+                notes.append(f"services.{name}: the name {make_printable(alias, 60)} also leads to service"
+                             f" {taken[alias]}")
     return aliases
 
 
@@ -5255,8 +5284,8 @@ def make_arguments(option, value):
 
 
 # What podman takes several of in one argument, as a line of comma-separated values.
-LISTED = ("--add-host", "--cap-add", "--cap-drop", "--device", "--dns", "--dns-option", "--dns-search",
-          "--group-add", "--log-opt", "--publish", "--sysctl", "--ulimit")
+LISTED = ("--add-host --cap-add --cap-drop --device --dns --dns-option --dns-search --group-add --log-opt"
+          " --publish --sysctl --ulimit").split()
 
 
 def make_single(argument):
@@ -5334,9 +5363,9 @@ def make_mounts(service, reading, where):
         if not mount.target.startswith("/") or ":" in mount.source + mount.target:
             raise make_fault(f"{place}: expected source:target[:options] with an absolute target")
         if mount.kind == "bind":
-            mount = mount._replace(found=reading.folder.look(mount.source))
+            found = reading.folder.look(mount.source)
             kept = [option for option in mount.options if option not in ("ro", "rw")]
-            mount = mount._replace(options=["ro"] + kept) if mount.found.own else mount
+            mount = mount._replace(found=found, options=["ro"] + kept if found.own else mount.options)
         elif mount.source and mount.source not in reading.volumes:
             raise make_fault(f"{place}: {make_printable(mount.source, 60)!r} is not among the top-level"
                              " volumes")
@@ -5397,6 +5426,8 @@ def make_attachments(name, service, reading, where):
                                  " `subnet` of this network's `ipam`")
         options = make_options(value, ("ipv4_address", "ipv6_address", "mac_address"))
         aliases = dict.fromkeys((value.aliases or []) + reading.aliases.get(name, []))
+        for alias in aliases:
+            check_name(alias, reading.workload, f"{where}.networks.{network}")
         joined.append(Attachment(own, list(aliases), options))
     return joined
 
@@ -5408,8 +5439,8 @@ def may_have_address(arguments, address, engine):
     """
     import ipaddress
     subnets = [text[len("--subnet="):] for text in arguments or () if text.startswith("--subnet=")]
-    if arguments is None or not subnets:
-        return arguments is None or engine == "podman"
+    if arguments is None or engine == "podman" and not subnets:
+        return True
     try:
         return any(ipaddress.ip_address(address) in ipaddress.ip_network(text, False) for text in subnets)
     except ValueError:
@@ -5511,8 +5542,8 @@ MOUNT_OPTION = ("ro|rw|z|Z|copy|nocopy|cached|delegated|consistent|exec|noexec|n
 # What names nothing but the size of a tmpfs, its owner and what may be done in it.
 TMPFS_OPTION = "(size|mode|uid|gid|nr_inodes)=[0-9]+[kmgKMG%]?|ro|rw|exec|noexec|nosuid|nodev|noatime"
 LOG_OPTIONS = "max-size max-file max-buffer-size mode compress tag labels labels-regex env env-regex".split()
-LOG_DRIVERS = {"podman": ("json-file", "k8s-file", "journald", "none"),
-               "docker": ("json-file", "local", "journald", "syslog", "none")}
+LOG_DRIVERS = {"podman": "json-file k8s-file journald none".split(),
+               "docker": "json-file local journald syslog none".split()}
 # {key: what a service may ask for by it where policy.privileged is deny}; the capabilities are those that
 # every container has by itself, on each engine.
 HARMLESS = {
@@ -5619,25 +5650,26 @@ def make_project(document, workload, policy, engine, folder=None):
     D-18).  Everything is read once, into records, and policy is held against these.
     """
     services = document.get("services") if isinstance(document, dict) else None
-    if not services or not isinstance(services, dict):
+    if not (services and isinstance(services, dict)):
         raise make_fault("no services")
     folder = folder or Folder(workload.folder)
     notes = []
     variables = make_file_variables(workload, folder)
     document = dict(document, services=find_wanted(services, variables, notes))
-    document = read_value(document, FILE_FORM, variables=variables)
+    document = read_value(document, FILE_FORM, "", variables)
     reading = Reading(workload, policy, engine, folder, variables, make_volumes(document, workload),
                       make_networks(document, workload), make_contents(document, variables, folder),
                       find_aliases(document.services, notes))
     services = {name: make_service(name, service, reading) for name, service in document.services.items()}
     check_ways(services.values())
     order = make_hashes(order_services(services))
+    notes += [f"{name} is used, and no parameter gives it: it is empty" for name in sorted(variables.unset)]
     return Project(order, dict(reading.networks.values()), dict(reading.volumes.values()), notes)
 
 
 def make_file_variables(workload, folder):
     """The Variables of a file: its own defaults in `.env`, two that are compose's own, the parameters."""
-    variables = Variables(dict(workload.parameters))
+    variables = Variables(workload.parameters)
     if folder.look(".env").kind:
         variables.maps.append(parse_env_file(read_inside(folder, ".env", ".env"), variables, ".env"))
     variables.maps.insert(1, {"PWD": ".", "COMPOSE_PROJECT_NAME": workload.project})
@@ -5650,8 +5682,8 @@ def find_wanted(services, variables, notes):
     What an image was built from is left out where it is named, and noted.
     """
     started = {}
-    owners = {service.get("container_name"): name for name, service in services.items()
-              if isinstance(service, dict) and isinstance(service.get("container_name"), str)}
+    owners = {f"container:{service['container_name']}": name for name, service in services.items()
+              if isinstance(service, dict) and "container_name" in service}
     profiles = set(variables.get("COMPOSE_PROFILES", "").split(","))
     for name, service in make_names(services, "services").items():
         where = f"services.{name}"
@@ -5666,7 +5698,7 @@ def find_wanted(services, variables, notes):
             service = {key: item for key, item in service.items() if key != "build"}
             notes.append(f"{where}.build is not used: the image is pulled")
         for key in ("network_mode", "pid", "ipc"):  # a container of ours has another name
-            owner = owners.get(str(service.get(key)).partition("container:")[2])
+            owner = owners.get(str(service.get(key)))
             service = dict(service, **{key: f"service:{owner}"}) if owner else service
         started[name] = service
     return started
@@ -5696,7 +5728,8 @@ def make_service(name, service, reading):
     return Service(name, service.image, arguments, command, make_environment(service, reading, where),
                    make_files(service, reading, where), make_attachments(name, service, reading, where),
                    make_dependencies(service), service.pull_policy or "missing", "", held, mounts,
-                   find_shared(service))
+                   find_shared(service),
+                   [other for other, item in service.depends_on.items() if item.restart])
 
 
 def order_services(services):
@@ -5729,13 +5762,14 @@ def order_services(services):
 def make_hashes(order):
     """The services, each with a hash of all that makes its container.
 
-    A service that shares another's namespace is made anew with it.
+    A service that shares another's namespace is made anew with it; so is one that depends on it with
+    `restart`.
     """
     final = {}
     for service in order:
         contents = {path: [sha256_digest(item.text.encode("utf-8", "surrogateescape")), *item[1:]]
                     for path, item in service.files.items()}
-        shared = [final[other].hash for other in service.shares]
+        shared = [final[other].hash for other in service.shares + service.follows if other in final]
         parts = [service.image, service.arguments, service.command, service.environment, contents,
                  service.networks, shared]
         final[service.name] = service._replace(hash=sha256_digest(make_json(parts))[7:39])
@@ -5897,7 +5931,9 @@ class Registry:
         except (MargoError, ValueError) as error:
             if isinstance(error, ComponentError):
                 raise
-            raise ComponentError("PULL_FAILED", f"{make_printable(url)}: {error}") from None
+            hint = f"; set registries.{self.host}.ca" if isinstance(error, Untrusted) else ""
+            where = "" if isinstance(error, MargoError) else f"{make_printable(url)}: "
+            raise ComponentError("PULL_FAILED", f"{where}{error}{hint}") from None
         raise ComponentError("PULL_FAILED", f"{make_printable(url)}: too many redirects")
 
     def request(self, url, headers, limit):
@@ -5930,10 +5966,11 @@ class Registry:
                         return "Bearer " + token
                 except (MargoError, ValueError, AttributeError) as error:
                     log("warning", "no token from the registry", registry=self.host, reason=str(error))
-        raise ComponentError(
-            "PULL_UNAUTHORIZED",
-            f"registry {self.host} asks for a login; set registries.{self.host}.username and password_file",
-        )
+        words = f"asks for a login; set registries.{self.host}.username and password_file"
+        if basic:
+            words = (f"refuses the login of {self.settings.username}; mend registries.{self.host}.username"
+                     f" and password_file {self.settings.password_file}")
+        raise ComponentError("PULL_UNAUTHORIZED", f"registry {self.host} {words}")
 
 
 def obtain_package(component, known, config, store, kind):
@@ -6467,10 +6504,11 @@ def make_tls_context(anchors=(), ca_file=None, min_tls="1.3"):
             context.load_verify_locations(cafile=ca_file)
         else:
             context.load_default_certs(ssl.Purpose.SERVER_AUTH)
+        context.trust = ca_file or ("the trust bundle" if anchors else "the system's CA certificates")
     except (OSError, ValueError) as error:
+        words = getattr(error, "reason", None) or getattr(error, "strerror", None) or error
         raise Untrusted(
-            f"trust anchors {ca_file or 'of the trust bundle'} cannot be used ({error})"
-        ) from None
+            f"trust anchors {ca_file or 'of the trust bundle'} cannot be used ({words})") from None
     return context
 
 
@@ -6493,7 +6531,7 @@ def request(method, url, headers, body, context, timeout, limit, check_peer=None
             return Response(response.status, response.headers, read_body(response, limit, timeout, where))
     except (OSError, http.client.HTTPException, ValueError) as error:
         reason = error.reason if isinstance(error, urllib.error.URLError) else error
-        raise make_network_error(where, reason) from None
+        raise make_network_error(where, reason, timeout, context, ask_proxy(url)) from None
 
 
 class Paced(io.RawIOBase):
@@ -6660,20 +6698,59 @@ def read_body(response, limit, timeout, where):
     return body.getvalue()
 
 
-def make_network_error(where, error):
-    """What went wrong on the wire as Untrusted (a verdict of TLS) or Unreachable (everything else)."""
+def ask_proxy(url):
+    """The proxy that the environment names for a URL, without a login in it; "" where there is none."""
+    from urllib.parse import urlsplit
+    from urllib.request import getproxies, proxy_bypass
+    parts = urlsplit(url)
+    proxy = "" if proxy_bypass(parts.netloc) else getproxies().get(parts.scheme, "")
+    return urlsplit(proxy).netloc.rpartition("@")[2] or proxy.rpartition("@")[2]
+
+
+# What OpenSSL calls a peer's answer to a handshake, and what that means.
+TLS_FAULTS = (
+    ("WRONG_VERSION_NUMBER|HTTP_REQUEST|UNKNOWN_PROTOCOL|RECORD|PACKET_LENGTH",
+     "the peer does not speak TLS: is this a port for http?"),
+    ("PROTOCOL_VERSION|UNSUPPORTED_PROTOCOL",
+     "the peer offers no TLS version that is accepted here; ask its operator, or set wfm.min_tls: \"1.2\""),
+    ("CERTIFICATE|UNKNOWN_CA", "the peer does not accept this device's certificate ({})"),
+    ("", "{}"))
+
+
+def make_network_error(where, error, timeout=0.0, context=None, proxy=""):
+    """What went wrong on the wire, in words: Untrusted (a verdict of TLS) or Unreachable (everything else).
+
+    error: what Python raised.  proxy: through which one the peer was asked, if any.
+    """
+    import socket
     import ssl
-    text = make_printable(str(error) or type(error).__name__)
+    text = make_printable(getattr(error, "strerror", None) or str(error) or type(error).__name__)
+    late = "timed out" in text
+    way = f"through the proxy {proxy} ($https_proxy): " if proxy else ""
     if isinstance(error, ssl.SSLCertVerificationError):
-        # not yet valid, expired
-        clock = "; is the clock of this device right?" if error.verify_code in (9, 10) else ""
-        return Untrusted(f"{where}: the peer's certificate is refused: {error.verify_message}{clock}")
-    broken = isinstance(error, (ssl.SSLEOFError, ssl.SSLZeroReturnError)) or "timed out" in text
+        words = error.verify_message
+        if error.verify_code in (9, 10):            # not yet valid, expired
+            words += "; is the clock of this device right?"
+        elif error.verify_code in (2, 18, 19, 20, 21):
+            words = (f"it leads to nothing in {getattr(context, 'trust', 'what is trusted')} ({words}); does"
+                     " somebody else answer there, such as a proxy? `doctor` shows who")
+        return Untrusted(f"{where}: {way}the peer's certificate is refused: {words}", stranger=True)
     # for which Python 3.7 with OpenSSL 3 has no class of its own
-    broken = broken or "unexpected eof" in text
-    if isinstance(error, ssl.SSLError) and not broken:
-        return Untrusted(f"{where}: TLS failed: {text}")
-    return Unreachable(f"{where}: {text}")
+    broken = isinstance(error, (ssl.SSLEOFError, ssl.SSLZeroReturnError)) or "unexpected eof" in str(error)
+    if broken:
+        return Unreachable(f"{where}: {way}the peer closed the connection (unexpected eof)")
+    if isinstance(error, ssl.SSLError) and not late:
+        reason = error.reason or text
+        words = next(words for pattern, words in TLS_FAULTS if re.search(pattern, reason))
+        return Untrusted(f"{where}: {way}TLS failed: {words.format(reason.lower().replace('_', ' '))}")
+    if late:
+        return Unreachable(f"{where}: {way}timed out: no answer within {timeout:g} s (wfm.timeout)")
+    if text.startswith("Tunnel connection failed"):     # so http.client tells of what a proxy answers
+        return Unreachable(f"{where}: {way}{text}; a login for it belongs into $https_proxy")
+    hint = {socket.gaierror: "; there is no such name (DNS), or no network",
+            ConnectionRefusedError: "; nothing listens there"}.get(type(error), "")
+    check = "unset $https_proxy, or set $no_proxy" if proxy else "is the address right?"
+    return Unreachable(f"{where}: {way}{text}{hint}{hint and '; ' + check}")
 
 
 def make_authorization(secret, user=b""):
@@ -6728,12 +6805,12 @@ def find_verdict(status):
     return Unreachable if status in (408, 429) or status >= 500 else Refused
 
 
-def check_response(response, where, accepted, now):
+def check_response(response, where, accepted, now, denial="the WFM does not accept this client"):
     """Returns the response if its status is one of `accepted`, else raises what it means (protocol 10).
 
-    The problem's type decides where it is one of Margo's (C-053), the status where it is not (C-054).  What
-    says of itself whether it can be retried is believed (C-057).  The code of Refused is the type, or
-    `HTTP <status>`.
+    denial: what that means, in words.  The problem's type decides where it is one of Margo's (C-053), the
+    status where it is not (C-054).  What says of itself whether it can be retried is believed (C-057).  The
+    code of Refused is the type, or `HTTP <status>`.
     """
     if response.status in accepted:
         return response
@@ -6748,15 +6825,21 @@ def check_response(response, where, accepted, now):
     facts = {"status": response.status, "strategy": problem.strategy,
              "retry_after": limit_wait(problem.retry_after, now) if wait is None else wait}
     if denied or verdict is Untrusted and not known:
-        raise Untrusted(f"{message}; the WFM does not accept this client", **facts)
+        raise Untrusted(f"{message}; {denial}", **facts)
     retryable = problem.retryable
     if not isinstance(retryable, bool):
         retryable = verdict is Unreachable and problem.strategy != "none"
     if retryable:
+        if response.status >= 500:
+            message += "; that is the server's own trouble, see its operator"
+        if facts["retry_after"]:
+            message += f"; it wants to be left alone until {make_time(now + facts['retry_after'])}"
         raise Unreachable(message, **facts)
     if response.status in (301, 302, 303, 307, 308):
         message += ("; redirects are not followed: set wfm.url, or the setting this address came from,"
                     " to the final one")
+    if response.status == 404 and not known:
+        message += "; nothing is served there: is the address right?"
     raise Refused(message, problem.type if known else f"HTTP {response.status}", **facts)
 
 
@@ -6789,15 +6872,26 @@ class Log:
             line = json.dumps(dict(fields, time=make_time(time.time()), level=level, message=message),
                               sort_keys=True, separators=(",", ":"))
         else:
-            facts = "".join(f" {key}={make_printable(str(value), MAX_MESSAGE)}"
-                            for key, value in fields.items())
+            facts = "".join(f" {key}={make_fact(str(value))}" for key, value in fields.items())
             line = f"{make_time(time.time())} {level:7} {make_printable(message, 4000)}{facts}"
+        self.write(line)
+
+    def write(self, line):
+        """Writes a line to stderr, as far as somebody takes it."""
         try:
             sys.stderr.write(line + "\n")
             sys.stderr.flush()
         except (OSError, ValueError):
             # nobody listens any more; that is no reason to leave workloads alone
             pass
+
+
+def make_fact(text):
+    """A value in a line of the log, in quotes where it needs them (logfmt)."""
+    text = make_printable(text, MAX_MESSAGE)
+    if text and not re.search(r'[\s"=]', text):
+        return text
+    return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
 
 
 log = Log()
@@ -6832,8 +6926,10 @@ def write_file(path, data, mode=0o600, temporary=None):
         sync_folder(folder)
     except OSError as error:
         remove_file(temporary)                      # on a full disk half a file is what keeps it full
-        raise StorageError(
-            f"{path} cannot be written ({error.strerror}); free space or make it writable") from None
+        mend = "free space or make it writable"
+        if not os.path.isdir(folder):
+            mend = f"the folder {folder} does not exist, make it: mkdir -p {folder}"
+        raise StorageError(f"{path} cannot be written ({error.strerror}); {mend}") from None
 
 
 def remove_file(path):
@@ -7110,6 +7206,17 @@ def get_random():
     return random.random()
 
 
+def ask_holder(path):
+    """Who holds the lock of a file, in words, as far as the kernel tells: process and since when."""
+    inode = os.stat(path).st_ino
+    for line in (read_file("/proc/locks", MIB) or b"").decode().splitlines():
+        match = re.search(rf"FLOCK +\S+ +WRITE (\d+) [0-9a-f:]+:{inode} ", line)
+        if match and os.path.exists(f"/proc/{match.group(1)}"):
+            since = make_time(os.stat(f"/proc/{match.group(1)}").st_mtime)
+            return f" (process {match.group(1)}, since {since})"
+    return ""
+
+
 class Store:
     """The state directory: state.json, artifacts by digest, one folder a deployment, the lock, the trust
     bundle.
@@ -7140,7 +7247,8 @@ class Store:
         except StorageError as error:
             log("warning", "no space can be kept in reserve", reason=error.message)
         except OSError as error:
-            raise StorageError(f"state_dir {self.folder} cannot be made ({error.strerror})") from None
+            raise StorageError(f"state_dir {self.folder} cannot be made ({error.strerror}); name a folder"
+                               " that this user may write, on a disk that keeps data") from None
 
     def lock(self):
         """Takes the lock or raises Locked; the kernel gives it back when this process ends, however it ends.
@@ -7153,9 +7261,10 @@ class Store:
             self.memo = None
         except BlockingIOError:
             self.unlock()
-            raise Locked(f"another instance holds {self.path('lock')}; wait until it is done, or stop it. A"
-                         " second agent on this engine needs an identity of its own, not only a state_dir"
-                         ) from None
+            path = self.path("lock")
+            raise Locked(f"another instance{ask_holder(path)} holds {path}; wait until it is done, or stop"
+                         " it. Never run a second one beside it with the same identity: both would fight"
+                         " over the same containers") from None
         except OSError as error:
             raise StorageError(f"{self.path('lock')} cannot be taken ({error.strerror})") from None
 
@@ -8090,7 +8199,10 @@ def make_config(document, base, environ):
     """
     faults = []
     document = expand_environment(document, environ, "", faults)
-    config = make_settings(document, SCHEMA, base, "", faults)
+    unset = {key for key, _ in faults}
+    found = []
+    config = make_settings(document, SCHEMA, base, "", found)
+    faults += [(key, words) for key, words in found if key not in unset]    # else it is empty for that
     registries = Settings()
     for host, entry in (config["registries"] or {}).items():
         registries[host] = make_settings(entry, REGISTRY_SCHEMA, base, f"registries.{host}.", faults)
@@ -8391,7 +8503,8 @@ def load_yaml(text):
         try:
             text = bytes(text).decode("utf-8")
         except UnicodeDecodeError as error:
-            raise YAMLError("not UTF-8", bytes(text[:error.start]).count(b"\n") + 1, 1) from None
+            line = bytes(text[:error.start]).count(b"\n") + 1
+            raise YAMLError("not UTF-8; save it as UTF-8", line, 1) from None
     return YAMLReader(text).read_document()
 
 
@@ -8435,7 +8548,7 @@ class YAMLReader:
         text = text[1:] if text.startswith("\ufeff") else text
         text = text.replace("\r\n", "\n").replace("\r", "\n")
         # the last line has no end, so a block scalar there does not get one either
-        self.cut = text[-1:] not in " \n"
+        self.cut = text[text.rfind("\n") + 1:].strip(" ") != ""
         self.text = text if text.endswith("\n") else text + "\n"
         self.position, self.column, self.depth, self.nodes = 0, 0, 0, 0
         self.closed = -1                            # where the last quoted scalar or flow collection ended
@@ -8508,13 +8621,13 @@ class YAMLReader:
         if end == len(text) or end == line and self.MARKER.match(text, end):
             self.column = -1
         elif "\t" in indent and not flow and text[end] not in "[{":
-            self.fail("a tab in the indentation", line + self.column)
+            self.fail("a tab in the indentation; use blanks", line + self.column)
         return True
 
     def end_line(self):
         """Makes sure that nothing more stands on this line and goes to the next one."""
         if not self.skip():
-            self.fail("more on this line than belongs to the value")
+            self.fail("more on this line than belongs to the value; a text with a colon in it needs quotes")
 
     def look(self, position):
         """What follows on white space: (where, how many lines end before it, its column)."""
@@ -8994,6 +9107,9 @@ def parse_json(data, what, most=MAX_NODES):
     try:
         if data[:2] == b"\x1f\x8b":
             raise ValueError("it is coded by gzip (Content-Encoding), which was not asked for")
+        if data.lstrip()[:1] in (b"<", b""):
+            raise ValueError("it is a web page; does a portal or a proxy answer in its place?" if data.strip()
+                             else "it is empty")
         if sum(map(data.count, (b",", b"[", b"{"))) > most:
             raise ValueError(f"it has more than {most} members")
         value = json.loads(data.decode("utf-8"), object_pairs_hook=make_object, parse_constant=refuse,
@@ -9003,7 +9119,8 @@ def parse_json(data, what, most=MAX_NODES):
             make_json(value)                        # refuses a half character
         return value
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{what} is not usable JSON: {error}") from None
+        place = f"line {error.lineno}, column {error.colno}: " if hasattr(error, "colno") else ""
+        raise ValueError(f"{what} is not usable JSON: {place}{getattr(error, 'msg', error)}") from None
 
 
 def make_time(seconds):
@@ -9092,7 +9209,11 @@ def unpack_tar(data, max_unpacked, max_entries):
             self.left -= size
             if size < 0 or self.left < 0:
                 raise ValueError("headers that are too large, or of negative size")
-            return self.file.read(size)
+            data = self.file.read(size)
+            # older Pythons look at each digit again and again
+            if size > 512 and re.search(b"[0-9]{64}", data):
+                raise ValueError("a header with endless digits")
+            return data
 
     check_gzip(data, max_unpacked)
     plain = gzip.GzipFile(fileobj=io.BytesIO(data))
@@ -9365,8 +9486,8 @@ class SignedSource(HttpSource):
             client_id = parse_client_id(parse_json(answer.body, "the answer"), self.speech.client_id)
         except (Untrusted, Refused, ValueError) as error:
             reason = getattr(error, "message", error)
-            raise Untrusted(f"onboarding refused: {reason};"
-                            " it may wait for somebody's approval at the WFM") from None
+            wait = "; it may wait for somebody's approval at the WFM" * bool(getattr(error, "status", 0))
+            raise Untrusted(f"onboarding refused: {reason}{wait}") from None
         log("info", "onboarded", client=client_id)
         return client_id
 
@@ -9688,6 +9809,8 @@ read_address = scalar("an absolute https URL, or for profile git also ssh, file,
 
 def read_url_or_address(value, base):
     """The root URL of a WFM, or a repository's address; which one is needed, the profile says."""
+    if re.match("https?://[^/]*@", str(value)):
+        raise ValueError("an address without a login in it; git.token_file and git.username are for that")
     return (read_root_url if str(value).startswith("https:") else read_address)(value, base)
 
 
@@ -9806,7 +9929,8 @@ class GitSource:
                     headers["Authorization"] = self.header
                 where = f"{self.url}/info/refs?service={service}"
                 answer = request("GET", where, headers, None, context, wfm.timeout, MAX_ANSWER)
-                check_response(answer, self.url, (200,), time.time())
+                check_response(answer, self.url, (200,), time.time(),
+                               "the server does not accept the token of git.token_file")
             except MargoError as fault:
                 return fault
         elif service == "git-upload-pack" and not self.url.startswith("file://") and ask_ssh(self.url,
@@ -9819,7 +9943,8 @@ class GitSource:
         """None where the branch still stands at the accepted commit, else a Desired; see HttpSource."""
         head = self.fetch_head(self.branch)
         if head is None:
-            raise Refused(f"{self.url} has no branch {self.config.git.branch}; nothing is removed for that")
+            raise Refused(f"{self.url} has no branch {self.config.git.branch} (git.branch); nothing is"
+                          " removed for that")
         if accepted and accepted["version"] == head and not accepted.get("incomplete"):
             return None
         base = accepted["version"] if accepted else None
@@ -10194,14 +10319,16 @@ def make_ref_path(device_id):
 def parse_listing(listing):
     """[(name, whether it is a file, blob, size)] of what `git ls-tree -r -z -l` prints.
 
-    Names as those of a file system.
+    Names are as those of a file system.  Raises CommandError for what git never prints.
     """
     found = []
     for line in listing.split(b"\0")[:-1]:
-        head, _, name = line.partition(b"\t")
-        mode, kind, blob, size = head.decode("ascii").split()
-        is_file = kind == "blob" and mode.startswith("100")
-        found.append((name.decode("utf-8", "surrogateescape"), is_file, blob, int(size) if is_file else 0))
+        match = re.fullmatch(rb"([0-7]{6}) ([a-z]+) ([0-9a-f]+) +(-|[0-9]{1,18})\t(.+)", line, re.S)
+        if not match:
+            raise CommandError(f"git ls-tree printed {make_printable(repr(line), 200)}")
+        mode, kind, blob, size, name = [part.decode("utf-8", "surrogateescape") for part in match.groups()]
+        is_file = kind == "blob" and mode.startswith("100") and size != "-"
+        found.append((name, is_file, blob, int(size) if is_file else 0))
     return found
 
 
@@ -11367,11 +11494,12 @@ class HelmDriver:
             raise ComponentError("NAME_TAKEN", f"release {name} in namespace {namespace} was not made by this"
                                  " agent: remove it there")
 
-    def check(self):
+    def check(self, claim):
         """What `doctor` says of this driver; raises CommandError."""
         record = {"deploymentId": "", "components": []}
-        version = self.run(["version", "--short"], 60).stdout.decode("utf-8", "replace").strip()
-        return f"helm {make_printable(version, 60)} answers, {len(self.observe([record]))} releases of ours"
+        output = self.run(["version", "--short"], 60).stdout.decode("utf-8", "replace")
+        version = make_printable(output.strip(), 60)
+        return f"helm {version} answers, {len(self.observe([record], claim))} releases of ours"
 
     def prepare(self, deployment, component, known, store, fetched):
         """Fetches and verifies the chart and makes the values, and touches nothing that runs.
@@ -11641,7 +11769,7 @@ def examine_hooks(agent):
     hooks = agent.config.hooks.run
     broken = [path for path in hooks if not os.path.isfile(path) or not os.access(path, os.X_OK)]
     if broken:
-        raise ConfigError(f"hooks.run: {', '.join(broken)} cannot be run; install it and make it executable")
+        raise CommandError(f"hooks.run: {', '.join(broken)} cannot be run; install it and make it executable")
     loose = [path for path in hooks if os.stat(path).st_mode & 0o022]
     if loose:
         return "warn", f"hooks.run: {', '.join(loose)} can be changed by other users; chmod go-w it"
@@ -11775,20 +11903,81 @@ def command_doctor(config, options):
     Example: margo_agent.py doctor --json
     """
     agent = Agent(config)
-    failed = False
     agent.state = make_state()
-    first = {"state": examine_storage, "clock": examine_clock, "engine": examine_engine}
+    first = {"state": examine_storage, "lock": examine_lock, "clock": examine_clock, "device": examine_device,
+             "engine": examine_engine}
     last = {"others": examine_others, "registry": examine_registries, "labels": examine_labels,
-            "identity": lambda agent: agent.get_profile().check(time.time()), "wait": examine_wait,
-            "wfm": examine_connection}
+            "identity": examine_identity, "wait": examine_wait, "wfm": examine_connection,
+            "outbox": examine_outbox, "failed": examine_failed}
+    found, code = [], 0
     for name, check in {**first, **EXAMINE, **last}.items():
+        if name == "wfm" and ("identity", "fail") in [(row["name"], row["level"]) for row in found]:
+            continue
         try:
             level, words = check(agent)
         except MargoError as error:
-            level, words, failed = "FAIL", error.message, True
-        if words:
-            print(f"{level:5}{name:9} {make_printable(words)}")
-    return 1 if failed else 0
+            level, words = "FAIL", error.message
+            code = max(code, error.exit)
+        if words and words not in [row["message"] for row in found]:        # each cause once
+            found.append({"name": name, "level": level.lower(), "message": words})
+            if "--json" not in options:
+                print(f"{level:5}{name:9} {make_printable(words, MAX_MESSAGE)}")
+    if "--json" in options:
+        print_json({"code": code, "checks": found})
+    return code
+
+
+def examine_lock(agent):
+    """Whether no other instance works on the state just now."""
+    path = agent.store.path("lock")
+    who = ask_holder(path) if os.path.exists(path) else ""
+    if who:
+        raise Locked(f"another instance{who} works on {agent.store.folder}; wait until it is done, or stop"
+                     " it")
+    return "ok", ""
+
+
+def examine_device(agent):
+    """Whether the device's id tells it from others, where the hardware gives it."""
+    words = r"(?i)(default|system|serial|not|none|n-a|unknown|o\.?e\.?m|to-be|x+|0+|1?23456).*"
+    doubtful = not agent.config.device.id and re.fullmatch(words, agent.device_id)
+    return "warn", doubtful and (f"this hardware calls itself {agent.device_id}, as many may do; give it a"
+                                 " name of its own by device.id")
+
+
+def examine_identity(agent):
+    """Whether the own identity can be used; what an enrollment under way lacks, the last run has said."""
+    try:
+        return agent.get_profile().check(time.time())
+    except Untrusted:
+        last = agent.store.load_memo().get("lastPoll") or agent.state["lastPoll"] or {}
+        if agent.config.identity.get("enrollment") == "est" and last.get("detail"):
+            kinds = {"unreachable": Unreachable, "refused": Refused}
+            raise kinds.get(last["result"], Untrusted)(last["detail"]) from None
+        raise
+
+
+def examine_outbox(agent):
+    """Whether the WFM has all reports, and has taken them."""
+    dropped = "; ".join(f"the report that {key} is {item['state']} was refused: {item['reason']}"
+                        for key, item in agent.state["dropped"].items())
+    waiting = len(agent.state["outbox"])
+    return "warn", f"{waiting} reports wait for the WFM" if waiting else dropped
+
+
+def examine_failed(agent):
+    """Whether every deployment is as it should be."""
+    clock = get_clock()
+    words = []
+    for record in agent.state["deployments"].values():
+        if record["state"] == "failed":
+            fault = record["error"]
+            words.append(f"{record['name']} ({fault['code']}): {fault['message']}; {make_due(record, clock)}")
+    if words:
+        raise CommandError("; ".join(words))
+    newest = agent.state["history"][-1:]
+    refused = newest[0].get("refused") if newest else ""
+    return "warn", refused and f"what came after version {newest[0]['version']} was refused: {refused}"
 
 
 def examine_storage(agent):
@@ -11853,23 +12042,64 @@ def examine_others(agent):
 
 
 def examine_registries(agent):
-    """Whether the files are there that `registries` names."""
+    """Whether the files are there that `registries` names, and the registries answer."""
+    silent = []
     for host, entry in agent.config.registries.items():
         for key in ("ca", "password_file"):
             if entry[key] and read_file(entry[key], MAX_CERTIFICATES) is None:
-                raise ConfigError(f"registries.{host}.{key} {entry[key]}: no such file")
-    return "ok", ""
+                raise CommandError(f"registries.{host}.{key} {entry[key]}: no such file")
+        registry = Registry(host, agent.config)
+        try:
+            registry.request(f"{registry.scheme}://{host}/v2/", {}, MAX_ANSWER)
+        except MargoError as error:
+            known = getattr(error, "stranger", None) and ask_peer(f"https://{host}/", registry.timeout)
+            silent.append(error.message + (f"; there answers {known}" if known else ""))
+    return "warn" if silent else "ok", "; ".join(silent)
 
 
 def examine_connection(agent):
     """Whether the WFM answers, is the one it should be, and offers what can be accepted."""
-    agent.connect(keep=False)
-    desired = agent.fetch_desired()
+    url = agent.config.wfm.url
+    proxy = ask_proxy(url) and f" through the proxy {ask_proxy(url)}"
+    try:
+        agent.connect(keep=False)
+        desired = agent.fetch_desired()
+    except Untrusted as error:
+        if getattr(error, "stranger", None):
+            error.message += f"; there answers {ask_peer(url, agent.config.wfm.timeout)}"
+        raise
     news = f"version {desired.version} is there to be accepted" if desired else "nothing new"
-    return "ok", f"{agent.config.wfm.url} is {agent.source.peer}; {news}"
+    return "ok", f"{url} is {agent.source.peer}{proxy}; {news}"
 
 
-COMMANDS["doctor"] = (command_doctor, {}, "")
+def ask_peer(url, timeout):
+    """Whose certificate is shown at a URL, in words: nothing is sent there, and nothing is trusted."""
+    import ssl
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    shown = []
+
+    def look(chain):
+        shown.extend(chain[:1])
+        raise Silence("seen")
+
+    try:
+        request("GET", url, {}, None, context, timeout, 0, look)
+    except MargoError as error:
+        if not shown:
+            return f"nobody ({error.message})"
+    leaf = parse_certificate(shown[0])
+    return f"{make_name(leaf.subject)}, certified by {make_name(leaf.issuer)}"
+
+
+def make_name(data):
+    """The texts in a distinguished name (DER), in its order."""
+    parts = [parse_der(value)[0][1] for _, value, _ in parse_der(parse_der(data)[0][1])]
+    return "/".join(make_printable(parse_der(part)[1][1].decode("utf-8", "replace")) for part in parts)
+
+
+COMMANDS["doctor"] = (command_doctor, {"--json": ""}, "")
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -11976,7 +12206,23 @@ def command_logs(config, options):
     flags = [f"--tail={options['--tail']}"] if "--tail" in options else []
     flags += ["--follow"] * ("-f" in options) + ["--names"] * bool(found[1:])
     argv = [driver.engine, "logs", *flags, *(container.id for container in found)]
+    if sys.stdout.isatty():
+        reader, writer = os.pipe()
+        if os.fork():
+            os.close(writer)
+            return show_lines(reader)
+        os.dup2(writer, 1)
+        os.dup2(writer, 2)
     os.execvpe(argv[0], argv, get_command_environment(driver.environ))
+
+
+def show_lines(reader):
+    """Prints what comes through a pipe, without what would steer the terminal; returns the exit code."""
+    with open(reader, "rb") as lines:
+        for line in iter(lambda: lines.readline(64 * KIB), b""):
+            words = line.decode("utf-8", "replace").rstrip("\r\n").split("\t")
+            print("\t".join(make_printable(word, 64 * KIB) for word in words), flush=True)
+    return os.wait()[1] >> 8
 
 
 def command_config(config, options):
@@ -11999,7 +12245,8 @@ def command_config(config, options):
 # What an example of a configuration sets, by names of examples/pki.sh; all else is commented out.
 EXAMPLE = {"wfm": {"url": "https://localhost:8443"},
            "identity": {"certificate": "client.pem", "key": "client.key", "trust_bundle": "bundle.json"}}
-PARTS = {"registries": ("registry.example:5000:", REGISTRY_SCHEMA), "children": ("-", CHILD_SCHEMA)}
+# What stands below a key, which is here behind its indentation.
+PARTS = {"registries": ("registry.example:5000:", REGISTRY_SCHEMA), "  children": ("-", CHILD_SCHEMA)}
 
 
 def make_listing(schema, document, indent=""):
@@ -12036,8 +12283,8 @@ def make_example(schema, chosen, indent=""):
             meaning += f" ({str(error).partition(':')[0]})"
         value = make_yaml(chosen.get(key, default))
         lines += [f"{indent}# {meaning}", f"{indent}{'' if key in chosen else '# '}{key}: {value}".rstrip()]
-        if key in PARTS:
-            name, schema = PARTS[key]
+        if indent + key in PARTS:
+            name, schema = PARTS[indent + key]
             lines += [f"{indent}# {line}" for line in [f"  {name}", *make_example(schema, {}, "    ")]]
     return lines
 
@@ -12109,12 +12356,23 @@ def command_run(config, options):
         wait(agent.starting)
         outcome = agent.cycle()
     log("debug", "cycle done", result=outcome.result, code=outcome.code)
+    for record in agent.state["deployments"].values():
+        if record["state"] == "failed":
+            code = record["error"]["code"]
+            log_wait(f"{record['name']} has failed ({code}); {make_due(record, get_clock())}")
     if "--json" in options:
         print_json(outcome._asdict())
     if descriptor:
         words = make_life_sign(agent.state, outcome)
         os.write(int(descriptor), f"{outcome.delay:.3f} {words}".encode("utf-8", "replace"))
     return outcome.code
+
+
+def make_due(record, clock):
+    """When a deployment that has failed is tried again, in words."""
+    left = find_wait(record["retry"], clock)
+    due = f"at {make_time(clock.now + left)}" if left else "is with the next run"
+    return f"next attempt {due}, `retry {record['name']}` tries at once"
 
 
 def make_life_sign(state, outcome):
@@ -12374,6 +12632,7 @@ def command_unenroll(config, options):
             remove_folder(agent.store.path(name))
         agent.store.load_memo().clear()
         print("unenrolled" + (f"; {len(kept)} deployments were left running" if kept else ""))
+        log("warning", "the next run enrolls again: stop cron or the service where that is not wanted")
 
 
 def purge(agent):
@@ -12402,17 +12661,45 @@ def command_plan(config, options):
               "reason": action.reason, "deviceId": action.device_id}
              for action in actions if action.verb != "clear" or action.deployment_id not in moved]
     version = accepted["version"] if accepted else None
+    for item in items:
+        item["changes"] = load_changes(agent, item, accepted, documents)
     if "--json" in options:
         print_json({"version": version, "actions": items, "others": others})
     else:
         print(f"desired state: version {version or 'none'}")
         for item in items:
             where = f"on {item['deviceId']}: " if len(agent.devices) > 1 else ""
-            print(f"{item['action']:8}{item['deploymentId']}  {where}{make_printable(item['reason'])}")
+            what = ": " + ", ".join(item["changes"]) if item["changes"] else ""
+            print(f"{item['action']:8}{item['deploymentId']}  {where}{make_printable(item['reason'] + what)}")
         for words in make_others_words(others):
             print(f"other   {words}; it is left alone")
     for fault in seen[agent.device_id].silent.values() if seen else ():
         raise fault
+
+
+def load_changes(agent, item, accepted, documents):
+    """What an update changes, in words that show no value: parameters, components' revisions, all else."""
+    record = agent.state["deployments"].get(item["deploymentId"].lower())
+    wanted = [entry["digest"] for entry in (accepted or {}).get("deployments", ())
+              if entry["deploymentId"].lower() == item["deploymentId"].lower()]
+    load = agent.store.load_artifact
+    if item["action"] != "update" or not record or not wanted or record["adopted"]["digest"] == wanted[0]:
+        return []
+    both = []
+    for digest in (record["adopted"]["digest"], wanted[0]):
+        target = Target(item["deploymentId"], digest, 0, None, None)
+        both.append(read_target(target, lambda key: documents.get(key) or load(key), agent.config).deployment)
+    return make_changes(*both) if all(both) else []
+
+
+def make_changes(old, new):
+    """What differs between two Deployments, in words."""
+    parts = []
+    for word, field in (("parameter", "parameters"), ("component", "components")):
+        before, after = ({item.name: item for item in getattr(one, field)} for one in (old, new))
+        names = sorted({*before, *after})
+        parts += [f"{word} {name}" for name in names if before.get(name) != after.get(name)]
+    return parts or ["something else than parameters and components"]
 
 
 def fetch_accepted(agent):
@@ -12442,6 +12729,7 @@ def command_status(config, options):
     until = f", valid until {identity['notAfter']}" if identity["notAfter"] else ""
     warning = identity["warning"] and f"  ! {identity['warning']}"
     print_row("profile", f"{document['profile']}, {'' if document['enrolled'] else 'not '}enrolled")
+    print_row("device", f"{get_device_id(config.device)}, with {config.wfm.url}")
     print_row("identity", (identity["id"] or "none yet") + until + warning)
     version = f"version {desired['version']}, accepted {desired['acceptedAt']}"
     print_row("desired", version if desired["version"] else "none accepted yet")
@@ -12468,7 +12756,7 @@ def make_error_words(error):
 
 def print_row(name, words):
     """Prints a line of a table of two columns."""
-    print(f"{name:10} {make_printable(words.strip(), MAX_MESSAGE)}")
+    print(make_printable(f"{name:10} {words.strip()}", MAX_MESSAGE))
 
 
 def make_deployment_report(record):
@@ -12515,8 +12803,8 @@ def command_history(config, options):
         return print_json({"history": history})
     for item in history:
         changes = [f"{len(item[key])} {key}" for key in ("added", "changed", "removed") if item[key]]
-        words = f"{', '.join(changes) or 'nothing changed'}  {make_printable(item['outcome'])}"
-        print(f"{item['at']}  version {item['version']}  {words}")
+        words = f"{', '.join(changes) or 'nothing changed'}  {item['outcome']}"
+        print(make_printable(f"{item['at']}  version {item['version']}  {words}"))
         if item.get("refused"):
             print(f"  what came after it is refused: {make_printable(item['refused'])}")
 
@@ -12593,10 +12881,12 @@ def command_version(config, options):
 
 
 def print_json(value):
-    """Prints one JSON document, for people and programs alike."""
+    """Prints one JSON document, for people and programs alike: nothing in it steers a terminal."""
     import json
     encoding = (sys.stdout.encoding or "").lower().replace("-", "")
-    print(json.dumps(value, indent=2, ensure_ascii=encoding != "utf8"))
+    text = json.dumps(value, indent=2, ensure_ascii=encoding != "utf8")
+    print(re.sub(r"[^ -~\n]", lambda odd: odd.group() if odd.group().isprintable()
+                 else json.dumps(odd.group())[1:-1], text))
 
 
 JSON = {"--json": ""}
@@ -12618,6 +12908,9 @@ SPELLINGS = {"--config": "-c", "--verbose": "-v", "--quiet": "-q", "-h": "--help
              "--version": "version"}
 
 
+Misuse = define_fault("Misuse", 2, "CONFIGURATION", "The command line is wrong.", ConfigError)
+
+
 def parse_arguments(arguments):
     """The command line as a dictionary: `command`, `operands`, `arguments` as given, and each option.
 
@@ -12635,7 +12928,7 @@ def parse_arguments(arguments):
         else:
             options["command"] = check_word(word, "command", COMMANDS)
     if options.get("--log-format", "text") not in ("text", "json"):
-        raise ConfigError("--log-format: text or json")
+        raise Misuse("--log-format: text or json")
     return options
 
 
@@ -12649,12 +12942,12 @@ def parse_option(word, rest, options):
     name = check_word(SPELLINGS.get(name, name), "option", known)
     if known[name]:
         if not value and not rest:
-            raise ConfigError(f"{name}: needs a value, {known[name]}")
+            raise Misuse(f"{name}: needs a value, {known[name]}")
         options[name] = value or rest.pop(0)
         return
     options[name] = True
     if value and word.startswith("--"):
-        raise ConfigError(f"{make_printable(word)}: takes no value")
+        raise Misuse(f"{make_printable(word)}: takes no value")
     rest[:0] = [f"-{value}"] * bool(value)
 
 
@@ -12665,7 +12958,7 @@ def check_word(word, kind, known):
     import difflib
     near = difflib.get_close_matches(word, list(known), 1)
     hint = f"did you mean {near[0]}?" if near else f"one of {', '.join(known)}"
-    raise ConfigError(f"{make_printable(word)}: unknown {kind}; {hint}")
+    raise Misuse(f"{make_printable(word)}: unknown {kind}; {hint}")
 
 
 def print_help(command=None):
@@ -12692,14 +12985,14 @@ def run_main(arguments):
         print_help(command)
         return 0 if arguments else 2
     if not command:
-        raise ConfigError("no command; one of " + ", ".join(COMMANDS))
+        raise Misuse("no command; one of " + ", ".join(COMMANDS))
     function, _, operands = COMMANDS[command]
     operands = operands.split()
     given = options["operands"]
     for extra in given[len(operands):]:
-        raise ConfigError(f"{make_printable(extra)}: {command} takes no such operand")
+        raise Misuse(f"{make_printable(extra)}: {command} takes no such operand")
     if not given and operands and operands[0].isalpha():
-        raise ConfigError(f"{command}: needs {operands[0]}")
+        raise Misuse(f"{command}: needs {operands[0]}")
     if function is command_version or "--example" in options:
         return function(None, options) or 0
     options["-c"] = options.get("-c") or os.environ.get("MARGO_CONFIG") or "/etc/margo/agent.yaml"
@@ -12757,6 +13050,9 @@ def tell_fault(error):
     elif getattr(error, "errno", 0) == errno.ENOSPC:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         error = StorageError(f"the output cannot be written ({error.strerror})")
+    if isinstance(error, Misuse) and log.form == "text":
+        log.write(f"margo-agent: {error.message}")                  # for who typed it, not for a log
+        return error.exit
     if isinstance(error, MargoError):
         log("error", error.message, code=error.code)
         return error.exit

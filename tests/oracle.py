@@ -191,6 +191,9 @@ def read_ports(arguments):
 def read_compose(answer, project, folder, variables):
     """{service: {field: value}} of what `config` printed; project, variables: what it was given."""
     answer = unescape(answer)
+    owners = {f"container:{facts['container_name']}": f"service:{name}" for name, facts in answer["services"].items() if "container_name" in facts}
+    for facts in answer["services"].values():       # our containers have other names than theirs
+        facts.update({key: owners.get(facts[key], facts[key]) for key in ("network_mode", "pid", "ipc") if key in facts})
     aliases = {name: {facts["container_name"]} if "container_name" in facts else set() for name, facts in answer["services"].items()}
     for facts in answer["services"].values():
         for owner, _, alias in (link.partition(":") for link in facts.get("links") or ()):

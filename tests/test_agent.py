@@ -396,6 +396,11 @@ class Reports(AgentCase):
         self.assertEqual(self.device.run("enroll").returncode, 0)
         self.device.cycle(0)
         self.assertEqual((len(self.sent("/capabilities/")), self.device.state()["waits"]), (4, {}))
+        self.device.set("device.labels", {"hall": 5})           # a proxy that drops what is too long for it
+        self.wfm.fault({"method": "PUT", "close": True})
+        count = len(self.polls())
+        self.device.cycle(3)
+        self.assertEqual(len(self.polls()), count + 1)
 
     def test_what_waits_of_a_device_that_is_named_otherwise_by_now_is_forgotten(self):
         self.device.cycle()

@@ -41,6 +41,13 @@ class Arguments(unittest.TestCase):
                 for word in words:
                     self.assertIn(word, done.stderr)
 
+    def test_what_was_typed_wrong_is_said_to_who_typed_it(self):
+        """In a line of its own form, not as an event of the log; nobody needs to take it."""
+        self.assertEqual(run("statsu").stderr, "margo-agent: statsu: unknown command; did you mean status?\n")
+        self.assertEqual(json.loads(run("--log-format", "json", "plan", "x").stderr)["code"], "CONFIGURATION")
+        done = subprocess.run(["sh", "-c", f"{sys.executable} {support.AGENT} statsu 2>/dev/full"], timeout=60)
+        self.assertEqual(done.returncode, 2)
+
     def test_options_may_stand_on_either_side_of_the_command(self):
         folder = support.make_folder(self)
         for arguments in (["-c", f"{folder}/none.yaml", "status"], ["status", "-c", f"{folder}/none.yaml"], [f"-c={folder}/none.yaml", "status"]):
@@ -115,10 +122,18 @@ class Output(support.DeviceCase):
         for words in ("mtls, enrolled", support.CLIENT_ID, "version 1", "failed", "hello", "exited with code 4"):
             self.assertIn(words, text)
 
+    def test_plan_names_what_an_update_changes_and_shows_no_value(self):
+        self.device.cycle()
+        self.wfm.publish(support.make_deployment(registry=self.wfm.registry, parameters={"GREETING": "s3cret"}))
+        text = self.device.run("plan").stdout
+        self.assertRegex(text, rf"update +{HELLO}  another revision: parameter greeting\n")
+        self.assertNotIn("s3cret", text)
+        self.assertEqual(json.loads(self.device.run("plan", "--json").stdout)["actions"][0]["changes"], ["parameter greeting"])
+
     def test_plan_json_is_the_contract_s_object(self):
         document = json.loads(self.device.run("plan", "--json").stdout)
         self.assertEqual(document, {"version": 1, "actions": [{"deploymentId": HELLO, "action": "install", "reason": "new",
-                                                                "deviceId": support.DEVICE}], "others": []})
+                                                                "deviceId": support.DEVICE, "changes": []}], "others": []})
 
     def test_the_log_is_one_line_an_event_in_text_or_json(self):
         text = self.device.cycle()
@@ -381,7 +396,7 @@ class Doctor(support.DeviceCase):
     def test_each_fault_is_named_and_the_other_checks_go_on(self):
         self.engine.change(deaf=True)
         self.wfm.stop()
-        self.check(1, "FAIL engine .*cannot connect to the engine", "ok   identity", "FAIL wfm .*refused")
+        self.check(3, "FAIL engine .*cannot connect to the engine", "ok   identity", "FAIL wfm .*refused")
 
     def test_a_certificate_that_ends_soon_and_an_open_key_are_warnings(self):
         os.chmod(self.pki.path("client.key"), 0o644)
@@ -401,7 +416,53 @@ class Doctor(support.DeviceCase):
         path = support.write(os.path.join(self.device.folder, "file"), "")
         self.device.settings["state_dir"] = os.path.join(path, "state")
         self.device.save()
-        self.check(1, f"FAIL state .*{path}", "ok   identity")
+        self.check(3, f"FAIL state .*{path}", "ok   identity")
+
+
+    def test_it_ends_as_a_run_would_and_says_so_to_machines(self):
+        self.wfm.fault({"path": "/api/v1/*", "problem": "not-authorized"})
+        document = json.loads(self.device.run("doctor", "--json").stdout)
+        self.assertEqual(document["code"], 5)
+        levels = {check["name"]: check["level"] for check in document["checks"]}
+        self.assertEqual((levels["identity"], levels["engine"], levels["wfm"]), ("ok", "ok", "fail"))
+        self.wfm.fault()
+        self.assertEqual(json.loads(self.device.run("doctor", "--json").stdout)["code"], 0)
+
+    def test_each_cause_is_told_once(self):
+        self.device.set("identity.certificate", "/nonexistent/client.pem")
+        done = self.device.run("doctor")
+        self.assertEqual((done.returncode, done.stdout.count("/nonexistent/client.pem")), (5, 1))
+
+    def test_what_failed_and_when_it_is_tried_again(self):
+        self.wfm.publish(support.make_deployment(registry=self.wfm.registry))
+        self.engine.change(exits={"main": 4})
+        self.device.cycle(1)
+        done = self.device.run("doctor")
+        self.assertEqual(done.returncode, 1)
+        self.assertRegex(done.stdout, r"FAIL failed    hello \(INSTALL_FAILED\): .*code 4.*; next attempt at 20\S+Z, `retry hello` tries at once")
+
+    def test_a_registry_that_does_not_answer_is_a_warning(self):
+        """What is installed needs none."""
+        port = support.free_port()
+        self.device.settings["registries"][f"localhost:{port}"] = {}
+        self.device.save()
+        self.check(0, f"warn registry  GET https://localhost:{port}/v2/: Connection refused; nothing listens there")
+
+    def test_who_answers_in_the_place_of_the_wfm_is_shown(self):
+        self.device.set("wfm.url", f"https://{self.wfm.registry}")
+        self.check(5, "FAIL wfm .*it leads to nothing in the trust bundle.*there answers localhost, certified by .*Test site CA")
+
+    def test_the_proxy_that_is_used_is_named(self):
+        self.device.env["https_proxy"] = f"http://me:s3cret@localhost:{support.free_port()}"
+        done = self.device.run("doctor")
+        self.assertRegex(done.stdout, r"FAIL wfm .*through the proxy localhost:\d+ \(\$https_proxy\): Connection refused")
+        self.assertNotIn("s3cret", done.stdout)
+
+    def test_hardware_that_has_no_name_of_its_own_is_doubted(self):
+        del self.device.settings["device"]["id"]
+        for serial, doubted in (("To be filled by O.E.M.", True), ("Default string", True), ("0000000000", True), ("PF3X9KLM", False)):
+            self.device.set("device.serialNumber", serial)
+            self.assertEqual("warn device    this hardware calls itself" in self.device.run("doctor").stdout, doubted, serial)
 
 
 class Module(unittest.TestCase):

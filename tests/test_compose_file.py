@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 import unittest
+from unittest import mock
 
 import margo_agent
 from tests import oracle, support
@@ -370,6 +371,30 @@ class ValidCorpus(FileCase):
         self.assertEqual(set(margo_agent.SERVICE_FORM) - found, set())
 
 
+class Bench(FileCase):
+    """tests/bench/compose.py, which reads any folder of files."""
+
+    def test_each_file_is_counted_by_what_becomes_of_it(self):
+        support.require("docker-compose")
+        from tests.bench import compose
+        for name, keys in {"good": {"environment": ["A=1"], "env_file": "absent.env"}, "keys": {"runtime": "x", "gpus": "all"}, "denied": {"privileged": True},
+                           "lacks": {"volumes": ["./absent:/x"]}, "form": {"deploy": {"replicas": 2}}, "theirs": {"imagee": "x"}}.items():
+            self.add_file(f"{name}/docker-compose.yml", json.dumps(make_document(keys)))
+        kinds, keys, misread, lines = compose.measure(self.archive)
+        self.assertEqual(dict(kinds), {"valid": 5, "accepted": 1, "refused for a key": 1, "refused by policy": 1, "refused for a file that is not there": 1,
+                                       "refused for a form": 1, "readable": 3, "refused by docker-compose": 1, "misread": 0})
+        self.assertEqual((dict(keys), dict(misread), len(lines)), ({"runtime": 1, "gpus": 1}, {}, 1))
+
+    def test_what_is_misread_is_told_with_both_values(self):
+        support.require("docker-compose")
+        from tests.bench import compose
+        self.add_file("compose.yaml", json.dumps(make_document({"user": "1000"})))
+        with mock.patch.dict(margo_agent.RENAMED, {"user": "hostname"}):
+            _, _, misread, lines = compose.measure(self.archive)
+        self.assertEqual(dict(misread), {"user": 1, "hostname": 1})
+        self.assertIn("right is 1000", " ".join(lines))
+
+
 class InvalidCorpus(FileCase):
     def test_there_are_files(self):
         self.assertGreater(len(list_corpus("invalid")), 60)
@@ -532,6 +557,7 @@ class ServiceKeys(FileCase):
              "services.main.volumes[0].tmpfs.sizes"),
             ({"depends_on": {"main": {"when": "x"}}}, {}, "services.main.depends_on.main.when"),
             ({"networks": {"default": {"link_local_ips": "x"}}}, {}, "services.main.networks.default.link_local_ips"),
+            ({"env_file": [{"path": "a", "format": "raw"}]}, {}, "services.main.env_file[0].format"),
             ({"configs": [{"source": "a", "path": "x"}]}, {"configs": {"a": {"content": ""}}},
              "services.main.configs[0].path"),
             ({}, {"configs": {"a": {"external": True}}}, "configs.a.external"),
@@ -569,6 +595,8 @@ class ServiceKeys(FileCase):
             ({"healthcheck": {"test": {}}}, {}, "services.main.healthcheck"),
             ({"healthcheck": {"test": ["CMD"]}}, {}, "services.main.healthcheck"),
             ({"healthcheck": {"test": []}}, {}, "services.main.healthcheck"),
+            ({"healthcheck": {"test": ["CMD-SHELL", "a", "b"]}}, {}, "services.main.healthcheck"),
+            ({"healthcheck": {"test": ["NONE", "a"]}}, {}, "services.main.healthcheck"),
             ({"command": {}}, {}, "services.main.command"), ({"command": [None]}, {}, "services.main.command"),
             ({"command": "a\0b"}, {}, "services.main.command"), ({"hostname": "a\0b"}, {}, "services.main.hostname"),
             ({"labels": {"a": "b\0"}}, {}, "services.main.labels"),
@@ -1009,6 +1037,14 @@ class Order(FileCase):
                                             "main": {"image": IMAGE}}})
         self.assertEqual([service.name for service in project.services], ["main", "beside"])
 
+    def test_who_depends_with_restart_is_made_anew_with_what_it_depends_on(self):
+        def hashes(tag, restart):
+            services = {"main": {"image": f"localhost/a:{tag}"}, "beside": {"image": IMAGE, "depends_on": {
+                "main": {"condition": "service_started", "restart": restart}, "absent": {"required": False, "restart": True}}}}
+            return {service.name: service.hash for service in self.settle({"services": services}).services}
+        self.assertNotEqual(hashes(1, True)["beside"], hashes(2, True)["beside"])
+        self.assertEqual(hashes(1, False)["beside"], hashes(2, False)["beside"])
+
     def test_who_shares_a_network_is_made_anew_with_its_owner(self):
         """A container that joined one that is gone has no network any more."""
         def hashes(tag):
@@ -1166,6 +1202,21 @@ class Shared(FileCase):
                     "d": {"image": IMAGE, "container_name": "c"}}
         self.assertEqual(self.settle({"services": services}).notes, ["services.a: the name b also leads to service b",
                                                                      "services.d: the name c also leads to service b"])
+
+    def test_an_alias_that_another_service_has_is_told(self):
+        """Each gets a part of what is meant for the other; compose says nothing."""
+        services = {"a": {"image": IMAGE, "networks": {"default": {"aliases": ["b", "own"]}}}, "b": {"image": IMAGE},
+                    "c": {"image": IMAGE, "networks": {"default": {"aliases": ["own"]}}}}
+        self.assertEqual(self.settle({"services": services}).notes, ["services.a: the name b also leads to service b",
+                                                                     "services.c: the name own also leads to service a"])
+
+    def test_nobody_answers_to_the_name_of_another_deployments_container(self):
+        """In a network that both join, its peers would talk to this one."""
+        theirs = f"web-{support.HELLO[:-1]}1-main-1"
+        for keys, members in (({"container_name": theirs}, {}), ({"networks": {"default": {"aliases": [theirs]}}}, {}),
+                              ({}, {"services": {"main": {"image": IMAGE}, "b": {"image": IMAGE, "links": [f"main:{theirs}"]}}})):
+            self.assertRefused(make_document(keys, **members), "services.main.networks.default", "of another deployment", code="POLICY_DENIED")
+        self.settle(make_document({"container_name": f"web-{support.HELLO}-main-1"}))
 
     def test_a_link_is_a_dependency_and_a_name(self):
         services = {"app": {"image": IMAGE, "links": ["db:database", "cache"]}, "db": {"image": IMAGE}, "cache": {"image": IMAGE}}

@@ -1,4 +1,4 @@
-"""See-thru gateways, protocol section 9: sections 4 (children), 12 (placement), 14 (connections), 18 (a place after the other).
+"""See-thru gateways, protocol section 9: children, placement, connections, one device after the other.
 
 One agent, one engine of files for itself and one for each child; a connection is an environment, so FAKE_PODMAN in it leads the way.
 """

@@ -416,6 +416,7 @@ def status_503_with_Retry_After(site):
 def status_503_again(site):
     status_503_with_Retry_After(site)
     site.device.cycle(3)
+    site.command = ["-v", "run", "--once"]          # as at a terminal
 
 
 @situation
@@ -473,12 +474,6 @@ def engine_does_not_answer(site):
 @situation
 def state_below_a_file(site):
     site.device.settings["state_dir"] = os.path.join(support.write(os.path.join(site.device.folder, "file"), ""), "state")
-    site.device.save()
-
-
-@situation
-def state_on_a_read_only_file_system(site):
-    site.device.settings["state_dir"] = "/proc/margo"
     site.device.save()
 
 
@@ -546,18 +541,16 @@ def tag_missing(site):
 
 
 @situation
-def password_file_missing(site):
+def CA_file_of_a_registry_missing(site):
     site.publish()
-    site.device.settings["registries"][site.wfm.registry].update(username="x", password_file="/nonexistent/password")
+    site.device.settings["registries"][site.wfm.registry]["ca"] = "/nonexistent/ca.pem"
     site.device.save()
 
 
 @situation
 def image_missing(site):
     site.publish({"main": {"image": "localhost/none:1"}})
-    site.engine.change(refuse={"pull": 'time="2026" level=warning msg="Failed, retrying in 1s ... (1/3). Error: x"\nTrying to pull localhost/none:1...\n'
-                                       'Error: initializing source docker://localhost/none:1: pinging container registry localhost: Get "https://localhost/v2/":'
-                                       ' dial tcp [::1]:443: connect: connection refused'})
+    site.engine.change(unpullable=["localhost/none:1"])
 
 
 @situation
@@ -616,6 +609,7 @@ def waits_after_a_failure(site):
     site.publish()
     site.engine.change(exits={"main": 4})
     site.device.cycle(1)
+    site.command = ["-v", "run", "--once"]          # as at a terminal
 
 
 @situation
