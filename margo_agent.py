@@ -572,8 +572,7 @@ class Agent:
         if record and home not in seen and action.verb != "keep":
             log("warning", "its device is no longer configured; what runs there is forgotten",
                 deployment=action.deployment_id, device=home)
-        moves = home != action.device_id and action.target and action.verb != "clear"
-        if not record or moves:
+        if not record or home != action.device_id and action.target and action.verb != "clear":
             target = action.target or Target(action.deployment_id, "", 0, None, None)
             record = make_record(target, action.device_id)
         sight = seen[action.device_id]
@@ -1164,7 +1163,7 @@ def apply_removal(step):
         yield step.fail(record, name if name in names else None, ComponentError(code, error.message))
         return
     remove_folder(step.store.path("deployments", step.action.key))
-    yield dict(set_component(record, None, "removed"), state="removed", running=None, previous=None)
+    yield dict(set_component(record, None, "removed"), running=None, previous=None)
 
 
 def clear(step):
@@ -1557,13 +1556,12 @@ def ask_others(answering, known=None):
     return list(others.values())
 
 
-def observe_all(drivers, record, claim=None):
+def observe_all(drivers, record):
     """Every container of ours on one device, as far as a deployment may have some there.
 
-    claim: as for list_looks.  Raises CommandError where something does not answer.
+    Raises CommandError where something does not answer.
     """
-    looks = list_looks(drivers, [record], claim)
-    return [container for function in looks.values() for container in function()]
+    return [container for look in list_looks(drivers, [record]).values() for container in look()]
 
 
 def find_kinds(record, target=None):
@@ -3354,7 +3352,7 @@ Check = define("Check", "interval retries start",
 # How docker shows a container, in podman's form.
 DOCKER_FORM = ('{"Id":{{json .ID}},"Names":[{{json .Names}}],"State":{{json .State}},'
                '"Status":{{json .Status}},"Labels":{%s}}')
-PULL_NOTE = 60                      # seconds between two words about a pull
+PULL_NOTE = 60                      # seconds between two lines of the log about a pull
 LOG_LINES = 4000                    # of a log that are looked at for its end
 MAX_LOG = 256 * KIB                 # bytes of them
 RUNS_TOO = {"amd64": "386", "arm64": "arm"}         # what a processor usually runs beside its own
@@ -3515,15 +3513,15 @@ def make_path(text):
     return re.sub("/+", "/", text).rstrip("/") or "/"
 
 
-def make_volume_names(service, project, declared, before):
-    """{path: volume} for each volume to which nobody gave a name: in the file, or `declared` by the image.
+def make_volume_names(service, project, before):
+    """{path: volume} for each volume to which nobody gave a name: in the file, or declared by the image.
 
     It goes by a name of ours, so that whatever is made in the place of a container finds it.  before: {path:
     volume} as it was in the container before, which an earlier agent may have left to the engine to name.
     """
     named, unnamed = find_targets(service)
     volumes = {}
-    for path in sorted(unnamed.union(map(make_path, declared)) - named):
+    for path in sorted(unnamed.union(map(make_path, service.declared)) - named):
         volumes[path] = before.get(path) or f"{project}_{service.name}_{sha256_digest(path.encode())[7:19]}"
     return volumes
 
@@ -3762,21 +3760,24 @@ class ComposeDriver:
                 fetched.extend(self.pull(service, timeout))
             except (ComponentError, CommandError) as error:
                 self.excuse(error, service.image, again)
-        self.ask_images(services)
-        return workload, project._replace(services=services)
+        return workload, project._replace(services=self.look_at_images(services))
 
-    def ask_images(self, services):
-        """Raises ComponentError for an image that cannot run here, or lacks a health check that is awaited.
+    def look_at_images(self, services):
+        """The services with what their images declare.
 
-        Both are found out before anything stops (K5, K18).
+        Raises ComponentError for an image that cannot run here, or lacks a health check that is awaited: both
+        are found out before anything stops (K5, K18).
         """
         form = "{{.Host.Arch}}" if self.engine == "podman" else "{{.Architecture}}"
         words = self.run(["info", f"--format={form}"], 60).stdout.decode("utf-8", "replace").strip()
         own = ARCHITECTURES.get(words, words)
         checked = set()
+        result = []
         for service in services:
             output = self.run(["image", "inspect", service.image], 60, "PULL_FAILED")
-            made_for, check = parse_answer(output.stdout, self.engine, lambda items: parse_image(items[0]))
+            made_for, check, paths = parse_answer(output.stdout, self.engine,
+                                                  lambda items: parse_image(items[0]))
+            result.append(service._replace(declared=paths))
             named = [argument.partition("=")[0] for argument in service.arguments]
             if "--platform" not in named and own and made_for not in (own, RUNS_TOO.get(own)):
                 raise ComponentError(
@@ -3789,6 +3790,7 @@ class ComposeDriver:
                 if condition == "service_healthy" and other not in checked:
                     raise make_fault(f"services.{service.name}.depends_on.{other}: it has no health check"
                                      " that could be awaited")
+        return result
 
     def excuse(self, error, image, again):
         """Raises the error for which an image cannot be had, unless one that is here will do (P-1)."""
@@ -3859,6 +3861,7 @@ class ComposeDriver:
         if host != own and self.engine != "podman" and "@" in name:
             raise ComponentError("PULL_FAILED", "docker knows an image by its digest under its registry's own"
                                  " name alone; give the daemon this mirror instead")
+        before = host == own or not self.run(["image", "inspect", "--format={{.Id}}", name], 60).code
         program, options = self.make_access(host)
         command = program + ["pull", "--quiet"] + platform + options + [name]
         try:
@@ -3873,6 +3876,7 @@ class ComposeDriver:
         if host != own:                             # a digest becomes a tag here, and podman knows it by both
             kept = re.sub("(:[^:/@]*)?@(sha256):", r":\2-", service.image)
             self.run(["tag", name, kept], 60, "PULL_FAILED")
+        if not before:
             self.remove_image(name)
 
     def check_space(self, image):
@@ -3999,7 +4003,6 @@ class ComposeDriver:
                 for name in first:
                     self.carry_out(job, ["network", "rm", name])
                 self.create_all(job, new, changes.making, leaving, names)
-            self.hand_names_over(job, leaving, names)
             for service in services:
                 self.await_dependencies(service, job)
                 if service.name not in changes.idle:
@@ -4078,29 +4081,25 @@ class ComposeDriver:
         return volumes
 
     def create_all(self, job, networks, services, leaving, names):
-        """Makes networks, volumes and containers.
+        """Makes networks, volumes and containers, and gives each container the name of its service.
 
-        A container whose name one has that leaves gets another name for now.
+        One that leaves may have that name still: it gets another one once all are made.  names: {service:
+        name} of containers that are kept.  Nothing is stopped yet, so that this is no part of the outage.
         """
         self.create_shared(job, "network", networks)
         self.create_shared(job, "volume", job.project.volumes)
-        held = {container.name for container in leaving}
+        held = {container.name: container.id for container in leaving}
         for service in services:
             name = make_container_name(job.workload.project, service.name)
             name += f"-new-{os.urandom(4).hex()}" if name in held else ""
             names[service.name] = name
             job.current[service.name] = self.create(service, job, name)
-
-    def hand_names_over(self, job, leaving, names):
-        """Gives each container the name of its service, which one that leaves may have."""
         for service, name in names.items():
             own = make_container_name(job.workload.project, service)
-            if name == own:
-                continue
-            for container in leaving:
-                if container.name == own:           # it may have been removed: see halt
-                    self.run(["rename", container.id, f"{own}-old-{container.id[:12]}"], 60)
-            self.rename(job, job.current[service], own)
+            if name != own:
+                if own in held:                     # it may have gone meanwhile
+                    self.run(["rename", held[own], f"{own}-old-{held[own][:12]}"], 60)
+                self.rename(job, job.current[service], own)
 
     def rename(self, job, container_id, name):
         """Renames a container."""
@@ -4134,10 +4133,7 @@ class ComposeDriver:
     def prepare_options(self, service, job):
         """The options of `create` for a service; its files are written, and its volumes made."""
         project = job.workload.project
-        shown = self.run(["image", "inspect", "--format={{json .Config.Volumes}}", service.image], 60)
-        text = b"" if shown.code else shown.stdout.strip()
-        declared = parse_answer(text or b"null", self.engine, lambda value: list(value or ()))
-        volumes = make_volume_names(service, project, declared, job.volumes.get(service.name, {}))
+        volumes = make_volume_names(service, project, job.volumes.get(service.name, {}))
         labels = make_arguments("--label", make_shared_labels(job.workload))
         self.create_shared(job, "volume", {volume: labels for volume in volumes.values()})
         # Else podman hands in the agent's own proxy, password and all.
@@ -4481,9 +4477,10 @@ def parse_seen(item):
 
 
 def parse_image(item):
-    """An element of what `image inspect` prints to (architecture, its Check or None)."""
-    check = item.get("Healthcheck") or (item.get("Config") or {}).get("Healthcheck") or {}
-    return item["Architecture"], parse_check(check)
+    """An element of what `image inspect` prints to (architecture, its Check or None, paths of volumes)."""
+    config = item.get("Config") or {}
+    check = parse_check(item.get("Healthcheck") or config.get("Healthcheck") or {})
+    return item["Architecture"], check, list(config.get("Volumes") or ())
 
 
 def parse_check(item):
@@ -4587,11 +4584,12 @@ Workload = define("Workload",
     " runtime.environment, the child device it is for, the owner to label it with.", "", "")
 Service = define(
     "Service", "name image arguments command environment files networks depends_on pull hash ports"
-               " mounts shares follows",
+               " mounts shares follows declared",
     "One service as the engine is told of it.  files: {path in the container: Content}; networks:"
     " [Attachment]; depends_on: {service: (condition, required)}; hash: of all that makes its container what"
     " it is; ports: [[address or \"\", port, protocol]] that it holds of the host; mounts: [Mount]; shares:"
-    " services whose namespaces it shares; follows: those with which it is made anew.", (), (), ())
+    " services whose namespaces it shares; follows: those with which it is made anew; declared: paths at"
+    " which its image has volumes.", (), (), (), ())
 Project = define("Project", "services networks volumes notes",
     "A compose file ready to run: services in starting order, {engine's name: create arguments} (None for"
     " what is external), and what of the file has no effect, in words.", ())
@@ -4888,7 +4886,7 @@ def to_test(value, where):
     words = to_list(value, where)
     if not isinstance(value, list) and value != "NONE":
         words = ["CMD-SHELL"] + words
-    if len(words) < {"NONE": 1, "CMD-SHELL": 2, "CMD": 2}.get(words[0] if words else "", len(words) + 1):
+    if not (words == ["NONE"] or words[:1] == ["CMD"] != words or words[:-1] == ["CMD-SHELL"]):
         raise make_fault(f"{where}: expected a text, [CMD, …], [CMD-SHELL, text] or [NONE]")
     return words
 
@@ -4934,8 +4932,8 @@ def to_limit(item, where):
 
 def to_source(item, where):
     """One of the top-level `configs` or `secrets` as (where its text comes from, what it is there)."""
-    keys = ("file", "content", "environment") if isinstance(item, Settings) else ()
-    given = [(key, item[key]) for key in keys if item[key] is not None]
+    given = [(key, item[key]) for key in ("file", "content", "environment")
+             if isinstance(item, Settings) and item[key] is not None]
     if len(given) != 1:
         raise make_fault(f"{where}: expected one of file, content, environment")
     return given[0]
@@ -5130,8 +5128,9 @@ def read_value(value, form, where="", variables=None):
         result = Settings()
         for key in value if each else {**value, **form}:
             place = f"{where}.{key}" if where else key
-            if each or key in form:
-                result[key] = read(value.get(key), each or form[key], place)
+            part = each or form.get(key)
+            if part:
+                result[key] = read(value.get(key), part, place)
             elif not key.startswith("x-"):
                 unknown.append((place, key, list(form)))
         return result
@@ -5166,9 +5165,8 @@ def make_volumes(document, workload):
     for name, value in document.volumes.items():
         where = f"volumes.{name}"
         options = value.driver_opts or {}
-        form = {"type": "tmpfs", "device": "tmpfs", "o": f"(({TMPFS_OPTION}),?)*"}
-        harmless = options.get("type") == "tmpfs" and set(options) <= set(form)
-        if options and not (harmless and all(re.fullmatch(form[key], options[key]) for key in options)):
+        text = "\0".join(f"{key}={item}" for key, item in sorted(options.items()))
+        if options and not re.fullmatch(f"(device=tmpfs\0)?(o=(({TMPFS_OPTION}),?)*\0)?type=tmpfs", text):
             deny(f"{where}.driver_opts",
                  "only those of a tmpfs are supported; a folder of the host is named where it is mounted")
         volumes[name] = make_shared(name, value, workload, where, make_arguments("--opt", options))
@@ -5176,8 +5174,7 @@ def make_volumes(document, workload):
 
 
 # Words that an engine takes for a mode where the name of a network is expected.
-MODES = ("host", "none", "bridge", "private", "default", "nat", "slirp4netns", "pasta", "container", "pod",
-         "ns")
+MODES = "host none bridge private default nat slirp4netns pasta container pod ns".split()
 
 
 def make_networks(document, workload):
@@ -5288,8 +5285,8 @@ def make_arguments(option, value):
 
 
 # What podman takes several of in one argument, as a line of comma-separated values.
-LISTED = ("--add-host", "--cap-add", "--cap-drop", "--device", "--dns", "--dns-option", "--dns-search",
-          "--group-add", "--log-opt", "--publish", "--sysctl", "--ulimit")
+LISTED = ("--add-host --cap-add --cap-drop --device --dns --dns-option --dns-search --group-add --log-opt"
+          " --publish --sysctl --ulimit").split()
 
 
 def make_single(argument):
@@ -5367,9 +5364,9 @@ def make_mounts(service, reading, where):
         if not mount.target.startswith("/") or ":" in mount.source + mount.target:
             raise make_fault(f"{place}: expected source:target[:options] with an absolute target")
         if mount.kind == "bind":
-            mount = mount._replace(found=reading.folder.look(mount.source))
+            found = reading.folder.look(mount.source)
             kept = [option for option in mount.options if option not in ("ro", "rw")]
-            mount = mount._replace(options=["ro"] + kept) if mount.found.own else mount
+            mount = mount._replace(found=found, options=["ro"] + kept if found.own else mount.options)
         elif mount.source and mount.source not in reading.volumes:
             raise make_fault(f"{place}: {make_printable(mount.source, 60)!r} is not among the top-level"
                              " volumes")
@@ -5443,8 +5440,8 @@ def may_have_address(arguments, address, engine):
     """
     import ipaddress
     subnets = [text[len("--subnet="):] for text in arguments or () if text.startswith("--subnet=")]
-    if arguments is None or not subnets:
-        return arguments is None or engine == "podman"
+    if arguments is None or engine == "podman" and not subnets:
+        return True
     try:
         return any(ipaddress.ip_address(address) in ipaddress.ip_network(text, False) for text in subnets)
     except ValueError:
@@ -5546,8 +5543,8 @@ MOUNT_OPTION = ("ro|rw|z|Z|copy|nocopy|cached|delegated|consistent|exec|noexec|n
 # What names nothing but the size of a tmpfs, its owner and what may be done in it.
 TMPFS_OPTION = "(size|mode|uid|gid|nr_inodes)=[0-9]+[kmgKMG%]?|ro|rw|exec|noexec|nosuid|nodev|noatime"
 LOG_OPTIONS = "max-size max-file max-buffer-size mode compress tag labels labels-regex env env-regex".split()
-LOG_DRIVERS = {"podman": ("json-file", "k8s-file", "journald", "none"),
-               "docker": ("json-file", "local", "journald", "syslog", "none")}
+LOG_DRIVERS = {"podman": "json-file k8s-file journald none".split(),
+               "docker": "json-file local journald syslog none".split()}
 # {key: what a service may ask for by it where policy.privileged is deny}; the capabilities are those that
 # every container has by itself, on each engine.
 HARMLESS = {
@@ -5654,13 +5651,13 @@ def make_project(document, workload, policy, engine, folder=None):
     D-18).  Everything is read once, into records, and policy is held against these.
     """
     services = document.get("services") if isinstance(document, dict) else None
-    if not services or not isinstance(services, dict):
+    if not (services and isinstance(services, dict)):
         raise make_fault("no services")
     folder = folder or Folder(workload.folder)
     notes = []
     variables = make_file_variables(workload, folder)
     document = dict(document, services=find_wanted(services, variables, notes))
-    document = read_value(document, FILE_FORM, variables=variables)
+    document = read_value(document, FILE_FORM, "", variables)
     reading = Reading(workload, policy, engine, folder, variables, make_volumes(document, workload),
                       make_networks(document, workload), make_contents(document, variables, folder),
                       find_aliases(document.services, notes))
@@ -5673,7 +5670,7 @@ def make_project(document, workload, policy, engine, folder=None):
 
 def make_file_variables(workload, folder):
     """The Variables of a file: its own defaults in `.env`, two that are compose's own, the parameters."""
-    variables = Variables(dict(workload.parameters))
+    variables = Variables(workload.parameters)
     if folder.look(".env").kind:
         variables.maps.append(parse_env_file(read_inside(folder, ".env", ".env"), variables, ".env"))
     variables.maps.insert(1, {"PWD": ".", "COMPOSE_PROJECT_NAME": workload.project})
@@ -5686,8 +5683,8 @@ def find_wanted(services, variables, notes):
     What an image was built from is left out where it is named, and noted.
     """
     started = {}
-    owners = {service.get("container_name"): name for name, service in services.items()
-              if isinstance(service, dict) and isinstance(service.get("container_name"), str)}
+    owners = {f"container:{service['container_name']}": name for name, service in services.items()
+              if isinstance(service, dict) and "container_name" in service}
     profiles = set(variables.get("COMPOSE_PROFILES", "").split(","))
     for name, service in make_names(services, "services").items():
         where = f"services.{name}"
@@ -5702,7 +5699,7 @@ def find_wanted(services, variables, notes):
             service = {key: item for key, item in service.items() if key != "build"}
             notes.append(f"{where}.build is not used: the image is pulled")
         for key in ("network_mode", "pid", "ipc"):  # a container of ours has another name
-            owner = owners.get(str(service.get(key)).partition("container:")[2])
+            owner = owners.get(str(service.get(key)))
             service = dict(service, **{key: f"service:{owner}"}) if owner else service
         started[name] = service
     return started
@@ -8552,7 +8549,7 @@ class YAMLReader:
         text = text[1:] if text.startswith("\ufeff") else text
         text = text.replace("\r\n", "\n").replace("\r", "\n")
         # the last line has no end, so a block scalar there does not get one either
-        self.cut = text[-1:] not in " \n"
+        self.cut = text[text.rfind("\n") + 1:].strip(" ") != ""
         self.text = text if text.endswith("\n") else text + "\n"
         self.position, self.column, self.depth, self.nodes = 0, 0, 0, 0
         self.closed = -1                            # where the last quoted scalar or flow collection ended
@@ -9213,7 +9210,11 @@ def unpack_tar(data, max_unpacked, max_entries):
             self.left -= size
             if size < 0 or self.left < 0:
                 raise ValueError("headers that are too large, or of negative size")
-            return self.file.read(size)
+            data = self.file.read(size)
+            # older Pythons look at each digit again and again
+            if size > 512 and re.search(b"[0-9]{64}", data):
+                raise ValueError("a header with endless digits")
+            return data
 
     check_gzip(data, max_unpacked)
     plain = gzip.GzipFile(fileobj=io.BytesIO(data))
@@ -10319,14 +10320,16 @@ def make_ref_path(device_id):
 def parse_listing(listing):
     """[(name, whether it is a file, blob, size)] of what `git ls-tree -r -z -l` prints.
 
-    Names as those of a file system.
+    Names are as those of a file system.  Raises CommandError for what git never prints.
     """
     found = []
     for line in listing.split(b"\0")[:-1]:
-        head, _, name = line.partition(b"\t")
-        mode, kind, blob, size = head.decode("ascii").split()
-        is_file = kind == "blob" and mode.startswith("100")
-        found.append((name.decode("utf-8", "surrogateescape"), is_file, blob, int(size) if is_file else 0))
+        match = re.fullmatch(rb"([0-7]{6}) ([a-z]+) ([0-9a-f]+) +(-|[0-9]{1,18})\t(.+)", line, re.S)
+        if not match:
+            raise CommandError(f"git ls-tree printed {make_printable(repr(line), 200)}")
+        mode, kind, blob, size, name = [part.decode("utf-8", "surrogateescape") for part in match.groups()]
+        is_file = kind == "blob" and mode.startswith("100") and size != "-"
+        found.append((name, is_file, blob, int(size) if is_file else 0))
     return found
 
 
@@ -11495,9 +11498,9 @@ class HelmDriver:
     def check(self, claim):
         """What `doctor` says of this driver; raises CommandError."""
         record = {"deploymentId": "", "components": []}
-        version = self.run(["version", "--short"], 60).stdout.decode("utf-8", "replace").strip()
-        count = len(self.observe([record], claim))
-        return f"helm {make_printable(version, 60)} answers, {count} releases of ours"
+        output = self.run(["version", "--short"], 60).stdout.decode("utf-8", "replace")
+        version = make_printable(output.strip(), 60)
+        return f"helm {version} answers, {len(self.observe([record], claim))} releases of ours"
 
     def prepare(self, deployment, component, known, store, fetched):
         """Fetches and verifies the chart and makes the values, and touches nothing that runs.
@@ -12204,7 +12207,23 @@ def command_logs(config, options):
     flags = [f"--tail={options['--tail']}"] if "--tail" in options else []
     flags += ["--follow"] * ("-f" in options) + ["--names"] * bool(found[1:])
     argv = [driver.engine, "logs", *flags, *(container.id for container in found)]
+    if sys.stdout.isatty():
+        reader, writer = os.pipe()
+        if os.fork():
+            os.close(writer)
+            return show_lines(reader)
+        os.dup2(writer, 1)
+        os.dup2(writer, 2)
     os.execvpe(argv[0], argv, get_command_environment(driver.environ))
+
+
+def show_lines(reader):
+    """Prints what comes through a pipe, without what would steer the terminal; returns the exit code."""
+    with open(reader, "rb") as lines:
+        for line in iter(lambda: lines.readline(64 * KIB), b""):
+            words = line.decode("utf-8", "replace").rstrip("\r\n").split("\t")
+            print("\t".join(make_printable(word, 64 * KIB) for word in words), flush=True)
+    return os.wait()[1] >> 8
 
 
 def command_config(config, options):
@@ -12227,7 +12246,8 @@ def command_config(config, options):
 # What an example of a configuration sets, by names of examples/pki.sh; all else is commented out.
 EXAMPLE = {"wfm": {"url": "https://localhost:8443"},
            "identity": {"certificate": "client.pem", "key": "client.key", "trust_bundle": "bundle.json"}}
-PARTS = {"registries": ("registry.example:5000:", REGISTRY_SCHEMA), "children": ("-", CHILD_SCHEMA)}
+# What stands below a key, which is here behind its indentation.
+PARTS = {"registries": ("registry.example:5000:", REGISTRY_SCHEMA), "  children": ("-", CHILD_SCHEMA)}
 
 
 def make_listing(schema, document, indent=""):
@@ -12264,8 +12284,8 @@ def make_example(schema, chosen, indent=""):
             meaning += f" ({str(error).partition(':')[0]})"
         value = make_yaml(chosen.get(key, default))
         lines += [f"{indent}# {meaning}", f"{indent}{'' if key in chosen else '# '}{key}: {value}".rstrip()]
-        if key in PARTS:
-            name, schema = PARTS[key]
+        if indent + key in PARTS:
+            name, schema = PARTS[indent + key]
             lines += [f"{indent}# {line}" for line in [f"  {name}", *make_example(schema, {}, "    ")]]
     return lines
 
@@ -12737,7 +12757,7 @@ def make_error_words(error):
 
 def print_row(name, words):
     """Prints a line of a table of two columns."""
-    print(f"{name:10} {make_printable(words.strip(), MAX_MESSAGE)}")
+    print(make_printable(f"{name:10} {words.strip()}", MAX_MESSAGE))
 
 
 def make_deployment_report(record):
@@ -12784,8 +12804,8 @@ def command_history(config, options):
         return print_json({"history": history})
     for item in history:
         changes = [f"{len(item[key])} {key}" for key in ("added", "changed", "removed") if item[key]]
-        words = f"{', '.join(changes) or 'nothing changed'}  {make_printable(item['outcome'])}"
-        print(f"{item['at']}  version {item['version']}  {words}")
+        words = f"{', '.join(changes) or 'nothing changed'}  {item['outcome']}"
+        print(make_printable(f"{item['at']}  version {item['version']}  {words}"))
         if item.get("refused"):
             print(f"  what came after it is refused: {make_printable(item['refused'])}")
 
@@ -12862,10 +12882,12 @@ def command_version(config, options):
 
 
 def print_json(value):
-    """Prints one JSON document, for people and programs alike."""
+    """Prints one JSON document, for people and programs alike: nothing in it steers a terminal."""
     import json
     encoding = (sys.stdout.encoding or "").lower().replace("-", "")
-    print(json.dumps(value, indent=2, ensure_ascii=encoding != "utf8"))
+    text = json.dumps(value, indent=2, ensure_ascii=encoding != "utf8")
+    print(re.sub(r"[^ -~\n]", lambda odd: odd.group() if odd.group().isprintable()
+                 else json.dumps(odd.group())[1:-1], text))
 
 
 JSON = {"--json": ""}

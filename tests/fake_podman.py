@@ -100,11 +100,10 @@ class Engine:
             if arguments[0] == "rm":
                 self.held["images"].remove(name)
                 self.held["damaged"] = [other for other in self.held["damaged"] if other != name]
-            elif "--format={{json .Config.Volumes}}" in arguments:
-                self.say(json.dumps({path: {} for path in self.held["declared"].get(name, ())} or None))
             elif arguments[1:] == names:
                 self.say(json.dumps([{"Os": "linux", "Architecture": self.held["made_for"].get(name, "amd64"),
-                                      "Healthcheck": self.held["checked"].get(name)}]))
+                                      "Healthcheck": self.held["checked"].get(name),
+                                      "Config": {"Volumes": {path: {} for path in self.held["declared"].get(name, ())} or None}}]))
 
     def pull(self, arguments):
         _, (name,) = split(arguments)

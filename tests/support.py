@@ -90,7 +90,6 @@ CHECKS = {
     "helm3": lambda: find_layer("3"),
     "helm4": lambda: find_layer("4"),
     "openssl": lambda: shutil.which("openssl"),
-    "bash": lambda: shutil.which("bash"),
     "systemd": lambda: shutil.which("systemd-analyze") and os.path.exists("/sbin/init") and CHECKS["podman"](),
     "podman": lambda: shutil.which("podman") and os.geteuid() == 0 and os.path.exists("/bin/busybox"),
     "docker-compose": find_compose,

@@ -587,7 +587,7 @@ class Downtime(ApplyCase):
 
     def test_an_update_that_was_cut_off_gives_way_to_the_version_before(self):
         self.publish("two")
-        self.engine.change(lethal="rename")
+        self.engine.change(lethal="start")
         self.device.run("run", "--once")
         self.assertIn("exited", [item["state"] for item in self.engine.containers().values()])
         self.engine.change(lethal=None)

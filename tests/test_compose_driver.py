@@ -441,6 +441,15 @@ class Preparation(DriverCase):
                 self.assertEqual(self.changes(), [["pull", "--quiet", image]] if expected else [])
                 self.assertEqual(self.fetched, [image] if image != IMAGE else [])
 
+    def test_a_name_of_the_mirror_that_was_there_before_stays(self):
+        """F-31: it is somebody else's, who may run by it."""
+        self.config["registries"] = {"plant.example": margo_agent.Settings(mirror="mirror.example")}
+        for images in ([], ["mirror.example/app:1"]):
+            self.engine.change(images=images)
+            self.prepare(make_document({"image": "plant.example/app:1"}))
+            with self.engine.open() as held:
+                self.assertEqual(set(held["images"]), {"plant.example/app:1", *images})
+
     def test_the_platform_is_pulled_that_will_run(self):
         self.prepare(make_document({"image": "localhost/new:1", "platform": "linux/arm64"}))
         self.assertEqual(self.changes(), [["pull", "--quiet", "--platform=linux/arm64", "localhost/new:1"]])
@@ -517,7 +526,7 @@ class SlowPull(DriverCase):
         """On a slow link nobody has to guess whether anything comes."""
         self.config["state_dir"] = self.folder
         temporary = os.path.join(self.folder, "tmp")
-        os.makedirs(temporary)
+        os.mkdir(temporary)
         self.engine.change(images=[])
         podman = os.path.join(self.engine.folder, "bin", "podman")
         os.rename(podman, podman + ".real")
@@ -787,6 +796,8 @@ class Handover(DriverCase):
         self.apply({"services": {"new": {"image": IMAGE}, "b": {"image": IMAGE, "command": ["x"]}, "c": {"image": IMAGE}}})
         calls = [call for call in self.changes() if call[0] in ("create", "stop", "start", "rm")]
         self.assertEqual([call[0] for call in calls], ["create", "create", "stop", "start", "start", "rm"])
+        kinds = [call[0] for call in self.changes()]
+        self.assertLess(len(kinds) - 1 - kinds[::-1].index("rename"), kinds.index("stop"), "names change hands before the outage")
         self.assertEqual({*calls[2][2:]}, {before["a"], before["b"]})
         self.assertEqual(self.ids()["c"], before["c"])
         self.assertEqual(set(self.engine.containers()), {f"{PROJECT}-{name}-1" for name in ("new", "b", "c")})

@@ -595,6 +595,8 @@ class ServiceKeys(FileCase):
             ({"healthcheck": {"test": {}}}, {}, "services.main.healthcheck"),
             ({"healthcheck": {"test": ["CMD"]}}, {}, "services.main.healthcheck"),
             ({"healthcheck": {"test": []}}, {}, "services.main.healthcheck"),
+            ({"healthcheck": {"test": ["CMD-SHELL", "a", "b"]}}, {}, "services.main.healthcheck"),
+            ({"healthcheck": {"test": ["NONE", "a"]}}, {}, "services.main.healthcheck"),
             ({"command": {}}, {}, "services.main.command"), ({"command": [None]}, {}, "services.main.command"),
             ({"command": "a\0b"}, {}, "services.main.command"), ({"hostname": "a\0b"}, {}, "services.main.hostname"),
             ({"labels": {"a": "b\0"}}, {}, "services.main.labels"),

@@ -201,6 +201,7 @@ RUAMEL_DEVIATES = (
     (r"!(?=[\s,\]}])", "resolves a plain scalar with the tag ! (1.2.2, 6.9.1: it is text)"),
     (r"(?m)[|>][-+0-9]*[ \t]*(?:#.*)?$(?s:.*)^\.\.\.",
      "takes ... for the text of a block scalar at the margin (1.2.2, 9.1.2)"),
+    (r"(?s)[|>][-+0-9]*.*\n +\n?\Z", "ends no last line of spaces, as the public suite does (L24T/1, JEF9/2)"),
     (r"(?s)[\[{].*[?:](?!\s)", "takes ?a and :a for keys in flow collections and a:, for text (1.2.2, 7.3.3)"),
 )
 
@@ -441,7 +442,7 @@ class Property(Encoding):
                 with self.subTest(style=style, chomp=chomp):
                     self.assertEqual(margo_agent.load_yaml(f"a: {style}{chomp}\n  b\n  c"),
                                      {"a": "b\nc" if style == "|" else "b c"})
-        for text, value in (("a: |\n  b\n", "b\n"), ("a: |+\n  b\n\n", "b\n\n"), ("a: |\n  b\n#", "b\n"), ("a: |", ""),
+        for text, value in (("a: |\n  b\n", "b\n"), ("a: |+\n  b\n\n", "b\n\n"), ("a: |\n  b\n#", "b\n"), ("a: |", ""), ("a: |\n  b ", "b "), ("a: >\n  b ", "b "), ("a: |\n  b\n   ", "b\n \n"),
                             ("a: |\n  b\n  ", "b\n"), ("a: |2\n   b", " b"), ("a: |\r\n  b", "b")):
             with self.subTest(text):
                 self.assertEqual(margo_agent.load_yaml(text), {"a": value})

@@ -133,7 +133,7 @@ class Lists(RevocationCase):
         """E-085, E-086: what counts is who signed it, not where it lay; who can change an http answer cannot unrevoke."""
         self.mis.revoke("anchor", self.wfm_leaf.serial)
         self.cycle_due()
-        other = margo_agent.fetch_from_mis(self.mis.url + "/crl/issuing.crl", margo_agent.load_config(self.device.config_file), {})
+        other = margo_agent.fetch_from_mis(self.mis.url + "/crl/issuing.crl", margo_agent.load_config(self.device.config_file), {"Accept": "*/*"})
         data = margo_agent.make_base64(other.body)
         pem = f"-----BEGIN X509 CRL-----\n{data}\n-----END X509 CRL-----\n"
         self.mis.fault({"path": "/crl/anchor.crl", "status": 200, "body": pem})

@@ -254,7 +254,7 @@ class Refusal(SourceCase):
         for index in range(1, 3):
             self.wfm.publish(support.make_deployment(IDS[index], f"app-{index}", registry=self.wfm.registry), IDS[index])
         self.wfm.fault({"path": "/api/v1/bundles/*", "status": 404})
-        self.assertIn("more than policy.max_unpacked", self.device.cycle(4))
+        self.assertIn("more than 1/8 of policy.max_unpacked", self.device.cycle(4))
         self.assertEqual(len(self.engine.containers()), 1)
 
     def test_an_older_manifest_is_a_rollback(self):

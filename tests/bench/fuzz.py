@@ -546,5 +546,299 @@ add("spiffe-id", lambda: [b"spiffe://factory.example/margo/wfm/main/client/a", b
     lambda data, own: "" if own.text.encode() == data and own.trust_domain == own.trust_domain.lower() else "changed", IDENTITY)
 
 
+# Documents, packages and answers.
+
+YAML_TOKENS = [b"\n", b" ", b"  ", b"\t", b"- ", b"? ", b": ", b":", b"# c", b"#", b"&a ", b"*a", b"!!str ", b"!!int ", b"! ", b"|\n", b">\n", b"|2",
+               b">+\n", b"[", b"]", b"{", b"}", b",", b"'", b'"', b"\\", b"\\x41", b"<<: ", b"b: c", b"---", b"...", b"\n---\n", b"%YAML 1.2\n", b"0x1f",
+               b"~", b"null", b" #x\n", b"\\\n", b"''", b'""', b".nan", b".inf", b"1e3", b"07"]
+MEMBERS = [b'"deployments"', b'"bundle"', b'"url"', b'"digest"', b'"sizeBytes"', b'"layers"', b'"mediaType"', b'"components"', b'"parameters"',
+           b'"targets"', b'"pointer"', b'"timeout"', b'"5m0s"', b"https://", b"sha256:", b"../", b"{}", b"[]"]
+BASE = "https://wfm.example/m"
+UUID = "3f1d6f0e-5c35-4c9f-9b43-2f6f6c1f7a10"
+SHA = "sha256:" + "a" * 64
+
+
+def make_yamls():
+    """The public suite, where it is installed, and documents of the corpus."""
+    from tests import test_encodings as encodings
+    texts = [text.encode() for _, text, _, _, _ in encodings.load_suite()] if os.path.isdir(encodings.SUITE) else []
+    for kind in ("valid", "invalid"):
+        folder = os.path.join(encodings.CORPUS, kind)
+        for name in sorted(os.listdir(folder)):
+            if name.endswith(".yaml"):
+                with open(os.path.join(folder, name), "rb") as file:
+                    texts.append(file.read())
+    return [text for text in texts if len(text) < 2000]
+
+
+def judge_yaml(data, own):
+    """Whether ruamel.yaml, where it can be a judge, reads another value."""
+    import contextlib
+    import io
+    from tests import test_encodings as encodings
+    try:
+        text = data.decode()
+        if encodings.ruamel_deviates(text + "\n"):
+            return ""
+        with contextlib.redirect_stdout(io.StringIO()):
+            other = encodings.load_with_ruamel(text)
+    except Exception:
+        return ""                                   # it refuses, or does not know
+    return "" if not encodings.is_plain(other) or encodings.is_same(own, other) else f"{own!r} and not {other!r}"
+
+
+def make_manifests():
+    """State manifests, one of them empty."""
+    item = {"deploymentId": UUID, "digest": SHA, "sizeBytes": 3, "url": f"/api/v1/deployments/{UUID}/{SHA}"}
+    bundle = {"mediaType": margo_agent.BUNDLE_TYPE, "digest": SHA, "url": f"{BASE}/api/v1/bundles/{SHA}"}
+    return [json.dumps({"manifestVersion": version, "bundle": items and bundle or None, "deployments": items}).encode()
+            for version, items in ((7, [item]), (2 ** 64 - 1, []), (1.0, [item, dict(item, deploymentId=UUID[:-1] + "1", url=item["url"].replace(
+                UUID, UUID[:-1] + "1"))]))]
+
+
+def judge_manifest(data, own):
+    """Whether json reads other versions, ids or digests."""
+    value = json.loads(data)
+    theirs = [(item["deploymentId"], item["digest"]) for item in value["deployments"]]
+    mine = [(entry.deployment_id, entry.digest) for entry in own.entries]
+    return "" if (own.version, mine) == (value["manifestVersion"], theirs) else "another version, or other entries"
+
+
+def read_deployment(data):
+    """An ApplicationDeployment with what compose and Helm make of its parameters."""
+    deployment = margo_agent.parse_deployment(data, UUID)
+    for component in deployment.components:
+        margo_agent.make_variables(deployment, component.name)
+    return deployment
+
+
+def make_deployments():
+    """ApplicationDeployments of two types."""
+    from tests import support
+    return [support.make_deployment(parameters={"A": 1, "B": [1, "x"], "C": {"d": None}}).encode(),
+            support.make_deployment(timeout="5m0s", wait=True).replace('"compose"', '"helm"').encode()]
+
+
+def judge_deployment(data, own):
+    """Whether the same members are read by load_yaml, which a row of its own holds against another reader."""
+    value = margo_agent.load_yaml(data)
+    names = [item["name"] for item in value["spec"]["deploymentProfile"]["components"]]
+    return "" if (own.name, [item.name for item in own.components]) == (value["metadata"]["name"], names) else "other names"
+
+
+def make_oci_manifests():
+    """The OCI manifest of a Compose Archive."""
+    layer = {"mediaType": margo_agent.COMPOSE_LAYER, "digest": SHA, "size": 3}
+    return [json.dumps({"schemaVersion": 2, "artifactType": margo_agent.COMPOSE_ARTIFACT, "layers": [layer]}).encode()]
+
+
+def judge_oci_manifest(data, own):
+    """Whether json reads another layer."""
+    layer = json.loads(data)["layers"][0]
+    return "" if own == (layer["digest"], layer["size"]) else "another layer"
+
+
+def make_archives():
+    """Compose Archives with files, folders and links."""
+    import tarfile
+    from tests import support
+    link, hard = tarfile.TarInfo(), tarfile.TarInfo()
+    link.type, link.linkname = tarfile.SYMTYPE, "compose.yaml"
+    hard.type, hard.linkname = tarfile.LNKTYPE, "app/compose.yaml"
+    return [support.make_archive({"compose.yaml": "services: {}", "sub/a": "b" * 600, "link": link, "hard": hard}),
+            support.make_archive({"compose.yaml": "services: {}", "n" * 120 + "/" + "m" * 120: "x"})]
+
+
+def mutate_archive(chance, data, others, tokens):
+    """Changes of the tar inside, with the sums of its headers put right; every fourth of the gzip outside."""
+    import gzip
+    if chance.random() < 0.25:
+        return mutate_bytes(chance, data, others, tokens)
+    try:
+        plain = bytearray(mutate_bytes(chance, gzip.decompress(data), others, tokens))
+    except Exception:                               # what was changed outside before
+        return mutate_bytes(chance, data, others, tokens)
+    for start in range(0, len(plain) - 511, 512):
+        if plain[start + 257:start + 262] == b"ustar":
+            plain[start + 148:start + 156] = b" " * 8
+            plain[start + 148:start + 156] = b"%06o\0 " % sum(plain[start:start + 512])
+    return gzip.compress(bytes(plain), 1)
+
+
+def read_archive(data):
+    """A package unpacked to a folder: {path: what lies there}."""
+    found = {}
+    with tempfile.TemporaryDirectory() as folder:
+        home = os.path.join(folder, "home")
+        os.mkdir(home)
+        try:
+            top = margo_agent.unpack_package(data, margo_agent.sha256_digest(data), home, 1 << 20)
+        finally:
+            found[".."] = sorted(os.listdir(folder)), sorted(os.listdir(home))
+            if not found[".."][1] == [] and found[".."] != (["home"], [margo_agent.sha256_digest(data)[7:23]]):
+                raise AssertionError(f"left behind: {found['..']}")
+        for path, folders, files in os.walk(top):
+            for name in folders + files:
+                state = os.lstat(os.path.join(path, name))
+                found[os.path.relpath(os.path.join(path, name), top)] = state.st_mode
+    return found
+
+
+def judge_archive(data, own):
+    """Whether a file has odd rights or kind, or tarfile knows nothing of it."""
+    import io
+    import stat
+    import tarfile
+    for name, mode in own.items():
+        if name != ".." and (mode & 0o7022 and not stat.S_ISLNK(mode) or not (stat.S_ISREG(mode) or stat.S_ISDIR(mode) or stat.S_ISLNK(mode))):
+            return f"{name} has mode {mode:o}"
+    with tarfile.open(fileobj=io.BytesIO(data)) as archive:
+        theirs = {item.name.split("/", 1)[1].strip("/") for item in archive if item.isfile() and "/" in item.name and "./" not in item.name}
+    return "" if theirs <= set(own) else f"without {sorted(theirs - set(own))}"
+
+
+def read_gzip(data):
+    margo_agent.check_gzip(data, 1 << 20)
+
+
+def judge_gzip(data, own):
+    """Whether gzip cannot unpack it."""
+    import gzip
+    try:
+        gzip.decompress(data)
+    except Exception as error:
+        return f"gzip says {type(error).__name__}"
+    return ""
+
+
+def make_gzips():
+    import gzip
+    return [gzip.compress(b"x" * 5000), gzip.compress(b""), gzip.compress(os.urandom(100))]
+
+
+def make_states():
+    """A state with a deployment and a report."""
+    state = margo_agent.make_state()
+    state["deployments"][UUID] = {"deploymentId": UUID, "adopted": {"digest": SHA, "version": 1}, "running": None, "error": None, "components": []}
+    state["outbox"][UUID] = {"deploymentId": UUID, "status": {"state": "failed", "error": {"message": "x"}}}
+    return [margo_agent.make_state_data(state), margo_agent.make_json(dict(state, schema=1))]
+
+
+def judge_state(data, own):
+    """Whether what was read cannot be written, or reads otherwise then."""
+    again = margo_agent.parse_state(margo_agent.make_state_data(own), "x")
+    return "" if again == own else "another state once it was written"
+
+
+def read_listing(data):
+    """What git prints of a tree, and the YAML files in it."""
+    return margo_agent.parse_listing(data), margo_agent.find_blobs(data, 1 << 20)
+
+
+def judge_listing(data, own):
+    """Whether a name is not one that stands there."""
+    names = {line.partition(b"\t")[2].decode("utf-8", "surrogateescape") for line in data.split(b"\0")}
+    return "" if {item[0] for item in own[0]} <= names else "other names"
+
+
+def read_text(parse):
+    """A parser of texts as one of bytes, which a header or a file brings."""
+    return lambda data: parse(data.decode("utf-8", "surrogateescape"))
+
+
+def needed(parse):
+    """A parser that refuses where another one finds nothing, which it says by None or an empty list."""
+    def read(data):
+        found = parse(data)
+        if not found:
+            raise ValueError("nothing in it")
+        return found
+    return read
+
+
+def read_variables(data):
+    """A text of a compose file and an env file with the same content."""
+    text = data.decode("utf-8", "replace")
+    variables = margo_agent.Variables({"A": "a", "EMPTY": ""})
+    return margo_agent.interpolate(text, variables, "x")
+
+
+def judge_variables(data, own):
+    """Whether string.Template, which knows the short forms alone, puts something else in."""
+    import string
+    text = data.decode("utf-8", "replace")
+    if re.search(r"\$\{(?![A-Za-z_]\w*\})", text, re.A) or not text.isascii():
+        return ""
+    names = collections.defaultdict(str, {"A": "a", "EMPTY": ""})
+    other = string.Template(re.sub(r"\$\$|\$(?![A-Za-z_{])", "$$", text)).safe_substitute(names)
+    return "" if own == other else f"{own!r} and not {other!r}"
+
+
+class Answers:
+    """A server of one thread that answers each request with the bytes it was given last."""
+
+    def __init__(self):
+        import socket
+        import threading
+        self.data = b""
+        self.listener = socket.create_server(("127.0.0.1", 0)) if hasattr(socket, "create_server") else socket.socket()
+        if not hasattr(socket, "create_server"):
+            self.listener.bind(("127.0.0.1", 0))
+            self.listener.listen(5)
+        threading.Thread(target=self.serve, daemon=True).start()
+
+    def serve(self):
+        while True:
+            peer, _ = self.listener.accept()
+            with peer:
+                try:
+                    peer.recv(65536)
+                    peer.sendall(self.data)
+                except OSError:
+                    pass
+
+
+def read_answer(data):
+    """An answer of HTTP by the agent's own request."""
+    if not hasattr(Answers, "one"):
+        Answers.one = Answers()
+    Answers.one.data = data
+    port = Answers.one.listener.getsockname()[1]
+    return margo_agent.request("GET", f"http://127.0.0.1:{port}/x", {}, None, None, 2, 1 << 20)
+
+
+ANSWERS = [b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\nETag: \"a\"\r\n\r\nabc", b"HTTP/1.1 304 Not Modified\r\n\r\n",
+           b"HTTP/1.1 103 Early Hints\r\nLink: a\r\n\r\nHTTP/1.1 429 X\r\nRetry-After: 5\r\nContent-Length: 0\r\n\r\n",
+           b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n0\r\n\r\n", b"HTTP/1.0 301 X\r\nLocation: http://x/\r\n\r\n"]
+HTTP_TOKENS = [b"\r\n", b"Content-Length: ", b"Transfer-Encoding: chunked\r\n", b"Content-Encoding: gzip\r\n", b"Location: ", b"Retry-After: ", b"HTTP/1.1 ",
+               b"-1", b"ffffffff\r\n", b": ", b"\r", b" ", b"100 Continue\r\n\r\n"]
+GIT_LISTING = (b"100644 blob " + b"a" * 40 + b"      12\tapp.yaml\0" + b"120000 blob " + b"b" * 40 + b"       5\tlink.yaml\0" +
+               b"160000 commit " + b"c" * 40 + b"       -\tsub/module.yml\0")
+CHALLENGES = [b'Bearer realm="https://a/token",service="r",scope="repository:x:pull"', b'Basic realm="x", Bearer realm=y', b"Negotiate"]
+PROBLEMS = [b'{"type": "https://docs.margo.org/specification/x#invalid-request", "title": "t", "retryAfterSeconds": 5, "errors": [{"field": "a"}]}']
+add("yaml", make_yamls, margo_agent.load_yaml, judge_yaml, tokens=YAML_TOKENS)
+add("manifest", make_manifests, lambda data: margo_agent.parse_manifest(data, BASE), judge_manifest, tokens=MEMBERS, mutate=mutate_json)
+add("deployment", make_deployments, read_deployment, judge_deployment, tokens=MEMBERS, mutate=mutate_json)
+add("oci-manifest", make_oci_manifests, lambda data: margo_agent.parse_package_manifest(data, "x", 1 << 20), judge_oci_manifest, tokens=MEMBERS,
+    mutate=mutate_json)
+add("challenge", lambda: CHALLENGES, needed(read_text(margo_agent.parse_challenge)), refusals=IDENTITY, tokens=[b"Bearer ", b"realm=", b'"', b",", b"=", b" "])
+add("retry-after", lambda: [b"120", b"Fri, 27 Nov 2026 10:00:00 GMT", b"Friday, 27-Nov-26 10:00:00 GMT"],
+    needed(read_text(lambda text: margo_agent.parse_retry_after(text, 1e9))),
+    lambda data, own: "" if own is None or 0 <= own <= 86400 else f"{own} seconds", IDENTITY, [b"GMT", b"+9999", b"Nov", b"9" * 30])
+add("problem", lambda: PROBLEMS, needed(margo_agent.parse_problem), refusals=IDENTITY, mutate=mutate_json)
+add("package", make_archives, read_archive, judge_archive, mutate=mutate_archive,
+    tokens=[b"../", b"/", b"\0", b"0000777\0", b"0004755\0", b"\x80" + b"\0" * 11, b"\xff" * 12, b"1", b"2", b"3", b"x", b"L", b"ustar\x0000", b"9 path=x\n"])
+add("gzip", make_gzips, read_gzip, judge_gzip, IDENTITY)
+add("state", make_states, lambda data: margo_agent.parse_state(data, "x"), judge_state, IDENTITY, [b'"schema"', b'"outbox"', b'"deployments"', b',"sum":"'],
+    mutate_json)
+add("git-listing", lambda: [GIT_LISTING], read_listing, judge_listing, tokens=[b"\0", b"\t", b"100644 ", b"040000 tree ", b" - "])
+add("env-file", lambda: [b"A=1\nB=\"x\\n${A:-y}\"\nexport C='d'\nD: $A # c\n"],
+    read_text(lambda text: margo_agent.parse_env_file(text, margo_agent.Variables({"A": "a"}), "x")),
+    tokens=[b"${", b"}", b"$", b"=", b":", b"'", b'"', b"\\", b"#", b"\n", b"export "])
+add("interpolation", lambda: [b"a $A ${A} ${B:-c} ${C-$A} $$ ${D:+e} ${EMPTY:-${A}}"], read_variables, judge_variables,
+    tokens=[b"${", b"}", b"$", b"$$", b":-", b":?", b":+", b"A", b"EMPTY", b"{"])
+add("http-answer", lambda: ANSWERS, read_answer, tokens=HTTP_TOKENS)
+
+
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))
