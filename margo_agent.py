@@ -133,14 +133,14 @@ class MargoError(Exception):
     """A fault that a person can act upon: `code` is stable text, `message` says what, where and what to do.
 
     `exit` is the exit code that the fault becomes, in `main` and nowhere else.  Of an answer of the WFM: its
-    HTTP `status`, the seconds it asked to be left alone, and its `backoffStrategy`.  `facts` are those of
-    these that differ from the class's.
+    HTTP `status`, the seconds it asked to be left alone, and its `backoffStrategy`; of a peer: whether it is
+    a `stranger`.  `facts` are those of these that differ from the class's.
     """
 
     exit = 70
     code = "INTERNAL"
     result = "failed"                   # the word of `lastPoll.result`
-    status, retry_after, strategy = 0, None, ""
+    status, retry_after, strategy, stranger = 0, None, "", False
 
     def __init__(self, message, code=None, **facts):
         super().__init__(message)
@@ -6737,8 +6737,7 @@ def make_network_error(where, error, timeout=0.0, context=None, proxy=""):
                      " somebody else answer there, such as a proxy? `doctor` shows who")
         return Untrusted(f"{where}: {way}the peer's certificate is refused: {words}", stranger=True)
     # for which Python 3.7 with OpenSSL 3 has no class of its own
-    broken = isinstance(error, (ssl.SSLEOFError, ssl.SSLZeroReturnError)) or "unexpected eof" in str(error)
-    if broken:
+    if isinstance(error, (ssl.SSLEOFError, ssl.SSLZeroReturnError)) or "unexpected eof" in str(error):
         return Unreachable(f"{where}: {way}the peer closed the connection (unexpected eof)")
     if isinstance(error, ssl.SSLError) and not late:
         reason = error.reason or text
@@ -11931,7 +11930,7 @@ def command_doctor(config, options):
 def examine_lock(agent):
     """Whether no other instance works on the state just now."""
     path = agent.store.path("lock")
-    who = ask_holder(path) if os.path.exists(path) else ""
+    who = os.path.exists(path) and ask_holder(path)
     if who:
         raise Locked(f"another instance{who} works on {agent.store.folder}; wait until it is done, or stop"
                      " it")
@@ -12053,7 +12052,7 @@ def examine_registries(agent):
         try:
             registry.request(f"{registry.scheme}://{host}/v2/", {}, MAX_ANSWER)
         except MargoError as error:
-            known = getattr(error, "stranger", None) and ask_peer(f"https://{host}/", registry.timeout)
+            known = error.stranger and ask_peer(f"https://{host}/", registry.timeout)
             silent.append(error.message + (f"; there answers {known}" if known else ""))
     return "warn" if silent else "ok", "; ".join(silent)
 
@@ -12066,7 +12065,7 @@ def examine_connection(agent):
         agent.connect(keep=False)
         desired = agent.fetch_desired()
     except Untrusted as error:
-        if getattr(error, "stranger", None):
+        if error.stranger:
             error.message += f"; there answers {ask_peer(url, agent.config.wfm.timeout)}"
         raise
     news = f"version {desired.version} is there to be accepted" if desired else "nothing new"
