@@ -193,41 +193,6 @@ class Tools(support.DeviceCase):
                 self.assertNotIn(secret, text)
 
 
-class Manual(unittest.TestCase):
-    """examples/packaging/manual.py: what is made of COMMANDS."""
-
-    def make(self, what):
-        program = os.path.join(support.EXAMPLES, "packaging", "manual.py")
-        return subprocess.run([sys.executable, program, what], stdout=subprocess.PIPE, universal_newlines=True, check=True).stdout
-
-    def test_the_manual_page_tells_of_every_command_option_and_exit_code(self):
-        text = self.make("man").replace("\\-", "-")
-        for name, (function, options, operands) in margo_agent.COMMANDS.items():
-            (usage,) = re.findall(rf"(?m)^\.B ({name}(?: .*)?)$", text)
-            for word in [*options, operands]:
-                self.assertIn(word, usage)
-            self.assertIn(function.__doc__.split(" ")[0], text)
-        section = text.split(".SH EXIT STATUS")[1].split(".SH")[0]
-        self.assertEqual(re.findall(r"(?m)^\.B (\d+)$", section), ["0", "1", "2", "3", "4", "5", "6", "70"])
-        self.assertEqual([line for line in text.split("\n") if line.startswith("'")], [])
-        if shutil.which("groff"):
-            done = subprocess.run(["groff", "-man", "-ww", "-z"], input=self.make("man"), stderr=subprocess.PIPE, universal_newlines=True)
-            self.assertEqual(done.stderr, "")
-
-    def test_the_completion_knows_commands_options_and_deployments(self):
-        support.require("bash")
-        folder = support.make_folder(self)
-        path = support.write(os.path.join(folder, "margo-agent.bash"), self.make("completion"))
-        agent = '#!/bin/sh\nprintf \'{\\n  "deployments": [\\n    {\\n      "deploymentId": "x",\\n      "name": "tally",\\n\''
-        support.write(os.path.join(folder, "margo-agent"), agent, 0o755)
-        for words, shown in ((["st"], "status"), (["--log-format", "j"], "json"), (["status", "--js"], "--json"), (["logs", "ta"], "tally"),
-                             (["run", "--once", "--sp"], "--spread"), (["-c", "/etc/host"], "/etc/hostname"), (["retry", "ta"], "tally")):
-            line = f"COMP_WORDS=(margo-agent {' '.join(words)}); COMP_CWORD={len(words)}; _margo_agent; echo \"${{COMPREPLY[@]}}\""
-            done = subprocess.run(["bash", "-c", f". {path}; {line}"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, universal_newlines=True,
-                                  env=dict(os.environ, PATH=f"{folder}:{os.environ['PATH']}"))
-            self.assertIn(shown, done.stdout.split(), words)
-
-
 class Newcomer(unittest.TestCase):
     """What the README tells a newcomer to type, and nothing else, from an empty folder to an application with a parameter."""
 

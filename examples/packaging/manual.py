@@ -1,84 +1,137 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: Apache-2.0
-"""The manual page and the completion for bash, made of what the agent says of itself.
+"""Prints a manual page or a completion for bash, made of the agent's own table of commands.
 
-    python3 examples/packaging/manual.py man > margo-agent.1                # /usr/share/man/man1
-    python3 examples/packaging/manual.py completion > margo-agent           # /usr/share/bash-completion/completions
+    python3 examples/packaging/manual.py man [AGENT] > margo-agent.8
+    python3 examples/packaging/manual.py bash [AGENT] > margo-agent
+
+The second belongs into /usr/share/bash-completion/completions.
+
+AGENT is a margo_agent.py, such as one of examples/firmware/strip.py: what it lacks is not in its manual.
 """
+import importlib.util
 import os
 import re
 import sys
 
-sys.path.insert(1, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
-import margo_agent                                  # noqa: E402
-
-GLOBAL = {"-c": "FILE", "--config": "FILE", "-v": "", "--verbose": "", "-q": "", "--quiet": "", "--log-format": "text|json", "--help": ""}
-
-
-def escape(text):
-    """Text for troff: its own marks escaped, `words` in bold."""
-    text = text.replace("\\", "\\e").replace("-", "\\-")
-    text = re.sub(r"`([^`]+)`", r"\\fB\1\\fR", text)
-    return re.sub(r"(?m)^([.'])", r"\\&\1", text)
-
-
-def make_usage(name):
-    """A command with its operands and options."""
-    _, options, operands = margo_agent.COMMANDS[name]
-    words = [f"[{option} {value}".rstrip() + "]" for option, value in options.items()]
-    return " ".join(filter(None, [name, operands, *words]))
-
-
-def make_man():
-    """The manual page."""
-    lines = [f'.TH MARGO\\-AGENT 1 "" "margo-agent {margo_agent.__version__}"', ".SH NAME",
-             "margo\\-agent \\- Margo workload fleet client", ".SH SYNOPSIS",
-             ".B margo\\-agent\n[\\-c FILE] [\\-v|\\-q] [\\-\\-log\\-format text|json] COMMAND", ".SH DESCRIPTION"]
-    paragraphs = margo_agent.__doc__.split("\n\n")
-    lines += [escape(paragraphs[1].replace("What it is.  ", "")), ".SH COMMANDS"]
-    for name in margo_agent.COMMANDS:
-        text = re.sub(r"\n +", "\n", margo_agent.COMMANDS[name][0].__doc__.strip())
-        lines += [".TP", f".B {escape(make_usage(name))}", escape(text).replace("\n\n", "\n.sp\n")]
-    lines += [".SH EXIT STATUS"]
-    codes = " ".join(paragraphs[2].partition("Exit codes.")[2].split()).rstrip(".")
-    for code, words in re.findall(r"(\d+) (.*?)(?:, (?=\d)|$)", codes):
-        lines += [".TP", f".B {code}", escape(words)]
-    lines += [".SH FILES", ".TP", ".I /etc/margo/agent.yaml",
-              escape("The configuration; `margo-agent config --example` prints one with every setting."),
-              ".TP", ".I /var/lib/margo\\-agent", "The state directory.",
-              ".SH ENVIRONMENT", ".TP", ".B MARGO_CONFIG", "Another configuration, where \\-c names none.",
-              ".TP", ".B https_proxy, no_proxy", "The proxy for all connections, and the hosts that are reached without it."]
-    return "\n".join(lines)
-
-
-def make_completion():
-    """The completion for bash: commands, options, names of deployments, files."""
-    cases = "\n".join(f'    {name}) words="{" ".join(row[1])}" ;;' for name, row in margo_agent.COMMANDS.items())
-    named = "|".join(name for name, row in margo_agent.COMMANDS.items() if "NAME" in row[2])
-    return f"""# bash completion for margo-agent
+HERE = os.path.dirname(os.path.abspath(__file__))
+PAGE = r""".TH MARGO-AGENT 8 "" "margo-agent {version}" "Margo workload fleet client"
+.SH NAME
+margo-agent \- Margo workload fleet client for small devices
+.SH SYNOPSIS
+.B margo-agent
+{options}
+.I COMMAND
+.RI [ argument ...]
+.SH DESCRIPTION
+The agent asks a Margo Workload Fleet Manager what this device should run, verifies it, has a container engine run it,
+and reports what came of it.
+It never listens: every connection starts at the device.
+.B run
+does so for ever,
+.B run \-\-once
+a single time, for cron or a timer.
+.SH COMMANDS
+{commands}
+.SH EXIT STATUS
+{codes}
+.SH ENVIRONMENT
+.TP
+.B MARGO_CONFIG
+the configuration file where
+.B \-c
+names none
+.SH FILES
+.TP
+.I /etc/margo/agent.yaml
+the configuration; an example with every setting is in
+.I /usr/share/doc/margo-agent/examples
+.TP
+.I /var/lib/margo-agent
+the state: what was accepted, what runs, what is still to be reported
+"""
+COMPLETION = """# bash completion for margo-agent; made by examples/packaging/manual.py
 _margo_agent() {{
-    local word=${{COMP_WORDS[COMP_CWORD]}} before=${{COMP_WORDS[COMP_CWORD-1]}} command= words= index
+    local word=${{COMP_WORDS[COMP_CWORD]}} before=${{COMP_WORDS[COMP_CWORD-1]}} command='' known='' index
     for ((index = 1; index < COMP_CWORD; index++)); do
         case ${{COMP_WORDS[index]}} in
-        {"|".join(margo_agent.COMMANDS)}) command=${{COMP_WORDS[index]}}; break ;;
+            {valued}) ((index++)) ;;
+            -*) ;;
+            *) command=${{COMP_WORDS[index]}}; break ;;
         esac
     done
     case $before in
-    -c|--config|--out|--fetch-ca) COMPREPLY=($(compgen -f -- "$word")); return ;;
-    --log-format) COMPREPLY=($(compgen -W "text json" -- "$word")); return ;;
+        {files}) mapfile -t COMPREPLY < <(compgen -f -- "$word"); return ;;
+        --log-format) mapfile -t COMPREPLY < <(compgen -W 'text json' -- "$word"); return ;;
     esac
     case $command in
-    "") words="{" ".join(margo_agent.COMMANDS)} {" ".join(GLOBAL)}" ;;
+        '') known='{top}' ;;
 {cases}
     esac
-    case $command in
-    {named}) words="$words $(margo-agent status --json 2>/dev/null | sed -n 's/^      "name": "\\(.*\\)",$/\\1/p')" ;;
-    esac
-    COMPREPLY=($(compgen -W "$words" -- "$word"))
+    mapfile -t COMPREPLY < <(compgen -W "$known" -- "$word")
 }}
 complete -F _margo_agent margo-agent
 """
 
 
+def load_agent(path):
+    """The agent as a module; reading it does nothing."""
+    spec = importlib.util.spec_from_file_location("margo_agent", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def quote(text):
+    """Text for troff: nothing in it is an instruction."""
+    text = text.replace("margo_agent.py", "margo-agent")
+    for character, spelt in (("\\", r"\e"), ("-", r"\-"), ("'", r"\(aq"), ("`", r"\(ga")):
+        text = text.replace(character, spelt)
+    return re.sub(r"(?m)^\.", r"\&.", text)
+
+
+def make_options(options):
+    """Options as the synopsis shows them."""
+    return " ".join(f"[{name} {value}]" if value else f"[{name}]" for name, value in options.items())
+
+
+def make_page(agent):
+    """The manual page's text."""
+    commands = []
+    for name, (function, options, operands) in agent.COMMANDS.items():
+        paragraphs = [" ".join(part.split()) for part in (function.__doc__ or "").split("\n\n")]
+        head = " ".join(filter(None, [name, operands, make_options(options)]))
+        meaning = "\n.IP\n".join(quote(part) for part in paragraphs if part)
+        commands.append(f".TP\n.B {quote(head)}\n{meaning}")
+    found = re.search(r"Exit codes\.\s+(.*?)\.\n", agent.__doc__ or "", re.S)
+    codes = [item.split(None, 1) for item in " ".join(found.group(1).split()).split(", ")] if found else []
+    meanings = "\n".join(f".TP\n.B {code}\n{quote(words)}" for code, words in codes)
+    return PAGE.format(version=agent.__version__, options=quote(make_options(agent.GLOBAL_OPTIONS)),
+                       commands="\n".join(commands), codes=meanings)
+
+
+def make_completion(agent):
+    """The completion's text."""
+    globals_, rows = agent.GLOBAL_OPTIONS, agent.COMMANDS
+    every = dict(globals_)
+    for _, options, _ in rows.values():
+        every.update(options)
+    more = ["--help"] if "--help" in globals_ else []
+    offered = {name: " ".join(list(options) + more) for name, (_, options, _) in rows.items()}
+    cases = [f"        {name}) known='{words}' ;;" for name, words in offered.items()]
+    return COMPLETION.format(
+        valued="|".join(sorted(name for name, value in globals_.items() if value)),
+        files="|".join(sorted(name for name, value in every.items() if value == "FILE")),
+        top=" ".join(list(rows) + list(globals_)), cases="\n".join(cases))
+
+
+def main():
+    """Prints what is asked for."""
+    if not 2 <= len(sys.argv) <= 3 or sys.argv[1] not in ("man", "bash"):
+        sys.exit("usage: python3 examples/packaging/manual.py man|bash [AGENT]")
+    path = sys.argv[2] if len(sys.argv) > 2 else os.path.join(HERE, os.pardir, os.pardir, "margo_agent.py")
+    print({"man": make_page, "bash": make_completion}[sys.argv[1]](load_agent(path)), end="")
+
+
 if __name__ == "__main__":
-    print({"man": make_man, "completion": make_completion}[sys.argv[1]]())
+    main()

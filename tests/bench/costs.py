@@ -66,7 +66,7 @@ def make_state():
             "deploymentId": key, "name": f"app-{number}", "deviceId": "d", "type": "compose", "state": "failed",
             "adopted": {"digest": DIGEST, "version": 1}, "error": error, "running": None, "previous": None,
             "refused": False, "components": [component], "fetched": [], "fallback": False, "retry": {}, "repair": {}}
-        state["outbox"][key] = margo_agent.make_status(state["deployments"][key], "d")
+        state["outbox"][key] = margo_agent.make_status(state["deployments"][key])
     return state
 
 
