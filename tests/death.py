@@ -172,7 +172,7 @@ class World:
                 state = margo_agent.parse_state(file.read(), path)
             for record in state["deployments"].values():
                 record["retry"] = {}
-            support.write(path, margo_agent.make_state_data(dict(state, patience={})), 0o600)
+            support.write(path, margo_agent.make_state_data(dict(state, patience={}, waits={})), 0o600)
 
     def check(self, what, failures=False, again=None, told=False):
         """One ordinary run (or `again`) converges; failures: whether the trial may have reported one truthfully; told: whether all may

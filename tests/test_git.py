@@ -492,7 +492,7 @@ class Trouble(GitCase):
     def forget_patience(self, device=None):
         """Lets the next run speak at once."""
         device = device or self.device
-        support.write(os.path.join(device.state_dir, "state.json"), json.dumps(dict(device.state(), patience={})))
+        support.write(os.path.join(device.state_dir, "state.json"), json.dumps(dict(device.state(), patience={}, waits={})))
 
     def test_what_the_server_answers_becomes_the_exit_code(self):
         """C-056: 401, 403: 5; 404 and redirects: 4, and not followed; busy: 3, for as long as it says."""
@@ -776,7 +776,7 @@ class Reports(GitCase):
         self.assertIn("was moved 5 times", self.device.cycle(3))
         self.assertEqual(self.running(), [["GREETING=two"]])
         self.device.env["PATH"] = path
-        support.write(os.path.join(self.device.state_dir, "state.json"), json.dumps(dict(self.device.state(), patience={})))
+        support.write(os.path.join(self.device.state_dir, "state.json"), json.dumps(dict(self.device.state(), patience={}, waits={})))
         self.device.cycle()
         self.assertEqual(self.report()["status"]["state"], "installed")
 

@@ -105,7 +105,7 @@ class Scenarios:
     def forget_patience(self):
         """The next cycle need not wait for a back-off."""
         path = os.path.join(self.device.state_dir, "state.json")
-        support.write(path, json.dumps(dict(self.device.state(), patience={})), 0o600)
+        support.write(path, json.dumps(dict(self.device.state(), patience={}, waits={})), 0o600)
 
     def test_first_sync(self):
         """C-050, C-080, C-105, C-130: from nothing to running and reported, with the parameters of the document."""

@@ -531,7 +531,7 @@ class Requests(SignedCase):
         self.wfm.fault({"method": "POST", "path": "*/status", "late": True, "close": True, "times": 1})
         self.device.cycle(3)
         state = self.device.state()
-        support.write(os.path.join(self.device.state_dir, "state.json"), json.dumps(dict(state, patience={})))
+        support.write(os.path.join(self.device.state_dir, "state.json"), json.dumps(dict(state, patience={}, waits={})))
         self.device.cycle(0)
         signatures = [item["headers"]["Signature"] for item in self.wfm.lines("requests.jsonl") if item["listener"] == "listening"]
         self.assertEqual(len(set(signatures)), len(signatures))

@@ -308,7 +308,7 @@ class AgainstTheExample(support.DeviceCase):
             state = store.load_state()
             for record in state["deployments"].values():
                 record["retry"] = {}
-            store.save_state(dict(state, patience={}))
+            store.save_state(dict(state, patience={}, waits={}))
         with contextlib.redirect_stderr(io.StringIO()):
             return margo_agent.Agent(config).cycle()
 

@@ -286,7 +286,7 @@ class Patience(SourceCase):
         self.wfm.fault({"path": MANIFEST[1], "status": 503, "headers": {"Retry-After": "3600"}})
         self.assertNotIn("retryAfter", self.device.cycle(3))
         self.wfm.fault({"path": MANIFEST[1], "status": 503, "headers": {"Retry-After": "3601"}})
-        support.write(os.path.join(self.device.state_dir, "state.json"), json.dumps(dict(self.device.state(), patience={})))
+        support.write(os.path.join(self.device.state_dir, "state.json"), json.dumps(dict(self.device.state(), patience={}, waits={})))
         self.assertRegex(self.device.cycle(3), r'HTTP 503 \(Service Unavailable\); .* code=UNREACHABLE retryAfter="3601 s"')  # so long is told
         count = len(self.wfm.requests())
         self.device.cycle(3)
@@ -330,7 +330,7 @@ class Patience(SourceCase):
 
     def be_patient(self):
         """As if the time had passed."""
-        support.write(os.path.join(self.device.state_dir, "state.json"), json.dumps(dict(self.device.state(), patience={})))
+        support.write(os.path.join(self.device.state_dir, "state.json"), json.dumps(dict(self.device.state(), patience={}, waits={})))
 
     def test_a_clock_that_jumps_changes_nothing_about_patience(self):
         """P-2, C-056: the wall clock is set back and forth between two runs of one boot."""

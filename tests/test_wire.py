@@ -127,7 +127,7 @@ class WireCase(support.DeviceCase):
         path = os.path.join(self.device.state_dir, "state.json")
         with open(path, "rb") as file:
             state = margo_agent.parse_state(file.read(), path)
-        support.write(path, margo_agent.make_state_data(dict(state, patience={})), 0o600)
+        support.write(path, margo_agent.make_state_data(dict(state, patience={}, waits={})), 0o600)
 
     def check(self, code, *words, env=None, most=15):
         """One cycle ends with the code and the words, in time, and changed nothing."""
