@@ -554,7 +554,7 @@ class FullDisk(EngineCase):
         driver.check_space = lambda image: ""
         subprocess.run(["mount", "-o", "remount,size=20m", self.disk], check=True)
         with self.assertRaises(margo_agent.ComponentError) as caught:
-            driver.pull(margo_agent.Service("main", self.image, [], [], {}, {}, [], {}, "missing", ""), 60)
+            driver.pull(margo_agent.Service("main", self.image, [], [], {}, {}, [], {}, "missing", "", []), 60)
         self.assertEqual(caught.exception.code, "DISK_FULL")
 
 
