@@ -863,7 +863,7 @@ class Words(unittest.TestCase):
                            (b'[{"b": {"a": 1, "\\u0061": 2}}]', "a member occurs twice"), (b"NaN", "NaN is not JSON"),
                            (b"[Infinity]", "Infinity is not JSON"), (b"[-Infinity]", "-Infinity is not JSON"),
                            (b'"\xff"', "utf-8"), ('"a"'.encode("utf-16"), "utf-8"),
-                           (b"\xef\xbb\xbf1", "BOM"), (b"", "value"), (b"{", "Expecting"), (b"[1,]", "line 1 column"),
+                           (b"\xef\xbb\xbf1", "BOM"), (b"", "it is empty"), (b"{", "Expecting"), (b"[1,]", "line 1, column"),
                            (b"{'a': 1}", "quotes"), (b"1 2", "Extra data"),
                            (b'"\n"', "control character"), (b"[" * 100000, "recursion"),
                            (b'{"a":' * 100000, "recursion"), (b"01", "Extra data")):
