@@ -12007,8 +12007,9 @@ def examine_labels(agent):
     """Whether every label has a name that nobody else uses: with a domain before it (C-088)."""
     names = {name for device in agent.devices for name in device.settings.labels}
     bare = sorted(name for name in names if not re.match(r"[^/.]+(\.[^/.]+)+/.", name))
-    return "warn", bare and (f"device.labels {', '.join(bare)}: put a domain of yours before it, such as"
-                             " example.com/zone")
+    if not bare:
+        return "ok", ""
+    return "warn", f"device.labels {', '.join(bare)}: put a domain of yours before it, as in example.com/zone"
 
 
 def examine_clock(agent):
