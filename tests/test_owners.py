@@ -270,7 +270,7 @@ class Labels(Pair, support.DeviceCase):
         self.addCleanup(store.unlock)
         done = self.device.run("run", "--once")
         self.assertEqual(done.returncode, 6)
-        self.assertIn("needs an identity of its own", done.stderr)
+        self.assertIn("Never run a second one beside it with the same identity", done.stderr)
         self.assertNotIn("use another state_dir", done.stderr)
 
     def test_two_agents_of_one_wfm_that_want_the_same_names_do_not_fight(self):
