@@ -11171,14 +11171,33 @@ def fetch_crl(config, store, state, url, source, now):
 def load_issuers(config, store, source):
     """The Certificates that may have signed a list: anchors, the own chain and the WFM's (E-084).
 
-    Where the WFM's was not seen yet, it is looked at; before Python 3.10 it shows no issuer.
+    Where the WFM's was not seen yet, it is looked at.  Before Python 3.10 openssl shows what is above the
+    leaf, and what did not sign the leaf does not count, because nobody has verified it.
     """
     held = load_trust_bundle(config, store)
     own = read_file(config.identity.certificate, MAX_CERTIFICATES) or b""
     ders = (held.anchors if held else []) + parse_pem(own.decode("ascii", "replace"))
     if source:
-        ders += source.chain or fetch_chain(source.url, source.context, config.wfm.timeout)
+        chain = source.chain or fetch_chain(source.url, source.context, config.wfm.timeout)
+        above = chain[1:]
+        if sys.version_info < (3, 10):
+            shown = ask_chain(source.url, config.wfm.timeout)
+            above = [der for der in shown if ask_issuer(chain[0], der)]
+        ders += above
     return [parse_certificate(der) for der in ders]
+
+
+def ask_issuer(der, issuer):
+    """Whether a certificate (DER) is signed by the key of another one; openssl says it."""
+    with lend_file(make_pem([der]).encode()) as file:
+        command = ["verify", "-partial_chain", "-trusted", "/dev/stdin", file.name]
+        try:
+            run_openssl(command, make_pem([issuer]).encode())
+        except CommandMissing:
+            raise
+        except CommandError:
+            return False
+    return True
 
 
 def ask_signer(der, crl, issuers):
