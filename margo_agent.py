@@ -242,7 +242,7 @@ Deployment = define("Deployment",
     " `extensions`: those of {spec, deploymentProfile}.", {})
 Target = define("Target", "deployment_id digest version deployment error device_id",
     "What should run: a Deployment, and the ComponentError for which it cannot; `version` defined it;"
-    " `device_id`: where it is at home.", None)
+    " `device_id`: where it is at home.", 0, None, None, None)
 Source = define("Source", "path real kind own socket",
     "What a compose file names of the disk: the path by which it is mounted, where it lies in truth, file,"
     " folder, other, or \"\" where nothing is, whether it is the package's own, whether it is an engine's"
@@ -573,7 +573,7 @@ class Agent:
             log("warning", "its device is no longer configured; what runs there is forgotten",
                 deployment=action.deployment_id, device=home)
         if not record or home != action.device_id and action.target and action.verb != "clear":
-            target = action.target or Target(action.deployment_id, "", 0, None, None)
+            target = action.target or Target(action.deployment_id, "")
             record = make_record(target, action.device_id)
         sight = seen[action.device_id]
         verb = action.verb
@@ -895,7 +895,7 @@ class Step:
 
     def load_deployment(self, digest):
         """The Deployment of a revision; raises ComponentError where its document is lost, or none."""
-        target = Target(self.action.deployment_id, digest, 0, None, None)
+        target = Target(self.action.deployment_id, digest)
         target = read_target(target, self.store.load_artifact, self.config)
         if target.error:
             raise target.error
@@ -1453,7 +1453,7 @@ def hold_back(action, share):
     target = action.target
     if not target:
         adopted = share.records[action.key]["adopted"]
-        target = Target(action.deployment_id, adopted["digest"], adopted["version"], None, None)
+        target = Target(action.deployment_id, adopted["digest"], adopted["version"])
     reason = f"{silence.code}: {silence.message}"
     return action._replace(verb="refuse", reason=reason, target=target._replace(error=silence))
 
@@ -1973,7 +1973,7 @@ class Mtls(Profile):
         check_own(identity.leaf, config, now)
         warn_of_own(config, identity.leaf, store, now)
         bundle = obtain_trust_bundle(config, store, state, identity.spiffe_id.trust_domain, now, keep)
-        judge_own_chain(config, identity, bundle, store, state)
+        judge_own_chain(identity, bundle, store, state)
         return self.open_source(identity, bundle, keep)
 
     def open_source(self, identity, bundle, keep):
@@ -2335,7 +2335,7 @@ def parse_bundle(data, entries, max_unpacked, max_document=8 * MIB):
 
 def list_targets(accepted):
     """[Target] of an accepted desired state; their documents are not read yet."""
-    return [Target(item["deploymentId"], item["digest"], accepted["version"], None, None)
+    return [Target(item["deploymentId"], item["digest"], accepted["version"])
             for item in accepted["deployments"]]
 
 
@@ -2598,7 +2598,7 @@ def run_own_handshake(certificate_file, key_file, anchors):
             raise ValueError(getattr(error, "verify_message", None) or make_printable(str(error))) from None
 
 
-def judge_own_chain(config, identity, bundle, store, state):
+def judge_own_chain(identity, bundle, store, state):
     """Raises Untrusted for a new own chain that does not lead to the trust bundle (E-012).
 
     A chain that once did is used on after the bundle has changed, because the WFM decides; `strays` in the
@@ -3795,7 +3795,7 @@ class ComposeDriver:
     def excuse(self, error, image, again):
         """Raises the error for which an image cannot be had, unless one that is here will do (P-1)."""
         denied = error.code == "POLICY_DENIED"
-        if not again or denied or self.run(["image", "inspect", "--format={{.Id}}", image], 60).code:
+        if not again or denied or not self.has_image(image):
             code = error.code if isinstance(error, ComponentError) else "PULL_FAILED"
             words = error.message if image in error.message else f"image {image}: {error.message}"
             raise ComponentError(code, words, retry_after=error.retry_after)
@@ -3835,12 +3835,16 @@ class ComposeDriver:
         folder.keep([mount.found for mount in mounts if mount.found and mount.found.own])
         return project
 
+    def has_image(self, name):
+        """Whether an image is on the device."""
+        return self.run(["image", "inspect", "--format={{.Id}}", name], 60).code == 0
+
     def pull(self, service, timeout):
         """Has a service's image on the device; returns [its name] where it was not there before.
 
         One that is there is not asked for again unless pull_policy says so (P-1).
         """
-        present = self.run(["image", "inspect", "--format={{.Id}}", service.image], 60).code == 0
+        present = self.has_image(service.image)
         if present and service.pull != "always":
             return []
         if service.pull == "never":
@@ -3861,7 +3865,7 @@ class ComposeDriver:
         if host != own and self.engine != "podman" and "@" in name:
             raise ComponentError("PULL_FAILED", "docker knows an image by its digest under its registry's own"
                                  " name alone; give the daemon this mirror instead")
-        before = host == own or not self.run(["image", "inspect", "--format={{.Id}}", name], 60).code
+        before = host == own or self.has_image(name)
         program, options = self.make_access(host)
         command = program + ["pull", "--quiet"] + platform + options + [name]
         try:
@@ -6891,7 +6895,7 @@ def make_fact(text):
     text = make_printable(text, MAX_MESSAGE)
     if text and not re.search(r'[\s"=]', text):
         return text
-    return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
+    return make_quoted(text)
 
 
 log = Log()
@@ -7674,8 +7678,9 @@ def list_waits(state, clock):
     """[{until, reason}] of what is held back: requests to the WFM, and reports that it has not taken."""
     found = {"the WFM or a back-off asks to wait": state["patience"]}
     found.update((f"{key} is not reported again", record) for key, record in state["waits"].items())
-    return [{"until": make_time(clock.now + find_wait(record, clock)), "reason": reason}
-            for reason, record in found.items() if find_wait(record, clock)]
+    left = {reason: find_wait(record, clock) for reason, record in found.items()}
+    return [{"until": make_time(clock.now + seconds), "reason": reason}
+            for reason, seconds in left.items() if seconds]
 
 
 def make_delay(config, state, fault, clock, jitter):
@@ -8262,17 +8267,22 @@ def expand_environment(value, environ, where, faults):
     return re.sub(r"\$\{([^}]*)\}", expand, value)
 
 
-def load_config(path, environ=None):
-    """Reads the configuration file (YAML or JSON) to Settings; raises ConfigError."""
+def load_document(path):
+    """What the configuration file (YAML or JSON) says, as it stands; raises ConfigError."""
     try:
         with open(path, "rb") as file:
-            document = load_yaml(file.read(MIB))
+            return load_yaml(file.read(MIB))
     except OSError as error:
         raise ConfigError(
             f"configuration {path} cannot be read ({error.strerror}); name one by -c or $MARGO_CONFIG"
         ) from None
     except YAMLError as error:
         raise ConfigError(f"configuration {path}: {error}") from None
+
+
+def load_config(path, environ=None):
+    """Reads the configuration file (YAML or JSON) to Settings; raises ConfigError."""
+    document = load_document(path)
     try:
         return make_config(document, os.path.dirname(os.path.abspath(path)),
                            os.environ if environ is None else environ)
@@ -9057,6 +9067,11 @@ def measure_depth(value):
 # ----------------------------------------------------------------------------------------------------------
 # 24. Small encodings
 # ----------------------------------------------------------------------------------------------------------
+
+def make_quoted(text):
+    """Text in double quotes, as a line of the log (logfmt) and git's configuration have it."""
+    return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
+
 
 def sha256_digest(data):
     """The digest of bytes in Margo's spelling, `sha256:` and 64 lower-case hex digits (C-108, C-109)."""
@@ -10269,11 +10284,11 @@ def make_git_config(config, home):
     for name, value in settings.items():
         section, _, key = name.rpartition(".")
         if value:
-            text += f"[{section}]\n\t{key} = {quote_for_git(value)}\n"
+            text += f"[{section}]\n\t{key} = {make_quoted(str(value))}\n"
     if config.wfm.url.startswith("file://"):        # whoever owns it: the operator named it
         folder = config.wfm.url[len("file://"):].rstrip("/")
         for place in (folder, folder + "/.git"):
-            text += f"[safe]\n\tdirectory = {quote_for_git(place)}\n"
+            text += f"[safe]\n\tdirectory = {make_quoted(place)}\n"
     return text.encode()
 
 
@@ -10284,14 +10299,9 @@ def save_secret(header):
     """
     import tempfile
     file = tempfile.TemporaryFile()
-    file.write(f"[http]\n\textraHeader = {quote_for_git('Authorization: ' + header)}\n".encode())
+    file.write(f"[http]\n\textraHeader = {make_quoted('Authorization: ' + header)}\n".encode())
     file.flush()
     return file
-
-
-def quote_for_git(value):
-    """A value as git's configuration has it."""
-    return '"' + str(value).replace("\\", "\\\\").replace('"', '\\"') + '"'
 
 
 def load_git_header(git):
@@ -12098,18 +12108,10 @@ def ask_peer(url, timeout):
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname = False
     context.verify_mode = ssl.CERT_NONE
-    shown = []
-
-    def look(chain):
-        shown.extend(chain[:1])
-        raise Silence("seen")
-
     try:
-        request("GET", url, {}, None, context, timeout, 0, look)
+        leaf = parse_certificate(fetch_chain(url, context, timeout)[0])
     except MargoError as error:
-        if not shown:
-            return f"nobody ({error.message})"
-    leaf = parse_certificate(shown[0])
+        return f"nobody ({error.message})"
     return f"{make_name(leaf.subject)}, certified by {make_name(leaf.issuer)}"
 
 
@@ -12129,8 +12131,7 @@ COMMANDS["doctor"] = (command_doctor, {"--json": ""}, "")
 def look_at(config, word):
     """(Agent, record, Seen): a deployment that somebody names, and what its device shows of it now.
 
-    The look is a function that returns its containers, or raises CommandError.  Raises ConfigError,
-    StorageError.
+    Raises ConfigError, StorageError.
     """
     agent = Agent(config)
     agent.state = agent.store.load_state()
@@ -12153,7 +12154,7 @@ def command_describe(config, options):
         return command_status(config, options)
     agent, record, seen = look_at(config, options["operands"][0])
     adopted = record["adopted"]
-    target = Target(record["deploymentId"], adopted["digest"], adopted["version"], None, None)
+    target = Target(record["deploymentId"], adopted["digest"], adopted["version"])
     deployment = read_target(target, agent.store.load_artifact, config).deployment
     report = make_details(record, deployment, seen.containers, get_clock())
     if "--json" in options:
@@ -12258,7 +12259,7 @@ def command_config(config, options):
     elif "--example" in options:
         print("\n".join(make_example(SCHEMA, EXAMPLE)))
     else:
-        document = expand_environment(load_yaml(read_file(options["-c"], MIB)), os.environ, "", [])
+        document = expand_environment(load_document(options["-c"]), os.environ, "", [])
         print("\n".join(make_listing(SCHEMA, document or {})))
 
 
@@ -12707,7 +12708,7 @@ def load_changes(agent, item, accepted, documents):
         return []
     both = []
     for digest in (record["adopted"]["digest"], wanted[0]):
-        target = Target(item["deploymentId"], digest, 0, None, None)
+        target = Target(item["deploymentId"], digest)
         both.append(read_target(target, lambda key: documents.get(key) or load(key), agent.config).deployment)
     return make_changes(*both) if all(both) else []
 
