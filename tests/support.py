@@ -744,8 +744,8 @@ class Docker(Engine):
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
-class EngineCase(unittest.TestCase):
-    """A test with a real podman that its class shares, certificates, the example WFM and a device."""
+class SharesEngine:
+    """A part of a test class: one real engine for all of its tests."""
 
     engine_class = Engine
 
@@ -756,6 +756,10 @@ class EngineCase(unittest.TestCase):
     @classmethod
     def tearDownClass(cls):
         cls.engine.close()
+
+
+class EngineCase(SharesEngine, unittest.TestCase):
+    """A test with a real podman that its class shares, certificates, the example WFM and a device."""
 
     def setUp(self):
         self.addCleanup(self.engine.clean)

@@ -48,18 +48,8 @@ def find_gains(shown, allowed, archive):
     return gains
 
 
-class Matrix:
+class Matrix(support.SharesEngine):
     """The documents on one engine; a subclass says which."""
-
-    engine_class = None
-
-    @classmethod
-    def setUpClass(cls):
-        cls.engine = cls.engine_class(cls)
-
-    @classmethod
-    def tearDownClass(cls):
-        cls.engine.close()
 
     def setUp(self):
         self.folder = os.path.realpath(support.make_folder(self))

@@ -8,9 +8,7 @@ say "an engine, certificates, a WFM"
 prepare /srv/test
 
 say "cron: install, update, remove, a minute each"
-install -D -m 0755 margo_agent.py /usr/local/lib/margo/margo_agent.py
-mkdir -p /etc/margo
-cp "$work"/etc/* /etc/margo/
+install_agent
 {
     echo "CONTAINERS_CONF=$work/engine/containers.conf"
     echo "CONTAINERS_STORAGE_CONF=$work/engine/storage.conf"

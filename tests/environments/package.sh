@@ -14,13 +14,8 @@ dpkg --install "$work"/debs/margo-agent_*_all.deb
 margo-agent version
 ls /usr/share/margo-agent/__pycache__/
 ! systemctl is-active margo-agent                   # it starts nothing by itself
-mkdir -p /etc/margo
-cp "$work"/etc/* /etc/margo/
-for unit in margo-agent margo-agent-poll; do        # the engine of this test
-    mkdir -p /etc/systemd/system/$unit.service.d
-    printf '[Service]\nEnvironment=CONTAINERS_CONF=%s CONTAINERS_STORAGE_CONF=%s\n' "$work/engine/containers.conf" \
-        "$work/engine/storage.conf" > /etc/systemd/system/$unit.service.d/engine.conf
-done
+configure_agent
+lend_engine margo-agent margo-agent-poll
 systemctl daemon-reload
 systemd-analyze verify margo-agent.service margo-agent-poll.service margo-agent-poll.timer
 

@@ -57,6 +57,27 @@ registries: {"$registry": {ca: site-ca.pem}}
 END
 }
 
+# install_agent: the file where README puts it, and what was prepared in /etc/margo
+install_agent() {
+    install -D -m 0755 margo_agent.py /usr/local/lib/margo/margo_agent.py
+    configure_agent
+}
+
+# configure_agent: what was prepared, in /etc/margo
+configure_agent() {
+    mkdir -p /etc/margo
+    cp "$work"/etc/* /etc/margo/
+}
+
+# lend_engine UNIT...: the engine that was prepared, to what these units start
+lend_engine() {
+    for unit in "$@"; do
+        mkdir -p "/etc/systemd/system/$unit.service.d"
+        printf '[Service]\nEnvironment=CONTAINERS_CONF=%s CONTAINERS_STORAGE_CONF=%s\n' "$work/engine/containers.conf" \
+            "$work/engine/storage.conf" > "/etc/systemd/system/$unit.service.d/engine.conf"
+    done
+}
+
 # publish GREETING: the deployment as the WFM shows it
 publish() {
     sed -e "s,localhost:5000,$registry," -e "s,value: 8080,value: 18080," -e "s,Hello from the edge,$1," \

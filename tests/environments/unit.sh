@@ -10,15 +10,9 @@ say "an engine, certificates, a WFM"
 prepare /srv/test
 
 say "the unit"
-install -D -m 0755 margo_agent.py /usr/local/lib/margo/margo_agent.py
-mkdir -p /etc/margo
-cp "$work"/etc/* /etc/margo/
+install_agent
 cp examples/margo-agent.service /etc/systemd/system/
-for unit in margo-agent podman; do                  # one engine, whoever starts it
-    mkdir -p /etc/systemd/system/$unit.service.d
-    printf '[Service]\nEnvironment=CONTAINERS_CONF=%s CONTAINERS_STORAGE_CONF=%s\n' "$work/engine/containers.conf" "$work/engine/storage.conf" \
-        > /etc/systemd/system/$unit.service.d/engine.conf
-done
+lend_engine margo-agent podman                      # one engine, whoever starts it
 for file in "$@"; do cp "$file" /etc/systemd/system/margo-agent.service.d/; done
 systemctl daemon-reload
 [ $# = 0 ] || systemctl start podman.socket
