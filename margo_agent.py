@@ -3356,6 +3356,14 @@ PULL_NOTE = 60                      # seconds between two lines of the log about
 LOG_LINES = 4000                    # of a log that are looked at for its end
 MAX_LOG = 256 * KIB                 # bytes of them
 RUNS_TOO = {"amd64": "386", "arm64": "arm"}         # what a processor usually runs beside its own
+# Where `info` of an engine has what is asked of it, and what its versions lack, beside what is not installed.
+INFO = {"podman": (("architecture", "host", "arch"), ("root", "store", "graphRoot"),
+                   ("version", "version", "Version"), ("network", "host", "networkBackend")),
+        "docker": (("architecture", "Architecture"), ("root", "DockerRootDir"), ("version", "ServerVersion"))}
+LACKS = (("podman", "4.7", "`host-gateway` is the gateway of the first network"),
+         ("podman", "4.8", "a volume's `driver_opts` have no `size`; `tmpfs` of a service has"),
+         ("docker", "20.10", "`host-gateway` fails"))
+NO_PROGRAM = "/.margo-trial"        # what a trial of docker's starts
 # An engine's words for what does not run.
 AT_REST = ("exited", "created", "initialized", "stopped", "configured")
 
@@ -3498,6 +3506,102 @@ def plan_networks(wanted, there, project):
     return new, changed + (dropped if ranged else []), [] if ranged else dropped
 
 
+# Options of `create` that a trial goes without: they need a network, or another container, or a run.
+UNTRIED = ("--(init\\Z|publish|add-host|dns|mac-address|health|no-health|restart|pid=c|ipc=c)|"
+           "--sysctl=\"?net[./]ipv[46][./](conf|neigh)[./]")
+
+
+def make_trial(service, engine):
+    """The Service of a trial, see ComposeDriver.rehearse.
+
+    Docker can only start it, so that it has a program there that no image has.  Nothing is labelled anew for
+    SELinux while another container uses it.
+    """
+    arguments = []
+    for argument in service.arguments:
+        head, _, options = argument.rpartition(":")
+        if argument.startswith("--volume=") and "/" not in options:
+            options = ",".join(option for option in options.split(",") if option not in "zZ")
+            argument = ":".join(filter(None, [head, options]))
+        if not re.match(UNTRIED, argument):
+            arguments.append(argument)
+    command = service.command
+    if engine != "podman":
+        arguments = [item for item in arguments if not item.startswith("--entrypoint=")]
+        arguments.append(f"--entrypoint={NO_PROGRAM}")
+        command = []
+    return service._replace(arguments=arguments, command=command, shares=(), hash="",
+                            networks=[Attachment("none", None, None)])
+
+
+def find_subnets(text):
+    """The subnets in create arguments of a network, a line each, or in what an engine shows of some, as JSON.
+
+    Raises ComponentError.
+    """
+    import ipaddress
+    found = []
+    for subnet in re.findall('(?im)(?:^--subnet=|"subnet": *")([^"\n]*)', text):
+        try:
+            found.append(ipaddress.ip_network(subnet, False))
+        except ValueError:
+            raise make_fault(f"networks: {make_printable(subnet, 60)!r} is no subnet") from None
+    return found
+
+
+def check_rivals(services):
+    """Raises ComponentError for a port of the host, or an address, that two services would have at a time.
+
+    Who waits for another one's end can have what that had.
+    """
+    awaited = [pair for service in services for pair in service.depends_on.items()]
+    ended = [name for name, (condition, _) in awaited if condition == "service_completed_successfully"]
+    taken = {}
+    for service in services:
+        things = list(service.ports)
+        for network, _, options in service.networks:
+            things += [("", network, option.strip("-")) for option in options or ()]
+        for address, *key in things if service.name not in ended else ():
+            rivals = taken.setdefault(tuple(key), {})
+            if address in rivals or rivals and "" in (address, *rivals):
+                raise make_fault(f"services.{service.name}: it cannot have {key[0]} {key[1]} beside service"
+                                 f" {next(iter(rivals.values()))}")
+            rivals[address] = service.name
+
+
+def ask_ports(services, known):
+    """Raises ComponentError for a port that this device cannot give, beside those that are held already.
+
+    known: as in a Job.
+    """
+    held = {tuple(port[1:]) for facts in known.values() for port in facts.get("ports", ())}
+    for service in services:
+        for address, *port in service.ports:
+            fault = tuple(port) not in held and ask_port(address, *port)
+            if fault:
+                where = f"{address or '*'}:{port[0]}/{port[1]}"
+                raise ComponentError("PORT_IN_USE", f"service {service.name} cannot have the host's port"
+                                     f" {where}: {fault}")
+
+
+def ask_port(address, number, protocol):
+    """Why nobody could listen at an address and port of this device now, in words; "" where one could."""
+    import errno
+    import socket
+    if protocol == "sctp":
+        return ""
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    try:
+        with socket.socket(family, socket.SOCK_DGRAM if protocol == "udp" else socket.SOCK_STREAM) as probe:
+            if protocol == "tcp":                   # else what was closed just now is in the way
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((address or "0.0.0.0", number))
+    except OSError as error:
+        if error.errno in (errno.EADDRINUSE, errno.EADDRNOTAVAIL):
+            return error.strerror
+    return ""
+
+
 def find_targets(service):
     """({path} at which the compose file mounts something of a name, {path} of volumes without a name)."""
     named = set(map(make_path, service.files))
@@ -3578,13 +3682,19 @@ def find_containers(deployment_id, containers, component=None, kind=None):
 
 
 def find_cause(stderr):
-    """What an engine says of a failure, without what it tried before: from its last `Error` on, else the end.
+    """What an engine says of a failure, without what it tried before: from its first `Error` on.
 
     Ids of 64 digits are cut to the 12 that the engine shows elsewhere.
     """
     starts = [match.end() for match in re.finditer(r"(?:^|\\n)(?=Error)", stderr)]      # made printable
-    start = max(starts, default=0)
+    start = min(starts, default=0)
     return re.sub(r"\b([0-9a-f]{12})[0-9a-f]{52}\b", r"\1", stderr[start:])[-1500:]
+
+
+def is_before(version, other):
+    """Whether a version is earlier than another one, such as 4.7; one that is unknown is not."""
+    first, second = ([int(number) for number in re.findall("[0-9]+", text)[:2]] for text in (version, other))
+    return bool(first) and first < second
 
 
 class ComposeDriver:
@@ -3597,6 +3707,7 @@ class ComposeDriver:
         self.engine, self.config = engine, config
         self.environ = os.environ if environ is None else environ
         self.claim = NOBODY                         # by what a container is ours, as of the last look
+        self.info = {}                              # see ask_info
         self.strangers = []                         # [Container] not ours that the last look has shown
         self.device_id, self.connection = child
         self.others = frozenset(others)             # devices whose containers are not ours, even here
@@ -3622,6 +3733,7 @@ class ComposeDriver:
         does not answer.
         """
         self.claim = claim or self.claim
+        self.info = {}
         form = "json"
         if self.engine != "podman":
             form = DOCKER_FORM % ",".join(f'"{name}":{{{{json (.Label "{name}")}}}}' for name in LABELS)
@@ -3713,14 +3825,34 @@ class ComposeDriver:
         except CommandError:
             return {}
 
+    def ask_info(self):
+        """{architecture, root, version, network: text} that the engine said of itself since the last look.
+
+        root: the folder of its images; "" for what it did not say.
+        """
+        if not self.info:
+            podman = self.engine == "podman"
+            told = self.ask([self.engine, "info", "--format=" + ("json" if podman else "{{json .}}")])
+            for name, *path in INFO[self.engine]:
+                part = told
+                for key in path:
+                    part = part.get(key) or {}
+                self.info[name] = part or ""
+        return self.info
+
     def list_lacks(self):
-        """What podman's own helpers lack here, in words.
+        """What the engine lacks by its version, and podman's own helpers here, in words.
 
         ([why applications with a network fail or do not find each other], [why others fail]).
         """
-        if self.engine != "podman" or self.remote or self.ask(
-                ["podman", "info", "--format=json"]).get("host", {}).get("networkBackend") != "netavark":
-            return [], []
+        notes = [f"{self.engine} before {version}: {words}" for engine, version, words in LACKS
+                 if engine == self.engine and is_before(self.ask_info()["version"], version)]
+        network = self.ask_info().get("network")
+        if network == "cni":
+            return ["podman has its networks from CNI: services do not find each other by name; install"
+                    " netavark and aardvark-dns"], notes
+        if network != "netavark" or self.remote:
+            return [], notes
         everywhere = {"PATH": os.pathsep.join([*HELPER_FOLDERS, *list_folders(self.environ)])}
         wanted = self.environ.get("NETAVARK_FW")
         backend = find_program("netavark", everywhere)
@@ -3731,8 +3863,9 @@ class ComposeDriver:
         words = {"aardvark-dns": "services do not find each other by name"}
         lacks = [f"{name} is not installed: {words.get(name, 'applications with a network fail')}"
                  for name in programs if not find_program(name, everywhere)]
-        init = find_program("catatonit", everywhere)
-        return lacks, [] if init else ["catatonit is not installed: `init: true` fails"]
+        if not find_program("catatonit", everywhere):
+            notes.append("catatonit is not installed: `init: true` fails")
+        return lacks, notes
 
     def resolve(self, workload, timeout, again=False, fetched=None, images=None):
         """The compose file read, checked and resolved, the images pulled.
@@ -3768,9 +3901,8 @@ class ComposeDriver:
         Raises ComponentError for an image that cannot run here, or lacks a health check that is awaited: both
         are found out before anything stops (K5, K18).
         """
-        form = "{{.Host.Arch}}" if self.engine == "podman" else "{{.Architecture}}"
-        words = self.run(["info", f"--format={form}"], 60).stdout.decode("utf-8", "replace").strip()
-        own = ARCHITECTURES.get(words, words)
+        own = self.ask_info()["architecture"]
+        own = ARCHITECTURES.get(own, own)
         checked = set()
         result = []
         for service in services:
@@ -3822,11 +3954,6 @@ class ComposeDriver:
             if self.remote and (service.files or any(mount.found for mount in service.mounts)):
                 raise make_fault(f"{where}: configs, secrets and bind mounts are files of the gateway, which"
                                  " a child device does not see")
-            for argument in () if self.remote else service.arguments:
-                option, _, path = argument.split(":")[0].partition("=")
-                # Docker would find that out when the old container is gone.
-                if option == "--device" and path.startswith("/") and not os.path.exists(path):
-                    raise make_fault(f"{where}.devices: this device has no {make_printable(path, 200)}")
             taken = [name for name in find_handed(service.environment) if name in self.environ]
             if taken:
                 raise make_fault(f"{where}.environment.{taken[0]}: the agent has a variable of this name, so"
@@ -3891,8 +4018,7 @@ class ComposeDriver:
         """
         if self.remote:
             return ""
-        form = "{{.Store.GraphRoot}}" if self.engine == "podman" else "{{.DockerRootDir}}"
-        root = self.run(["info", f"--format={form}"], 60).stdout.decode("utf-8", "replace").strip()
+        root = self.ask_info()["root"]
         if not os.path.isdir(root):
             return ""
         check_space(root, 0, f"image {image}")
@@ -3955,6 +4081,9 @@ class ComposeDriver:
         runs = {container.id for container in present if container.state == "running"}
         volumes = self.look_at_volumes(known, present)
         job = Job(workload, project, os.path.dirname(workload.folder), known, deadline, {}, runs, volumes)
+        check_rivals(project.services)
+        if not self.remote and runs <= {facts.get("id") for facts in known.values()}:   # else who holds what?
+            ask_ports(project.services, known)
         finished = self.carry_through(job, present)
         started = {container.id: container.started for container in self.look_up(workload)}
         seen = self.inspect(job.current.values())
@@ -3976,7 +4105,7 @@ class ComposeDriver:
         """The Output of a command that has to succeed; its words may hold values of parameters."""
         output = self.run(arguments, job.deadline - time.monotonic(), more=more)
         if output.code:
-            words = mask(output.stderr, job.workload.parameters.values())[-1500:]
+            words = mask(find_cause(output.stderr), job.workload.parameters.values())
             raise ComponentError("INSTALL_FAILED", f"{self.engine} {arguments[0]} failed: {words}")
         return output
 
@@ -3997,6 +4126,11 @@ class ComposeDriver:
         first = self.ask_free(first, job.project.networks, leaving)
         job.current.update({name: container.id for name, container in changes.kept.items()})
         names = {name: container.name for name, container in changes.kept.items()}
+        self.create_shared(job, "volume", job.project.volumes)
+        self.try_networks(job, new, first)
+        if any(container.state not in AT_REST for container in leaving):
+            for service in changes.making:
+                self.rehearse(service, job)
         if not first:
             self.create_all(job, new, changes.making, leaving, names)
         try:
@@ -4056,10 +4190,28 @@ class ComposeDriver:
                 free.append(name)
         return free
 
+    def try_networks(self, job, new, first):
+        """Raises ComponentError for a network that could not be made once the first have gone (K23).
+
+        It is made by another name and removed again, unless it may want addresses that those have still.
+        """
+        going = make_json([facts for _, _, facts in self.inspect_names("network", first)]).decode()
+        for name, arguments in new.items() if first else ():
+            subnets = find_subnets("\n".join(arguments))
+            meets = [one for one in subnets if any(map(one.overlaps, find_subnets(going)))]
+            if subnets and not meets:
+                self.carry_out(job, ["network", "create", *arguments, f"{name}-try"])
+                self.carry_out(job, ["network", "rm", f"{name}-try"])
+
     def create_shared(self, job, kind, items):
         """Networks or volumes that are not there yet; items: {name: create arguments, or None}."""
         for name, arguments in items.items():
-            if arguments is not None and not self.inspect_names(kind, [name]):
+            there = [] if arguments is None else self.inspect_names(kind, [name])
+            for _, _, facts in there:
+                kept = (facts.get("options") or {}).get("type", "") == "tmpfs"
+                if kind == "volume" and kept != ("--opt=type=tmpfs" in arguments):
+                    log("warning", "a volume is there with other driver_opts, and stays so", volume=name)
+            if arguments is not None and not there:
                 self.carry_out(job, [kind, "create"] + arguments + [name])
 
     def ask_external(self, project, services):
@@ -4091,7 +4243,6 @@ class ComposeDriver:
         name} of containers that are kept.  Nothing is stopped yet, so that this is no part of the outage.
         """
         self.create_shared(job, "network", networks)
-        self.create_shared(job, "volume", job.project.volumes)
         held = {container.name: container.id for container in leaving}
         for service in services:
             name = make_container_name(job.workload.project, service.name)
@@ -4134,6 +4285,29 @@ class ComposeDriver:
             self.carry_out(job, ["network", "connect"] + aliases + addresses + [network, name])
         return words[-1] if words else name
 
+    def rehearse(self, service, job):
+        """Raises ComponentError for what an engine finds out only when a container starts (K23).
+
+        One of the same settings, without a network, is brought to where its program would run: its user and
+        folders, devices, limits and the program are there by then, or not, while all that runs goes on.  What
+        ran here before need not be tried, nor what another service may have to lay out first in a volume.
+        """
+        others = [item for item in job.project.services if item != service]
+        mounts = [mount for item in others for mount in item.mounts]
+        written = {mount.source for mount in mounts if mount.source and "ro" not in mount.options}
+        known = job.known.get(service.name, {}).get("hash") == service.hash
+        if known or not written.isdisjoint(mount.source for mount in service.mounts):
+            return
+        name = make_container_name(job.workload.project, service.name) + f"-try-{os.urandom(4).hex()}"
+        container_id = self.create(make_trial(service, self.engine), job, name)
+        output = self.run(["init" if self.engine == "podman" else "start", container_id],
+                          job.deadline - time.monotonic())
+        self.run(["rm", "--force", container_id], 60, "REMOVE_FAILED")
+        if output.code and NO_PROGRAM not in output.stderr:     # else nothing lacks but that
+            words = mask(find_cause(output.stderr), job.workload.parameters.values())
+            raise ComponentError("INSTALL_FAILED",
+                                 f"service {service.name} could not be started: {self.engine}: {words}")
+
     def prepare_options(self, service, job):
         """The options of `create` for a service; its files are written, and its volumes made."""
         project = job.workload.project
@@ -4161,8 +4335,7 @@ class ComposeDriver:
 
     def ask_gateway(self, network):
         """The host's address as a container in this network sees it; from 4.7 on podman knows it itself."""
-        version = self.run(["info", "--format={{.Version.Version}}"], 60, "INSTALL_FAILED").stdout.decode()
-        if [int(number) for number in re.findall("[0-9]+", version)[:2]] >= [4, 7]:
+        if not is_before(self.ask_info()["version"], "4.7"):
             return "host-gateway"
         form = "--format={{range .Subnets}}{{.Gateway}} {{end}}"
         gateways = self.run(["network", "inspect", form, network], 60).stdout.decode().split()
@@ -5598,8 +5771,6 @@ def check_logging(where, logging, engine):
     for name in options:
         if name not in LOG_OPTIONS:
             deny(f"{where}.options.{make_printable(name, 60)}", f"only {', '.join(LOG_OPTIONS)} are allowed")
-    if engine == "podman" and driver != "journald" and "tag" in options:
-        raise make_fault(f"{where}.options.tag: podman takes it for the driver journald alone")
 
 
 def check_mount(where, mount, policy, folder):
