@@ -3356,10 +3356,7 @@ PULL_NOTE = 60                      # seconds between two lines of the log about
 LOG_LINES = 4000                    # of a log that are looked at for its end
 MAX_LOG = 256 * KIB                 # bytes of them
 RUNS_TOO = {"amd64": "386", "arm64": "arm"}         # what a processor usually runs beside its own
-# Where `info` of an engine has what is asked of it, and what its versions lack, beside what is not installed.
-INFO = {"podman": (("architecture", "host", "arch"), ("root", "store", "graphRoot"),
-                   ("version", "version", "Version"), ("network", "host", "networkBackend")),
-        "docker": (("architecture", "Architecture"), ("root", "DockerRootDir"), ("version", "ServerVersion"))}
+# What versions of an engine lack.
 LACKS = (("podman", "4.7", "`host-gateway` is the gateway of the first network"),
          ("podman", "4.8", "a volume's `driver_opts` have no `size`; `tmpfs` of a service has"),
          ("docker", "20.10", "`host-gateway` fails"))
@@ -3826,18 +3823,17 @@ class ComposeDriver:
             return {}
 
     def ask_info(self):
-        """{architecture, root, version, network: text} that the engine said of itself since the last look.
+        """{architecture, root, version, network: text} that the engine has said since the last look.
 
-        root: the folder of its images; "" for what it did not say.
+        root: the folder of its images; "" for what it does not say.
         """
         if not self.info:
-            podman = self.engine == "podman"
-            told = self.ask([self.engine, "info", "--format=" + ("json" if podman else "{{json .}}")])
-            for name, *path in INFO[self.engine]:
-                part = told
-                for key in path:
-                    part = part.get(key) or {}
-                self.info[name] = part or ""
+            told = self.ask([self.engine, "info", "--format={{json .}}"])
+            host, store, version = (told.get(key) or {} for key in ("host", "store", "version"))
+            self.info = {"architecture": host.get("arch") or told.get("Architecture", ""),
+                         "root": store.get("graphRoot") or told.get("DockerRootDir", ""),
+                         "version": version.get("Version") or told.get("ServerVersion", ""),
+                         "network": host.get("networkBackend", "")}
         return self.info
 
     def list_lacks(self):
@@ -3847,7 +3843,7 @@ class ComposeDriver:
         """
         notes = [f"{self.engine} before {version}: {words}" for engine, version, words in LACKS
                  if engine == self.engine and is_before(self.ask_info()["version"], version)]
-        network = self.ask_info().get("network")
+        network = self.ask_info()["network"]
         if network == "cni":
             return ["podman has its networks from CNI: services do not find each other by name; install"
                     " netavark and aardvark-dns"], notes

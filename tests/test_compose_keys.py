@@ -218,12 +218,12 @@ class OnPodman(unittest.TestCase):
         self.assertEqual(json.loads(self.engine.podman("volume", "inspect", f"{PROJECT}_data"))[0]["Labels"]["com.example.v"], "1")
 
 
-    def apply(self, **document):
-        """A deployment of another name, by the driver alone."""
+    def apply(self, known=None, **document):
+        """A deployment of another name, by the driver alone; what it returns."""
         folder = support.make_folder(self)
         support.write(os.path.join(folder, "archive", "compose.yaml"), json.dumps(document))
         workload = margo_agent.Workload("2" + HELLO[1:], "web", "refusals", os.path.join(folder, "archive"), {}, {}, True, owner="x#x")
-        return self.driver.apply(self.driver.resolve(workload, 60), [], {}, time.monotonic() + 120)
+        return self.driver.apply(self.driver.resolve(workload, 60), [], known or {}, time.monotonic() + 120)
 
     def look(self):
         """[(id, since when it runs)] of what runs of that deployment."""
@@ -232,7 +232,7 @@ class OnPodman(unittest.TestCase):
 
     def test_what_the_engine_will_refuse_is_found_out_before_anything_stops(self):
         """K23: with what only a start would show, and networks that are made anew."""
-        self.apply(services={"main": sleep(init=True)})
+        known = self.apply(services={"main": sleep(init=True)})
         before, subnet = self.look(), f"{self.subnet}.0/25"
         with socket.socket() as taken:
             taken.bind(("127.0.0.1", 0))
@@ -246,9 +246,9 @@ class OnPodman(unittest.TestCase):
             for settings, members, words in cases:
                 with self.subTest(settings=settings, members=members):
                     with self.assertRaisesRegex(margo_agent.ComponentError, words):
-                        self.apply(services={"main": sleep(init=True, **settings)}, **members)
+                        self.apply(known, services={"main": sleep(init=True, **settings)}, **members)
                     self.assertEqual(self.look(), before)
-        self.apply(services={"main": sleep(init=True, user="0:0", working_dir="/tmp")})
+        self.apply(known, services={"main": sleep(init=True, user="0:0", working_dir="/tmp")})
         self.assertEqual(len(self.look()), 1)
         self.assertNotEqual(self.look(), before)
 
