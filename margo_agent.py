@@ -4685,20 +4685,24 @@ def interpolate(text, variables, where, depth=0):
 
 
 def find_brace(text, position, variables, where):
-    """The closing brace of a `${…` whose inside starts at `position`.
+    """The closing brace of a `${…` whose inside starts at `position`, on the same line, as compose finds it.
 
-    Braces inside come in pairs, or else only those of a `${` do.  What is looked through is spent, too:
-    many could look through each other.
+    Each brace that opens inside is closed there, but of two in a row one counts.  Where they do not come in
+    pairs it is the last of the line.  What is looked through is spent: many could look through each other.
     """
-    for opening in (r"\{", r"\$\{"):
-        depth = 0
-        for match in re.compile(opening + "|}").finditer(text, position):
-            depth += 1 if match.group() != "}" else -1
-            if depth < 0:
-                variables.spend(match.start() - position, where)
-                return match.start()
-        variables.spend(len(text) - position, where)
-    raise make_fault(f"{where}: a ${{ that is not closed")
+    end = text.find("\n", position)
+    end = len(text) if end < 0 else end
+    depth = 1
+    for match in re.compile(r"\{.?|}").finditer(text, position, end):
+        depth += -1 if match.group() == "}" else 1
+        if not depth:
+            end = match.end()
+            break
+    variables.spend(end - position, where)
+    last = text.rfind("}", position, end)
+    if last < 0:
+        raise make_fault(f"{where}: a ${{ that is not closed on its line")
+    return last
 
 
 def interpolate_all(value, variables, where=""):
@@ -4719,10 +4723,13 @@ def make_names(value, where):
     return names
 
 
-# A name, and perhaps = or : and a value in quotes or without.
-ENV_LINE = (r"(?:export[ \t]+)?([\w.-]+)[ \t]*"
-            r"(?:[=:](?:[ \t]*(?:'([^'\\]*(?:\\.[^'\\]*)*)'|\"([^\"\\]*(?:\\.[^\"\\]*)*)\")|"
-            r"(?![ \t]*['\"])([^\n]*)))?[ \t]*(?:#[^\n]*)?(?:\n|\Z)")
+# A name, and perhaps = or : and a value in quotes, or all that stands on the line.
+ENV_LINE = (r"(?:export[ \t]+)?([\w.-]+)[ \t\r]*(?:[=:](?:"
+            r"[ \t]*(?:'([^'\\]*(?:\\.[^'\\]*)*)'|\"([^\"\\]*(?:\\.[^\"\\]*)*)\")[ \t\r]*(?:#[^\n]*)?|"
+            r"(?![ \t]*['\"])([^\n]*)))?(?:\n|\Z)")
+BLANKS = " \t\v\f\r\x85\xa0"
+ENV_ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "a": "\a", "b": "\b", "f": "\f", "v": "\v", '"': '"',
+               "\\": "\\", "$": "$$"}
 
 
 def parse_env_file(text, variables, where):
@@ -4731,10 +4738,9 @@ def parse_env_file(text, variables, where):
     A value may name the variables, and those of earlier lines.  A name alone takes the variable's value.
     """
     result = {}
-    text = text.replace("\r\n", "\n").lstrip("\ufeff")
     variables.spend(len(text), where)
     variables.maps.append(result)
-    for match in re.finditer(rf"\s+|#[^\n]*|{ENV_LINE}|(.)", text, re.S):
+    for match in re.finditer(rf"\s+|#[^\n]*|{ENV_LINE}|(.)", text.lstrip("\ufeff"), re.S):
         name, single, double, plain, odd = match.groups()
         if odd:
             number = text.count("\n", 0, match.start()) + 1
@@ -4742,7 +4748,8 @@ def parse_env_file(text, variables, where):
         if single is not None:
             result[name] = single.replace("\\'", "'")
         elif double is not None or plain is not None:
-            raw = unescape_double(double) if plain is None else re.split(r"\s#", plain, maxsplit=1)[0].strip()
+            # what begins with # is no comment there
+            raw = unescape_double(double) if plain is None else plain.lstrip(BLANKS).partition(" #")[0].rstrip()
             result[name] = interpolate(raw, variables, f"{where}, {name}")
         elif name in variables:
             result[name] = variables[name]
@@ -4752,8 +4759,7 @@ def parse_env_file(text, variables, where):
 
 def unescape_double(text):
     """What stands in double quotes of an env file, ready to be interpolated."""
-    escapes = {"n": "\n", "t": "\t", "r": "\r", '"': '"', "\\": "\\", "$": "$$"}
-    return re.sub(r"\\(.)", lambda match: escapes.get(match.group(1), match.group(0)), text, flags=re.S)
+    return re.sub(r"\\(.)", lambda match: ENV_ESCAPES.get(match.group(1), match.group(0)), text, flags=re.S)
 
 
 # Readers: each takes a value and its place, and returns what is meant or raises ComponentError of the place.
