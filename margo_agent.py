@@ -4749,7 +4749,10 @@ def parse_env_file(text, variables, where):
             result[name] = single.replace("\\'", "'")
         elif double is not None or plain is not None:
             # what begins with # is no comment there
-            raw = unescape_double(double) if plain is None else plain.lstrip(BLANKS).partition(" #")[0].rstrip()
+            if plain is None:
+                raw = unescape_double(double)
+            else:
+                raw = plain.lstrip(BLANKS).partition(" #")[0].rstrip()
             result[name] = interpolate(raw, variables, f"{where}, {name}")
         elif name in variables:
             result[name] = variables[name]
