@@ -4901,12 +4901,13 @@ ENV_ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "a": "\a", "b": "\b", "f": "\f",
                "\\": "\\", "$": "$$"}
 
 
-def parse_env_file(text, variables, where):
+def parse_env_file(text, variables, where, earlier=None):
     """An env file to {NAME: text}: `NAME=value` or `NAME: value`, `export`, comments, and quotes.
 
-    A value may name the variables, and those of earlier lines.  A name alone takes the variable's value.
+    A value may name the variables, and those of earlier lines and files.  A name alone takes the variable's
+    value.  earlier: {NAME: text} of the files before, to which this one's are added.
     """
-    result = {}
+    result = {} if earlier is None else earlier
     variables.spend(len(text), where)
     variables.maps.append(result)
     for match in re.finditer(rf"\s+|#[^\n]*|{ENV_LINE}|(.)", text.lstrip("\ufeff"), re.S):
@@ -5046,6 +5047,7 @@ def to_hosts(value, where):
         pairs = sorted(value.items())
     else:
         pairs = [re.match("([^=:]*)[=:]?(.*)", item, re.S).groups() for item in to_list(value, where)]
+        pairs = [(name, text.split(",")) for name, text in pairs]
     return [f"{name}:{text.strip('[]')}" for name, item in pairs for text in to_list(item, f"{where}.{name}")]
 
 
@@ -5075,9 +5077,9 @@ def to_namespace(*words):
 def to_test(value, where):
     """`test` of a health check as [CMD, word …], [CMD-SHELL, text] or [NONE]."""
     words = to_list(value, where)
-    if not isinstance(value, list) and value != "NONE":
+    if not isinstance(value, list):
         words = ["CMD-SHELL"] + words
-    if not (words == ["NONE"] or words[:1] == ["CMD"] != words or words[:-1] == ["CMD-SHELL"]):
+    if words != ["NONE"] and (words[:1] != ["CMD"] and words[:-1] != ["CMD-SHELL"] or not "".join(words[1:])):
         raise make_fault(f"{where}: expected a text, [CMD, …], [CMD-SHELL, text] or [NONE]")
     return words
 
@@ -5119,6 +5121,13 @@ def to_limit(item, where):
     """One of `ulimits`: SOFT:HARD, or one number for both."""
     text = f"{item.soft}:{item.hard}" if isinstance(item, Settings) else item
     return to_form("-?[0-9]+(:-?[0-9]+)?", "a limit, or soft and hard")(text, where)
+
+
+def to_device(item, where):
+    """One of `devices` as HOST[:CONTAINER[:RIGHTS]]."""
+    if isinstance(item, Settings):
+        item = ":".join(filter(None, [item.source, item.target, item.permissions]))
+    return to_text(item, where)
 
 
 def to_source(item, where):
@@ -5212,7 +5221,8 @@ SERVICE_OPTIONS = dict(
     **make_form(to_size, "mem_limit memswap_limit mem_reservation shm_size"),
     **make_form(to_number, "mem_swappiness oom_score_adj cpus cpu_period cpu_quota cpu_shares pids_limit"),
     **make_form(to_flag, "init read_only privileged tty stdin_open"),
-    **make_form(to_list, "cap_add cap_drop devices device_cgroup_rules security_opt group_add dns dns_opt"),
+    **make_form(to_list, "cap_add cap_drop device_cgroup_rules security_opt group_add dns dns_opt"),
+    devices=[(make_form(to_text, "source target permissions"), to_device)],
     pid=to_namespace("private", "host"), ipc=to_namespace("private", "shareable", "none", "host"),
     userns_mode=to_form("|host|auto|nomap|keep-id(:[a-z]+=[0-9]+(,[a-z]+=[0-9]+)*)?",
                         "host, auto, nomap or keep-id"),
@@ -5265,7 +5275,7 @@ NETWORK_FORM = make_form(
     ipam={"driver": to_form("default", "supported; only default is"),
           "config": [make_form(to_text, "subnet gateway ip_range")]})
 VOLUME_FORM = {"name": to_text, "external": to_external, "labels": to_labels, "driver_opts": to_values,
-               "driver": to_form("local", "supported; only local is")}
+               "driver": to_form("|local", "supported; only local is")}
 FILE_FORM = {"name": to_text, "version": to_text, "services": {None: SERVICE_FORM},
              "networks": {None: NETWORK_FORM}, "volumes": {None: VOLUME_FORM}, "configs": CONTENT_FORM,
              "secrets": CONTENT_FORM}
@@ -5659,19 +5669,22 @@ def find_shared(service):
 def make_environment(service, reading, where):
     """The environment of a container: env files, then `environment`, then the device's own (C-185).
 
-    In `environment` a name alone takes the parameter of its name.
+    In `environment` a name alone takes the parameter of its name, and where there is none the container gets
+    none.  A value in an env file may name those of `environment`, which stand above its own.
     """
+    variables = reading.variables
+    given = {name: variables.get(name) if text is None else text
+             for name, text in (service.environment or {}).items()}
+    variables.maps.append({name: text for name, text in given.items() if text is not None})
     environment = {}
     for item in service.env_file:
         path = item.path or ""
         found = reading.folder.look(path)
         if item.required is not False or found.kind or not found.own:
-            environment.update(parse_env_file(read_inside(reading.folder, path, f"{where}.env_file"),
-                                              reading.variables, path))
-    given = {name: reading.variables.get(name) if text is None else text
-             for name, text in (service.environment or {}).items()}
-    environment.update({name: text for name, text in given.items() if text is not None},
-                       **reading.workload.environment)
+            parse_env_file(read_inside(reading.folder, path, f"{where}.env_file"), variables, path, environment)
+    variables.maps.pop()
+    environment.update(given, **reading.workload.environment)
+    environment = {name: text for name, text in environment.items() if text is not None}
     for name, text in environment.items():
         check_variable(name, to_text(text, f"{where}.environment.{make_printable(name, 60)}"),
                        f"{where}.environment")

@@ -602,6 +602,7 @@ class ServiceKeys(FileCase):
             ({"healthcheck": {"test": []}}, {}, "services.main.healthcheck"),
             ({"healthcheck": {"test": ["CMD-SHELL", "a", "b"]}}, {}, "services.main.healthcheck"),
             ({"healthcheck": {"test": ["NONE", "a"]}}, {}, "services.main.healthcheck"),
+            ({"healthcheck": {"test": ""}}, {}, "services.main.healthcheck"), ({"healthcheck": {"test": ["CMD-SHELL", ""]}}, {}, "services.main.healthcheck"),
             ({"command": {}}, {}, "services.main.command"), ({"command": [None]}, {}, "services.main.command"),
             ({"command": "a\0b"}, {}, "services.main.command"), ({"hostname": "a\0b"}, {}, "services.main.hostname"),
             ({"labels": {"a": "b\0"}}, {}, "services.main.labels"),
@@ -1105,7 +1106,7 @@ class Shared(FileCase):
                 ({"logging": {"options": {"max-size": "1m,path=/etc/cron.d/x"}}}, "--log-opt", "max-size=1m,path=/etc/cron.d/x"),
                 ({"logging": {"options": {"labels": "a,b"}}}, "--log-opt", "labels=a,b"),
                 ({"sysctls": {"net.a": "1\n2,x=3"}}, "--sysctl", "net.a=1\n2,x=3"),
-                ({"extra_hosts": ["a:10.0.0.1,b:10.0.0.2"]}, "--add-host", "a:10.0.0.1,b:10.0.0.2")):
+                ({"extra_hosts": {"a": "10.0.0.1,b:10.0.0.2"}}, "--add-host", "a:10.0.0.1,b:10.0.0.2")):
             with self.subTest(keys=keys):
                 self.assertIn(f"{option}={value}", self.settle(make_document(keys), engine="docker").services[0].arguments)
                 found = [argument[len(option) + 1:] for argument in self.settle_service(keys).arguments
