@@ -109,7 +109,7 @@ CHANGES = ("install", "update")     # verbs of a plan that make a version run
 RETRY_FIRST, RETRY_CAP = 30, 3600   # seconds between attempts at a failed deployment
 REPAIRS = 5                         # repairs within RETRY_CAP before pauses between them grow, too
 HISTORY = 20                        # accepted desired states that `history` tells of
-MAX_NAMED = 100                     # workloads of other owners that `status` names
+MAX_NAMED = 100                     # things of one kind that are named in `status` or the log
 BACKOFF_FIRST, BACKOFF_CAP = 1, 900  # seconds between attempts at a WFM that cannot be reached
 STOP_GRACE = 20                     # seconds for the current step once the process is asked to end
 STOP_LIMIT = 90                     # seconds until a cycle that was asked to end is killed by its parent
@@ -6569,15 +6569,28 @@ def get_temporary(state_dir, environ):
     return {"TMPDIR": os.path.join(state_dir, "tmp")} if os.geteuid() == 0 or os.path.isdir(runtime) else {}
 
 
+def make_limiter(limits):
+    """A function that bounds the process which calls it, by {a name of `resource`: the most}."""
+    import resource
+    kinds = {getattr(resource, name): most for name, most in limits.items()}
+
+    def limit():
+        for kind, most in kinds.items():
+            hard = resource.getrlimit(kind)[1]
+            most = most if hard < 0 else min(most, hard)
+            resource.setrlimit(kind, (most, most))
+    return limit
+
+
 def run_command(argv, timeout, env=None, cwd=None, limit=MAX_OUTPUT, data=b"", files=(), ends=False,
-                watch=None):
+                watch=None, limits=None):
     """The one door to other programs: Output(exit code, stdout bytes, the end of stderr as printable text).
 
     argv: list, never a shell.  The program runs in a process group of its own, which is killed whole after
     `timeout` seconds or when it prints more than `limit` bytes; ends: of more, the end of each stream is
     kept instead.  `data` is all that it reads, `files` are descriptors that it gets, too.  watch: a function
-    that is called time and again meanwhile.  A non-zero exit code is an answer.  Raises CommandMissing,
-    CommandTimeout, CommandError.
+    that is called time and again meanwhile.  limits: what it and each that it starts may take; see
+    make_limiter.  A non-zero exit code is an answer.  Raises CommandMissing, CommandTimeout, CommandError.
     """
     import subprocess
     try:
@@ -6585,7 +6598,8 @@ def run_command(argv, timeout, env=None, cwd=None, limit=MAX_OUTPUT, data=b"", f
                                    stdout=subprocess.PIPE,
                                    stderr=subprocess.PIPE,
                                    env=get_command_environment(os.environ if env is None else env), cwd=cwd,
-                                   start_new_session=True, pass_fds=files)
+                                   start_new_session=True, pass_fds=files,
+                                   preexec_fn=limits and make_limiter(limits))
     except FileNotFoundError:
         needed = NEEDED_BY.get(os.path.basename(argv[0]), "correct the setting that names it")
         raise CommandMissing(f"{argv[0]} is not installed, or not on PATH; {needed}") from None
@@ -6635,7 +6649,7 @@ def serve_pipes(process, data, timeout, limit, ends, watch):
             if ends:
                 del heard[pipe][:-limit // 2]
         if sum(map(len, heard.values())) > limit:
-            raise CommandError(f"{process.args[0]} printed more than {limit} bytes")
+            raise CommandError(f"{process.args[0]} printed more than {limit} bytes", "TOO_MUCH")
         if ended and not ready:
             break
         if watch:
@@ -9995,6 +10009,9 @@ FETCHERS["https"] = fetch_older
 
 PUSH_ATTEMPTS = 5                   # how often a status is put on top of what others pushed meanwhile
 MAX_PACKS = 50                      # fetches after which the copy of a repository is begun anew (P-21)
+MAX_PATH = 4096                     # characters of a path, as of a file system's
+MAX_LISTING = 16 * MIB              # that git may print, of a commit some 200,000 paths
+GIT_MEMORY = 16 * MIB               # for each git, beside what it needs for its objects
 
 BRANCH_PATTERN = (r"(?!.*(\.\.|\.(lock)?(/|$)))[A-Za-z0-9_][A-Za-z0-9_.+@-]*"       # as git allows it
                   r"(/[A-Za-z0-9_+@][A-Za-z0-9_.+@-]*)*")
@@ -10076,11 +10093,14 @@ class GitSource:
         self.secret = save_secret(header) if header else None
         self.heads, self.reporter = {}, None
 
-    def git(self, command, *arguments, timeout=60, codes=(0,), env=None, **options):
+    def git(self, command, *arguments, timeout=60, codes=(0,), env=None, limit=MAX_LISTING, **options):
         """One git command on the repository: its Output.
 
-        Raises CommandError unless it ends with one of `codes` (None: any).
+        It has bounds of memory and of what it writes, and raises Refused where it wants more than these or
+        prints more than `limit` bytes.  Raises CommandError unless it ends with one of `codes` (None: any).
         """
+        most = GIT_MEMORY + self.config.policy.max_unpacked // DOCUMENTS
+        bounds = {"RLIMIT_DATA": most, "RLIMIT_FSIZE": self.config.policy.max_unpacked}
         folder = self.repository
         if command == "ls-remote":
             folder = os.path.join(self.home, "none")                    # what is spoilt stops no poll (P-14)
@@ -10091,14 +10111,26 @@ class GitSource:
             for number in files:
                 command_line += ["-c", f"include.path=/proc/self/fd/{number}"]
             output = run_command([*command_line, command, *arguments], timeout, env or self.env, self.home,
-                                 files=files, **options)
+                                 limit, files=files, limits=bounds, **options)
         except CommandMissing as error:
             raise ConfigError(error.message) from None
+        except CommandError as error:
+            if error.code == "TOO_MUCH":
+                self.refuse(command, f"prints more than {limit} bytes")
+            raise
         finally:
             os.umask(before)
+        # git has no code of its own for it, nor other words in any language but this one (LC_ALL)
+        if output.code and re.search("[Oo]ut of memory", output.stderr):
+            self.refuse(command, f"takes more than {most} bytes of memory")
         if codes and output.code not in codes:
             raise CommandError(f"git {command}: {output.stderr or f'exit code {output.code}'}")
         return output
+
+    def refuse(self, command, words):
+        """Raises Refused for a git command that wants more than it may have."""
+        raise Refused(f"{self.url}: git {command} {words}, all that it may; keep less in the repository, set"
+                      " git.path, or see policy.max_unpacked") from None
 
     def fetch_head(self, ref):
         """The commit at which a ref stands at the server now, None where there is none; no object is fetched.
@@ -10149,7 +10181,7 @@ class GitSource:
             return None
         base = accepted["version"] if accepted else None
         head, (entries, documents, ignored) = self.work(lambda: self.fetch_files(base))
-        for name in ignored:
+        for name in ignored[:MAX_NAMED]:
             log("info", "ignored: not an ApplicationDeployment", name=name)
         new = {digest: data for digest, data in documents.items() if load_artifact(digest) is None}
         return Desired(head, None, sha256_digest(head.encode()), entries, new)
@@ -10222,18 +10254,16 @@ class GitSource:
         """
         limit = self.config.policy.max_unpacked
         packs = os.path.join(self.repository, "objects", "pack")
-        before = limit_files(limit)
         try:
             output = self.git("fetch", "--quiet", "--no-tags", "--no-recurse-submodules", *options, "--",
-                              self.url, refspec,
-                              timeout=PULL_TIMEOUT, codes=None)
-        finally:
-            limit_files(before)
-        paths = [os.path.join(packs, name) for name in os.listdir(packs)] if os.path.isdir(packs) else []
-        if output.code and max(map(os.path.getsize, paths), default=0) >= limit:
-            remove_folder(self.repository)
-            raise Refused(f"{self.url}: more than {limit} bytes to fetch; keep large files elsewhere, or see"
-                          " policy.max_unpacked")
+                              self.url, refspec, timeout=PULL_TIMEOUT, codes=None)
+            paths = [os.path.join(packs, name) for name in os.listdir(packs)] if os.path.isdir(packs) else []
+            if output.code and max(map(os.path.getsize, paths), default=0) >= limit:
+                raise Refused(f"{self.url}: more than {limit} bytes to fetch; keep large files elsewhere, or"
+                              " see policy.max_unpacked")
+        except Refused:
+            remove_folder(self.repository)          # with the piece of a pack that it left
+            raise
         if output.code not in codes:
             raise CommandError(f"git fetch: {output.stderr}")
 
@@ -10268,12 +10298,12 @@ class GitSource:
         if self.config.git.path and not listing:
             raise Refused(f"commit {head} has no folder {self.config.git.path}; nothing is removed for that")
         blobs, ignored = find_blobs(listing, policy.max_document)
-        for name in ignored:
+        for name in ignored[:MAX_NAMED]:
             log("info", "ignored: not a file", name=name)
         total = sum(size for _, _, size in blobs)
-        if len(blobs) > MAX_DEPLOYMENTS or total > policy.max_unpacked // DOCUMENTS:
+        if total > policy.max_unpacked // DOCUMENTS:
             raise Refused(f"commit {head} refused: {len(blobs)} documents of {total} bytes are more than"
-                          f" {MAX_DEPLOYMENTS} or 1/{DOCUMENTS} of policy.max_unpacked")
+                          f" 1/{DOCUMENTS} of policy.max_unpacked")
         found = parse_files(self.read_blobs(blobs))
         suspects = find_suspects(self.list_tree(base), listing, {*found[2]}) if base else []
         for name, data in self.read_blobs(suspects):
@@ -10366,7 +10396,7 @@ class GitSource:
         if base:
             if not self.has(base):
                 self.fetch(f"+{ref}:refs/margo/status", "--depth=1")
-            found = self.git("cat-file", "blob", f"{base}:{path}", codes=(0, 128), limit=MAX_OUTPUT)
+            found = self.git("cat-file", "blob", f"{base}:{path}", codes=(0, 128))
             old = None if found.code else found.stdout
             parent = [b"from " + base.encode()]
         if old == content:
@@ -10380,17 +10410,6 @@ class GitSource:
         stream += parent + change + [b"get-mark :1", b"done", b""]
         made = self.git("fast-import", "--quiet", "--force", "--done", data=b"\n".join(stream))
         return made.stdout.decode().strip()
-
-
-def limit_files(size):
-    """How large a file may become that this process or one that it starts writes, -1: as large as it likes.
-
-    Returns what held before.
-    """
-    import resource
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size if hard < 0 or 0 <= size < hard else hard, hard))
-    return soft
 
 
 def ask_ssh(address, timeout):
@@ -10440,6 +10459,13 @@ GIT_CONFIG = """\
 	hooksPath = /dev/null
 	attributesFile = /dev/null
 	bigFileThreshold = 8m
+	deltaBaseCacheLimit = 4m
+	packedGitLimit = 16m
+	packedGitWindowSize = 1m
+[pack]
+	threads = 1
+	windowMemory = 8m
+	deltaCacheSize = 4m
 [gc]
 	auto = 0
 [maintenance]
@@ -10512,19 +10538,21 @@ def make_ref_path(device_id):
 
 
 def parse_listing(listing):
-    """[(name, whether it is a file, blob, size)] of what `git ls-tree -r -z -l` prints.
+    """Yields (name, whether it is a file, blob, size) of what `git ls-tree -r -z -l` prints.
 
-    Names are as those of a file system.  Raises CommandError for what git never prints.
+    Names are as those of a file system.  Raises Refused for a name that none takes, CommandError for what git
+    never prints.
     """
-    found = []
-    for line in listing.split(b"\0")[:-1]:
-        match = re.fullmatch(rb"([0-7]{6}) ([a-z]+) ([0-9a-f]+) +(-|[0-9]{1,18})\t(.+)", line, re.S)
+    for line in re.finditer(rb"[^\0]+", listing):
+        pattern = rb"([0-7]{6}) ([a-z]+) ([0-9a-f]+) +(-|[0-9]{1,18})\t(.+)"
+        match = re.fullmatch(pattern, line.group(), re.S)
         if not match:
-            raise CommandError(f"git ls-tree printed {make_printable(repr(line), 200)}")
+            raise CommandError(f"git ls-tree printed {make_printable(repr(line.group()), 200)}")
         mode, kind, blob, size, name = [part.decode("utf-8", "surrogateescape") for part in match.groups()]
+        if len(name) > MAX_PATH:
+            raise Refused(f"{make_printable(name, 200)} is a path of more than {MAX_PATH} characters")
         is_file = kind == "blob" and mode.startswith("100") and size != "-"
-        found.append((name, is_file, blob, int(size) if is_file else 0))
-    return found
+        yield name, is_file, blob, int(size) if is_file else 0
 
 
 def find_blobs(listing, max_document):
@@ -10536,13 +10564,15 @@ def find_blobs(listing, max_document):
     for name, is_file, blob, size in parse_listing(listing):
         if not name.lower().endswith((".yaml", ".yml")):
             continue
-        if not is_file:
-            ignored.append(name)
-        elif size > max_document:
+        if size > max_document:
             raise Refused(f"{make_printable(name, 200)}: {size} bytes are more than policy.max_document"
                           f" ({max_document})")
-        else:
+        if is_file:
             blobs.append((name, blob, size))
+        else:
+            ignored.append(name)
+        if len(blobs) + len(ignored) > MAX_DEPLOYMENTS:
+            raise Refused(f"there are more than {MAX_DEPLOYMENTS} YAML files; set git.path")
     return blobs, ignored
 
 
@@ -10553,17 +10583,20 @@ def find_suspects(before, after, others):
     Something else is one of those, a link, a submodule, a folder of that name, or any of them in place of a
     folder above.
     """
-    files = {name: is_file for name, is_file, _, _ in parse_listing(after)}
-    folders = {parent for name in files for parent in list_parents(name)}
-    blobs, _ = find_blobs(before, float("inf"))
-    return [item for item in blobs if item[0] in others or item[0] in folders or not files.get(item[0], True)
-            or any(parent in files for parent in list_parents(item[0]))]
-
-
-def list_parents(name):
-    """The folders above a path: of a/b/c these are a and a/b."""
-    parts = name.split("/")
-    return ["/".join(parts[:count]) for count in range(1, len(parts))]
+    from bisect import bisect_right
+    blobs = {blob[0] + "/": blob for blob in find_blobs(before, float("inf"))[0]}
+    keys = sorted(blobs)
+    found = {name + "/" for name in others}
+    for name, is_file, _, _ in parse_listing(after):
+        key = name + "/"
+        place = bisect_right(keys, key)
+        above = keys[place - 1] if place else key
+        if key.startswith(above) and not (key == above and is_file):
+            found.add(above)
+        while place < len(keys) and keys[place].startswith(key):
+            found.add(keys[place])
+            place += 1
+    return [blobs[key] for key in keys if key in found]
 
 
 def split_blobs(data, blobs):
