@@ -607,8 +607,7 @@ class Agent:
             item = step.course.send(turn)
             while not isinstance(item, Ready):
                 if not step.begun:
-                    word = PRINTED.get(action.verb, action.verb)
-                    log("error" if word == "refuse" else "info", word, deployment=action.deployment_id,
+                    log("info", PRINTED.get(action.verb, action.verb), deployment=action.deployment_id,
                         reason=action.reason)
                 step.begun = self.changed = True
                 if item:
@@ -617,10 +616,19 @@ class Agent:
         except StopIteration:
             record = self.state["deployments"].get(action.key)
             if step.begun and record and action.verb != "clear":
-                log("info", record["state"], deployment=action.deployment_id, name=record["name"])
+                self.tell(record)
             return False
         step.takes = item.takes
         return True
+
+    def tell(self, record):
+        """Logs what became of a deployment."""
+        facts = {"deployment": record["deploymentId"], "name": record["name"]}
+        level = "info"
+        if record["state"] == "failed":
+            level = "error"
+            facts.update(code=record["error"]["code"], reason=make_failure_words(record))
+        log(level, record["state"], **facts)
 
     def keep(self, step, record):
         """Makes a record durable, with what was fetched for it, and tells the WFM."""
@@ -903,7 +911,7 @@ class Step:
     def get_driver(self, kind):
         """The driver for a deployment type; raises ComponentError UNSUPPORTED_TYPE."""
         if kind not in self.sight.drivers:
-            words = f"nothing on this device runs {kind} components; see runtime.{kind}"
+            words = f"nothing on this device runs {kind} components; see runtime.{kind} and runtime.engine"
             raise ComponentError("UNSUPPORTED_TYPE", words)
         return self.sight.drivers[kind]
 
@@ -1036,8 +1044,6 @@ class Installation:
         name, words = self.name, error.message
         code = error.code if isinstance(error, ComponentError) else "INSTALL_FAILED"
         code = "OUT_OF_MEMORY" if isinstance(error, NoMemory) else code
-        log("error", "deployment failed", deployment=deployment.deployment_id, component=name, code=code,
-            reason=words)
         begun = self.record["state"] != "pending"               # else it has only freed its ports
         if self.touched and begun and self.step.config.runtime.on_failure != "rollback":
             self.record = dict(self.record, fallback=False)     # it is left as it is, for inspection
@@ -1309,6 +1315,38 @@ def fail_record(record, component, error, clock, jitter, refused=False):
     return dict(record, state="failed", error=told, refused=refused, retry=retry)
 
 
+# What to do about a deployment that has failed, by the code of its error; README has the same table.
+REMEDIES = {
+    "PULL_FAILED": "see the registry's address, `registries.HOST.ca`, and whether the tag is there",
+    "DIGEST_MISMATCH": "publish the package again",
+    "ARCHIVE_INVALID": "publish the package again",
+    "DISK_FULL": "free space on the device",
+    "OUT_OF_MEMORY": "end other programs on the device",
+    "INVALID_DEPLOYMENT": "mend the application's package or its deployment, and publish it again",
+    "UNSUPPORTED_TYPE": "install what runs it: podman or docker, or helm",
+    "PARAMETER_INVALID": "mend the parameter in the deployment, at the WFM",
+    "POLICY_DENIED": "change the application, or allow it by the setting that is named",
+    "NOT_ELIGIBLE": "deploy it to another device, or see `device.labels`",
+    "INSUFFICIENT_CAPACITY": "deploy it to a larger device",
+    "WRONG_DEVICE": "mend it at the WFM, or see `device.id`",
+    "PORT_IN_USE": "stop what has the port, or let a parameter give another one",
+    "NAME_TAKEN": "stop the other agent, or remove what it left behind",
+    "INSTALL_FAILED": "put right what is said here; `logs NAME` shows more while it is up",
+    "INSTALL_TIMEOUT": "mend the application, or give it more time by the component's `timeout`",
+    "UNHEALTHY": "mend the application, or its health check",
+    "UNSTABLE": "`logs NAME` shows why it stops again and again",
+    "HOOK_FAILED": "do as the hook says, or see `hooks.run`",
+    "REMOVE_FAILED": "see what the engine says; the next run tries again",
+}
+
+
+def make_failure_words(record):
+    """The error of a failed deployment, with what to do about it, in words."""
+    error = record["error"]
+    mend = REMEDIES.get(error["code"], "").replace("NAME", record["name"])
+    return error["message"] + (f"; {mend}" if mend else "")
+
+
 def finish_record(record, mark=""):
     """The record once all of its revision is installed.  mark: make_mark of its environment."""
     images = {facts["image"] for item in record["components"] for facts in item["services"].values()} - {""}
@@ -1431,7 +1469,7 @@ def find_reason(deployment, device, offers):
     try:
         if deployment.type not in device.drivers:
             words = f"nothing on {device.device_id} runs {deployment.type} components"
-            hint = "" if device.silence else f"; see runtime.{deployment.type}"
+            hint = "" if device.silence else f"; see runtime.{deployment.type} and runtime.engine"
             raise ComponentError("UNSUPPORTED_TYPE", words + hint)
         if deployment.constraints:
             check_eligibility(deployment.constraints, offers[device.device_id])
@@ -2095,7 +2133,7 @@ def parse_manifest(data, base_url):
             path = f"/bundles/{bundle['digest']}"
             foreign = check_url(bundle["url"], path, base_url, "bundle") or foreign
     except ValueError as error:
-        raise Refused(f"state manifest refused: {error}") from None
+        raise Refused(f"state manifest of {base_url} refused: {error}") from None
     bundle = bundle or {}
     return Manifest(version, bundle.get("digest"), parse_advice(bundle), list(entries.values()),
                     foreign)
@@ -2428,7 +2466,8 @@ def check_validity(certificate, now):
     if now < certificate.not_before:
         raise ValueError(f"not valid before {make_time(certificate.not_before)}, and {clock}; set the clock")
     if now > certificate.not_after:
-        raise ValueError(f"expired at {make_time(certificate.not_after)} ({clock}); have it renewed")
+        raise ValueError(f"expired at {make_time(certificate.not_after)}, and {clock}; set the clock, or have"
+                         " the certificate renewed")
 
 
 def make_identity(leaf, certificate_file="", key_file=""):
@@ -2437,7 +2476,8 @@ def make_identity(leaf, certificate_file="", key_file=""):
     match = re.fullmatch(r"(/margo/wfm/[^/]+)/client/[^/]+", spiffe_id.path)
     if not match:
         raise ValueError(f"{spiffe_id.text} is not a WFM client's id"
-                         " (spiffe://<trust domain>/margo/wfm/<wfm id>/client/<client id>)")
+                         " (spiffe://<trust domain>/margo/wfm/<wfm id>/client/<client id>); name the"
+                         " certificate that was made for this device")
     wfm_id = f"spiffe://{spiffe_id.trust_domain}{match.group(1)}"
     return Identity(spiffe_id, wfm_id, leaf, certificate_file, key_file)
 
@@ -2466,8 +2506,10 @@ def load_own(config, make):
                              f" openssl pkcs12 -nokeys, with -in {path} -out client.pem")
         chain = parse_pem(data.decode("ascii", "replace"))
         if not chain:
-            raise ValueError("it holds no certificate in PEM, which is ascii text from -----BEGIN"
-                             " CERTIFICATE----- on")
+            other = re.search(rb"-----BEGIN ([A-Z ]+)-----", data)
+            found = f"a {other.group(1).decode().lower()}" if other else "no PEM"
+            raise ValueError(f"it holds {found} and no certificate; name the file that begins with"
+                             " -----BEGIN CERTIFICATE-----")
         return make(parse_certificate(chain[0]))
     except (StorageError, ValueError) as error:
         raise Untrusted(f"identity.certificate {path}: {error}") from None
@@ -2553,7 +2595,8 @@ def check_wfm(der, identity, now):
     except ValueError as error:
         raise Untrusted(f"the WFM's certificate is no X.509-SVID: {error}") from None
     if peer.text != identity.wfm_id:
-        raise Untrusted(f"the peer is {peer.text}, this client's WFM is {identity.wfm_id}")
+        raise Untrusted(f"the peer is {peer.text}, and identity.certificate is for {identity.wfm_id}: name"
+                        " that one by wfm.url, or have a certificate made for this one")
     return leaf
 
 
@@ -2581,8 +2624,11 @@ def load_key_pair(context, certificate_file, key_file, where="identity"):
         if asked:
             raise Untrusted(f"{where}.key {key_file} is encrypted; store it unencrypted, mode 0600") from None
         reason = getattr(error, "reason", None) or getattr(error, "strerror", None) or "no key in PEM"
-        fault = "not the key of" if "MISMATCH" in reason else f"unreadable ({reason}), beside"
-        raise Untrusted(f"{where}.key {key_file}: {fault} {where}.certificate {certificate_file}") from None
+        if "MISMATCH" in reason:
+            raise Untrusted(f"{where}.key {key_file}: not the key of {where}.certificate"
+                            f" {certificate_file}; name the one that it was made with") from None
+        hint = "; run as root, or as its owner" if isinstance(error, PermissionError) else ""
+        raise Untrusted(f"{where}.key {key_file}: it cannot be read ({reason}){hint}") from None
 
 
 def run_own_handshake(certificate_file, key_file, anchors):
@@ -2625,8 +2671,9 @@ def judge_own_chain(identity, bundle, store, state):
     try:
         run_own_handshake(identity.certificate_file, identity.key_file, bundle.anchors)
     except ValueError as error:
-        message = (f"identity.certificate {identity.certificate_file}: its chain does not lead to the trust"
-                   f" bundle ({error})")
+        message = (f"identity.certificate {identity.certificate_file}: it is certified by"
+                   f" {make_name(identity.leaf.issuer)}, which does not lead to the trust bundle ({error});"
+                   " ask whoever runs the WFM for a certificate and a bundle that belong together")
         if state["identity"] != leaf:
             raise Untrusted(message) from None
         log("error", f"{message} any more; have it issued anew")
@@ -2650,7 +2697,8 @@ def parse_trust_bundle(data):
             raise ValueError("a trust bundle is a JWK Set with `keys`, or PEM")
         anchors = parse_jwks(value["keys"])
     if not anchors:
-        raise ValueError("no X.509 anchor in it (no key with use x509-svid)")
+        raise ValueError("no X.509 anchor in it (no key with use x509-svid); whoever runs the WFM has the"
+                         " bundle")
     for anchor in anchors:
         parse_certificate(anchor)
     numbers = [value.get(name) for name in ("spiffe_sequence", "spiffe_refresh_hint")]
@@ -2756,7 +2804,7 @@ def load_trust_bundle(config, store):
     data = read_file(path, MAX_CERTIFICATES)
     try:
         if data is None and not remote:
-            raise ValueError("there is no such file")
+            raise ValueError("there is no such file; whoever runs the WFM has it")
         return None if data is None else parse_trust_bundle(data)
     except ValueError as error:
         if not remote:
@@ -3353,9 +3401,10 @@ Job = define("Job", "workload project folder known deadline current runs volumes
     "One apply: what runs, in which folder its files are, what an earlier apply returned, until when;"
     " {service: id of its container} as far as it has come, the ids of what ran before, {service: {path:"
     " volume}} as it was.")
-Shown = define("Shown", "state code restarts health volumes check",
+Shown = define("Shown", "state code restarts health volumes check said",
     "One container as `inspect` shows it: the engine's word for its state, numbers, the word for its health"
-    " where there is a check, {path: name} of volumes in it, its Check or None.", 0, 0, "", {}, None)
+    " where there is a check, {path: name} of volumes in it, its Check or None, what that has printed last.",
+    0, 0, "", {}, None, "")
 Check = define("Check", "interval retries start",
     "A health check, wherever it was said: seconds between two, misses that count, seconds of grace.")
 # How docker shows a container, in podman's form.
@@ -3419,7 +3468,8 @@ def judge_startup(names, facts, complete=False):
         elif seen.state != "running":
             waiting[name] = f"{name} is {seen.state}"
         elif seen.health == "unhealthy":
-            return (name, "UNHEALTHY", f"service {name} is unhealthy"), {}, finished
+            said = seen.said and f"; its health check has printed: {seen.said}"
+            return (name, "UNHEALTHY", f"service {name} is unhealthy{said}"), {}, finished
         elif seen.health not in ("", "healthy"):
             waiting[name] = f"{name} is not healthy yet"
         elif complete:
@@ -3747,7 +3797,8 @@ class ComposeDriver:
         output = self.run(["ps"] + options, 20 if self.remote else 60)
         if output.code:
             words = f"{self.engine} ps: {output.stderr[-500:]}"
-            raise CommandError(f"the container engine does not answer ({words})")
+            raise CommandError(f"the container engine does not answer ({words}); put it right, or see"
+                               " runtime.engine")
         found = parse_containers(output.stdout, self.engine, time.time())
         ours, self.strangers = part_containers(found, self.claim)
         return [container for container in ours if container.device_id not in self.others]
@@ -3824,6 +3875,11 @@ class ComposeDriver:
         """What `doctor` says of this driver; raises CommandError."""
         return f"{self.engine} answers, {len(self.observe((), claim))} containers of ours"
 
+    def list_volumes(self):
+        """The names of this agent's volumes."""
+        label = f"--filter=label={LABEL_OWNER}={self.claim.owner}"
+        return self.run(["volume", "ls", label, "--format={{.Name}}"], 60).stdout.decode().split()
+
     def ask(self, argv):
         """The mapping that a program prints as JSON; {} where it prints none."""
         try:
@@ -3866,10 +3922,10 @@ class ComposeDriver:
         firewalls = {"iptables": ["iptables"], "nftables": ["nft"]}
         programs = ["netavark", "aardvark-dns"] + firewalls.get(wanted, [])
         words = {"aardvark-dns": "services do not find each other by name"}
-        lacks = [f"{name} is not installed: {words.get(name, 'applications with a network fail')}"
+        lacks = [f"install {name}: without it {words.get(name, 'applications with a network fail')}"
                  for name in programs if not find_program(name, everywhere)]
         if not find_program("catatonit", everywhere):
-            notes.append("catatonit is not installed: `init: true` fails")
+            notes.append("install catatonit: without it `init: true` fails")
         return lacks, notes
 
     def resolve(self, workload, timeout, again=False, fetched=None, images=None):
@@ -4110,7 +4166,11 @@ class ComposeDriver:
         """The Output of a command that has to succeed; its words may hold values of parameters."""
         output = self.run(arguments, job.deadline - time.monotonic(), more=more)
         if output.code:
-            words = mask(find_cause(output.stderr), job.workload.parameters.values())
+            words = mask(output.stderr, job.workload.parameters.values())
+            for name, container_id in job.current.items():
+                words = words.replace(container_id, name)
+            lacks = self.list_lacks()[0] if arguments[0] == "start" else []
+            words = "; ".join([find_cause(words), *lacks])
             raise ComponentError("INSTALL_FAILED", f"{self.engine} {arguments[0]} failed: {words}")
         return output
 
@@ -4462,6 +4522,7 @@ class ComposeDriver:
         """
         settle = self.config.runtime.settle if settle is None else settle
         checks, before, calm = {}, None, None
+        began = time.monotonic()
         secrets = job.workload.parameters.values()
         while True:
             seen = self.inspect([job.current[name] for name in names])
@@ -4476,14 +4537,14 @@ class ComposeDriver:
             failure, waiting, finished = judge_startup(names, facts, complete)
             if failure:
                 name, code, words = failure
-                raise ComponentError(code, words + self.tail_log(job.current[name], secrets))
+                raise ComponentError(code, mask(words, secrets) + self.tail_log(job.current[name], secrets))
             now = time.monotonic()
             calm = None if waiting else calm or now
             restless = any(not facts[name].health for name in names if name not in finished)
             if not waiting and (not restless or now - calm >= settle or now > job.deadline):
                 return finished
             if now > job.deadline:
-                words = f"not up in time: {', '.join(waiting.values())}"
+                words = f"not up within {job.deadline - began:.0f} s: {', '.join(waiting.values())}"
                 log_end = self.tail_log(job.current[next(iter(waiting))], secrets)
                 raise ComponentError("INSTALL_TIMEOUT", words + log_end)
             time.sleep(min(0.5, max(0.1, settle / 4)))
@@ -4602,18 +4663,19 @@ class ComposeDriver:
 
 
 def follow_pull(image, environ):
-    """A function to call while an image is pulled: it logs how far that is, each minute or so.
+    """A function to call while an image is pulled: it logs how far that is, often where a person looks on.
 
     podman keeps what it has fetched of layers in its folder for temporary files, until they are unpacked.
     """
     start = time.monotonic()
-    due = [start + PULL_NOTE]
+    pause = PULL_NOTE // 20 if sys.stderr.isatty() else PULL_NOTE
+    due = [start + pause]
 
     def tell():
         now = time.monotonic()
         if now < due[0]:
             return
-        due[0] = now + PULL_NOTE
+        due[0] = now + pause
         files = [os.path.join(folder, name) for folder, _, names in os.walk(environ.get("TMPDIR", ""))
                  for name in names]
         fetched = sum(os.path.getsize(path) for path in files if os.path.exists(path))
@@ -4651,11 +4713,14 @@ def find_health(state, status):
 def parse_seen(item):
     """An element of what `inspect` prints of containers to (id, Shown)."""
     state = item["State"]
-    health = (state.get("Health") or state.get("Healthcheck") or {}).get("Status", "")
+    health = state.get("Health") or state.get("Healthcheck") or {}
+    said = [entry.get("Output") or "" for entry in health.get("Log") or ()]
     mounts = [mount for mount in item.get("Mounts") or () if mount.get("Type") == "volume"]
     volumes = {make_path(mount["Destination"]): mount["Name"] for mount in mounts}
-    return item["Id"], Shown(state["Status"], state.get("ExitCode", 0), item.get("RestartCount", 0), health,
-                             volumes, parse_check(item["Config"].get("Healthcheck") or {}))
+    return item["Id"], Shown(state["Status"], state.get("ExitCode", 0), item.get("RestartCount", 0),
+                             health.get("Status", ""), volumes,
+                             parse_check(item["Config"].get("Healthcheck") or {}),
+                             make_printable(said[-1].strip(), 500) if said else "")
 
 
 def parse_image(item):
@@ -5775,7 +5840,8 @@ def check_policy(where, service, policy):
         for item in service[key] if isinstance(service[key], list) else filter(None, [service[key]]):
             allowed = key == "devices" and any(is_device(item, entry) for entry in policy.devices)
             if not allowed and not re.fullmatch(pattern, str(item), re.S):
-                deny(f"{where}.{key}", f"{make_printable(str(item), 80)!r} is denied by policy.privileged")
+                setting = "policy.devices" if key == "devices" else "policy.privileged"
+                deny(f"{where}.{key}", f"{make_printable(str(item), 80)!r} is denied by {setting}")
 
 
 def is_device(item, pattern):
@@ -5816,7 +5882,8 @@ def check_mount(where, mount, policy, folder):
         deny(where, f"{source} is an engine's socket or leads to one, which is never handed out")
     if not any(is_below(found.real, folder.resolve(root)) for root in ["", *policy.host_paths]):
         real = make_printable(found.real, 200)
-        deny(where, f"{source} (in truth {real}) is outside of policy.host_paths")
+        way = f" (it leads to {real})" if real != source else ""
+        deny(where, f"{source}{way} is outside of policy.host_paths")
     if not found.kind:
         owner = "the package" if found.own else "this device"
         raise make_fault(f"{where}: {owner} has no {source}; use a named volume for data")
@@ -5866,7 +5933,8 @@ def make_project(document, workload, policy, engine, folder=None):
     services = {name: make_service(name, service, reading) for name, service in document.services.items()}
     check_ways(services.values())
     order = make_hashes(order_services(services))
-    notes += [f"{name} is used, and no parameter gives it: it is empty" for name in sorted(variables.unset)]
+    notes += [f"{name} is used, and no parameter gives it: it is empty; give it, or write"
+              f" ${{{name}:-DEFAULT}}" for name in sorted(variables.unset)]
     return Project(order, dict(reading.networks.values()), dict(reading.volumes.values()), notes)
 
 
@@ -6092,8 +6160,7 @@ class Registry:
         """The Response, if its status is 200 and it has at most `limit` bytes; else raises ComponentError."""
         where = f"{url}: HTTP {response.status}"
         if find_verdict(response.status) is Untrusted:
-            raise ComponentError("PULL_UNAUTHORIZED",
-                                 f"{where}; set registries.{self.host}.username and password_file")
+            raise ComponentError("PULL_UNAUTHORIZED", f"{where}; {self.make_plea()}")
         if response.status != 200:
             absent = response.status == 404
             hint = "there is no such package" if absent else "it cannot be served now, tried again later"
@@ -6169,11 +6236,15 @@ class Registry:
                         return "Bearer " + token
                 except (MargoError, ValueError, AttributeError) as error:
                     log("warning", "no token from the registry", registry=self.host, reason=str(error))
-        words = f"asks for a login; set registries.{self.host}.username and password_file"
-        if basic:
-            words = (f"refuses the login of {self.settings.username}; mend registries.{self.host}.username"
-                     f" and password_file {self.settings.password_file}")
-        raise ComponentError("PULL_UNAUTHORIZED", f"registry {self.host} {words}")
+        raise ComponentError("PULL_UNAUTHORIZED", self.make_plea())
+
+    def make_plea(self):
+        """What a registry's refusal asks of the operator, in words."""
+        key = f"registries.{self.host}."
+        if not self.settings.username:
+            return f"registry {self.host} asks for a login; set {key}username and password_file"
+        return (f"registry {self.host} refuses the login of {self.settings.username}; mend {key}username"
+                f" and {key}password_file {self.settings.password_file}")
 
 
 def obtain_package(component, known, config, store, kind):
@@ -6601,10 +6672,10 @@ def run_command(argv, timeout, env=None, cwd=None, limit=MAX_OUTPUT, data=b"", f
                                    start_new_session=True, pass_fds=files,
                                    preexec_fn=limits and make_limiter(limits))
     except FileNotFoundError:
-        needed = NEEDED_BY.get(os.path.basename(argv[0]), "correct the setting that names it")
-        raise CommandMissing(f"{argv[0]} is not installed, or not on PATH; {needed}") from None
+        needed = NEEDED_BY.get(os.path.basename(argv[0]), "or correct the setting that names it")
+        raise CommandMissing(f"{argv[0]} is not installed, or not on PATH; install it: {needed}") from None
     except OSError as error:
-        raise CommandError(f"{argv[0]} cannot be started ({error.strerror})") from None
+        raise CommandError(f"{argv[0]} cannot be started ({error.strerror}); is it executable?") from None
     try:
         stdout, stderr = serve_pipes(process, memoryview(data), timeout, limit, ends, watch)
     except subprocess.TimeoutExpired:
@@ -6955,7 +7026,8 @@ def make_network_error(where, error, timeout=0.0, context=None, proxy=""):
         words = next(words for pattern, words in TLS_FAULTS if re.search(pattern, reason))
         return Untrusted(f"{where}: {way}TLS failed: {words.format(reason.lower().replace('_', ' '))}")
     if late:
-        return Unreachable(f"{where}: {way}timed out: no answer within {timeout:g} s (wfm.timeout)")
+        return Unreachable(f"{where}: {way}timed out: no answer within {timeout:g} s (wfm.timeout);"
+                           " is the address right, or a firewall between?")
     if text.startswith("Tunnel connection failed"):     # so http.client tells of what a proxy answers
         return Unreachable(f"{where}: {way}{text}; a login for it belongs into $https_proxy")
     hint = {socket.gaierror: "; there is no such name (DNS), or no network",
@@ -6976,7 +7048,7 @@ def load_secret(key, path, fault):
     except StorageError as error:
         raise fault(f"{key}: {error.message}") from None
     if data is None:
-        raise fault(f"{key} {path}: no such file")
+        raise fault(f"{key} {path}: no such file; put it there, mode 0600")
     return data.rstrip(b"\r\n")
 
 
@@ -7185,7 +7257,8 @@ def read_file(path, limit):
     except FileNotFoundError:
         return None
     except OSError as error:
-        raise StorageError(f"{path} cannot be read ({error.strerror})") from None
+        hint = "; run as root, or as its owner" if isinstance(error, PermissionError) else ""
+        raise StorageError(f"{path} cannot be read ({error.strerror}){hint}") from None
     if len(data) > size:
         raise StorageError(f"{path} is longer than {size} bytes")
     return data
@@ -7301,9 +7374,11 @@ def make_history(state, desired, at):
     old = {item["deploymentId"].lower(): item["digest"] for item in before}
     new = {entry.key: entry.digest for entry in desired.entries}
     changed = sorted(key for key in new if key in old and new[key] != old[key])
+    names = {key: record["name"] for key, record in state["deployments"].items() if key not in new}
     return state["history"][1 - HISTORY:] + [{
         "version": desired.version, "at": at, "added": sorted(set(new) - set(old)),
-        "removed": sorted(set(old) - set(new)), "changed": changed, "outcome": "pending"}]
+        "removed": sorted(set(old) - set(new)), "changed": changed, "outcome": "pending",
+        "names": names}]
 
 
 def note_outcome(state, fault):
@@ -8089,10 +8164,10 @@ read_word = scalar("printable ASCII without \" and \\", r'[ !#-\[\]-~]*')
 read_url = scalar("an absolute https URL", rf"https://{HOST_PATTERN}([/?][^\s#@]*)?")
 read_root_url = scalar("an absolute https URL without query", rf"https://{HOST_PATTERN}(/[^\s#@?]*)?",
                        lambda text: text.rstrip("/"))
-read_folders = list_of(scalar("a list of absolute paths", r"(?s)/.*"), "a list of absolute paths")
-read_devices = list_of(
-    scalar("a list of files below /dev", r"/dev/[\w./:+@*-]+"), "a list of files below /dev"
-)
+FOLDERS = "a list of absolute paths, such as [/srv/data]"
+FILES = "a list of files below /dev, such as [/dev/ttyUSB0]"
+read_folders = list_of(scalar(FOLDERS, r"(?s)/.*"), FOLDERS)
+read_devices = list_of(scalar(FILES, r"/dev/[\w./:+@*-]+"), FILES)
 read_pins = list_of(scalar(PINS, r"[A-Za-z0-9+/]{42}[AEIMQUYcgkosw048]="), PINS)
 read_pause = scalar("a duration", make=parse_duration)
 read_duration = scalar(DURATION, r".*[1-9].*", parse_duration)
@@ -8133,16 +8208,6 @@ def read_key(value, base):
 def read_path_or_url(value, base):
     """A file name or an https URL."""
     return read_url(value, base) if "://" in str(value) else read_path(value, base)
-
-
-def read_compose(value, base):
-    """Whether the agent runs compose files.
-
-    The programs that once could are told apart from what never could.
-    """
-    if value in ("docker compose", "docker-compose", "podman-compose"):
-        raise ValueError("auto, builtin or off; what compose providers did, builtin does now")
-    return choice("auto", "builtin", "off")(value, base)
 
 
 def equipment_of(words):
@@ -8308,7 +8373,7 @@ SCHEMA = {
         "downtime": (read_windows, [], "no request is made then"),
     },
     "runtime": {
-        "compose": (read_compose, "auto", "whether compose components are run"),
+        "compose": (choice("auto", "builtin", "off"), "auto", "whether compose components are run"),
         "engine": (choice("auto", "podman", "docker"), "auto", "which engine runs containers"),
         "on_failure": (choice("rollback", "keep"), "rollback", "what follows on an update that fails"),
         "settle": (read_pause, "10s", "time without a restart that counts as health where nothing checks it"),
@@ -8460,7 +8525,8 @@ def expand_environment(value, environ, where, faults):
 
     def expand(match):
         if match.group(1) not in environ:
-            faults.append((where[:-1], f"the environment variable {match.group(1)!r} is not set"))
+            faults.append((where[:-1], f"the environment variable {match.group(1)!r} is not set; set it where"
+                           " the agent is started, in its service or cron line"))
         return environ.get(match.group(1), "")
 
     return re.sub(r"\$\{([^}]*)\}", expand, value)
@@ -8472,9 +8538,9 @@ def load_document(path):
         with open(path, "rb") as file:
             return load_yaml(file.read(MIB))
     except OSError as error:
-        raise ConfigError(
-            f"configuration {path} cannot be read ({error.strerror}); name one by -c or $MARGO_CONFIG"
-        ) from None
+        hint = "name another by -c or $MARGO_CONFIG; `config --example` prints one to start from"
+        hint = "run as root, or as who may read it" if isinstance(error, PermissionError) else hint
+        raise ConfigError(f"configuration {path} cannot be read ({error.strerror}); {hint}") from None
     except YAMLError as error:
         raise ConfigError(f"configuration {path}: {error}") from None
 
@@ -8636,6 +8702,12 @@ def parse_der_time(tag, value):
     if not match:
         raise ValueError("a time in an unknown form")
     return int(datetime.datetime(*map(int, match.groups()), tzinfo=datetime.timezone.utc).timestamp())
+
+
+def make_name(data):
+    """The texts in a distinguished name (DER), in its order."""
+    parts = [parse_der(value)[0][1] for _, value, _ in parse_der(parse_der(data)[0][1])]
+    return "/".join(make_printable(parse_der(part)[1][1].decode("utf-8", "replace")) for part in parts)
 
 
 def parse_pem(text, label="CERTIFICATE"):
@@ -9017,7 +9089,7 @@ class YAMLReader:
                 self.fail("a key that is no scalar is not supported", position)
             # .nan differs from itself
             if key in mapping or key != key and any(other != other for other in mapping):
-                self.fail(f"the key {str(key)[:60]!r} occurs twice", position)
+                self.fail(f"the key {str(key)[:60]!r} occurs twice; keep one of them", position)
             mapping[key] = value
         for value, position in merges:
             for source in value if isinstance(value, list) else [value]:
@@ -9148,7 +9220,8 @@ class YAMLReader:
                 break
             stop = self.STOP[flow].search(text, start)
             if text[stop.start()] == ":" and not flow:
-                self.fail("a key on a line that continues a value; is the indentation right?", start)
+                self.fail("a key on a line that continues a value; is the indentation right, and is a blank"
+                          " behind the colon before it?", start)
             pieces += ["\n" * (ends - 1) or " ", text[start:stop.start()].rstrip(" \t")]
             self.position = start + len(pieces[-1])
         return "".join(pieces)
@@ -9323,7 +9396,7 @@ def parse_json(data, what, most=MAX_NODES):
             raise ValueError("it is coded by gzip (Content-Encoding), which was not asked for")
         if data.lstrip()[:1] in (b"<", b""):
             raise ValueError("it is a web page; does a portal or a proxy answer in its place?" if data.strip()
-                             else "it is empty")
+                             else "it is empty; get it again")
         if sum(map(data.count, (b",", b"[", b"{"))) > most:
             raise ValueError(f"it has more than {most} members")
         value = json.loads(data.decode("utf-8"), object_pairs_hook=make_object, parse_constant=refuse,
@@ -9808,8 +9881,8 @@ class Signed(Profile):
         key = sha256_digest(signer.leaf.spki)
         if not state["client"] or state["client"]["key"] != key:
             if not keep:
-                raise Untrusted("this device is not onboarded with its key yet, and that is not done in"
-                                " passing; see `enroll`")
+                raise Untrusted("this device is not onboarded with its key yet; `enroll` does that, or the"
+                                " next run", "NOT_ONBOARDED")
             state["client"] = {"id": source.onboard(), "key": key}
             self.store.save_state(state)
         check_enrollment(state, state["client"]["id"])
@@ -10161,9 +10234,12 @@ class GitSource:
                     headers["Authorization"] = self.header
                 where = f"{self.url}/info/refs?service={service}"
                 answer = request("GET", where, headers, None, context, wfm.timeout, MAX_ANSWER)
-                check_response(answer, self.url, (200,), time.time(),
-                               "the server does not accept the token of git.token_file")
+                denial = "set git.token_file"
+                if self.header:
+                    denial = "mend the token in git.token_file, which is refused"
+                check_response(answer, self.url, (200,), time.time(), denial)
             except MargoError as fault:
+                fault.message += "; set identity.ca" if fault.stranger else ""
                 return fault
         elif service == "git-upload-pack" and not self.url.startswith("file://") and ask_ssh(self.url,
                                                                                              wfm.timeout):
@@ -10175,8 +10251,8 @@ class GitSource:
         """None where the branch still stands at the accepted commit, else a Desired; see HttpSource."""
         head = self.fetch_head(self.branch)
         if head is None:
-            raise Refused(f"{self.url} has no branch {self.config.git.branch} (git.branch); nothing is"
-                          " removed for that")
+            raise Refused(f"{self.url} has no branch {self.config.git.branch}; mend git.branch (nothing is"
+                          " removed for that)")
         if accepted and accepted["version"] == head and not accepted.get("incomplete"):
             return None
         base = accepted["version"] if accepted else None
@@ -10226,7 +10302,10 @@ class GitSource:
             if not self.config.git.allow_rewrite:
                 raise Refused(f"security: {words}; revert by a new commit instead, or see git.allow_rewrite")
             log("warning", f"{words}; accepted, because it is signed and git.allow_rewrite is set")
-        return head, self.read_files(head, base)
+        try:
+            return head, self.read_files(head, base)
+        except Refused as error:
+            raise Refused(f"commit {head[:12]}: {error.message}; mend that by a new commit") from None
 
     def prepare(self):
         """Makes the bare repository where there is none, and anew where many fetches have piled up: nothing
@@ -10296,13 +10375,13 @@ class GitSource:
         policy = self.config.policy
         listing = self.list_tree(head)
         if self.config.git.path and not listing:
-            raise Refused(f"commit {head} has no folder {self.config.git.path}; nothing is removed for that")
+            raise Refused(f"it has no folder {self.config.git.path} (git.path); nothing is removed for that")
         blobs, ignored = find_blobs(listing, policy.max_document)
         for name in ignored[:MAX_NAMED]:
             log("info", "ignored: not a file", name=name)
         total = sum(size for _, _, size in blobs)
         if total > policy.max_unpacked // DOCUMENTS:
-            raise Refused(f"commit {head} refused: {len(blobs)} documents of {total} bytes are more than"
+            raise Refused(f"{len(blobs)} documents of {total} bytes are more than"
                           f" 1/{DOCUMENTS} of policy.max_unpacked")
         found = parse_files(self.read_blobs(blobs))
         suspects = find_suspects(self.list_tree(base), listing, {*found[2]}) if base else []
@@ -10724,9 +10803,12 @@ class Git(Profile):
     def check(self, now):
         """Whether git and the credentials are there, and are for nobody else to read.
 
-        Raises CommandMissing, Untrusted.
+        Raises ConfigError, Untrusted.
         """
-        version = run_command(["git", "version"], 30).stdout.decode("utf-8", "replace").strip()
+        try:
+            version = run_command(["git", "version"], 30).stdout.decode("utf-8", "replace").strip()
+        except CommandMissing as error:
+            raise ConfigError(error.message) from None
         load_git_header(self.config.git)
         for key in ("token_file", "ssh_key"):
             path = self.config.git[key]
@@ -10762,15 +10844,8 @@ Pending = define_fault("Pending", 3, "UNREACHABLE", "A request for an SVID waits
 NotRenewed = define_fault("NotRenewed", 3, "NOT_RENEWED", "The own SVID, still good, could not be renewed.")
 
 
-def read_rekey(value, base):
-    """A setting that has gone; says what to do instead."""
-    raise ValueError("no such setting any more, because a renewal keeps the key; for another key remove"
-                     " identity.key, put a fresh token into identity.est.token_file and run `enroll`")
-
-
 SCHEMA["identity"].update({
     "enrollment": (choice("off", "est"), "off", "est: SVIDs are obtained and renewed over EST (draft)"),
-    "rekey": (read_rekey, None, ""),
     "est": {
         "url": (read_root_url, None, "EST server; without it the one that the discovery document names"),
         "token_file": (read_path, None, "file of the token for the first SVID, mode 0600"),
@@ -10944,12 +11019,13 @@ class Enrollment:
         return token and sha256_digest(token)
 
     def load_authorization(self):
-        """The token as HTTP Basic (E-033); raises ConfigError for what cannot be one."""
+        """The token as HTTP Basic (E-033); raises Untrusted for what cannot be one."""
         path = self.settings.est.token_file
         loose = ask_looseness("identity.est.token_file", path)
         user, _, secret = (self.load_token() or b"").partition(b":")
         if not secret or b"\n" in user + secret:
-            raise ConfigError(f"identity.est.token_file {path}: expected one line, user:secret")
+            raise Untrusted(f"identity.est.token_file {path}: expected one line, user:secret; ask for a token"
+                            " and put it there")
         if loose:
             log("warning", "others can read the enrollment token", reason=loose)
         return make_authorization(secret, user)
@@ -11119,12 +11195,11 @@ def judge_est_response(response, operation, now):
         raise Pending("the identity service has accepted the request and has not decided yet",
                       retry_after=parse_retry_after(response.headers.get("Retry-After"), now))
     try:
-        return check_response(response, operation, (200,), now).body
+        denial = "ask for a fresh token, and put it into identity.est.token_file"
+        return check_response(response, operation, (200,), now, denial).body
     except (Refused, Untrusted) as error:
-        words = make_printable(response.body[:500].decode("utf-8", "replace"))
-        refusal = "" if operation == "cacerts" else "enrollment authorization refused: "
-        raise Untrusted(f"{refusal}{operation}: HTTP {response.status} ({words})",
-                        retry_after=error.retry_after) from None
+        refusal = "" if operation.endswith("cacerts") else "enrollment authorization refused: "
+        raise Untrusted(refusal + error.message, retry_after=error.retry_after) from None
 
 
 def load_certificates(body):
@@ -11984,7 +12059,7 @@ def run_hooks(moment, change, step, error):
         except CommandError as fault:
             words = fault.message
         if words and moment == "before" and not change.rollback:
-            raise Forbidden("HOOK_FAILED", f"hook {path} {event} {words}")
+            raise Forbidden("HOOK_FAILED", f"hook {path} {event}: {words}")
         if words:
             log("error", "a hook failed; the change stands", hook=path, hookEvent=event,
                 deployment=facts["deploymentId"], reason=words)
@@ -12012,7 +12087,8 @@ def examine_hooks(agent):
     hooks = agent.config.hooks.run
     broken = [path for path in hooks if not os.path.isfile(path) or not os.access(path, os.X_OK)]
     if broken:
-        raise CommandError(f"hooks.run: {', '.join(broken)} cannot be run; install it and make it executable")
+        return "warn", (f"hooks.run: {', '.join(broken)} cannot be run, and no change is made without it;"
+                        " install it and make it executable")
     loose = [path for path in hooks if os.stat(path).st_mode & 0o022]
     if loose:
         return "warn", f"hooks.run: {', '.join(loose)} can be changed by other users; chmod go-w it"
@@ -12141,27 +12217,39 @@ EXAMINE.update(images=examine_images)
 def command_doctor(config, options):
     """Checks everything that a run needs, and changes nothing.
 
-    Each check is a line: ok, warn, or FAIL, with what to do about it.
+    Each check is a line: ok, warn, or FAIL, with what to do about it.  FAIL is what a run would fail by now;
+    then the exit code is that run's.
 
     Example: margo_agent.py doctor --json
     """
+    log.level = log.level if "-v" in options else "error"       # what it finds, it says itself
     agent = Agent(config)
     agent.state = make_state()
-    first = {"state": examine_storage, "lock": examine_lock, "clock": examine_clock, "device": examine_device,
-             "engine": examine_engine}
+    first = {"state": examine_storage, "lock": examine_lock, "wait": examine_wait, "clock": examine_clock,
+             "device": examine_device, "engine": examine_engine}
     last = {"others": examine_others, "registry": examine_registries, "labels": examine_labels,
-            "identity": examine_identity, "wait": examine_wait, "wfm": examine_connection,
-            "outbox": examine_outbox, "failed": examine_failed}
+            "identity": examine_identity, "wfm": examine_connection, "outbox": examine_outbox,
+            "failed": examine_failed}
     found, code = [], 0
-    for name, check in {**first, **EXAMINE, **last}.items():
-        if name == "wfm" and ("identity", "fail") in [(row["name"], row["level"]) for row in found]:
+    moot = set()                                    # what a run does not come to
+    skipped = set()
+    checks = {**first, **EXAMINE, **last}
+    for name in checks:
+        if name in skipped:
             continue
         try:
-            level, words = check(agent)
+            level, words = checks[name](agent)
         except FAULTS as error:
             fault = to_fault(error)
-            level, words = "FAIL", fault.message
-            code = max(code, fault.exit)
+            words = fault.message
+            level = "FAIL" if fault.exit and name not in moot else "warn"
+            code = max(code, fault.exit if level == "FAIL" else 0)
+            if name in ("state", "lock"):           # a run comes no further
+                moot.update(checks)
+            if isinstance(fault, Silence):          # it asks nobody
+                moot.update(("identity", "wfm"))
+            if name == "identity" or not fault.exit:
+                skipped.add("wfm")
         if words and words not in [row["message"] for row in found]:        # each cause once
             found.append({"name": name, "level": level.lower(), "message": words})
             if "--json" not in options:
@@ -12181,6 +12269,18 @@ def examine_lock(agent):
     return "ok", ""
 
 
+def examine_wait(agent):
+    """Whether a wait keeps the next run from asking, or from reporting: it ends with 3 then."""
+    clock = get_clock()
+    silence = find_silence(agent.state["patience"], agent.is_downtime(), 0, clock)
+    waits = [f"until {item['until']} {item['reason']}" for item in list_waits(agent.state, clock)]
+    if silence and not silence.exit:
+        raise silence
+    if waits:
+        raise (Silence if silence else Unreachable)(f"{'; '.join(waits)}; `retry` ends that")
+    return "ok", ""
+
+
 def examine_device(agent):
     """Whether the device's id tells it from others, where the hardware gives it."""
     words = r"(?i)(default|system|serial|not|none|n-a|unknown|o\.?e\.?m|to-be|x+|0+|1?23456).*"
@@ -12193,12 +12293,22 @@ def examine_identity(agent):
     """Whether the own identity can be used; what an enrollment under way lacks, the last run has said."""
     try:
         return agent.get_profile().check(time.time())
-    except Untrusted:
-        last = agent.store.load_memo().get("lastPoll") or agent.state["lastPoll"] or {}
-        if agent.config.identity.get("enrollment") == "est" and last.get("detail"):
-            kinds = {"unreachable": Unreachable, "refused": Refused}
-            raise kinds.get(last["result"], Untrusted)(last["detail"]) from None
-        raise
+    except Untrusted as error:
+        if agent.config.identity.get("enrollment") != "est":
+            raise
+        recall(agent)
+        token = agent.config.identity.est.token_file or agent.config.identity.est.certificate
+        if not token or not os.path.exists(token):
+            raise
+        return "warn", f"{error.message}, or the next run does"
+
+
+def recall(agent):
+    """Raises what the last run has failed by, where nothing but a run can try it."""
+    last = agent.store.load_memo().get("lastPoll") or agent.state["lastPoll"] or {}
+    kinds = {"unreachable": Unreachable, "refused": Refused, "untrusted": Untrusted}
+    if last.get("detail") and last["result"] in kinds:
+        raise kinds[last["result"]](last["detail"])
 
 
 def examine_outbox(agent):
@@ -12215,8 +12325,8 @@ def examine_failed(agent):
     words = []
     for record in agent.state["deployments"].values():
         if record["state"] == "failed":
-            fault = record["error"]
-            words.append(f"{record['name']} ({fault['code']}): {fault['message']}; {make_due(record, clock)}")
+            words.append(f"{record['name']} ({record['error']['code']}): {make_failure_words(record)};"
+                         f" {make_due(record, clock)}")
     if words:
         raise CommandError("; ".join(words))
     newest = agent.state["history"][-1:]
@@ -12236,15 +12346,11 @@ def examine_storage(agent):
     free, _ = get_space(folder)
     need = agent.config.policy.max_unpacked + agent.config.policy.max_artifact
     words = f"{agent.config.state_dir}, {free // MIB} MiB free"
+    if free < SHARE * KIB and not os.path.exists(agent.store.path("reserve")):
+        raise StorageError(f"state_dir: no space is left at {folder}; free some")
     if free > need:
         return "ok", words
     return "warn", f"{words}; one package may take {need // MIB} (policy.max_unpacked): free some"
-
-
-def examine_wait(agent):
-    """Whether a back-off keeps the next run from asking, reporting or trying again."""
-    waits = [f"until {item['until']} {item['reason']}" for item in list_waits(agent.state, get_clock())]
-    return "warn", waits and f"{'; '.join(waits)}; `retry` ends that"
 
 
 def examine_labels(agent):
@@ -12261,7 +12367,7 @@ def examine_clock(agent):
     now = time.time()
     stored = agent.store.find_time()
     if now < stored:
-        raise Untrusted(make_clock_fault(now, stored))
+        return "warn", make_clock_fault(now, stored)
     return "ok", make_time(now)
 
 
@@ -12271,8 +12377,9 @@ def examine_engine(agent):
     if not drivers and agent.devices[1:]:
         return "ok", "nothing here runs workloads; they run on child devices"
     if not drivers:
-        return "warn", ("nothing here runs Compose applications; install podman or docker, or see"
-                        " runtime.compose")
+        wanted = agent.config.runtime.engine.replace("auto", "podman or docker")
+        return "warn", (f"nothing here runs Compose applications; install {wanted}, or see runtime.compose"
+                        " and runtime.engine")
     claim = obtain_claim(agent.get_profile(), agent.device_id)
     words = [driver.check(claim) for driver in drivers.values()]
     lacks, notes = drivers["compose"].list_lacks() if "compose" in drivers else ([], [])
@@ -12287,32 +12394,49 @@ def examine_others(agent):
 
 
 def examine_registries(agent):
-    """Whether the files are there that `registries` names, and the registries answer."""
-    silent = []
+    """Whether the files are there that `registries` names, and the registries answer.
+
+    A run needs them only where it has something to fetch.
+    """
+    faults = []
     for host, entry in agent.config.registries.items():
-        for key in ("ca", "password_file"):
-            if entry[key] and read_file(entry[key], MAX_CERTIFICATES) is None:
-                raise CommandError(f"registries.{host}.{key} {entry[key]}: no such file")
+        faults += [f"registries.{host}.{key} {entry[key]}: no such file" for key in ("ca", "password_file")
+                   if entry[key] and not os.path.exists(entry[key])]
         registry = Registry(host, agent.config)
         try:
-            registry.request(f"{registry.scheme}://{host}/v2/", {}, MAX_ANSWER)
+            if not agent.is_downtime():
+                registry.request(f"{registry.scheme}://{host}/v2/", {}, MAX_ANSWER)
         except MargoError as error:
             known = error.stranger and ask_peer(f"https://{host}/", registry.timeout)
-            silent.append(error.message + (f"; there answers {known}" if known else ""))
-    return "warn" if silent else "ok", "; ".join(silent)
+            faults.append(error.message + (f"; there answers {known}" if known else ""))
+    return "warn" if faults else "ok", "; ".join(faults)
 
 
 def examine_connection(agent):
-    """Whether the WFM answers, is the one it should be, and offers what can be accepted."""
+    """Whether the WFM answers, is the one it should be, and wants what can be run here."""
     url = agent.config.wfm.url
     proxy = ask_proxy(url) and f" through the proxy {ask_proxy(url)}"
+    window = agent.config.poll.window
     try:
         agent.connect(keep=False)
+        if window and not is_within(window, time.localtime()):
+            return "ok", f"outside poll.window: {url} is not asked for anything new"
         desired = agent.fetch_desired()
     except Untrusted as error:
+        if error.code == "NOT_ONBOARDED":
+            recall(agent)
+            return "warn", error.message
         if error.stranger:
             error.message += f"; there answers {ask_peer(url, agent.config.wfm.timeout)}"
         raise
+    if desired:
+        agent.check_removals(desired)
+        actions, _ = agent.decide(make_accepted(desired), lambda digest: desired.documents.get(digest)
+                                  or agent.store.load_artifact(digest))
+        refused = [f"{action.deployment_id}: {action.reason}" for action in actions
+                   if action.verb == "refuse"]
+        if refused:
+            raise CommandError(f"version {desired.version} is there to be accepted; {'; '.join(refused)}")
     news = f"version {desired.version} is there to be accepted" if desired else "nothing new"
     return "ok", f"{url} is {agent.source.peer}{proxy}; {news}"
 
@@ -12328,12 +12452,6 @@ def ask_peer(url, timeout):
     except MargoError as error:
         return f"nobody ({error.message})"
     return f"{make_name(leaf.subject)}, certified by {make_name(leaf.issuer)}"
-
-
-def make_name(data):
-    """The texts in a distinguished name (DER), in its order."""
-    parts = [parse_der(value)[0][1] for _, value, _ in parse_der(parse_der(data)[0][1])]
-    return "/".join(make_printable(parse_der(part)[1][1].decode("utf-8", "replace")) for part in parts)
 
 
 COMMANDS["doctor"] = (command_doctor, {"--json": ""}, "")
@@ -12493,10 +12611,8 @@ def make_listing(schema, document, indent=""):
         if isinstance(entry, dict):
             lines += [f"{indent}{key}:", *make_listing(entry, value or {}, indent + "  ")]
             continue
-        reader, default, meaning = entry
+        reader, default, _ = entry
         note = "  # default" if value is None else ""
-        if not meaning:                             # no setting any more
-            continue
         if reader is read_environment and value:    # it may hold what nobody should see
             value = dict.fromkeys(value, "...")
         lines.append(f"{indent}{key}: {make_yaml(default if value is None else value)}{note}")
@@ -12511,8 +12627,6 @@ def make_example(schema, chosen, indent=""):
             lines += ["", f"{indent}{key}:", *make_example(entry, chosen.get(key, {}), indent + "  ")]
             continue
         reader, default, meaning = entry
-        if not meaning:
-            continue
         try:
             reader(object(), "")
         except ValueError as error:                 # of what it would take
@@ -12849,9 +12963,12 @@ def command_unenroll(config, options):
         if not any(state[part] for part in ("enrollment", "client", "deployments", "trust")):
             print("not enrolled")
             return
-        if "--purge" in options and purge(agent):
-            raise StorageError("not everything could be removed; nothing was forgotten, run unenroll --purge"
-                               " again")
+        if "--purge" in options:
+            if purge(agent):
+                raise StorageError("not everything could be removed; nothing was forgotten, run unenroll"
+                                   " --purge again")
+            for drivers in agent.answering.values():
+                print_kept(drivers.get("compose"))
         if state["enrollment"]:
             try:
                 devices = state["enrollment"].get("devices") or [agent.device_id]
@@ -12869,6 +12986,13 @@ def command_unenroll(config, options):
         agent.store.load_memo().clear()
         print("unenrolled" + (f"; {len(kept)} deployments were left running" if kept else ""))
         log("warning", "the next run enrolls again: stop cron or the service where that is not wanted")
+
+
+def print_kept(driver):
+    """Names the volumes that a ComposeDriver leaves behind: they hold what applications have stored."""
+    names = driver.list_volumes() if driver else []
+    if names:
+        print(f"kept: {len(names)} volumes, which `{driver.engine} volume rm {' '.join(names)}` removes")
 
 
 def purge(agent):
@@ -13034,13 +13158,20 @@ def make_status_report(config, state, memo, clock):
 
 def command_history(config, options):
     """Prints the last accepted desired states, newest first: when, version, what changed, what came of it."""
-    history = Store(config.state_dir).load_state()["history"][::-1]
+    state = Store(config.state_dir).load_state()
+    history = state["history"][::-1]
     if "--json" in options:
         return print_json({"history": history})
+    if not history:
+        print("no desired state was accepted yet")
+    names = {key: record["name"] for key, record in state["deployments"].items()}
     for item in history:
-        changes = [f"{len(item[key])} {key}" for key in ("added", "changed", "removed") if item[key]]
-        words = f"{', '.join(changes) or 'nothing changed'}  {item['outcome']}"
-        print(make_printable(f"{item['at']}  version {item['version']}  {words}"))
+        names.update(item.get("names", {}))
+        changes = [f"{word} {', '.join(item[word])}" for word in ("added", "changed", "removed")
+                   if item[word]]
+        words = f"{'; '.join(changes) or 'nothing changed'}  {item['outcome']}"
+        words = re.sub(UUID_PATTERN, lambda found: names.get(found.group().lower(), found.group()), words)
+        print(make_printable(f"{item['at']}  version {item['version']}  {words}", MAX_MESSAGE))
         if item.get("refused"):
             print(f"  what came after it is refused: {make_printable(item['refused'])}")
 
