@@ -5746,7 +5746,8 @@ def make_environment(service, reading, where):
         path = item.path or ""
         found = reading.folder.look(path)
         if item.required is not False or found.kind or not found.own:
-            parse_env_file(read_inside(reading.folder, path, f"{where}.env_file"), variables, path, environment)
+            text = read_inside(reading.folder, path, f"{where}.env_file")
+            parse_env_file(text, variables, path, environment)
     variables.maps.pop()
     environment.update(given, **reading.workload.environment)
     environment = {name: text for name, text in environment.items() if text is not None}
