@@ -175,11 +175,25 @@ CommandMissing = define_fault("CommandMissing", 1, "COMMAND", "The program is mi
 CommandTimeout = define_fault("CommandTimeout", 1, "COMMAND", "The program ran out of time.", CommandError)
 
 
+FAULTS = (MargoError, MemoryError, OSError)                 # what to_fault has words for
+MENDS = {"ENOSPC": "free space", "EDQUOT": "free space", "EIO": "look after the disk",
+         "EEXIST": "something else lies in its place, move it away",
+         "ENOTDIR": "something else lies in its place, move it away",
+         "EMFILE": "let this service have more open files"}
+
+
 def to_fault(error):
-    """The error as one that a person can act upon: Python's own words for a lack of memory are none."""
+    """The error as one that a person can act upon: Python's own words for a lack of memory are none.
+
+    What the operating system denies is a fault of storage, wherever it is met.
+    """
     if isinstance(error, MemoryError):
         return NoMemory("not enough memory for this step; end other programs on the device, or have it do"
                         " less (see README, Small devices)")
+    if isinstance(error, OSError):
+        import errno
+        mend = MENDS.get(errno.errorcode.get(error.errno), "let this user read and write it")
+        return StorageError(f"{error.filename or 'a step'} failed ({error.strerror or error}); {mend}")
     return error
 
 
@@ -311,7 +325,7 @@ class Agent:
             for step in STEPS:
                 try:
                     step(self)
-                except (MargoError, MemoryError) as error:
+                except FAULTS as error:
                     self.note_fault(to_fault(error), began)
             return self.conclude(began)
 
@@ -940,8 +954,8 @@ class Notices:
         self.tell(change)
 
     def __exit__(self, kind, error, _):
-        for change in self.agreed[:] if isinstance(error, MargoError) else ():
-            self.tell(change, error)
+        for change in self.agreed[:] if isinstance(error, FAULTS) else ():
+            self.tell(change, to_fault(error))
 
 
 class Installation:
@@ -1102,7 +1116,7 @@ def apply_give_up(step):
         deployment = step.load_deployment(digest)
         secrets = make_variables(deployment, culprit[0]).values()
         words = step.get_driver(deployment.type).tail_log((there or [""])[-1], secrets)
-    except MargoError:
+    except FAULTS:
         words = ""
     failed = step.fail(record, culprit[0], ComponentError("UNSTABLE", step.action.reason + words))
     yield dict(failed, retry=dict(record["repair"], failures=failed["retry"]["failures"]))
@@ -2491,10 +2505,9 @@ def warn_of_own(config, leaf, store, now):
     """Warns once a day of an own certificate that ends soon, and of a key that others can read."""
     memo = store.load_memo()
     expiry = find_expiry(leaf, now)
-    words = [f"the own certificate {expiry}"] if expiry else []
-    words += filter(None, [ask_looseness("identity.key", config.identity.key)])
-    if words and not 0 <= now - memo.get("warnedAt", 0) < 86400:
-        for line in words:
+    words = [expiry and f"the own certificate {expiry}", ask_looseness("identity.key", config.identity.key)]
+    if any(words) and not 0 <= now - memo.get("warnedAt", 0) < 86400:
+        for line in filter(None, words):
             log("warning", line)
         memo["warnedAt"] = now
 
@@ -2915,13 +2928,9 @@ def lend_file(data):
     """A file that holds `data` until it is closed, in memory where that goes; openssl and ssl want a name."""
     import tempfile
     memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
-    try:
-        file = tempfile.NamedTemporaryFile(prefix="margo-", dir=memory)
-        file.write(data)
-        file.flush()
-    except OSError as error:
-        raise StorageError(f"no temporary file can be made ({error.strerror}); free space or set"
-                           " TMPDIR") from None
+    file = tempfile.NamedTemporaryFile(prefix="margo-", dir=memory)
+    file.write(data)
+    file.flush()
     return file
 
 
@@ -4016,7 +4025,7 @@ class ComposeDriver:
                     self.start(service, job, service.name in changes.kept)
             names = [service.name for service in services]
             finished = self.await_startup(names, job) if job.workload.wait else set()
-        except MargoError:
+        except FAULTS:
             if leaving and self.config.runtime.on_failure != "rollback":    # kept for the way back alone
                 self.run(["rm", "--force"] + [container.id for container in leaving], 60)
             raise
@@ -4679,20 +4688,24 @@ def interpolate(text, variables, where, depth=0):
 
 
 def find_brace(text, position, variables, where):
-    """The closing brace of a `${…` whose inside starts at `position`.
+    """The closing brace of a `${…` whose inside starts at `position`, on the same line, as compose finds it.
 
-    Braces inside come in pairs, or else only those of a `${` do.  What is looked through is spent, too:
-    many could look through each other.
+    Each brace that opens inside is closed there, but of two in a row one counts.  Where they do not come in
+    pairs it is the last of the line.  What is looked through is spent: many could look through each other.
     """
-    for opening in (r"\{", r"\$\{"):
-        depth = 0
-        for match in re.compile(opening + "|}").finditer(text, position):
-            depth += 1 if match.group() != "}" else -1
-            if depth < 0:
-                variables.spend(match.start() - position, where)
-                return match.start()
-        variables.spend(len(text) - position, where)
-    raise make_fault(f"{where}: a ${{ that is not closed")
+    end = text.find("\n", position)
+    end = len(text) if end < 0 else end
+    depth = 1
+    for match in re.compile(r"\{.?|}").finditer(text, position, end):
+        depth += -1 if match.group() == "}" else 1
+        if not depth:
+            end = match.end()
+            break
+    variables.spend(end - position, where)
+    last = text.rfind("}", position, end)
+    if last < 0:
+        raise make_fault(f"{where}: a ${{ that is not closed on its line")
+    return last
 
 
 def interpolate_all(value, variables, where=""):
@@ -4713,10 +4726,13 @@ def make_names(value, where):
     return names
 
 
-# A name, and perhaps = or : and a value in quotes or without.
-ENV_LINE = (r"(?:export[ \t]+)?([\w.-]+)[ \t]*"
-            r"(?:[=:](?:[ \t]*(?:'([^'\\]*(?:\\.[^'\\]*)*)'|\"([^\"\\]*(?:\\.[^\"\\]*)*)\")|"
-            r"(?![ \t]*['\"])([^\n]*)))?[ \t]*(?:#[^\n]*)?(?:\n|\Z)")
+# A name, and perhaps = or : and a value in quotes, or all that stands on the line.
+ENV_LINE = (r"(?:export[ \t]+)?([\w.-]+)[ \t\r]*(?:[=:](?:"
+            r"[ \t]*(?:'([^'\\]*(?:\\.[^'\\]*)*)'|\"([^\"\\]*(?:\\.[^\"\\]*)*)\")[ \t\r]*(?:#[^\n]*)?|"
+            r"(?![ \t]*['\"])([^\n]*)))?(?:\n|\Z)")
+BLANKS = " \t\v\f\r\x85\xa0"
+ENV_ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "a": "\a", "b": "\b", "f": "\f", "v": "\v", '"': '"',
+               "\\": "\\", "$": "$$"}
 
 
 def parse_env_file(text, variables, where):
@@ -4725,10 +4741,9 @@ def parse_env_file(text, variables, where):
     A value may name the variables, and those of earlier lines.  A name alone takes the variable's value.
     """
     result = {}
-    text = text.replace("\r\n", "\n").lstrip("\ufeff")
     variables.spend(len(text), where)
     variables.maps.append(result)
-    for match in re.finditer(rf"\s+|#[^\n]*|{ENV_LINE}|(.)", text, re.S):
+    for match in re.finditer(rf"\s+|#[^\n]*|{ENV_LINE}|(.)", text.lstrip("\ufeff"), re.S):
         name, single, double, plain, odd = match.groups()
         if odd:
             number = text.count("\n", 0, match.start()) + 1
@@ -4736,7 +4751,8 @@ def parse_env_file(text, variables, where):
         if single is not None:
             result[name] = single.replace("\\'", "'")
         elif double is not None or plain is not None:
-            raw = unescape_double(double) if plain is None else re.split(r"\s#", plain, maxsplit=1)[0].strip()
+            # what begins with # is no comment there
+            raw = unescape_double(double) if plain is None else plain.lstrip(BLANKS).partition(" #")[0].rstrip()
             result[name] = interpolate(raw, variables, f"{where}, {name}")
         elif name in variables:
             result[name] = variables[name]
@@ -4746,8 +4762,7 @@ def parse_env_file(text, variables, where):
 
 def unescape_double(text):
     """What stands in double quotes of an env file, ready to be interpolated."""
-    escapes = {"n": "\n", "t": "\t", "r": "\r", '"': '"', "\\": "\\", "$": "$$"}
-    return re.sub(r"\\(.)", lambda match: escapes.get(match.group(1), match.group(0)), text, flags=re.S)
+    return re.sub(r"\\(.)", lambda match: ENV_ESCAPES.get(match.group(1), match.group(0)), text, flags=re.S)
 
 
 # Readers: each takes a value and its place, and returns what is meant or raises ComponentError of the place.
@@ -6270,44 +6285,39 @@ def unpack_package(data, digest, parent, max_unpacked, relaxed=False):
     folder = os.path.join(parent, digest.split(":")[1][:16])
     plain, entries = check_archive(data, max_unpacked, relaxed)
     work = folder + ".tmp"
-    try:
-        if os.path.isdir(folder):
-            places = {}
-            for entry in entries:
-                path = os.path.join(folder, entry.path)
-                twin = places.get(entry.offset) if entry.kind == "file" else None
-                if not load_sameness(path, entry, plain, twin):
-                    break
-                if entry.kind == "file":
-                    places.setdefault(entry.offset, path)
-            else:
-                return folder
-            log("warning", "an unpacked package is not what its archive holds: made anew", folder=folder)
-            remove_folder(folder)
-        remove_folder(work)
-        create_folder(os.path.join(work, "content"))
+    if os.path.isdir(folder):
         places = {}
         for entry in entries:
-            path = os.path.join(work, "content", entry.path)
-            create_folder(path if entry.kind == "folder" else os.path.dirname(path), 0o755)
+            path = os.path.join(folder, entry.path)
+            twin = places.get(entry.offset) if entry.kind == "file" else None
+            if not load_sameness(path, entry, plain, twin):
+                break
             if entry.kind == "file":
-                pieces = read_pieces(plain, entry.offset, entry.size)
-                if entry.offset in places:          # a hard link: the archive is not unpacked anew for it
-                    pieces = load_pieces(places[entry.offset])
-                write_file(path, pieces, entry.mode, os.path.join(work, "part"))
-                places[entry.offset] = path
-            elif entry.kind == "link":
-                os.symlink(entry.link, path)
-        os.chmod(os.path.join(work, "content"), 0o755)      # containers of other users read it (C-161)
-        for path, _, _ in os.walk(os.path.join(work, "content")):
-            sync_folder(path)
-        os.rename(os.path.join(work, "content"), folder)
-        os.rmdir(work)
-        sync_folder(parent)
-    except OSError as error:
-        raise StorageError(
-            f"{folder} cannot be unpacked ({error.strerror}); free space or make it writable"
-        ) from None
+                places.setdefault(entry.offset, path)
+        else:
+            return folder
+        log("warning", "an unpacked package is not what its archive holds: made anew", folder=folder)
+        remove_folder(folder)
+    remove_folder(work)
+    create_folder(os.path.join(work, "content"))
+    places = {}
+    for entry in entries:
+        path = os.path.join(work, "content", entry.path)
+        create_folder(path if entry.kind == "folder" else os.path.dirname(path), 0o755)
+        if entry.kind == "file":
+            pieces = read_pieces(plain, entry.offset, entry.size)
+            if entry.offset in places:          # a hard link: the archive is not unpacked anew for it
+                pieces = load_pieces(places[entry.offset])
+            write_file(path, pieces, entry.mode, os.path.join(work, "part"))
+            places[entry.offset] = path
+        elif entry.kind == "link":
+            os.symlink(entry.link, path)
+    os.chmod(os.path.join(work, "content"), 0o755)      # containers of other users read it (C-161)
+    for path, _, _ in os.walk(os.path.join(work, "content")):
+        sync_folder(path)
+    os.rename(os.path.join(work, "content"), folder)
+    os.rmdir(work)
+    sync_folder(parent)
     return folder
 
 
@@ -6355,7 +6365,7 @@ def get_command_environment(environ):
     """
     found = {key: value for key, value in environ.items() if key not in SYSTEMD_NAMES}
     if not os.path.isdir(found.get("TMPDIR", "/")):
-        del found["TMPDIR"]
+        found.pop("TMPDIR", None)
     return dict(found, PATH=os.pathsep.join(list_folders(environ)))
 
 
@@ -6985,7 +6995,7 @@ def load_pieces(path):
 def create_folder(path, mode=0o700):
     """Makes a folder, and those above it that are missing, each with just this mode, whatever the umask.
 
-    May raise OSError.
+    Raises StorageError.
     """
     if os.path.isdir(path):
         return
@@ -6995,9 +7005,9 @@ def create_folder(path, mode=0o700):
     try:
         os.mkdir(path, mode)
         os.chmod(path, mode)
-    except FileExistsError:
-        if not os.path.isdir(path):                 # else another process was faster
-            raise
+    except OSError as error:
+        if not (isinstance(error, FileExistsError) and os.path.isdir(path)):    # another was faster
+            raise to_fault(error) from None
 
 
 def empty_folder(path):
@@ -7006,7 +7016,7 @@ def empty_folder(path):
         for name in os.listdir(path):
             if not remove_file(os.path.join(path, name)):
                 remove_folder(os.path.join(path, name))
-    except (OSError, StorageError) as error:
+    except OSError as error:
         log("warning", "temporary files cannot be removed", path=path, reason=str(error))
 
 
@@ -7025,16 +7035,13 @@ def remove_folder(path):
     """
     import shutil
     gone = path if path.endswith(".tmp") else path + ".tmp"
-    try:
-        for name in (gone, path):                   # what an earlier attempt left, then this one
-            if os.path.lexists(name):
-                if name != gone:
-                    os.replace(name, gone)
-                    sync_folder(os.path.dirname(path))
-                shutil.rmtree(gone)
+    for name in (gone, path):                       # what an earlier attempt left, then this one
+        if os.path.lexists(name):
+            if name != gone:
+                os.replace(name, gone)
                 sync_folder(os.path.dirname(path))
-    except OSError as error:
-        raise StorageError(f"{path} cannot be removed ({error.strerror})") from None
+            shutil.rmtree(gone)
+            sync_folder(os.path.dirname(path))
 
 
 def make_state():
@@ -7238,13 +7245,15 @@ class Store:
                 create_folder(self.path(name))
             if os.stat(self.folder).st_mode & 0o077:
                 os.chmod(self.folder, 0o700)
+            reserve = get_space(self.folder, RESERVE)[1]
+        except FAULTS as error:
+            raise StorageError(f"state_dir {self.folder} cannot be made: {to_fault(error)}, or name a folder"
+                               " that this user may write, on a disk that keeps data") from None
+        try:
             if not os.path.exists(self.path("reserve")):
-                write_file(self.path("reserve"), bytes(get_space(self.folder, RESERVE)[1]))
+                write_file(self.path("reserve"), bytes(reserve))
         except StorageError as error:
             log("warning", "no space can be kept in reserve", reason=error.message)
-        except OSError as error:
-            raise StorageError(f"state_dir {self.folder} cannot be made ({error.strerror}); name a folder"
-                               " that this user may write, on a disk that keeps data") from None
 
     def lock(self):
         """Takes the lock or raises Locked; the kernel gives it back when this process ends, however it ends.
@@ -7342,12 +7351,9 @@ class Store:
     def prune_artifacts(self, digests):
         """Removes every artifact, and every unpacked package, whose digest is not among `digests`."""
         keep = {digest.replace(":", "-") for digest in digests}
-        try:
-            for name in os.listdir(self.path("artifacts")):
-                if name not in keep:
-                    os.remove(self.path("artifacts", name))
-        except OSError as error:
-            raise StorageError(f"{self.path('artifacts')} cannot be pruned ({error.strerror})") from None
+        for name in os.listdir(self.path("artifacts")):
+            if name not in keep:
+                os.remove(self.path("artifacts", name))
         short = {digest.split(":")[1][:16] for digest in digests}
         form = re.compile(r"[0-9a-f]{16}(\.content)?|content-[0-9a-f]{32}(\.new)?")
         top = self.path("deployments")
@@ -7400,7 +7406,7 @@ class Store:
         try:
             create_folder(os.path.dirname(path), 0o755)
             write_file(path, data)
-        except (OSError, StorageError) as error:
+        except StorageError as error:
             log("debug", "the last contact cannot be noted", path=path, reason=str(error))
             return False
         self.noted = data
@@ -7492,23 +7498,19 @@ class Folder:
         for source in {source.path: source for source in sources}.values():
             place = os.path.dirname(source.path)
             needed.add(os.path.basename(place))
-            try:
-                if os.path.lexists(source.path) and load_digest(source.path)[:32] == place[-32:]:
-                    continue
-                for folder in (place, place + ".new"):      # what was spoilt, and what was cut off
-                    remove_folder(folder)
-                create_folder(place + ".new", 0o755)        # containers read it
-                part = os.path.join(place + ".new", os.path.basename(source.path))
-                if source.kind == "folder":
-                    shutil.copytree(source.real, part, symlinks=True, copy_function=link_file)
-                else:
-                    link_file(source.real, part)
-                for folder, _, _ in os.walk(place + ".new"):
-                    sync_folder(folder)
-                os.rename(place + ".new", place)
-            except OSError as error:
-                words = f"{place} cannot be written ({error.strerror or error})"
-                raise StorageError(f"{words}; free space or make it writable") from None
+            if os.path.lexists(source.path) and load_digest(source.path)[:32] == place[-32:]:
+                continue
+            for folder in (place, place + ".new"):      # what was spoilt, and what was cut off
+                remove_folder(folder)
+            create_folder(place + ".new", 0o755)        # containers read it
+            part = os.path.join(place + ".new", os.path.basename(source.path))
+            if source.kind == "folder":
+                shutil.copytree(source.real, part, symlinks=True, copy_function=link_file)
+            else:
+                link_file(source.real, part)
+            for folder, _, _ in os.walk(place + ".new"):
+                sync_folder(folder)
+            os.rename(place + ".new", place)
         if needed:
             sync_folder(os.path.dirname(self.path))
             write_file(self.path + ".content", "\n".join(sorted(needed)).encode())
@@ -9390,7 +9392,7 @@ def run_signature(data, signer):
         return parse_ecdsa(found, size) if size else found
     except CommandMissing as error:
         raise ConfigError(error.message) from None
-    except (ValueError, OverflowError, OSError, CommandError) as error:
+    except (ValueError, OverflowError, CommandError) as error:
         reason = make_printable(str(error), 300)
         raise Untrusted(f"identity.key {signer.key}: openssl cannot sign by it: {reason}") from None
 
@@ -10841,8 +10843,7 @@ class Enrollment:
             issued = load_certificates(parse_base64(self.est["answer"]))
             spki = load_public_key(self.settings.key)
             leaf = find_issued(issued, spki, renewed, self.state["trust"].get("trustDomain"))
-            if time.time() > leaf.not_after:
-                check_validity(leaf, time.time())
+            check_validity(leaf, max(time.time(), leaf.not_before))      # one that begins later may still do
             return leaf, issued
         except ValueError as error:
             del self.est["answer"]
@@ -11538,10 +11539,7 @@ class HelmDriver:
         name = make_release_name(component.name, deployment.deployment_id)
         self.ask_name(name, deployment.namespace)
         folder = store.path("deployments", deployment.deployment_id.lower(), component.name)
-        try:
-            create_folder(folder)
-        except OSError as error:
-            raise StorageError(f"{folder} cannot be made ({error.strerror})") from None
+        create_folder(folder)
         values_file = os.path.join(folder, content + ".json")
         write_file(values_file, make_json(values))
         for other in set(os.listdir(folder)) - {content + ".json"}:
@@ -11940,9 +11938,10 @@ def command_doctor(config, options):
             continue
         try:
             level, words = check(agent)
-        except MargoError as error:
-            level, words = "FAIL", error.message
-            code = max(code, error.exit)
+        except FAULTS as error:
+            fault = to_fault(error)
+            level, words = "FAIL", fault.message
+            code = max(code, fault.exit)
         if words and words not in [row["message"] for row in found]:        # each cause once
             found.append({"name": name, "level": level.lower(), "message": words})
             if "--json" not in options:
@@ -13076,7 +13075,7 @@ def main(arguments=None):
     except KeyboardInterrupt:
         return 130
     except Exception as error:
-        return tell_fault(to_fault(error))
+        return tell_fault(error)
 
 
 def tell_fault(error):
@@ -13087,20 +13086,21 @@ def tell_fault(error):
         log.form = "text"                           # the other form needs a module itself
         error = ConfigError(f"this Python lacks a part of its standard library ({error}); install it (see"
                             " README, Small devices)")
-    elif getattr(error, "errno", 0) == errno.ENOSPC:
+    elif getattr(error, "errno", 0) == errno.ENOSPC and not error.filename:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         error = StorageError(f"the output cannot be written ({error.strerror})")
     if isinstance(error, Misuse) and log.form == "text":
         log.write(f"margo-agent: {error.message}")                  # for who typed it, not for a log
         return error.exit
-    if isinstance(error, MargoError):
-        log("error", error.message, code=error.code)
-        return error.exit
-    import traceback
-    log("error", f"bug: {type(error).__name__}: {error}; run again with -v and report what it prints",
-        code=MargoError.code)
-    log("debug", traceback.format_exc())
-    return MargoError.exit
+    fault = to_fault(error)
+    if not isinstance(fault, MargoError):
+        fault = MargoError(f"bug: {type(error).__name__}: {error}; run again with -v and report what it"
+                           " prints")
+    log("error", fault.message, code=fault.code)
+    if fault is not error:
+        import traceback
+        log("debug", traceback.format_exc())
+    return fault.exit
 
 
 if __name__ == "__main__":

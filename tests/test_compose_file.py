@@ -121,7 +121,8 @@ class Interpolation(FileCase):
         ("${UNSET:-${SET}-${SET}}", "value-value"), ("${SET}}", "value}"), ("${UNSET:-\"q\" 'r'}", "\"q\" 'r'"),
         ("${UNSET:-\\}", "\\"), ("$", "$"), ("a$ b", "a$ b"), ("^x$", "^x$"), ("$(id) $1", "$(id) $1"), ("$2a$14$b", "$2a$14"),
         ("${UNSET:-$2a$1}", "$2a$1"), ('${SET:-{"k":"v"}}.', "value."), ('${UNSET:-{"k":{"v":1}}}.', '{"k":{"v":1}}.'),
-        ("${EMPTY:+{q}}", ""), ("${UNSET:-{}", "{"), ('${UNSET:-{"k":"${SET}"}}', '{"k":"value"}'),
+        ("${EMPTY:+{q}}", ""), ("${UNSET:-{}", "{"), ("${SET:-{{.Name}}}", "value}"), ("${UNSET:-{{.Name}}}", "{{.Name}}"),
+        ("${UNSET:-{ {x} }", "{ {x} "), ("${UNSET:-{}\n}", "{\n}"), ('${UNSET:-{"k":"${SET}"}}', '{"k":"value"}'),
         ("a${UNSET:-}${SET}", "avalue"), ("${SET+x}${UNSET-y}", "xy"), ("${EMPTY:-${PRICE}}", "5$SET")]
 
     def test_every_form_gives_its_text(self):
@@ -161,12 +162,13 @@ class Interpolation(FileCase):
 
     def test_find_brace_skips_the_braces_of_inner_names(self):
         for text, start, end in (("${A}", 2, 3), ("${A:-${B}}", 5, 9), ("${A:-${B:-${C}}}x}", 5, 15),
-                                 ("${A:-{}}", 5, 7), ("${A:-{}", 5, 6)):
+                                 ("${A:-{}}", 5, 7), ("${A:-{}", 5, 6),
+                                 ("${A:-{{x}y}z}", 5, 10), ("${A:-{}\n}", 5, 6), ("${A:-${B}", 5, 8)):
             with self.subTest(text=text):
                 self.assertEqual(margo_agent.find_brace(text, start, self.VARIABLES, "here"), end)
         with self.assertRaises(margo_agent.ComponentError) as caught:
-            margo_agent.find_brace("${A:-${B}", 5, self.VARIABLES, "services.main.image")
-        self.assertIn("services.main.image: a ${ that is not closed", caught.exception.message)
+            margo_agent.find_brace("${A:-x\n}", 5, self.VARIABLES, "services.main.image")
+        self.assertIn("services.main.image: a ${ that is not closed on its line", caught.exception.message)
 
     def test_defaults_nested_without_end_are_refused(self):
         """What an archive holds never takes the agent down."""
@@ -212,7 +214,7 @@ class Interpolation(FileCase):
 
     def test_braces_and_ports_are_no_bomb(self):
         """4, rule (d): each `${` could look through all that follow, and ranges of ports are many ports."""
-        for keys in ({"hostname": "${A:-{}" * 20000},
+        for keys in ({"hostname": "${A:-{}}" * 20000 + "${A:-{}" * 60000},
                      {"ports": [f"127.0.{number}.1:1-65535:1-65535" for number in range(200)]}):
             begun = time.process_time()
             self.assertRefused(make_document(keys), "bring more than 8388608 characters")
@@ -257,6 +259,9 @@ class EnvFiles(FileCase):
         ('X="q"#c', {"X": "q"}), ("X=^a$\nY=$(b)", {"X": "^a$", "Y": "$(b)"}), ('X="one\ntwo"\nY=1', {"X": "one\ntwo", "Y": "1"}),
         ("X='one\ntwo' # c", {"X": "one\ntwo"}), ("1A=x", {"1A": "x"}), ("# a\n\n  # b\nX=1\n#", {"X": "1"}), ("X=1 #c", {"X": "1"}),
         ("X : 'a'", {"X": "a"}), ("X='a\\nb'", {"X": "a\\nb"}),
+        ("X=a\t#b", {"X": "a\t#b"}), ("X= # b", {"X": "# b"}), ("X=\t#b #c", {"X": "#b"}),       # only " #" begins a comment
+        ('X="\\a\\b\\f\\v\\r\\q"', {"X": "\a\b\f\v\r\\q"}), ('X="a\r\nb"\r\nY=1', {"X": "a\r\nb", "Y": "1"}),
+        ("X='\\\\\\''", {"X": "\\\\'"}), ("X=\u2028 a", {"X": "\u2028 a"}),
         ("X=a\u2028Y=b", {"X": "a\u2028Y=b"}), ("X=a\x0cY=b", {"X": "a\x0cY=b"})]
 
     def test_every_line_is_read(self):
