@@ -98,7 +98,8 @@ REFUSALS = ("invalid-request", "semantic-error", "gateway-not-found", "device-no
 DIGEST_PATTERN = r"sha256:[0-9a-f]{64}"
 UUID_PATTERN = r"[0-9a-fA-F]{8}-[0-9a-fA-F]{4}-[0-9a-fA-F]{4}-[0-9a-fA-F]{4}-[0-9a-fA-F]{12}"
 EXTENSION_PATTERN = r"x-[a-z][a-z0-9-]*-extensions"
-REGISTRY_PATTERN = r"(?:[A-Za-z0-9.-]+|\[[0-9a-fA-F:]+\])(?::[0-9]{1,5})?"
+PORT_PATTERN = r":(?:[0-9]{1,4}|[1-5][0-9]{4}|6[0-4][0-9]{3}|65[0-4][0-9]{2}|655[0-2][0-9]|6553[0-5])"
+REGISTRY_PATTERN = rf"(?:[A-Za-z0-9.-]+|\[[0-9a-fA-F:]+\])(?:{PORT_PATTERN})?"
 DEVICE_ID_PATTERN = r"[A-Za-z0-9._~-]+(/[A-Za-z0-9._~-]+)*"
 
 # Most severe first (C-133).
@@ -391,8 +392,7 @@ class Agent:
         if isinstance(error, Untrusted) and time.time() < stored:   # no verdict on certificates is one (P-2)
             error.code = "CLOCK"
             error.message += f"; {make_clock_fault(time.time(), stored)}"
-        long = {"retryAfter": f"{error.retry_after:.0f} s"} if (error.retry_after or 0) > 3600 else {}
-        log("error", error.message, code=error.code, **long)
+        log("error", error.message, code=error.code)
         if final or isinstance(error, Refused):
             clock = get_clock()._replace(now=began)
             self.state["patience"] = make_patience(self.state["patience"], error, clock, get_random())
@@ -788,7 +788,8 @@ def make_action(target, record, containers, clock, settle, mark):
 
     same = record and record["adopted"]["digest"] == target.digest
     state = record and record["state"]
-    retry = find_wait(record["retry"], clock) if record else 0
+    # A removal that failed says nothing of a deployment that is wanted again.
+    retry = find_wait(record["retry"], clock) if record and "leaving" not in record["retry"] else 0
     pause = find_wait(record["repair"], clock) if record else 0
     if same and state == "failed" and record["fallback"] and not pause and (target.error or retry):
         words = find_drift(record["running"]["services"], containers, clock.now, settle)[1]
@@ -1180,7 +1181,8 @@ def apply_removal(step):
         log("error", "removal failed", deployment=record["deploymentId"], component=name,
             reason=error.message)
         code = error.code if isinstance(error, ComponentError) else "REMOVE_FAILED"
-        yield step.fail(record, name if name in names else None, ComponentError(code, error.message))
+        failed = step.fail(record, name if name in names else None, ComponentError(code, error.message))
+        yield dict(failed, retry=dict(failed["retry"], leaving=True))
         return
     remove_folder(step.store.path("deployments", step.action.key))
     yield dict(set_component(record, None, "removed"), running=None, previous=None)
@@ -1247,7 +1249,8 @@ def make_record(target, device_id):
     refused     whether the revision cannot be one, whatever is tried
     found       whether something of it ran before it was known, as after the state was lost
     fetched     digests of packages and names of images that are there for the revision that is worked on
-    retry       failures in a row (see make_wait); repair: repairs without an hour's rest (P-7)
+    retry       failures in a row (see make_wait), with `leaving` where it was its removal that failed
+    repair      repairs without an hour's rest (P-7)
     """
     return {"deploymentId": target.deployment_id, "name": target.deployment_id, "deviceId": device_id,
             "type": "compose", "adopted": {"digest": target.digest, "version": target.version},
@@ -6090,13 +6093,7 @@ def parse_reference(repository, revision):
     """`oci://host[:port]/name` and a tag to a Reference; raises ComponentError (C-153)."""
     part = r"[a-z0-9]+(?:(?:[._]|__|-+)[a-z0-9]+)*"
     match = re.fullmatch(rf"oci://({REGISTRY_PATTERN})/({part}(?:/{part})*)", repository)
-    port = match and re.search(r":([0-9]+)\Z", match.group(1))
-    if (
-        not match
-        or port
-        and int(port.group(1)) > 65535
-        or not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}", revision)
-    ):
+    if not match or not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}", revision):
         raise ComponentError(
             "INVALID_DEPLOYMENT",
             f"{make_printable(repository)}:{make_printable(revision)} is not an OCI reference",
@@ -6348,7 +6345,7 @@ def parse_package_manifest(data, where, max_artifact, kind="compose"):
         digest = layer.get("digest")
         size = layer.get("size")
         check_shape(digest, DIGEST_PATTERN, "the layer's digest")
-        if not is_size(size):
+        if not isinstance(size, int) or size is True or size < 1:
             found = make_printable(str(size), 80)
             raise ValueError(f"the layer's size: found {found!r}, expected a number of bytes")
         if size > max_artifact:
@@ -6356,11 +6353,6 @@ def parse_package_manifest(data, where, max_artifact, kind="compose"):
     except ValueError as error:
         raise ComponentError("ARCHIVE_INVALID", f"{where}: {error}") from None
     return digest, size
-
-
-def is_size(value):
-    """Whether a value is a whole number of at least one byte."""
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 def find_layer(value, kind):
@@ -7108,6 +7100,8 @@ def check_response(response, where, accepted, now, denial="the WFM does not acce
     wait = parse_retry_after(response.headers.get("Retry-After"), now)
     facts = {"status": response.status, "strategy": problem.strategy,
              "retry_after": limit_wait(problem.retry_after, now) if wait is None else wait}
+    if facts["retry_after"]:
+        message += f"; it wants to be left alone until {make_time(now + facts['retry_after'])}"
     if denied or verdict is Untrusted and not known:
         raise Untrusted(f"{message}; {denial}", **facts)
     retryable = problem.retryable
@@ -7116,8 +7110,6 @@ def check_response(response, where, accepted, now, denial="the WFM does not acce
     if retryable:
         if response.status >= 500:
             message += "; that is the server's own trouble, see its operator"
-        if facts["retry_after"]:
-            message += f"; it wants to be left alone until {make_time(now + facts['retry_after'])}"
         raise Unreachable(message, **facts)
     if response.status in (301, 302, 303, 307, 308):
         message += ("; redirects are not followed: set wfm.url, or the setting this address came from,"
@@ -7949,9 +7941,13 @@ def make_spread(device_id, spread):
     return int(sha256_digest(device_id.encode())[7:15], 16) / 2 ** 32 * spread
 
 
-def list_waits(state, clock):
-    """[{until, reason}] of what is held back: requests to the WFM, and reports that it has not taken."""
+def list_waits(state, clock, *failed):
+    """[{until, reason}] of what is held back: requests to the WFM, reports that it has not taken, and
+    attempts at what has `failed`, as far as its records are given.
+    """
     found = {"the WFM or a back-off asks to wait": state["patience"]}
+    found.update((f"{record['deploymentId']} has failed and is not tried again", record["retry"])
+                 for record in failed if not record["refused"])
     found.update((f"{key} is not reported again", record) for key, record in state["waits"].items())
     left = {reason: find_wait(record, clock) for reason, record in found.items()}
     return [{"until": make_time(clock.now + seconds), "reason": reason}
@@ -8151,11 +8147,8 @@ def is_uri(key):
     return bool(re.match(r"[a-z][a-z0-9+.-]+:", key))
 
 
-HOST_PATTERN = r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(:[0-9]{1,5})?"
+HOST_PATTERN = rf"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)({PORT_PATTERN})?"
 PINS = "a list of base64 SHA-256 digests of public keys, 44 characters each"
-DURATION = (
-    "a duration greater than zero: seconds, or a number with s, m, h or d, such as 30s, and at most 3650d"
-)
 
 read_text = scalar("text")
 read_name = checked("text", lambda value: isinstance(value, str) and value)
@@ -8171,7 +8164,9 @@ read_folders = list_of(scalar(FOLDERS, r"(?s)/.*"), FOLDERS)
 read_devices = list_of(scalar(FILES, r"/dev/[\w./:+@*-]+"), FILES)
 read_pins = list_of(scalar(PINS, r"[A-Za-z0-9+/]{42}[AEIMQUYcgkosw048]="), PINS)
 read_pause = scalar("a duration", make=parse_duration)
-read_duration = scalar(DURATION, r".*[1-9].*", parse_duration)
+read_duration = scalar(
+    "a duration greater than zero: seconds, or a number with s, m, h or d, such as 30s, and at most 3650d",
+    r".*[1-9].*", parse_duration)
 read_size = scalar("a size", make=parse_size)
 read_count = scalar("a whole number", "[0-9]{1,18}", int)
 read_share = scalar("a share from 0% to 100%", r"([0-9]{1,2}|100)%", lambda text: int(text[:-1]) / 100)
@@ -8338,7 +8333,8 @@ DEVICE_SCHEMA = {
 }
 CHILD_SCHEMA = dict(DEVICE_SCHEMA, connection=(read_environment, {}, "variables that lead to its engine"))
 REGISTRY_SCHEMA = {
-    "mirror": (read_text, None, "host:port that is asked in place of this registry"),
+    "mirror": (scalar("a host, with or without a port", rf"(https?://)?{REGISTRY_PATTERN}/?"), None,
+               "host:port that is asked in place of this registry"),
     "username": (read_text, None, "who signs in there"),
     "password_file": (read_path, None, "file of the password, mode 0600"),
     "ca": (read_path, None, "CA certificates of this registry; without it the system's"),
@@ -12505,8 +12501,7 @@ def command_describe(config, options):
     for fault in seen.silent.values():
         print_row("containers", fault.message)
     if report["attempts"]:
-        print_row("attempts", f"{report['attempts']} failed; the next one is due"
-                  f" {report['nextAttempt'] or 'with the next run'}, `retry {report['name']}` tries at once")
+        print_row("attempts", f"{report['attempts']} failed; {make_due(record, get_clock())}")
     if report["before"]:
         runs = "runs in its place" if record["fallback"] else "is kept to go back to"
         print_row("before", f"the version of document {report['before']} {runs}")
@@ -12934,6 +12929,8 @@ def command_enroll(config, options):
     """Makes this device known to the WFM: checks its identity and reports its capabilities.
 
     It may be repeated at any time.  `--fetch-ca FILE` first downloads the WFM's root CA (profile signed).
+
+    Example: margo_agent.py enroll
     """
     for name, (_, act) in OPTIONS["enroll"].items():
         if name in options:
@@ -12958,6 +12955,8 @@ def command_unenroll(config, options):
     """Deregisters this device at the WFM and forgets what was agreed.
 
     Workloads are left running.  `--purge` removes them first, but never their volumes.
+
+    Example: margo_agent.py unenroll --purge
     """
     with Agent(config) as agent:
         state = agent.state
@@ -13007,7 +13006,10 @@ def purge(agent):
 
 
 def command_plan(config, options):
-    """Shows what `run --once` would do, and changes nothing: neither here nor at the WFM."""
+    """Shows what `run --once` would do, and changes nothing: neither here nor at the WFM.
+
+    Example: margo_agent.py plan --json
+    """
     agent = Agent(config)
     agent.state = agent.store.load_state()
     accepted, documents = fetch_accepted(agent)
@@ -13082,7 +13084,10 @@ def fetch_accepted(agent):
 
 
 def command_status(config, options):
-    """Prints what the device knows, without asking anybody."""
+    """Prints what the device knows, without asking anybody.
+
+    Example: margo_agent.py status --json
+    """
     document = status(config)
     if "--json" in options:
         return print_json(document)
@@ -13153,12 +13158,15 @@ def make_status_report(config, state, memo, clock):
         "deployments": [make_deployment_report(record) for _, record in sorted(state["deployments"].items())],
         "dropped": [dict(refused, deploymentId=key) for key, refused in state["dropped"].items()],
         "others": memo.get("others", []),
-        "waits": list_waits(state, clock),
+        "waits": list_waits(state, clock, *state["deployments"].values()),
     }
 
 
 def command_history(config, options):
-    """Prints the last accepted desired states, newest first: when, version, what changed, what came of it."""
+    """Prints the last accepted desired states, newest first: when, version, what changed, what came of it.
+
+    Example: margo_agent.py history --json
+    """
     state = Store(config.state_dir).load_state()
     history = state["history"][::-1]
     if "--json" in options:
@@ -13178,7 +13186,10 @@ def command_history(config, options):
 
 
 def command_capabilities(config, options):
-    """Prints the capabilities document that would be reported."""
+    """Prints the capabilities document that would be reported.
+
+    Example: margo_agent.py capabilities > capabilities.json
+    """
     agent = Agent(config)
     profile = PROFILES[config.wfm.profile](config, agent.store, agent.store.load_state())
     documents = list(map(profile.translate, load_capabilities(agent.devices, config).values()))
@@ -13186,7 +13197,10 @@ def command_capabilities(config, options):
 
 
 def command_csr(config, options):
-    """Makes a private key if there is none, and prints a certificate signing request for it."""
+    """Makes a private key if there is none, and prints a certificate signing request for it.
+
+    Example: margo_agent.py csr --out device.csr
+    """
     if not config.identity.key:
         raise ConfigError("identity.key: not set; it says where the key is kept")
     if config.identity.get("enrollment") == "est":
@@ -13211,6 +13225,8 @@ def command_retry(config, options):
     """Lets the next run try failed deployments at once.
 
     Without a name it tries all of them, and no longer waits as the WFM or an identity service has asked.
+
+    Example: margo_agent.py retry hello
     """
     with Agent(config) as agent:
         state = agent.state
@@ -13242,7 +13258,10 @@ def find_record(state, word):
 
 
 def command_version(config, options):
-    """Prints the version and the supported profiles."""
+    """Prints the version and the supported profiles.
+
+    Example: margo_agent.py version --json
+    """
     if "--json" in options:
         return print_json({"version": __version__, "profiles": list(PROFILES)})
     print(f"margo_agent {__version__} (profiles: {', '.join(PROFILES)})")

@@ -74,6 +74,9 @@ class Arguments(unittest.TestCase):
             done = run("help", command)
             self.assertEqual((done.returncode, done.stderr), (0, ""))
             self.assertLess(max(map(len, done.stdout.split("\n"))), 111)
+        for command in COMMANDS:                    # the contract: "explains one command, with an example"
+            self.assertRegex(run(command, "--help").stdout, rf"\n\nExample: margo_agent.py {command}\b")
+            self.assertLess(max(map(len, done.stdout.split("\n"))), 111)
         self.assertLess(max(map(len, run("help").stdout.split("\n"))), 80)
 
     def test_options_have_long_and_glued_forms(self):
@@ -260,10 +263,19 @@ class People(support.DeviceCase):
         self.wfm.publish(support.make_deployment(registry=self.wfm.registry, components=(("web", "2.0.0"),), parameters={"GREETING": "other"}))
         self.device.cycle(1)
         text = self.device.run("status", "hello").stdout
-        self.assertRegex(text, r"attempts +1 failed; the next one is due 20\S+Z, `retry hello` tries at once\n")
+        self.assertRegex(text, r"attempts +1 failed; next attempt at 20\S+Z, `retry hello` tries at once\n")
         self.assertRegex(text, rf"before +the version of document {before} runs in its place\n")
         self.assertIn("web 2.0.0", text)
         self.assertIn("exited with code 4", text)
+
+    def test_status_names_every_wait_and_until_when(self):
+        """Contract, `status`: "waits and until when"; what has failed waits, too."""
+        self.engine.change(exits={"front": 4})
+        self.wfm.publish(support.make_deployment(registry=self.wfm.registry, parameters={"GREETING": "other"}))
+        self.device.cycle(1)
+        (wait,) = self.device.status()["waits"]
+        self.assertEqual(wait["reason"], f"{HELLO} has failed and is not tried again")
+        self.assertIn(f"until {wait['until']}", self.device.run("status").stdout)
 
     def test_status_of_one_says_so_where_the_engine_does_not_answer(self):
         self.device.cycle()
