@@ -153,6 +153,9 @@ class Engine:
         command, (options, names) = arguments[0], split(arguments[1:])
         if command == "create":
             self.held["volumes"][names[0]] = [value for name, value in options if name == "--label"]
+        elif command == "ls":
+            wanted = [value[len("label="):] for name, value in options if name == "--filter"]
+            self.say("\n".join(name for name, labels in self.held["volumes"].items() if all(label in labels for label in wanted)))
         else:
             self.show("volumes", names)
 
