@@ -4202,7 +4202,10 @@ class ComposeDriver:
         if not first:
             self.create_all(job, new, changes.making, leaving, names)
         try:
-            self.halt(job, changes.leaving)
+            stopped = job.deadline
+            for group in changes.leaving:
+                active = [container.id for container in group if container.state not in AT_REST]
+                stopped = self.stop(active, stopped) if active else stopped
             if first:
                 self.remove_containers(leaving, job.deadline)
                 leaving = []
@@ -4456,18 +4459,6 @@ class ComposeDriver:
             self.create_all(job, {}, again, [], {})
             self.carry_out(job, ["start", job.current[service.name]])
 
-    def halt(self, job, groups):
-        """Stops containers, group by group; what cannot be stopped is removed: none runs beside the new."""
-        deadline = job.deadline
-        ids = [container.id for group in groups for container in group]
-        for group in groups:
-            active = [container.id for container in group if container.state not in AT_REST]
-            deadline = self.stop(active, deadline) if active else deadline
-        there = self.look_up(job.workload) if ids else []
-        alive = [item.id for item in there if item.id in ids and item.state not in AT_REST]
-        if alive:
-            self.run(["rm", "--force"] + alive, 60, "INSTALL_FAILED")
-
     def write_environment(self, service, folder):
         """The environment by a file of mode 0600, never on a command line; what no line can hold, by name."""
         handed = find_handed(service.environment)
@@ -4605,7 +4596,7 @@ class ComposeDriver:
         return f"; its log ends: {make_printable(text, 2048)}" if text else ""
 
     def stop(self, ids, deadline):
-        """Stops containers within their own grace period, or kills them once the time is over.
+        """Stops containers within their own grace period, or kills them once the time is over: none runs on.
 
         Returns the deadline for what follows.  One that is not there any more is passed over.
         """
@@ -4616,7 +4607,8 @@ class ComposeDriver:
             code = 1
         if code:
             log("warning", "killed, because it did not stop in time", containers=" ".join(ids))
-            self.run(["kill"] + ids, 60)
+            if self.run(["kill"] + ids, 60).code:
+                self.run(["rm", "--force"] + ids, 60, "INSTALL_FAILED")
             deadline = time.monotonic() + 60
         return deadline
 
