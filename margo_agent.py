@@ -7706,8 +7706,15 @@ class Folder:
         self.path, self.environ, self.digests = path, environ, {}
 
     def resolve(self, name):
-        """A path, relative to the package, with all links followed."""
-        return os.path.realpath(os.path.join(self.path, name))
+        """A path, relative to the package, with all links followed.
+
+        Raises ComponentError where one of them may not be read, such as /proc/1/root.
+        """
+        try:
+            return os.path.realpath(os.path.join(self.path, name))
+        except OSError as error:
+            words = f"{make_printable(name, 200)} cannot be looked up ({error.strerror})"
+            raise ComponentError("POLICY_DENIED", f"compose.yaml: {words}") from None
 
     def read(self, name):
         """The bytes of a file of the package of at most 1 MiB; None where it is none."""
