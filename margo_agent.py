@@ -8035,7 +8035,7 @@ def is_within(windows, local):
 def is_within_whole(windows, start, end):
     """Whether all the time between two moments (Unix seconds, by the minute) lies in windows."""
     moments = range(int(start), int(max(start, end)) + 1, 60)
-    return bool(windows) and all(is_within(windows, time.localtime(moment)) for moment in moments)
+    return all(is_within(windows, time.localtime(moment)) for moment in moments)
 
 
 def make_clock_fault(now, stored):
