@@ -10089,7 +10089,7 @@ BRANCH_PATTERN = (r"(?!.*(\.\.|\.(lock)?(/|$)))[A-Za-z0-9_][A-Za-z0-9_.+@-]*"   
 
 GIT_HOST = r"([A-Za-z0-9_][A-Za-z0-9._-]*@)?(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9_][A-Za-z0-9._-]*)"
 # A repository's address that git never takes for an option or a helper, and that holds no password.
-GIT_ADDRESS = (r"file:///[^\x00-\x1f\x7f]*|" rf"ssh://{GIT_HOST}(:[0-9]{{1,5}})?/[!-~]+|"
+GIT_ADDRESS = (r"file:///[^\x00-\x1f\x7f]*|" rf"ssh://{GIT_HOST}({PORT_PATTERN})?/[!-~]+|"
                rf"{GIT_HOST}:(?!//)[A-Za-z0-9_~./][!-~]*")
 read_address = scalar("an absolute https URL, or for profile git also ssh, file, or host:path", GIT_ADDRESS)
 
@@ -10211,8 +10211,8 @@ class GitSource:
             output = self.git("ls-remote", "--", self.url, ref, timeout=4 * self.config.wfm.timeout)
         except CommandError as error:
             raise self.ask_reason(error, "git-upload-pack") from None
-        lines = output.stdout.decode("ascii", "replace")
-        found = re.search(rf"^([0-9a-f]{{40}}|[0-9a-f]{{64}})\t{re.escape(ref)}$", lines, re.M)
+        found = re.search(rf"^([0-9a-f]{{40}}|[0-9a-f]{{64}})\t{re.escape(ref)}$",
+                          output.stdout.decode("ascii", "replace"), re.M)
         self.heads[ref] = found.group(1) if found else None
         return self.heads[ref]
 
@@ -10245,19 +10245,26 @@ class GitSource:
         return Unreachable(f"{self.url}: {error.message}")
 
     def fetch_desired(self, accepted, load_artifact):
-        """None where the branch still stands at the accepted commit, else a Desired; see HttpSource."""
+        """None where the branch still stands at the accepted commit, and is read as it was then, else a
+        Desired; see HttpSource.
+        """
         head = self.fetch_head(self.branch)
         if head is None:
             raise Refused(f"{self.url} has no branch {self.config.git.branch}; mend git.branch (nothing is"
                           " removed for that)")
-        if accepted and accepted["version"] == head and not accepted.get("incomplete"):
+        if accepted and accepted["digest"] == self.make_digest(head) and not accepted.get("incomplete"):
             return None
         base = accepted["version"] if accepted else None
         head, (entries, documents, ignored) = self.work(lambda: self.fetch_files(base))
         for name in ignored[:MAX_NAMED]:
             log("info", "ignored: not an ApplicationDeployment", name=name)
         new = {digest: data for digest, data in documents.items() if load_artifact(digest) is None}
-        return Desired(head, None, sha256_digest(head.encode()), entries, new)
+        return Desired(head, None, self.make_digest(head), entries, new)
+
+    def make_digest(self, head):
+        """The digest of a commit and of the settings by which it is read."""
+        return sha256_digest(f"{head} {self.config.git.path}"
+                             f" {self.config.git.verify_signatures}".encode())
 
     def work(self, act):
         """What `act` returns.
@@ -10287,20 +10294,19 @@ class GitSource:
             self.fetch(f"{base}:refs/margo/base", "--depth=1", codes=(0, 1, 128))
         elif base:
             self.git("update-ref", "refs/margo/base", base)
-        known = base
         self.fetch(f"+{self.branch}:refs/margo/head", *([] if base else ["--depth=1"]))
         head = self.git("rev-parse", "--verify", "refs/margo/head").stdout.decode().strip()
         if self.config.git.verify_signatures:
             self.ask_signature(head)
-        base = base if base and self.has(base) else None
-        if known and not (base and self.follows(base, head)):
-            words = f"commit {head} does not descend from the accepted {known}:"
-            words += " history was rewritten, or set back"
+        there = base if base and self.has(base) else None
+        if base and not (there and self.follows(there, head)):
+            words = (f"commit {head} does not descend from the accepted {base}: history was rewritten, or"
+                     " set back")
             if not self.config.git.allow_rewrite:
                 raise Refused(f"security: {words}; revert by a new commit instead, or see git.allow_rewrite")
             log("warning", f"{words}; accepted, because it is signed and git.allow_rewrite is set")
         try:
-            return head, self.read_files(head, base)
+            return head, self.read_files(head, there)
         except Refused as error:
             raise Refused(f"commit {head[:12]}: {error.message}; mend that by a new commit") from None
 
@@ -10423,8 +10429,8 @@ class GitSource:
         if self.config.wfm.status_url:
             report["adoptedManifestVersion"] = int(commit[:12], 16) or 1
             return self.connect_wfm().post_status(deployment_id, report)
-        words = f"{deployment_id}: {document['status']['state']}"
-        self.push_file(document["deviceId"], f"deployments/{deployment_id}.json", report, words)
+        self.push_file(document["deviceId"], f"deployments/{deployment_id}.json", report,
+                       f"{deployment_id}: {document['status']['state']}")
 
     def connect_wfm(self):
         """The WFM at wfm.status_url, connected when there is something to report."""
@@ -10477,11 +10483,11 @@ class GitSource:
             parent = [b"from " + base.encode()]
         if old == content:
             return None
-        author = f"committer margo-agent <margo-agent@localhost> {int(time.time())} +0000"
         change = [b"D " + path.encode()]
         if content is not None:
             change = [f"M 100644 inline {path}\ndata {len(content)}".encode(), content]
-        stream = [b"commit refs/margo/next\nmark :1", author.encode(),
+        stream = [b"commit refs/margo/next\nmark :1",
+                  f"committer margo-agent <margo-agent@localhost> {int(time.time())} +0000".encode(),
                   b"data %d\n%s" % (len(message), message.encode())]
         stream += parent + change + [b"get-mark :1", b"done", b""]
         made = self.git("fast-import", "--quiet", "--force", "--done", data=b"\n".join(stream))
