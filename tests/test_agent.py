@@ -144,7 +144,7 @@ class Cycle(AgentCase):
         self.assertEqual(self.engine.containers(), before)
         os.utime(path, (later, later))
         if "doctor" in margo_agent.COMMANDS:        # an optional room
-            self.assertRegex(self.device.run("doctor").stdout, r"FAIL\s+clock .*set the clock")
+            self.assertRegex(self.device.run("doctor").stdout, r"warn\s+clock .*set the clock(.*\n)*FAIL identity")
 
     def test_a_renewed_certificate_is_taken_up_by_the_next_cycle(self):
         """C-017, D-32, P-3"""
@@ -181,6 +181,16 @@ class Cycle(AgentCase):
         self.device.save()
         log = self.device.cycle(3)
         self.assertIn("state_dir /proc/margo", log)
+
+    def test_a_folder_for_credentials_that_cannot_be_made_is_three_and_a_bug_of_nobody(self):
+        host = self.wfm.registry
+        password = support.write(os.path.join(self.device.folder, "password"), "secret", 0o600)
+        self.device.settings["registries"][host].update(username="device", password_file=password)
+        self.device.save()
+        self.wfm.add_package(support.make_compose({"main": {"image": f"{host}/missing:1"}}))
+        self.wfm.publish(support.make_deployment(registry=host))
+        folder = support.write(os.path.join(self.device.state_dir, "registries"), "in its place")
+        self.assertIn(f"{folder} failed (File exists); something else lies in its place", self.device.cycle(3))
 
     def test_a_full_disk_stops_no_workload_and_is_mended_by_itself(self):
         """P-4: what runs stays, what drifts is brought back by the reserve, an update waits with 3; with space again all goes on."""

@@ -1,5 +1,7 @@
 """Commands: lists only, bounded in time and output, ended with the whole process group."""
+import json
 import os
+import re
 import signal
 import sys
 import tempfile
@@ -141,22 +143,37 @@ class RunCommand(unittest.TestCase):
 
             def list_lacks():
                 lacks, notes = margo_agent.ComposeDriver("podman", None, {"PATH": folder}).list_lacks()
-                return [words.split()[0] for words in lacks], [words.split()[0] for words in notes]
+                return [[words.replace("install ", "").split()[0].rstrip(":") for words in told] for told in (lacks, notes)]
 
             with mock.patch.multiple(margo_agent, HELPER_FOLDERS=(), SYSTEM_FOLDERS=()):
                 put("podman", '{"host": {"networkBackend": "netavark"}}')
-                self.assertEqual(list_lacks(), (["netavark", "aardvark-dns"], ["catatonit"]))
+                self.assertEqual(list_lacks(), [["netavark", "aardvark-dns"], ["catatonit"]])
                 put("netavark", '{"version": "1.4.0"}')
-                self.assertEqual(list_lacks(), (["aardvark-dns", "iptables"], ["catatonit"]))
+                self.assertEqual(list_lacks(), [["aardvark-dns", "iptables"], ["catatonit"]])
                 put("netavark", '{"version": "1.14.0", "default_fw_driver": "nftables"}')
                 for name in ("aardvark-dns", "iptables", "catatonit"):
                     put(name)
-                self.assertEqual(list_lacks(), (["nft"], []))
+                self.assertEqual(list_lacks(), [["nft"], []])
                 put("nft")
-                self.assertEqual(list_lacks(), ([], []))
-                for words in ('{"host": {"networkBackend": "cni"}}', "garbage", "[]"):
+                self.assertEqual(list_lacks(), [[], []])
+                for words in ("garbage", "[]"):
                     put("podman", words)
-                    self.assertEqual(list_lacks(), ([], []))
+                    self.assertEqual(list_lacks(), [[], []])
+                put("podman", '{"host": {"networkBackend": "cni"}, "version": {"Version": "3.4.4"}}')
+                self.assertEqual(list_lacks(), [["podman"], ["podman", "podman"]])
+
+    def test_what_an_engine_lacks_by_its_version_is_told(self):
+        """K24: what a version cannot do is known before an application wants it."""
+        with tempfile.TemporaryDirectory() as folder:
+            for engine, version, notes in (("podman", "4.3.1", ["4.7", "4.8"]), ("podman", "4.7.2", ["4.8"]), ("podman", "5.4.0", []), ("podman", "10.0.0-dev", []),
+                                           ("docker", "19.03.15", ["20.10"]), ("docker", "20.10.24+dfsg1", []), ("docker", "", [])):
+                path = os.path.join(folder, engine)
+                told = {"version": {"Version": version}} if engine == "podman" else {"ServerVersion": version}
+                with open(path, "w") as file:
+                    file.write(f"#!/bin/sh\necho '{json.dumps(told)}'\n")
+                os.chmod(path, 0o755)
+                lacks, found = margo_agent.ComposeDriver(engine, None, {"PATH": folder}).list_lacks()
+                self.assertEqual((lacks, [re.findall("before ([0-9.]+):", words)[0] for words in found]), ([], notes), version)
 
     def test_one_that_cannot_be_killed_is_left_behind(self):
         """F-04: a program that hangs in the kernel at a dead disk; here frozen, which SIGKILL does not end either where cgroups are of version 1."""

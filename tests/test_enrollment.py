@@ -774,8 +774,8 @@ class Renewal(Site):
         self.assertEqual(self.asked("simplereenroll"), [("simplereenroll", 200)])       # at once, long before it would be due
 
 
-class Retired(unittest.TestCase):
-    """Settings that have gone say what to do instead."""
+class Files(unittest.TestCase):
+    """What the settings of an identity have to name."""
 
     def check(self, **identity):
         """The words of the faults of a configuration."""
@@ -784,12 +784,6 @@ class Retired(unittest.TestCase):
         with self.assertRaises(margo_agent.ConfigError) as caught:
             margo_agent.make_config({"wfm": {"url": "https://x"}, "identity": dict(base, **identity)}, "/", {})
         return caught.exception.message
-
-    def test_rekeying_is_refused_with_what_to_do_instead(self):
-        for value in ("always", "never"):
-            words = self.check(rekey=value)
-            self.assertRegex(words, f"^identity.rekey: found '{value}', expected no such setting any more")
-            self.assertIn("put a fresh token into identity.est.token_file and run `enroll`", words)
 
     def test_a_renewal_needs_certificate_and_key_in_two_files(self):
         """E-042: else the rename of the chain would lose the key beside it."""

@@ -615,10 +615,11 @@ class Unpacking(ArchiveCase):
 
     def test_what_cannot_be_removed_is_named(self):
         path = write(os.path.join(self.top, "file"), "x")
-        with self.assertRaises(margo_agent.StorageError) as caught:
+        with self.assertRaises(margo_agent.FAULTS) as caught:
             margo_agent.remove_folder(path)
-        self.assertIn(path, caught.exception.message)
-        self.assertIn("cannot be removed", caught.exception.message)
+        fault = margo_agent.to_fault(caught.exception)
+        self.assertEqual(fault.exit, 3)
+        self.assertIn(path, fault.message)
 
 
 class AnyArchive(unittest.TestCase):

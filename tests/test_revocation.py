@@ -3,6 +3,7 @@ import datetime
 import base64
 import hashlib
 import os
+import shutil
 import ssl
 import subprocess
 import sys
@@ -269,6 +270,12 @@ class Lists(RevocationCase):
             support.write(os.path.join(self.device.state_dir, "crls", name), b"spoilt")
         self.assertIn("security: a revocation list at hand is lost", self.device.cycle())
 
+    def test_a_folder_that_cannot_be_made_is_a_fault_of_storage(self):
+        folder = os.path.join(self.device.state_dir, "crls")
+        shutil.rmtree(folder)
+        support.write(folder, "in its place")
+        self.assertIn(f"{folder} failed", self.cycle_due(3))
+
     def test_nothing_in_a_certificate_leads_to_a_list(self):
         """E-089, C-008: distribution points are not followed."""
         extra = f"crlDistributionPoints = URI:{self.mis.url}/crl/never.crl\nauthorityInfoAccess = caIssuers;URI:{self.mis.url}/never"
@@ -448,7 +455,8 @@ class Pins(Site):
             margo_agent.request("GET", self.mis.url, {}, None, context, 10, 0, look)
         self.assertEqual(len(seen), 2 if sys.version_info >= (3, 10) else 1)
         self.assertEqual(margo_agent.fetch_chain(self.mis.url, context, 10), seen)
-        self.assertEqual(len(margo_agent.ask_chain(self.mis.url, 10)), 2)
+        shown = margo_agent.ask_chain(self.mis.url, context, 10)
+        self.assertEqual((shown[:len(seen)], len(set(shown))), (seen, 2))
 
 
 if __name__ == "__main__":

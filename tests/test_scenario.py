@@ -3,6 +3,7 @@
 What is asserted is what the engine shows and what the applications keep; the cases (E-n, F-n, K-n) are those that were found in use.
 """
 import os
+import re
 import unittest
 import uuid
 
@@ -242,8 +243,12 @@ class Scenario:
 
     def test_purge_leaves_nothing_but_volumes(self):
         self.update({"main": service(volumes=["/data"])})
-        self.assertEqual(self.device.run("unenroll", "--purge").returncode, 0)
+        done = self.device.run("unenroll", "--purge")
+        self.assertEqual(done.returncode, 0)
         self.assertEqual((self.states(), len(self.volumes())), ({}, 1))
+        command = re.search(r"kept: 1 volumes, which `(.*)` removes\n", done.stdout).group(1).split()
+        self.engine.podman(*command[1:])            # as somebody would who reads that
+        self.assertEqual(self.volumes(), set())
 
 
 class OnPodman(Scenario, support.EngineCase):

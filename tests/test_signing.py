@@ -407,9 +407,10 @@ class Onboarding(SignedCase):
         """Contract, Profile signed: `plan` before onboarding is 5 without a request."""
         done = self.device.run("plan")
         self.assertEqual((done.returncode, self.wfm.requests()), (5, []), done.stderr)
-        self.assertIn("see `enroll`", done.stderr)
-        done = self.device.run("doctor")
-        self.assertEqual((done.returncode, self.wfm.requests()), (5, []))
+        self.assertIn("`enroll` does that", done.stderr)
+        done = self.device.run("doctor")            # a run would onboard, so that nothing fails yet
+        self.assertEqual((done.returncode, self.wfm.requests()), (0, []))
+        self.assertIn("warn wfm ", done.stdout)
         self.assertIn("ok   identity", done.stdout)
 
     def test_unenroll_only_forgets(self):
