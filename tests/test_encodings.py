@@ -1324,7 +1324,7 @@ class Edges(unittest.TestCase):
 
     def test_a_gzip_stream_is_whole_and_alone(self):
         """P-13: also one whose pieces unpack to more than is taken at a time."""
-        for plain in (b"", b"x", bytes(3 << 20), os.urandom(100 << 10)):
+        for plain in (b"", b"x", bytes(3 << 20), os.urandom(100 << 10), bytes(3 << 20) + os.urandom(100 << 10)):
             data = gzip.compress(plain)
             margo_agent.check_gzip(data, len(plain))
             for wrong in (data[:-1], data + b"x", data + data, data[:-9], data + bytes(40 << 10)):
@@ -1333,6 +1333,17 @@ class Edges(unittest.TestCase):
             if plain:
                 with self.assertRaisesRegex(ValueError, "unpacks to more than"):
                     margo_agent.check_gzip(data, len(plain) - 1)
+
+    def test_what_follows_a_gzip_stream_is_found_wherever_that_ends(self):
+        """Also where it ends with the last byte of a piece that is looked at."""
+        bare = gzip.compress(b"x")
+        for length in (16 << 10, 32 << 10):
+            name = b"n" * (length - len(bare) - 1)
+            data = bare[:3] + b"\x08" + bare[4:10] + name + b"\0" + bare[10:]
+            self.assertEqual((len(data), gzip.decompress(data)), (length, b"x"))
+            margo_agent.check_gzip(data, 1)
+            with self.assertRaisesRegex(ValueError, "something follows"):
+                margo_agent.check_gzip(data + b"x", 1)
 
     def test_headers_of_a_tar_have_limits(self):
         """P-13: what the headers say together is bounded however small it packs, and no entry is more than are allowed."""
