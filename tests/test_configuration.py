@@ -159,13 +159,12 @@ class Refusals(unittest.TestCase):
         for key in ("wfm.url", "identity.certificate", "identity.key", "identity.trust_bundle"):
             self.assertIn(key, caught.exception.message)
 
-    def test_wrong_shapes_do_not_raise_anything_else(self):
+    def test_wrong_shapes_are_refused_by_the_name_of_the_section(self):
         for value in (1, "x", [], [1], {"a": {}}, None, True, {"1": None}, 1.5):
             for section in margo_agent.SCHEMA:
-                try:
-                    make(**{section: value})
-                except margo_agent.ConfigError:
-                    pass
+                fits = value is None and section not in ("wfm", "identity")
+                fits |= section == "state_dir" and type(value) in (int, float, str) or section == "registries" and isinstance(value, dict)
+                self.assertEqual(section in faults(**{section: value}), not fits, (section, value))
 
     def test_labels_have_the_types_of_the_capabilities(self):
         """C-087: label values are string, number, boolean, or a list of strings or numbers."""
@@ -253,8 +252,10 @@ class Edges(unittest.TestCase):
     def test_variables_are_put_into_lists_too(self):
         faults = []
         self.assertEqual(margo_agent.expand_environment({"a": ["${X}", ["${X}y"], 5, None]}, {"X": "v"}, "", faults), {"a": ["v", ["vy"], 5, None]})
-        self.assertEqual((margo_agent.expand_environment(["${Z}"], {}, "top.list.", faults), faults), ([""], [
-            ("top.list", "the environment variable 'Z' is not set")]))
+        self.assertEqual(margo_agent.expand_environment(["${Z}"], {}, "top.list.", faults), [""])
+        (key, words), = faults
+        self.assertEqual(key, "top.list")
+        self.assertIn("the environment variable 'Z' is not set", words)
 
     def test_a_shape_that_does_not_fit_is_named_by_its_place(self):
         """Text, numbers, lists and mappings; `?` may be missing or null."""
@@ -271,7 +272,8 @@ class Edges(unittest.TestCase):
     def test_a_file_that_cannot_be_read_is_named(self):
         with self.assertRaises(margo_agent.ConfigError) as caught:
             margo_agent.load_config("/nonexistent/agent.yaml")
-        self.assertIn("configuration /nonexistent/agent.yaml cannot be read (No such file or directory); name one by -c or $MARGO_CONFIG", caught.exception.message)
+        for words in ("configuration /nonexistent/agent.yaml cannot be read (No such file or directory)", "-c or $MARGO_CONFIG"):
+            self.assertIn(words, caught.exception.message)
         with tempfile.TemporaryDirectory() as folder:
             path = os.path.join(folder, "agent.yaml")
             for text, words in (("a: [", "line 2, column 1"), ("nonsense: 1", "nonsense: unknown key")):
