@@ -16,7 +16,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
 import unittest
 from unittest import mock
 
@@ -216,16 +215,15 @@ class Interpolation(FileCase):
         """4, rule (d): each `${` could look through all that follow, and ranges of ports are many ports."""
         for keys in ({"hostname": "${A:-{}}" * 20000 + "${A:-{}" * 60000},
                      {"ports": [f"127.0.{number}.1:1-65535:1-65535" for number in range(200)]}):
-            begun = time.process_time()
             self.assertRefused(make_document(keys), "bring more than 8388608 characters")
-            self.assertLess(time.process_time() - begun, 10)
         self.settle(make_document({"ports": ["10000-20000:10000-20000/udp"]}))
 
     def test_many_links_cost_as_much_as_they_are(self):
-        links = [f"a:x{number}" for number in range(30000)]
-        begun = time.process_time()
-        self.settle({"services": {"a": {"image": IMAGE}, "main": {"image": IMAGE, "links": links}}})
-        self.assertLess(time.process_time() - begun, 10)
+        def settle(count):
+            links = [f"a:x{number}" for number in range(count)]
+            self.settle({"services": {"a": {"image": IMAGE}, "main": {"image": IMAGE, "links": links}}})
+
+        support.check_growth(self, settle, 3000)
 
     def test_what_an_engine_shows_of_a_service_has_an_end(self):
         """A list of containers with long labels or commands is more than the agent takes from an engine: it would be blind."""
@@ -602,6 +600,7 @@ class ServiceKeys(FileCase):
             ({"healthcheck": {"test": []}}, {}, "services.main.healthcheck"),
             ({"healthcheck": {"test": ["CMD-SHELL", "a", "b"]}}, {}, "services.main.healthcheck"),
             ({"healthcheck": {"test": ["NONE", "a"]}}, {}, "services.main.healthcheck"),
+            ({"healthcheck": {"test": ""}}, {}, "services.main.healthcheck"), ({"healthcheck": {"test": ["CMD-SHELL", ""]}}, {}, "services.main.healthcheck"),
             ({"command": {}}, {}, "services.main.command"), ({"command": [None]}, {}, "services.main.command"),
             ({"command": "a\0b"}, {}, "services.main.command"), ({"hostname": "a\0b"}, {}, "services.main.hostname"),
             ({"labels": {"a": "b\0"}}, {}, "services.main.labels"),
@@ -1105,7 +1104,7 @@ class Shared(FileCase):
                 ({"logging": {"options": {"max-size": "1m,path=/etc/cron.d/x"}}}, "--log-opt", "max-size=1m,path=/etc/cron.d/x"),
                 ({"logging": {"options": {"labels": "a,b"}}}, "--log-opt", "labels=a,b"),
                 ({"sysctls": {"net.a": "1\n2,x=3"}}, "--sysctl", "net.a=1\n2,x=3"),
-                ({"extra_hosts": ["a:10.0.0.1,b:10.0.0.2"]}, "--add-host", "a:10.0.0.1,b:10.0.0.2")):
+                ({"extra_hosts": {"a": "10.0.0.1,b:10.0.0.2"}}, "--add-host", "a:10.0.0.1,b:10.0.0.2")):
             with self.subTest(keys=keys):
                 self.assertIn(f"{option}={value}", self.settle(make_document(keys), engine="docker").services[0].arguments)
                 found = [argument[len(option) + 1:] for argument in self.settle_service(keys).arguments
@@ -1466,9 +1465,9 @@ class PackageFiles(FileCase):
     def test_a_folder_that_is_mounted_a_hundred_times_is_read_once(self):
         with open(os.path.join(self.archive, "big"), "wb") as file:
             file.truncate(64 * 1024 * 1024)
-        begun = time.process_time()
-        self.settle_service({"volumes": [f"./:/{number}" for number in range(100)]})
-        self.assertLess(time.process_time() - begun, 5)
+        with mock.patch.object(margo_agent, "load_digest", wraps=margo_agent.load_digest) as load:
+            self.settle_service({"volumes": [f"./:/{number}" for number in range(100)]})
+        self.assertEqual(load.call_count, 1)
 
     def test_a_single_file_is_mounted_by_its_content_too(self):
         source = self.settle_in("one", {"app.ini": "x"}, "./app.ini:/etc/app.ini").arguments[0][len("--volume="):].split(":")[0]

@@ -126,7 +126,7 @@ class Shards(unittest.TestCase):
         process = self.start(2, slow=SLOW, good=GOOD)
         support.wait_for(lambda: os.path.exists(os.path.join(self.folder, "started")), what="the slow test")
         os.killpg(process.pid, signal.SIGINT)       # as a terminal does
-        _, words = process.communicate(timeout=30)
+        _, words = process.communicate(timeout=support.LIMIT)
         self.assertNotEqual(process.returncode, 0)
         self.assertIn("KeyboardInterrupt", words)
         with self.assertRaises(ProcessLookupError):

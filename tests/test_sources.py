@@ -242,7 +242,7 @@ class Refusal(SourceCase):
 
     def test_a_manifest_that_is_no_json(self):
         """Captive portals answer 200 with HTML."""
-        self.check(4, ["state manifest refused"], {"path": MANIFEST[1], "status": 200, "body": "<html>Please sign in</html>"})
+        self.check(4, [" refused: "], {"path": MANIFEST[1], "status": 200, "body": "<html>Please sign in</html>"})
 
     def test_an_answer_over_the_limit(self):
         """D-8"""
