@@ -12324,12 +12324,9 @@ def examine_outbox(agent):
 
 def examine_failed(agent):
     """Whether every deployment is as it should be."""
-    clock = get_clock()
-    words = []
-    for record in agent.state["deployments"].values():
-        if record["state"] == "failed":
-            words.append(f"{record['name']} ({record['error']['code']}): {make_failure_words(record)};"
-                         f" {make_due(record, clock)}")
+    words = [f"{record['name']} ({record['error']['code']}): {make_failure_words(record)};"
+             f" {make_due(record, get_clock())}"
+             for record in agent.state["deployments"].values() if record["state"] == "failed"]
     if words:
         raise CommandError("; ".join(words))
     newest = agent.state["history"][-1:]
