@@ -526,7 +526,8 @@ class Agent:
         if not accepted:
             return                                  # what runs is left alone until a WFM says what should
         actions, seen = self.decide(accepted, self.store.load_artifact)
-        if any(action.verb != "keep" for action in actions):
+        actions = [action for action in actions if action.verb != "keep"]
+        if actions:
             self.prune()                            # before anything is pulled, too (P-5)
         troubles = self.carry_out(actions, seen, accepted["version"])
         for device in self.devices:
@@ -3017,8 +3018,6 @@ def check_eligibility(constraints, capabilities):
     enough, no rules are no condition (C-204).  capabilities: the document reported for the device; its totals
     count, not what is free.
     """
-    if not constraints:
-        return
     properties = capabilities["properties"]
     labels = capabilities.get("labels", {})
     lack = find_lack(constraints.get("capacityRequirements") or {}, properties)
