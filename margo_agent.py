@@ -527,7 +527,8 @@ class Agent:
         if not accepted:
             return                                  # what runs is left alone until a WFM says what should
         actions, seen = self.decide(accepted, self.store.load_artifact)
-        if any(action.verb != "keep" for action in actions):
+        actions = [action for action in actions if action.verb != "keep"]
+        if actions:
             self.prune()                            # before anything is pulled, too (P-5)
         troubles = self.carry_out(actions, seen, accepted["version"])
         for device in self.devices:
@@ -3016,8 +3017,6 @@ def check_eligibility(constraints, capabilities):
     enough, no rules are no condition (C-204).  capabilities: the document reported for the device; its totals
     count, not what is free.
     """
-    if not constraints:
-        return
     properties = capabilities["properties"]
     labels = capabilities.get("labels", {})
     lack = find_lack(constraints.get("capacityRequirements") or {}, properties)
@@ -12320,12 +12319,9 @@ def examine_outbox(agent):
 
 def examine_failed(agent):
     """Whether every deployment is as it should be."""
-    clock = get_clock()
-    words = []
-    for record in agent.state["deployments"].values():
-        if record["state"] == "failed":
-            words.append(f"{record['name']} ({record['error']['code']}): {make_failure_words(record)};"
-                         f" {make_due(record, clock)}")
+    words = [f"{record['name']} ({record['error']['code']}): {make_failure_words(record)};"
+             f" {make_due(record, get_clock())}"
+             for record in agent.state["deployments"].values() if record["state"] == "failed"]
     if words:
         raise CommandError("; ".join(words))
     newest = agent.state["history"][-1:]
