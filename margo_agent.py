@@ -6697,6 +6697,8 @@ def read_body(response, limit, timeout, where):
 
     Refused over `limit`, Unreachable when cut short or slower than 1 KiB/s over four time-outs.
     """
+    if response.headers.get("Transfer-Encoding") and not response.chunked:
+        raise Unreachable(f"{where}: its Transfer-Encoding is not chunked, which alone is known here")
     body = io.BytesIO()
     size = 0
     start = time.monotonic()

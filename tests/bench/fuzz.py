@@ -19,6 +19,7 @@ import json
 import os
 import random
 import re
+import socket
 import sys
 import tempfile
 import time
@@ -796,16 +797,15 @@ def judge_variables(data, own):
     return "" if own == other else f"{own!r} and not {other!r}"
 
 
+class Local(socket.socket):
+    """A socket that has no options of TCP."""
+
+    def setsockopt(self, *_):
+        pass
+
+
 def read_answer(data):
     """An answer of HTTP by the agent's own request, on a pair of sockets whose other end has said it all."""
-    import socket
-
-    class Local(socket.socket):
-        """One that has no options of TCP."""
-
-        def setsockopt(self, *_):
-            pass
-
     ours, theirs = socket.socketpair()
     ours = Local(fileno=ours.detach())
     theirs.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 18)
