@@ -907,10 +907,10 @@ class Handover(DriverCase):
                 number = taken.getsockname()[1]
                 for address in ("", "127.0.0.1"):
                     port = [address, number, protocol]
-                    self.assertFails("PORT_IN_USE", lambda: ask(port), "service a cannot have the host's port", f":{number}/{protocol}: Address already in use")
+                    self.assertFails("PORT_IN_USE", lambda: ask(port), f":{number}/{protocol}, which service a publishes")
                     ask(port, held=[(number, protocol)])
         ask(["", number, "sctp"])
-        self.assertFails("PORT_IN_USE", lambda: ask(["192.0.2.7", number, "tcp"]), ": Cannot assign requested address")
+        ask(["192.0.2.7", number, "tcp"])           # the engine may run elsewhere, where this is an address
         for first, second in (("", ""), ("", "127.0.0.1"), ("127.0.0.1", ""), ("127.0.0.1", "127.0.0.1")):
             ports = [[first, number, "tcp"], [second, number, "tcp"]]
             self.assertFails("INVALID_DEPLOYMENT", lambda: ask(*ports), f"services.b: it cannot have {number} tcp beside service a")
@@ -1171,7 +1171,7 @@ class Startup(DriverCase):
         self.engine.change(unhealthy=["main"])
         document = make_document({"healthcheck": {"test": "true", "interval": "1h"}})
         self.assertFails("INSTALL_TIMEOUT", lambda: self.apply(document, wait=True, patience=1),
-                         "not up in time: main is not healthy yet", "last words")
+                         "not up within 1 s: main is not healthy yet", "last words")
 
     def starts(self):
         """The services whose containers were started, in order."""
