@@ -4906,8 +4906,7 @@ def find_brace(text, position, variables, where):
     Each brace that opens inside is closed there, but of two in a row one counts.  Where they do not come in
     pairs it is the last of the line.  What is looked through is spent: many could look through each other.
     """
-    end = text.find("\n", position)
-    end = len(text) if end < 0 else end
+    end = re.compile("[^\n]*").match(text, position).end()
     depth = 1
     for match in re.compile(r"\{.?|}").finditer(text, position, end):
         depth += -1 if match.group() == "}" else 1
@@ -4944,8 +4943,6 @@ ENV_LINE = (r"(?:export[ \t]+)?([\w.-]+)[ \t\r]*(?:[=:](?:"
             r"[ \t]*(?:'([^'\\]*(?:\\.[^'\\]*)*)'|\"([^\"\\]*(?:\\.[^\"\\]*)*)\")[ \t\r]*(?:#[^\n]*)?|"
             r"(?![ \t]*['\"])([^\n]*)))?(?:\n|\Z)")
 BLANKS = " \t\v\f\r\x85\xa0"
-ENV_ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "a": "\a", "b": "\b", "f": "\f", "v": "\v", '"': '"',
-               "\\": "\\", "$": "$$"}
 
 
 def parse_env_file(text, variables, where, earlier=None):
@@ -4979,7 +4976,7 @@ def parse_env_file(text, variables, where, earlier=None):
 
 def unescape_double(text):
     """What stands in double quotes of an env file, ready to be interpolated."""
-    return re.sub(r"\\(.)", lambda match: ENV_ESCAPES.get(match.group(1), match.group(0)), text, flags=re.S)
+    return re.sub(r'\\([abfnrtv"\\$])', lambda match: dict(ESCAPES, **{"$": "$$"})[match.group(1)], text)
 
 
 # Readers: each takes a value and its place, and returns what is meant or raises ComponentError of the place.
@@ -5020,14 +5017,8 @@ to_number = to_form(r"-?([0-9]+(\.[0-9]*)?|\.[0-9]+)", "a number")
 to_count = to_form("[0-9]{1,9}", "a whole number", int)
 to_name = to_form(r"[a-zA-Z0-9][\w.-]*", "a name of a container")
 to_one = to_form("1", "supported; only 1 is")
-
-
-def to_flag(value, where):
-    """true or false, also as text, by all words of YAML 1.1."""
-    word = scalar_text(value).lower() if isinstance(value, (bool, str)) else ""
-    if word not in ("true", "yes", "on", "y", "false", "no", "off", "n"):
-        raise make_fault(f"{where}: expected true or false")
-    return word in ("true", "yes", "on", "y")
+to_flag = to_form("(?i)true|yes|on|y|false|no|off|n", "true or false, nor a word for it in YAML 1.1",
+                  make=lambda text: text.lower() in ("true", "yes", "on", "y"))
 
 
 def to_list(value, where):
@@ -5244,7 +5235,9 @@ def to_mount(item, where):
         raise make_fault(f"{where}: expected source:target[:options]")
     if not colon:
         return Mount("volume", "", source, [])
-    return Mount("bind" if source[0] in "/.~" else "volume", source, target, make_words(options))
+    # compose drops these two, and an engine does not know the other
+    words = [word for word in make_words(options) if not re.fullmatch("[ug]id=[0-9]+|consistent", word)]
+    return Mount("bind" if source[0] in "/.~" else "volume", source, target, words)
 
 
 def to_word(word):
@@ -5288,10 +5281,13 @@ RENAMED = {"working_dir": "workdir", "mem_limit": "memory", "memswap_limit": "me
 
 CONTENT_FORM = {None: (make_form(to_text, "file content environment name"), to_source)}
 FILES_FORM = [(make_form(to_text, "source target", mode=to_mode, uid=to_count, gid=to_count), "source")]
+# What of `deploy` is for many devices: compose does not use it either.  It is noted.
+UNUSED = "endpoint_mode labels placement rollback_config update_config"
 DEPLOY_FORM = {
     "mode": to_form("replicated", "supported; only replicated is"), "replicas": to_one,
     "resources": {"limits": make_form(to_number, "cpus pids", memory=to_size),
                   "reservations": make_form(to_number, "cpus", memory=to_size)},
+    **make_form(lambda value, where: True, UNUSED),
     "restart_policy": make_form(to_text, "delay window", max_attempts=to_count,
                                 condition=to_form("none|on-failure|any", "none, on-failure or any"))}
 MOUNT_FORM = make_form(
@@ -5333,6 +5329,9 @@ ADVICE = {"build": "nothing is built on a device; name what was built by `image`
           "include": "put everything into compose.yaml", "gpus": "name device files by `devices`",
           "runtime": "the engine's own is used",
           "volumes_from": "name the volumes themselves",
+          "annotations": "write them as `labels`", "cgroup_parent": "the engine's own is used",
+          "driver_opts": "leave it to the engine", "devices": "name device files by the service's `devices`",
+          "external": "use `file` or `environment`",
           "external_links": "join a network that is `external`",
           "domainname": "put it into `hostname`", "label_file": "write them as `labels`",
           "uts": "set `hostname`",
@@ -5385,8 +5384,10 @@ def read_value(value, form, where="", variables=None):
 
     result = read(value, form, where)
     check_keys(unknown)
-    if faults:
-        raise faults[0]
+    for error in faults[:1]:
+        names = ", ".join(sorted(variables.unset)[:5]) if variables else ""
+        words = names and f" (used in the file, and no parameter gives it: {names})"
+        raise ComponentError(error.code, error.message + words)
     return result
 
 
@@ -5600,6 +5601,13 @@ def make_health(check, engine):
     return make_options(dict(check, test=test), keys)
 
 
+def find_member(members, name, where, section):
+    """What a name means of those that stand at the top; raises ComponentError where there is none."""
+    if name not in members:
+        raise make_fault(f"{where}: {make_printable(name, 60)!r} is not among the top-level {section}")
+    return members[name]
+
+
 def make_mounts(service, reading, where):
     """[Mount] of a service, ready for the engine; of two at one path the later one counts.
 
@@ -5615,11 +5623,8 @@ def make_mounts(service, reading, where):
             found = reading.folder.look(mount.source)
             kept = [option for option in mount.options if option not in ("ro", "rw")]
             mount = mount._replace(found=found, options=["ro"] + kept if found.own else mount.options)
-        elif mount.source and mount.source not in reading.volumes:
-            raise make_fault(f"{place}: {make_printable(mount.source, 60)!r} is not among the top-level"
-                             " volumes")
         elif mount.source:
-            mount = mount._replace(source=reading.volumes[mount.source][0])
+            mount = mount._replace(source=find_member(reading.volumes, mount.source, place, "volumes")[0])
         check_mount(f"{where}.volumes", mount, reading.policy, reading.folder)
         mounts[mount.target.rstrip("/")] = mount
     return list(mounts.values())
@@ -5628,8 +5633,7 @@ def make_mounts(service, reading, where):
 def make_mount_argument(mount):
     """A Mount as the engine takes it."""
     source = mount.found.path if mount.found else mount.source
-    options = [option for option in mount.options if option != "consistent"]    # podman does not know it
-    parts = [part for part in (source, mount.target, ",".join(options)) if part]
+    parts = [part for part in (source, mount.target, ",".join(mount.options)) if part]
     return ("--tmpfs=" if mount.kind == "tmpfs" else "--volume=") + ":".join(parts)
 
 
@@ -5640,16 +5644,14 @@ def make_files(service, reading, where):
         for index, item in enumerate(service[section]):
             place = f"{where}.{section}[{index}]"
             name = item.source or ""
-            if name not in reading.contents[section]:
-                raise make_fault(f"{place}: {make_printable(name, 60)!r} is not among the top-level"
-                                 f" {section}")
+            text = find_member(reading.contents[section], name, place, section)
             target = item.target or name
             target = target if target.startswith("/") else root + target
             if ":" in target:
                 raise make_fault(f"{place}: {make_printable(target, 60)!r} is not a path")
             mode = 0o644 if item.mode is None else item.mode & 0o777
             owner = [-1 if number is None else number for number in (item.uid, item.gid)]
-            files[target] = Content(reading.contents[section][name], mode, *owner)
+            files[target] = Content(text, mode, *owner)
     return files
 
 
@@ -5665,10 +5667,7 @@ def make_attachments(name, service, reading, where):
     wanted = service.networks or read_value(["default"], SERVICE_FORM["networks"])
     joined = []
     for network, value in sorted(wanted.items(), key=lambda pair: -(pair[1].priority or 0)):
-        if network not in reading.networks:
-            raise make_fault(f"{where}.networks: {make_printable(network, 60)!r} is not among the top-level"
-                             " networks")
-        own, arguments = reading.networks[network]
+        own, arguments = find_member(reading.networks, network, f"{where}.networks", "networks")
         for address in filter(None, (value.ipv4_address, value.ipv6_address)):
             if not may_have_address(arguments, address, reading.engine):
                 raise make_fault(f"{where}.networks.{network}: {make_printable(address, 60)!r} lies in no"
@@ -5913,6 +5912,9 @@ def make_project(document, workload, policy, engine, folder=None):
     reading = Reading(workload, policy, engine, folder, variables, make_volumes(document, workload),
                       make_networks(document, workload), make_contents(document, variables, folder),
                       find_aliases(document.services, notes))
+    for name, service in document.services.items():
+        notes += [f"services.{name}.deploy.{key} is not used: there is one device" for key in UNUSED.split()
+                  if service.deploy[key]]
     services = {name: make_service(name, service, reading) for name, service in document.services.items()}
     check_ways(services.values())
     order = make_hashes(order_services(services))
@@ -6035,12 +6037,12 @@ def make_labels(workload, service, digest):
 
     None is left out for being empty: an image has labels of its own.
     """
-    theirs = {"project": workload.project, "service": service, "container-number": "1", "config-hash": digest,
-              "oneoff": "False"}
     return {LABEL_DEPLOYMENT: workload.deployment_id, LABEL_COMPONENT: workload.component,
             LABEL_PROJECT: workload.project, LABEL_SERVICE: service, LABEL_HASH: digest,
             LABEL_DEVICE: workload.device_id, LABEL_OWNER: workload.owner,
-            **{f"com.docker.compose.{key}": text for key, text in theirs.items()}}
+            "com.docker.compose.project": workload.project, "com.docker.compose.service": service,
+            "com.docker.compose.container-number": "1", "com.docker.compose.config-hash": digest,
+            "com.docker.compose.oneoff": "False"}
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -7675,8 +7677,15 @@ class Folder:
         self.path, self.environ, self.digests = path, environ, {}
 
     def resolve(self, name):
-        """A path, relative to the package, with all links followed."""
-        return os.path.realpath(os.path.join(self.path, name))
+        """A path, relative to the package, with all links followed.
+
+        Raises ComponentError where one of them may not be read, such as /proc/1/root.
+        """
+        try:
+            return os.path.realpath(os.path.join(self.path, name))
+        except OSError as error:
+            words = f"{make_printable(name, 200)} cannot be looked up ({error.strerror})"
+            raise ComponentError("POLICY_DENIED", f"compose.yaml: {words}") from None
 
     def read(self, name):
         """The bytes of a file of the package of at most 1 MiB; None where it is none."""
@@ -8013,7 +8022,7 @@ def is_within(windows, local):
 def is_within_whole(windows, start, end):
     """Whether all the time between two moments (Unix seconds, by the minute) lies in windows."""
     moments = range(int(start), int(max(start, end)) + 1, 60)
-    return bool(windows) and all(is_within(windows, time.localtime(moment)) for moment in moments)
+    return all(is_within(windows, time.localtime(moment)) for moment in moments)
 
 
 def make_clock_fault(now, stored):
@@ -8724,9 +8733,8 @@ FLOAT_PATTERN = (
 CONSTANTS = {"": None, "~": None, "null": None, "Null": None, "NULL": None, "true": True, "True": True,
              "TRUE": True,
              "false": False, "False": False, "FALSE": False}
-ESCAPES = {"0": "\0", "a": "\a", "b": "\b", "t": "\t", "\t": "\t", "n": "\n", "v": "\v", "f": "\f", "r": "\r",
-           "e": "\x1b", " ": " ",
-           '"': '"', "/": "/", "\\": "\\", "N": "\x85", "_": "\xa0", "L": "\u2028", "P": "\u2029"}
+# what stands behind a backslash, and what each of these means
+ESCAPES = dict(zip('0abt\tnvfre "/\\N_LP', '\0\a\b\t\t\n\v\f\r\x1b "/\\\x85\xa0\u2028\u2029'))
 TAGS = ("!", "str", "int", "float", "bool", "null", "map", "seq")
 
 

@@ -143,22 +143,22 @@ class RunCommand(unittest.TestCase):
 
             def list_lacks():
                 lacks, notes = margo_agent.ComposeDriver("podman", None, {"PATH": folder}).list_lacks()
-                return [words.split()[0] for words in lacks], [words.split()[0] for words in notes]
+                return [[re.match("install ([a-z-]+):", words).group(1) for words in told] for told in (lacks, notes)]
 
             with mock.patch.multiple(margo_agent, HELPER_FOLDERS=(), SYSTEM_FOLDERS=()):
                 put("podman", '{"host": {"networkBackend": "netavark"}}')
-                self.assertEqual(list_lacks(), (["netavark", "aardvark-dns"], ["catatonit"]))
+                self.assertEqual(list_lacks(), [["netavark", "aardvark-dns"], ["catatonit"]])
                 put("netavark", '{"version": "1.4.0"}')
-                self.assertEqual(list_lacks(), (["aardvark-dns", "iptables"], ["catatonit"]))
+                self.assertEqual(list_lacks(), [["aardvark-dns", "iptables"], ["catatonit"]])
                 put("netavark", '{"version": "1.14.0", "default_fw_driver": "nftables"}')
                 for name in ("aardvark-dns", "iptables", "catatonit"):
                     put(name)
-                self.assertEqual(list_lacks(), (["nft"], []))
+                self.assertEqual(list_lacks(), [["nft"], []])
                 put("nft")
-                self.assertEqual(list_lacks(), ([], []))
+                self.assertEqual(list_lacks(), [[], []])
                 for words in ("garbage", "[]"):
                     put("podman", words)
-                    self.assertEqual(list_lacks(), ([], []))
+                    self.assertEqual(list_lacks(), [[], []])
                 put("podman", '{"host": {"networkBackend": "cni"}, "version": {"Version": "3.4.4"}}')
                 self.assertEqual(list_lacks(), (["podman"], ["podman", "podman"]))
 
