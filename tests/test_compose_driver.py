@@ -877,6 +877,19 @@ class Handover(DriverCase):
                           f"--volume={PROJECT}_y:/Z", "--network=none", IMAGE])
         self.assertNotIn("stop", [call[0] for call in self.changes()])
 
+    def test_a_trial_that_was_cut_off_is_cleared_away(self):
+        """A power cut between its creation and its removal: it is no container of the service, and keeps nothing from going on."""
+        document = make_document({})
+        self.apply(document)
+        before = self.ids()
+        with self.engine.open() as held:
+            (item,) = held["containers"].values()
+            for number, state in enumerate(("created", "initialized")):
+                labels = dict(item["labels"], **{"org.margo.hash": ""})
+                held["containers"][f"{PROJECT}-main-1-try-{number}"] = dict(item, id=f"{number + 1}".ljust(64, "f"), state=state, labels=labels)
+        self.apply(document)
+        self.assertEqual((self.ids(), len(self.engine.containers())), (before, 1))
+
     def test_what_ran_before_is_not_tried_nor_what_another_one_has_to_lay_out_first(self):
         """K23: the way back is short, and a program that a task puts into a volume need not be there yet."""
         def make(value, **members):
@@ -950,6 +963,15 @@ class Volumes(DriverCase):
         with self.engine.open() as held:
             held["containers"] = {}
         self.assertEqual(self.apply(document)["main"]["volumes"], volumes)
+
+    def test_one_whose_options_change_stays_as_it_is_and_that_is_said(self):
+        """K10: no update removes a volume; what has no effect is in the log."""
+        volatile = {"driver_opts": {"type": "tmpfs", "device": "tmpfs"}}
+        with mock.patch.object(margo_agent, "log") as log:
+            for options, told in ((None, 0), (None, 0), (volatile, 1), (volatile, 1), (None, 0)):
+                log.reset_mock()
+                self.apply(make_document({"volumes": ["x:/x"]}, volumes={"x": options}))
+                self.assertEqual(sum("other driver_opts" in call[0][1] for call in log.call_args_list), told)
 
     def test_one_that_an_earlier_agent_left_to_the_engine_to_name_is_taken_over(self):
         self.engine.change(declared={IMAGE: ["/data"]})
