@@ -872,6 +872,7 @@ class Handover(DriverCase):
             self.assertNotIn("s3cret", words)
             self.assertEqual({name: item["state"] for name, item in self.engine.containers().items()}, before)
         tried = [call for call in self.engine.calls() if call[0] == "create"][1]
+        self.assertIn("--label=org.margo.hash=", tried, "it is never taken for the service's container")
         self.assertEqual([item for item in tried if not item.startswith(("--label", "--env", "--name"))],
                          ["create", "--http-proxy=false", "--sysctl=net.core.somaxconn=9", f"--volume={PROJECT}_x:/z:ro",
                           f"--volume={PROJECT}_y:/Z", "--network=none", IMAGE])
@@ -898,8 +899,12 @@ class Handover(DriverCase):
         known = self.apply(make("1"))
         self.engine.forget_calls()
         self.apply(make("2"))
-        self.assertEqual({item["labels"]["org.margo.service"] for item in self.engine.containers().values()}, {"setup", "main"})
         self.apply(make("1"), known)
+        self.assertNotIn("init", [call[0] for call in self.engine.calls()])
+        known = self.apply(make_document({}))
+        self.apply(make_document({"command": ["x"]}), known)
+        self.engine.forget_calls()
+        self.apply(make_document({}), known)
         self.assertNotIn("init", [call[0] for call in self.engine.calls()])
 
     def test_a_port_that_cannot_be_had_is_found_before_anything_stops(self):
