@@ -260,7 +260,7 @@ class People(support.DeviceCase):
         self.wfm.publish(support.make_deployment(registry=self.wfm.registry, components=(("web", "2.0.0"),), parameters={"GREETING": "other"}))
         self.device.cycle(1)
         text = self.device.run("status", "hello").stdout
-        self.assertRegex(text, r"attempts +1 failed; the next one is due 20\S+Z, `retry hello` tries at once\n")
+        self.assertRegex(text, r"attempts +1 failed; next attempt at 20\S+Z, `retry hello` tries at once\n")
         self.assertRegex(text, rf"before +the version of document {before} runs in its place\n")
         self.assertIn("web 2.0.0", text)
         self.assertIn("exited with code 4", text)
