@@ -98,7 +98,8 @@ REFUSALS = ("invalid-request", "semantic-error", "gateway-not-found", "device-no
 DIGEST_PATTERN = r"sha256:[0-9a-f]{64}"
 UUID_PATTERN = r"[0-9a-fA-F]{8}-[0-9a-fA-F]{4}-[0-9a-fA-F]{4}-[0-9a-fA-F]{4}-[0-9a-fA-F]{12}"
 EXTENSION_PATTERN = r"x-[a-z][a-z0-9-]*-extensions"
-REGISTRY_PATTERN = r"(?:[A-Za-z0-9.-]+|\[[0-9a-fA-F:]+\])(?::[0-9]{1,5})?"
+PORT_PATTERN = r":(?:[0-9]{1,4}|[1-5][0-9]{4}|6[0-4][0-9]{3}|65[0-4][0-9]{2}|655[0-2][0-9]|6553[0-5])"
+REGISTRY_PATTERN = rf"(?:[A-Za-z0-9.-]+|\[[0-9a-fA-F:]+\])(?:{PORT_PATTERN})?"
 DEVICE_ID_PATTERN = r"[A-Za-z0-9._~-]+(/[A-Za-z0-9._~-]+)*"
 
 # Most severe first (C-133).
@@ -109,7 +110,7 @@ CHANGES = ("install", "update")     # verbs of a plan that make a version run
 RETRY_FIRST, RETRY_CAP = 30, 3600   # seconds between attempts at a failed deployment
 REPAIRS = 5                         # repairs within RETRY_CAP before pauses between them grow, too
 HISTORY = 20                        # accepted desired states that `history` tells of
-MAX_NAMED = 100                     # workloads of other owners that `status` names
+MAX_NAMED = 100                     # things of one kind that are named in `status` or the log
 BACKOFF_FIRST, BACKOFF_CAP = 1, 900  # seconds between attempts at a WFM that cannot be reached
 STOP_GRACE = 20                     # seconds for the current step once the process is asked to end
 STOP_LIMIT = 90                     # seconds until a cycle that was asked to end is killed by its parent
@@ -174,11 +175,25 @@ CommandMissing = define_fault("CommandMissing", 1, "COMMAND", "The program is mi
 CommandTimeout = define_fault("CommandTimeout", 1, "COMMAND", "The program ran out of time.", CommandError)
 
 
+FAULTS = (MargoError, MemoryError, OSError)                 # what to_fault has words for
+MENDS = {"ENOSPC": "free space", "EDQUOT": "free space", "EIO": "look after the disk",
+         "EEXIST": "something else lies in its place, move it away",
+         "ENOTDIR": "something else lies in its place, move it away",
+         "EMFILE": "let this service have more open files"}
+
+
 def to_fault(error):
-    """The error as one that a person can act upon: Python's own words for a lack of memory are none."""
+    """The error as one that a person can act upon: Python's own words for a lack of memory are none.
+
+    What the operating system denies is a fault of storage, wherever it is met.
+    """
     if isinstance(error, MemoryError):
         return NoMemory("not enough memory for this step; end other programs on the device, or have it do"
                         " less (see README, Small devices)")
+    if isinstance(error, OSError):
+        import errno
+        mend = MENDS.get(errno.errorcode.get(error.errno), "let this user read and write it")
+        return StorageError(f"{error.filename or 'a step'} failed ({error.strerror or error}); {mend}")
     return error
 
 
@@ -310,7 +325,7 @@ class Agent:
             for step in STEPS:
                 try:
                     step(self)
-                except (MargoError, MemoryError) as error:
+                except FAULTS as error:
                     self.note_fault(to_fault(error), began)
             return self.conclude(began)
 
@@ -604,8 +619,7 @@ class Agent:
             item = step.course.send(turn)
             while not isinstance(item, Ready):
                 if not step.begun:
-                    word = PRINTED.get(action.verb, action.verb)
-                    log("error" if word == "refuse" else "info", word, deployment=action.deployment_id,
+                    log("info", PRINTED.get(action.verb, action.verb), deployment=action.deployment_id,
                         reason=action.reason)
                 step.begun = self.changed = True
                 if item:
@@ -614,10 +628,19 @@ class Agent:
         except StopIteration:
             record = self.state["deployments"].get(action.key)
             if step.begun and record and action.verb != "clear":
-                log("info", record["state"], deployment=action.deployment_id, name=record["name"])
+                self.tell(record)
             return False
         step.takes = item.takes
         return True
+
+    def tell(self, record):
+        """Logs what became of a deployment."""
+        facts = {"deployment": record["deploymentId"], "name": record["name"]}
+        level = "info"
+        if record["state"] == "failed":
+            level = "error"
+            facts.update(code=record["error"]["code"], reason=make_failure_words(record))
+        log(level, record["state"], **facts)
 
     def keep(self, step, record):
         """Makes a record durable, with what was fetched for it, and tells the WFM."""
@@ -777,7 +800,8 @@ def make_action(target, record, containers, clock, settle, mark):
 
     same = record and record["adopted"]["digest"] == target.digest
     state = record and record["state"]
-    retry = find_wait(record["retry"], clock) if record else 0
+    # A removal that failed says nothing of a deployment that is wanted again.
+    retry = find_wait(record["retry"], clock) if record and "leaving" not in record["retry"] else 0
     pause = find_wait(record["repair"], clock) if record else 0
     if same and state == "failed" and record["fallback"] and not pause and (target.error or retry):
         words = find_drift(record["running"]["services"], containers, clock.now, settle)[1]
@@ -899,8 +923,8 @@ class Step:
     def get_driver(self, kind):
         """The driver for a deployment type; raises ComponentError UNSUPPORTED_TYPE."""
         if kind not in self.sight.drivers:
-            raise ComponentError("UNSUPPORTED_TYPE",
-                                 f"nothing on this device runs {kind} components; see runtime.{kind}")
+            raise ComponentError("UNSUPPORTED_TYPE", f"nothing on this device runs {kind} components; see"
+                                 f" runtime.{kind} and runtime.engine")
         return self.sight.drivers[kind]
 
     def load_deployment(self, digest):
@@ -949,8 +973,8 @@ class Notices:
         self.tell(change)
 
     def __exit__(self, kind, error, _):
-        for change in self.agreed[:] if isinstance(error, MargoError) else ():
-            self.tell(change, error)
+        for change in self.agreed[:] if isinstance(error, FAULTS) else ():
+            self.tell(change, to_fault(error))
 
 
 class Installation:
@@ -1032,8 +1056,6 @@ class Installation:
         name, words = self.name, error.message
         code = error.code if isinstance(error, ComponentError) else "INSTALL_FAILED"
         code = "OUT_OF_MEMORY" if isinstance(error, NoMemory) else code
-        log("error", "deployment failed", deployment=deployment.deployment_id, component=name, code=code,
-            reason=words)
         begun = self.record["state"] != "pending"               # else it has only freed its ports
         if self.touched and begun and self.step.config.runtime.on_failure != "rollback":
             self.record = dict(self.record, fallback=False)     # it is left as it is, for inspection
@@ -1111,7 +1133,7 @@ def apply_give_up(step):
         deployment = step.load_deployment(digest)
         secrets = make_variables(deployment, culprit[0]).values()
         words = step.get_driver(deployment.type).tail_log((there or [""])[-1], secrets)
-    except MargoError:
+    except FAULTS:
         words = ""
     failed = step.fail(record, culprit[0], ComponentError("UNSTABLE", step.action.reason + words))
     yield dict(failed, retry=dict(record["repair"], failures=failed["retry"]["failures"]))
@@ -1170,7 +1192,8 @@ def apply_removal(step):
         log("error", "removal failed", deployment=record["deploymentId"], component=name,
             reason=error.message)
         code = error.code if isinstance(error, ComponentError) else "REMOVE_FAILED"
-        yield step.fail(record, name if name in names else None, ComponentError(code, error.message))
+        failed = step.fail(record, name if name in names else None, ComponentError(code, error.message))
+        yield dict(failed, retry=dict(failed["retry"], leaving=True))
         return
     remove_folder(step.store.path("deployments", step.action.key))
     yield dict(set_component(record, None, "removed"), running=None, previous=None)
@@ -1237,7 +1260,8 @@ def make_record(target, device_id):
     refused     whether the revision cannot be one, whatever is tried
     found       whether something of it ran before it was known, as after the state was lost
     fetched     digests of packages and names of images that are there for the revision that is worked on
-    retry       failures in a row (see make_wait); repair: repairs without an hour's rest (P-7)
+    retry       failures in a row (see make_wait), with `leaving` where it was its removal that failed
+    repair      repairs without an hour's rest (P-7)
     """
     return {"deploymentId": target.deployment_id, "name": target.deployment_id, "deviceId": device_id,
             "type": "compose", "adopted": {"digest": target.digest, "version": target.version},
@@ -1303,6 +1327,38 @@ def fail_record(record, component, error, clock, jitter, refused=False):
         record = dict(record, components=components)
     retry = make_retry(record["retry"], error.retry_after, clock, jitter)
     return dict(record, state="failed", error=told, refused=refused, retry=retry)
+
+
+# What to do about a deployment that has failed, by the code of its error; README has the same table.
+REMEDIES = {
+    "PULL_FAILED": "see the registry's address, `registries.HOST.ca`, and whether the tag is there",
+    "DIGEST_MISMATCH": "publish the package again",
+    "ARCHIVE_INVALID": "publish the package again",
+    "DISK_FULL": "free space on the device",
+    "OUT_OF_MEMORY": "end other programs on the device",
+    "INVALID_DEPLOYMENT": "mend the application's package or its deployment, and publish it again",
+    "UNSUPPORTED_TYPE": "install what runs it: podman or docker, or helm",
+    "PARAMETER_INVALID": "mend the parameter in the deployment, at the WFM",
+    "POLICY_DENIED": "change the application, or allow it by the setting that is named",
+    "NOT_ELIGIBLE": "deploy it to another device, or see `device.labels`",
+    "INSUFFICIENT_CAPACITY": "deploy it to a larger device",
+    "WRONG_DEVICE": "mend it at the WFM, or see `device.id`",
+    "PORT_IN_USE": "stop what has the port, or let a parameter give another one",
+    "NAME_TAKEN": "stop the other agent, or remove what it left behind",
+    "INSTALL_FAILED": "put right what is said here; `logs NAME` shows more while it is up",
+    "INSTALL_TIMEOUT": "mend the application, or give it more time by the component's `timeout`",
+    "UNHEALTHY": "mend the application, or its health check",
+    "UNSTABLE": "`logs NAME` shows why it stops again and again",
+    "HOOK_FAILED": "do as the hook says, or see `hooks.run`",
+    "REMOVE_FAILED": "see what the engine says; the next run tries again",
+}
+
+
+def make_failure_words(record):
+    """The error of a failed deployment, with what to do about it, in words."""
+    error = record["error"]
+    mend = REMEDIES.get(error["code"], "").replace("NAME", record["name"])
+    return error["message"] + (f"; {mend}" if mend else "")
 
 
 def finish_record(record, mark=""):
@@ -1426,7 +1482,7 @@ def find_reason(deployment, device, offers):
     """
     try:
         if deployment.type not in device.drivers:
-            hint = "" if device.silence else f"; see runtime.{deployment.type}"
+            hint = "" if device.silence else f"; see runtime.{deployment.type} and runtime.engine"
             raise ComponentError("UNSUPPORTED_TYPE", f"nothing on {device.device_id} runs {deployment.type}"
                                  f" components{hint}")
         if deployment.constraints:
@@ -2074,7 +2130,7 @@ def parse_manifest(data, base_url):
             path = f"/bundles/{bundle['digest']}"
             foreign = check_url(bundle["url"], path, base_url, "bundle") or foreign
     except ValueError as error:
-        raise Refused(f"state manifest refused: {error}") from None
+        raise Refused(f"state manifest of {base_url} refused: {error}") from None
     bundle = bundle or {}
     return Manifest(version, bundle.get("digest"), parse_advice(bundle), list(entries.values()),
                     foreign)
@@ -2407,7 +2463,8 @@ def check_validity(certificate, now):
     if now < certificate.not_before:
         raise ValueError(f"not valid before {make_time(certificate.not_before)}, and {clock}; set the clock")
     if now > certificate.not_after:
-        raise ValueError(f"expired at {make_time(certificate.not_after)} ({clock}); have it renewed")
+        raise ValueError(f"expired at {make_time(certificate.not_after)}, and {clock}; set the clock, or have"
+                         " the certificate renewed")
 
 
 def make_identity(leaf, certificate_file="", key_file=""):
@@ -2416,7 +2473,8 @@ def make_identity(leaf, certificate_file="", key_file=""):
     match = re.fullmatch(r"(/margo/wfm/[^/]+)/client/[^/]+", spiffe_id.path)
     if not match:
         raise ValueError(f"{spiffe_id.text} is not a WFM client's id"
-                         " (spiffe://<trust domain>/margo/wfm/<wfm id>/client/<client id>)")
+                         " (spiffe://<trust domain>/margo/wfm/<wfm id>/client/<client id>); name the"
+                         " certificate that was made for this device")
     wfm_id = f"spiffe://{spiffe_id.trust_domain}{match.group(1)}"
     return Identity(spiffe_id, wfm_id, leaf, certificate_file, key_file)
 
@@ -2445,8 +2503,10 @@ def load_own(config, make):
                              f" openssl pkcs12 -nokeys, with -in {path} -out client.pem")
         chain = parse_pem(data.decode("ascii", "replace"))
         if not chain:
-            raise ValueError("it holds no certificate in PEM, which is ascii text from -----BEGIN"
-                             " CERTIFICATE----- on")
+            other = re.search(rb"-----BEGIN ([A-Z ]+)-----", data)
+            found = f"a {other.group(1).decode().lower()}" if other else "no PEM"
+            raise ValueError(f"it holds {found} and no certificate; name the file that begins with"
+                             " -----BEGIN CERTIFICATE-----")
         return make(parse_certificate(chain[0]))
     except (StorageError, ValueError) as error:
         raise Untrusted(f"identity.certificate {path}: {error}") from None
@@ -2481,10 +2541,9 @@ def warn_of_own(config, leaf, store, now):
     """Warns once a day of an own certificate that ends soon, and of a key that others can read."""
     memo = store.load_memo()
     expiry = find_expiry(leaf, now)
-    words = [f"the own certificate {expiry}"] if expiry else []
-    words += filter(None, [ask_looseness("identity.key", config.identity.key)])
-    if words and not 0 <= now - memo.get("warnedAt", 0) < 86400:
-        for line in words:
+    words = [expiry and f"the own certificate {expiry}", ask_looseness("identity.key", config.identity.key)]
+    if any(words) and not 0 <= now - memo.get("warnedAt", 0) < 86400:
+        for line in filter(None, words):
             log("warning", line)
         memo["warnedAt"] = now
 
@@ -2533,7 +2592,8 @@ def check_wfm(der, identity, now):
     except ValueError as error:
         raise Untrusted(f"the WFM's certificate is no X.509-SVID: {error}") from None
     if peer.text != identity.wfm_id:
-        raise Untrusted(f"the peer is {peer.text}, this client's WFM is {identity.wfm_id}")
+        raise Untrusted(f"the peer is {peer.text}, and identity.certificate is for {identity.wfm_id}: name"
+                        " that one by wfm.url, or have a certificate made for this one")
     return leaf
 
 
@@ -2561,8 +2621,11 @@ def load_key_pair(context, certificate_file, key_file, where="identity"):
         if asked:
             raise Untrusted(f"{where}.key {key_file} is encrypted; store it unencrypted, mode 0600") from None
         reason = getattr(error, "reason", None) or getattr(error, "strerror", None) or "no key in PEM"
-        fault = "not the key of" if "MISMATCH" in reason else f"unreadable ({reason}), beside"
-        raise Untrusted(f"{where}.key {key_file}: {fault} {where}.certificate {certificate_file}") from None
+        if "MISMATCH" in reason:
+            raise Untrusted(f"{where}.key {key_file}: not the key of {where}.certificate"
+                            f" {certificate_file}; name the one that it was made with") from None
+        hint = "; run as root, or as its owner" if isinstance(error, PermissionError) else ""
+        raise Untrusted(f"{where}.key {key_file}: it cannot be read ({reason}){hint}") from None
 
 
 def run_own_handshake(certificate_file, key_file, anchors):
@@ -2605,8 +2668,9 @@ def judge_own_chain(identity, bundle, store, state):
     try:
         run_own_handshake(identity.certificate_file, identity.key_file, bundle.anchors)
     except ValueError as error:
-        message = (f"identity.certificate {identity.certificate_file}: its chain does not lead to the trust"
-                   f" bundle ({error})")
+        message = (f"identity.certificate {identity.certificate_file}: it is certified by"
+                   f" {make_name(identity.leaf.issuer)}, which does not lead to the trust bundle ({error});"
+                   " ask whoever runs the WFM for a certificate and a bundle that belong together")
         if state["identity"] != leaf:
             raise Untrusted(message) from None
         log("error", f"{message} any more; have it issued anew")
@@ -2630,7 +2694,8 @@ def parse_trust_bundle(data):
             raise ValueError("a trust bundle is a JWK Set with `keys`, or PEM")
         anchors = parse_jwks(value["keys"])
     if not anchors:
-        raise ValueError("no X.509 anchor in it (no key with use x509-svid)")
+        raise ValueError("no X.509 anchor in it (no key with use x509-svid); whoever runs the WFM has the"
+                         " bundle")
     for anchor in anchors:
         parse_certificate(anchor)
     numbers = [value.get(name) for name in ("spiffe_sequence", "spiffe_refresh_hint")]
@@ -2736,7 +2801,7 @@ def load_trust_bundle(config, store):
     data = read_file(path, MAX_CERTIFICATES)
     try:
         if data is None and not remote:
-            raise ValueError("there is no such file")
+            raise ValueError("there is no such file; whoever runs the WFM has it")
         return None if data is None else parse_trust_bundle(data)
     except ValueError as error:
         if not remote:
@@ -2905,13 +2970,9 @@ def lend_file(data):
     """A file that holds `data` until it is closed, in memory where that goes; openssl and ssl want a name."""
     import tempfile
     memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
-    try:
-        file = tempfile.NamedTemporaryFile(prefix="margo-", dir=memory)
-        file.write(data)
-        file.flush()
-    except OSError as error:
-        raise StorageError(f"no temporary file can be made ({error.strerror}); free space or set"
-                           " TMPDIR") from None
+    file = tempfile.NamedTemporaryFile(prefix="margo-", dir=memory)
+    file.write(data)
+    file.flush()
     return file
 
 
@@ -3337,9 +3398,10 @@ Job = define("Job", "workload project folder known deadline current runs volumes
     "One apply: what runs, in which folder its files are, what an earlier apply returned, until when;"
     " {service: id of its container} as far as it has come, the ids of what ran before, {service: {path:"
     " volume}} as it was.")
-Shown = define("Shown", "state code restarts health volumes check",
+Shown = define("Shown", "state code restarts health volumes check said",
     "One container as `inspect` shows it: the engine's word for its state, numbers, the word for its health"
-    " where there is a check, {path: name} of volumes in it, its Check or None.", 0, 0, "", {}, None)
+    " where there is a check, {path: name} of volumes in it, its Check or None, what that has printed last.",
+    0, 0, "", {}, None, "")
 Check = define("Check", "interval retries start",
     "A health check, wherever it was said: seconds between two, misses that count, seconds of grace.")
 # How docker shows a container, in podman's form.
@@ -3349,6 +3411,11 @@ PULL_NOTE = 60                      # seconds between two lines of the log about
 LOG_LINES = 4000                    # of a log that are looked at for its end
 MAX_LOG = 256 * KIB                 # bytes of them
 RUNS_TOO = {"amd64": "386", "arm64": "arm"}         # what a processor usually runs beside its own
+# What versions of an engine lack.
+LACKS = (("podman", "4.7", "`host-gateway` is the gateway of the first network"),
+         ("podman", "4.8", "a volume's `driver_opts` have no `size`; `tmpfs` of a service has"),
+         ("docker", "20.10", "`host-gateway` fails"))
+NO_PROGRAM = "/.margo-trial"        # what a trial of docker's starts
 # An engine's words for what does not run.
 AT_REST = ("exited", "created", "initialized", "stopped", "configured")
 
@@ -3398,7 +3465,8 @@ def judge_startup(names, facts, complete=False):
         elif seen.state != "running":
             waiting[name] = f"{name} is {seen.state}"
         elif seen.health == "unhealthy":
-            return (name, "UNHEALTHY", f"service {name} is unhealthy"), {}, finished
+            said = seen.said and f"; its health check has printed: {seen.said}"
+            return (name, "UNHEALTHY", f"service {name} is unhealthy{said}"), {}, finished
         elif seen.health not in ("", "healthy"):
             waiting[name] = f"{name} is not healthy yet"
         elif complete:
@@ -3491,6 +3559,102 @@ def plan_networks(wanted, there, project):
     return new, changed + (dropped if ranged else []), [] if ranged else dropped
 
 
+# Options of `create` that a trial goes without: they need a network, or another container, or a run.
+UNTRIED = ("--(init\\Z|publish|add-host|dns|mac-address|health|no-health|restart|pid=c|ipc=c)|"
+           "--sysctl=\"?net[./]ipv[46][./](conf|neigh)[./]")
+
+
+def make_trial(service, engine):
+    """The Service of a trial, see ComposeDriver.rehearse.
+
+    Docker can only start it, so that it has a program there that no image has.  Nothing is labelled anew for
+    SELinux while another container uses it.
+    """
+    arguments = []
+    for argument in service.arguments:
+        head, _, options = argument.rpartition(":")
+        if argument.startswith("--volume=") and "/" not in options:
+            options = ",".join(option for option in options.split(",") if option not in "zZ")
+            argument = ":".join(filter(None, [head, options]))
+        if not re.match(UNTRIED, argument):
+            arguments.append(argument)
+    command = service.command
+    if engine != "podman":
+        arguments = [item for item in arguments if not item.startswith("--entrypoint=")]
+        arguments.append(f"--entrypoint={NO_PROGRAM}")
+        command = []
+    return service._replace(arguments=arguments, command=command, shares=(), hash="",
+                            networks=[Attachment("none", None, None)])
+
+
+def find_subnets(text):
+    """The subnets in create arguments of a network, a line each, or in what an engine shows of some, as JSON.
+
+    Raises ComponentError.
+    """
+    import ipaddress
+    found = []
+    for subnet in re.findall('(?im)(?:^--subnet=|"subnet": *")([^"\n]*)', text):
+        try:
+            found.append(ipaddress.ip_network(subnet, False))
+        except ValueError:
+            raise make_fault(f"networks: {make_printable(subnet, 60)!r} is no subnet") from None
+    return found
+
+
+def check_rivals(services):
+    """Raises ComponentError for a port of the host, or an address, that two services would have at a time.
+
+    Who waits for another one's end can have what that had.
+    """
+    awaited = [pair for service in services for pair in service.depends_on.items()]
+    ended = [name for name, (condition, _) in awaited if condition == "service_completed_successfully"]
+    taken = {}
+    for service in services:
+        things = list(service.ports)
+        for network, _, options in service.networks:
+            things += [("", network, option.strip("-")) for option in options or ()]
+        for address, *key in things if service.name not in ended else ():
+            rivals = taken.setdefault(tuple(key), {})
+            if address in rivals or rivals and "" in (address, *rivals):
+                raise make_fault(f"services.{service.name}: it cannot have {key[0]} {key[1]} beside service"
+                                 f" {next(iter(rivals.values()))}")
+            rivals[address] = service.name
+
+
+def ask_ports(services, known):
+    """Raises ComponentError for a port that this device cannot give, beside those that are held already.
+
+    known: as in a Job.
+    """
+    held = {tuple(port[1:]) for facts in known.values() for port in facts.get("ports", ())}
+    for service in services:
+        for address, *port in service.ports:
+            fault = tuple(port) not in held and ask_port(address, *port)
+            if fault:
+                where = f"{address or '*'}:{port[0]}/{port[1]}"
+                raise ComponentError("PORT_IN_USE", f"service {service.name} cannot have the host's port"
+                                     f" {where}: {fault}")
+
+
+def ask_port(address, number, protocol):
+    """Why nobody could listen at an address and port of this device now, in words; "" where one could."""
+    import errno
+    import socket
+    if protocol == "sctp":
+        return ""
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    try:
+        with socket.socket(family, socket.SOCK_DGRAM if protocol == "udp" else socket.SOCK_STREAM) as probe:
+            if protocol == "tcp":                   # else what was closed just now is in the way
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((address or "0.0.0.0", number))
+    except OSError as error:
+        if error.errno in (errno.EADDRINUSE, errno.EADDRNOTAVAIL):
+            return error.strerror
+    return ""
+
+
 def find_targets(service):
     """({path} at which the compose file mounts something of a name, {path} of volumes without a name)."""
     named = set(map(make_path, service.files))
@@ -3571,13 +3735,19 @@ def find_containers(deployment_id, containers, component=None, kind=None):
 
 
 def find_cause(stderr):
-    """What an engine says of a failure, without what it tried before: from its last `Error` on, else the end.
+    """What an engine says of a failure, without what it tried before: from its first `Error` on.
 
     Ids of 64 digits are cut to the 12 that the engine shows elsewhere.
     """
     starts = [match.end() for match in re.finditer(r"(?:^|\\n)(?=Error)", stderr)]      # made printable
-    start = max(starts, default=0)
+    start = min(starts, default=0)
     return re.sub(r"\b([0-9a-f]{12})[0-9a-f]{52}\b", r"\1", stderr[start:])[-1500:]
+
+
+def is_before(version, other):
+    """Whether a version is earlier than another one, such as 4.7; one that is unknown is not."""
+    first, second = ([int(number) for number in re.findall("[0-9]+", text)[:2]] for text in (version, other))
+    return bool(first) and first < second
 
 
 class ComposeDriver:
@@ -3590,6 +3760,7 @@ class ComposeDriver:
         self.engine, self.config = engine, config
         self.environ = os.environ if environ is None else environ
         self.claim = NOBODY                         # by what a container is ours, as of the last look
+        self.info = {}                              # see ask_info
         self.strangers = []                         # [Container] not ours that the last look has shown
         self.device_id, self.connection = child
         self.others = frozenset(others)             # devices whose containers are not ours, even here
@@ -3615,6 +3786,7 @@ class ComposeDriver:
         does not answer.
         """
         self.claim = claim or self.claim
+        self.info = {}
         form = "json"
         if self.engine != "podman":
             form = DOCKER_FORM % ",".join(f'"{name}":{{{{json (.Label "{name}")}}}}' for name in LABELS)
@@ -3622,7 +3794,8 @@ class ComposeDriver:
         output = self.run(["ps"] + options, 20 if self.remote else 60)
         if output.code:
             words = f"{self.engine} ps: {output.stderr[-500:]}"
-            raise CommandError(f"the container engine does not answer ({words})")
+            raise CommandError(f"the container engine does not answer ({words}); put it right, or see"
+                               " runtime.engine")
         found = parse_containers(output.stdout, self.engine, time.time())
         ours, self.strangers = part_containers(found, self.claim)
         return [container for container in ours if container.device_id not in self.others]
@@ -3699,6 +3872,11 @@ class ComposeDriver:
         """What `doctor` says of this driver; raises CommandError."""
         return f"{self.engine} answers, {len(self.observe((), claim))} containers of ours"
 
+    def list_volumes(self):
+        """The names of this agent's volumes."""
+        label = f"--filter=label={LABEL_OWNER}={self.claim.owner}"
+        return self.run(["volume", "ls", label, "--format={{.Name}}"], 60).stdout.decode().split()
+
     def ask(self, argv):
         """The mapping that a program prints as JSON; {} where it prints none."""
         try:
@@ -3706,14 +3884,33 @@ class ComposeDriver:
         except CommandError:
             return {}
 
+    def ask_info(self):
+        """{architecture, root, version, network: text} that the engine has said since the last look.
+
+        root: the folder of its images; "" for what it does not say.
+        """
+        if not self.info:
+            told = self.ask([self.engine, "info", "--format={{json .}}"])
+            host, store, version = (told.get(key) or {} for key in ("host", "store", "version"))
+            self.info = {"architecture": host.get("arch") or told.get("Architecture", ""),
+                         "root": store.get("graphRoot") or told.get("DockerRootDir", ""),
+                         "version": version.get("Version") or told.get("ServerVersion", ""),
+                         "network": host.get("networkBackend", "")}
+        return self.info
+
     def list_lacks(self):
-        """What podman's own helpers lack here, in words.
+        """What the engine lacks by its version, and podman's own helpers here, in words.
 
         ([why applications with a network fail or do not find each other], [why others fail]).
         """
-        if self.engine != "podman" or self.remote or self.ask(
-                ["podman", "info", "--format=json"]).get("host", {}).get("networkBackend") != "netavark":
-            return [], []
+        notes = [f"{self.engine} before {version}: {words}" for engine, version, words in LACKS
+                 if engine == self.engine and is_before(self.ask_info()["version"], version)]
+        network = self.ask_info()["network"]
+        if network == "cni":
+            return ["podman has its networks from CNI: services do not find each other by name; install"
+                    " netavark and aardvark-dns"], notes
+        if network != "netavark" or self.remote:
+            return [], notes
         everywhere = {"PATH": os.pathsep.join([*HELPER_FOLDERS, *list_folders(self.environ)])}
         wanted = self.environ.get("NETAVARK_FW")
         backend = find_program("netavark", everywhere)
@@ -3722,10 +3919,11 @@ class ComposeDriver:
         firewalls = {"iptables": ["iptables"], "nftables": ["nft"]}
         programs = ["netavark", "aardvark-dns"] + firewalls.get(wanted, [])
         words = {"aardvark-dns": "services do not find each other by name"}
-        lacks = [f"{name} is not installed: {words.get(name, 'applications with a network fail')}"
+        lacks = [f"install {name}: without it {words.get(name, 'applications with a network fail')}"
                  for name in programs if not find_program(name, everywhere)]
-        init = find_program("catatonit", everywhere)
-        return lacks, [] if init else ["catatonit is not installed: `init: true` fails"]
+        if not find_program("catatonit", everywhere):
+            notes.append("install catatonit: without it `init: true` fails")
+        return lacks, notes
 
     def resolve(self, workload, timeout, again=False, fetched=None, images=None):
         """The compose file read, checked and resolved, the images pulled.
@@ -3761,9 +3959,8 @@ class ComposeDriver:
         Raises ComponentError for an image that cannot run here, or lacks a health check that is awaited: both
         are found out before anything stops (K5, K18).
         """
-        form = "{{.Host.Arch}}" if self.engine == "podman" else "{{.Architecture}}"
-        words = self.run(["info", f"--format={form}"], 60).stdout.decode("utf-8", "replace").strip()
-        own = ARCHITECTURES.get(words, words)
+        own = self.ask_info()["architecture"]
+        own = ARCHITECTURES.get(own, own)
         checked = set()
         result = []
         for service in services:
@@ -3815,11 +4012,6 @@ class ComposeDriver:
             if self.remote and (service.files or any(mount.found for mount in service.mounts)):
                 raise make_fault(f"{where}: configs, secrets and bind mounts are files of the gateway, which"
                                  " a child device does not see")
-            for argument in () if self.remote else service.arguments:
-                option, _, path = argument.split(":")[0].partition("=")
-                # Docker would find that out when the old container is gone.
-                if option == "--device" and path.startswith("/") and not os.path.exists(path):
-                    raise make_fault(f"{where}.devices: this device has no {make_printable(path, 200)}")
             taken = [name for name in find_handed(service.environment) if name in self.environ]
             if taken:
                 raise make_fault(f"{where}.environment.{taken[0]}: the agent has a variable of this name, so"
@@ -3884,8 +4076,7 @@ class ComposeDriver:
         """
         if self.remote:
             return ""
-        form = "{{.Store.GraphRoot}}" if self.engine == "podman" else "{{.DockerRootDir}}"
-        root = self.run(["info", f"--format={form}"], 60).stdout.decode("utf-8", "replace").strip()
+        root = self.ask_info()["root"]
         if not os.path.isdir(root):
             return ""
         check_space(root, 0, f"image {image}")
@@ -3948,6 +4139,9 @@ class ComposeDriver:
         runs = {container.id for container in present if container.state == "running"}
         volumes = self.look_at_volumes(known, present)
         job = Job(workload, project, os.path.dirname(workload.folder), known, deadline, {}, runs, volumes)
+        check_rivals(project.services)
+        if not self.remote and runs <= {facts.get("id") for facts in known.values()}:   # else who holds what?
+            ask_ports(project.services, known)
         finished = self.carry_through(job, present)
         started = {container.id: container.started for container in self.look_up(workload)}
         seen = self.inspect(job.current.values())
@@ -3969,7 +4163,11 @@ class ComposeDriver:
         """The Output of a command that has to succeed; its words may hold values of parameters."""
         output = self.run(arguments, job.deadline - time.monotonic(), more=more)
         if output.code:
-            words = mask(output.stderr, job.workload.parameters.values())[-1500:]
+            words = mask(output.stderr, job.workload.parameters.values())
+            for name, container_id in job.current.items():
+                words = words.replace(container_id, name)
+            lacks = self.list_lacks()[0] if arguments[0] == "start" else []
+            words = "; ".join([find_cause(words), *lacks])
             raise ComponentError("INSTALL_FAILED", f"{self.engine} {arguments[0]} failed: {words}")
         return output
 
@@ -3990,10 +4188,18 @@ class ComposeDriver:
         first = self.ask_free(first, job.project.networks, leaving)
         job.current.update({name: container.id for name, container in changes.kept.items()})
         names = {name: container.name for name, container in changes.kept.items()}
+        self.create_shared(job, "volume", job.project.volumes)
+        self.try_networks(job, new, first)
+        if any(container.state not in AT_REST for container in leaving):
+            for service in changes.making:
+                self.rehearse(service, job)
         if not first:
             self.create_all(job, new, changes.making, leaving, names)
         try:
-            self.halt(job, changes.leaving)
+            stopped = job.deadline
+            for group in changes.leaving:
+                active = [container.id for container in group if container.state not in AT_REST]
+                stopped = self.stop(active, stopped) if active else stopped
             if first:
                 self.remove_containers(leaving, job.deadline)
                 leaving = []
@@ -4006,7 +4212,7 @@ class ComposeDriver:
                     self.start(service, job, service.name in changes.kept)
             names = [service.name for service in services]
             finished = self.await_startup(names, job) if job.workload.wait else set()
-        except MargoError:
+        except FAULTS:
             if leaving and self.config.runtime.on_failure != "rollback":    # kept for the way back alone
                 self.run(["rm", "--force"] + [container.id for container in leaving], 60)
             raise
@@ -4049,10 +4255,28 @@ class ComposeDriver:
                 free.append(name)
         return free
 
+    def try_networks(self, job, new, first):
+        """Raises ComponentError for a network that could not be made once the first have gone (K23).
+
+        It is made by another name and removed again, unless it may want addresses that those have still.
+        """
+        going = make_json([facts for _, _, facts in self.inspect_names("network", first)]).decode()
+        for name, arguments in new.items() if first else ():
+            subnets = find_subnets("\n".join(arguments))
+            meets = [one for one in subnets if any(map(one.overlaps, find_subnets(going)))]
+            if subnets and not meets:
+                self.carry_out(job, ["network", "create", *arguments, f"{name}-try"])
+                self.carry_out(job, ["network", "rm", f"{name}-try"])
+
     def create_shared(self, job, kind, items):
         """Networks or volumes that are not there yet; items: {name: create arguments, or None}."""
         for name, arguments in items.items():
-            if arguments is not None and not self.inspect_names(kind, [name]):
+            there = [] if arguments is None else self.inspect_names(kind, [name])
+            for _, _, facts in there:
+                kept = (facts.get("options") or {}).get("type", "") == "tmpfs"
+                if kind == "volume" and kept != ("--opt=type=tmpfs" in arguments):
+                    log("warning", "a volume is there with other driver_opts, and stays so", volume=name)
+            if arguments is not None and not there:
                 self.carry_out(job, [kind, "create"] + arguments + [name])
 
     def ask_external(self, project, services):
@@ -4084,7 +4308,6 @@ class ComposeDriver:
         name} of containers that are kept.  Nothing is stopped yet, so that this is no part of the outage.
         """
         self.create_shared(job, "network", networks)
-        self.create_shared(job, "volume", job.project.volumes)
         held = {container.name: container.id for container in leaving}
         for service in services:
             name = make_container_name(job.workload.project, service.name)
@@ -4127,6 +4350,29 @@ class ComposeDriver:
             self.carry_out(job, ["network", "connect"] + aliases + addresses + [network, name])
         return words[-1] if words else name
 
+    def rehearse(self, service, job):
+        """Raises ComponentError for what an engine finds out only when a container starts (K23).
+
+        One of the same settings, without a network, is brought to where its program would run: its user and
+        folders, devices, limits and the program are there by then, or not, while all that runs goes on.  What
+        ran here before need not be tried, nor what another service may have to lay out first in a volume.
+        """
+        others = [item for item in job.project.services if item != service]
+        mounts = [mount for item in others for mount in item.mounts]
+        written = {mount.source for mount in mounts if mount.source and "ro" not in mount.options}
+        known = job.known.get(service.name, {}).get("hash") == service.hash
+        if known or not written.isdisjoint(mount.source for mount in service.mounts):
+            return
+        name = make_container_name(job.workload.project, service.name) + f"-try-{os.urandom(4).hex()}"
+        container_id = self.create(make_trial(service, self.engine), job, name)
+        output = self.run(["init" if self.engine == "podman" else "start", container_id],
+                          job.deadline - time.monotonic())
+        self.run(["rm", "--force", container_id], 60, "REMOVE_FAILED")
+        if output.code and NO_PROGRAM not in output.stderr:     # else nothing lacks but that
+            words = mask(find_cause(output.stderr), job.workload.parameters.values())
+            raise ComponentError("INSTALL_FAILED",
+                                 f"service {service.name} could not be started: {self.engine}: {words}")
+
     def prepare_options(self, service, job):
         """The options of `create` for a service; its files are written, and its volumes made."""
         project = job.workload.project
@@ -4154,8 +4400,7 @@ class ComposeDriver:
 
     def ask_gateway(self, network):
         """The host's address as a container in this network sees it; from 4.7 on podman knows it itself."""
-        version = self.run(["info", "--format={{.Version.Version}}"], 60, "INSTALL_FAILED").stdout.decode()
-        if [int(number) for number in re.findall("[0-9]+", version)[:2]] >= [4, 7]:
+        if not is_before(self.ask_info()["version"], "4.7"):
             return "host-gateway"
         form = "--format={{range .Subnets}}{{.Gateway}} {{end}}"
         gateways = self.run(["network", "inspect", form, network], 60).stdout.decode().split()
@@ -4207,18 +4452,6 @@ class ComposeDriver:
                 self.carry_out(job, ["rm", "--force", job.current[item.name]])
             self.create_all(job, {}, again, [], {})
             self.carry_out(job, ["start", job.current[service.name]])
-
-    def halt(self, job, groups):
-        """Stops containers, group by group; what cannot be stopped is removed: none runs beside the new."""
-        deadline = job.deadline
-        ids = [container.id for group in groups for container in group]
-        for group in groups:
-            active = [container.id for container in group if container.state not in AT_REST]
-            deadline = self.stop(active, deadline) if active else deadline
-        there = self.look_up(job.workload) if ids else []
-        alive = [item.id for item in there if item.id in ids and item.state not in AT_REST]
-        if alive:
-            self.run(["rm", "--force"] + alive, 60, "INSTALL_FAILED")
 
     def write_environment(self, service, folder):
         """The environment by a file of mode 0600, never on a command line; what no line can hold, by name."""
@@ -4277,6 +4510,7 @@ class ComposeDriver:
         """
         settle = self.config.runtime.settle if settle is None else settle
         checks, before, calm = {}, None, None
+        began = time.monotonic()
         secrets = job.workload.parameters.values()
         while True:
             seen = self.inspect([job.current[name] for name in names])
@@ -4291,14 +4525,14 @@ class ComposeDriver:
             failure, waiting, finished = judge_startup(names, facts, complete)
             if failure:
                 name, code, words = failure
-                raise ComponentError(code, words + self.tail_log(job.current[name], secrets))
+                raise ComponentError(code, mask(words, secrets) + self.tail_log(job.current[name], secrets))
             now = time.monotonic()
             calm = None if waiting else calm or now
             restless = any(not facts[name].health for name in names if name not in finished)
             if not waiting and (not restless or now - calm >= settle or now > job.deadline):
                 return finished
             if now > job.deadline:
-                words = f"not up in time: {', '.join(waiting.values())}"
+                words = f"not up within {job.deadline - began:.0f} s: {', '.join(waiting.values())}"
                 log_end = self.tail_log(job.current[next(iter(waiting))], secrets)
                 raise ComponentError("INSTALL_TIMEOUT", words + log_end)
             time.sleep(min(0.5, max(0.1, settle / 4)))
@@ -4356,7 +4590,7 @@ class ComposeDriver:
         return f"; its log ends: {make_printable(text, 2048)}" if text else ""
 
     def stop(self, ids, deadline):
-        """Stops containers within their own grace period, or kills them once the time is over.
+        """Stops containers within their own grace period, or kills them once the time is over: none runs on.
 
         Returns the deadline for what follows.  One that is not there any more is passed over.
         """
@@ -4367,7 +4601,8 @@ class ComposeDriver:
             code = 1
         if code:
             log("warning", "killed, because it did not stop in time", containers=" ".join(ids))
-            self.run(["kill"] + ids, 60)
+            if self.run(["kill"] + ids, 60).code:
+                self.run(["rm", "--force"] + ids, 60, "INSTALL_FAILED")
             deadline = time.monotonic() + 60
         return deadline
 
@@ -4417,18 +4652,19 @@ class ComposeDriver:
 
 
 def follow_pull(image, environ):
-    """A function to call while an image is pulled: it logs how far that is, each minute or so.
+    """A function to call while an image is pulled: it logs how far that is, often where a person looks on.
 
     podman keeps what it has fetched of layers in its folder for temporary files, until they are unpacked.
     """
     start = time.monotonic()
-    due = [start + PULL_NOTE]
+    pause = PULL_NOTE // 20 if sys.stderr.isatty() else PULL_NOTE
+    due = [start + pause]
 
     def tell():
         now = time.monotonic()
         if now < due[0]:
             return
-        due[0] = now + PULL_NOTE
+        due[0] = now + pause
         files = [os.path.join(folder, name) for folder, _, names in os.walk(environ.get("TMPDIR", ""))
                  for name in names]
         fetched = sum(os.path.getsize(path) for path in files if os.path.exists(path))
@@ -4466,11 +4702,14 @@ def find_health(state, status):
 def parse_seen(item):
     """An element of what `inspect` prints of containers to (id, Shown)."""
     state = item["State"]
-    health = (state.get("Health") or state.get("Healthcheck") or {}).get("Status", "")
+    health = state.get("Health") or state.get("Healthcheck") or {}
+    said = [entry.get("Output") or "" for entry in health.get("Log") or ()]
     mounts = [mount for mount in item.get("Mounts") or () if mount.get("Type") == "volume"]
     volumes = {make_path(mount["Destination"]): mount["Name"] for mount in mounts}
-    return item["Id"], Shown(state["Status"], state.get("ExitCode", 0), item.get("RestartCount", 0), health,
-                             volumes, parse_check(item["Config"].get("Healthcheck") or {}))
+    return item["Id"], Shown(state["Status"], state.get("ExitCode", 0), item.get("RestartCount", 0),
+                             health.get("Status", ""), volumes,
+                             parse_check(item["Config"].get("Healthcheck") or {}),
+                             make_printable(said[-1].strip(), 500) if said else "")
 
 
 def parse_image(item):
@@ -4669,20 +4908,23 @@ def interpolate(text, variables, where, depth=0):
 
 
 def find_brace(text, position, variables, where):
-    """The closing brace of a `${…` whose inside starts at `position`.
+    """The closing brace of a `${…` whose inside starts at `position`, on the same line, as compose finds it.
 
-    Braces inside come in pairs, or else only those of a `${` do.  What is looked through is spent, too:
-    many could look through each other.
+    Each brace that opens inside is closed there, but of two in a row one counts.  Where they do not come in
+    pairs it is the last of the line.  What is looked through is spent: many could look through each other.
     """
-    for opening in (r"\{", r"\$\{"):
-        depth = 0
-        for match in re.compile(opening + "|}").finditer(text, position):
-            depth += 1 if match.group() != "}" else -1
-            if depth < 0:
-                variables.spend(match.start() - position, where)
-                return match.start()
-        variables.spend(len(text) - position, where)
-    raise make_fault(f"{where}: a ${{ that is not closed")
+    end = re.compile("[^\n]*").match(text, position).end()
+    depth = 1
+    for match in re.compile(r"\{.?|}").finditer(text, position, end):
+        depth += -1 if match.group() == "}" else 1
+        if not depth:
+            end = match.end()
+            break
+    variables.spend(end - position, where)
+    last = text.rfind("}", position, end)
+    if last < 0:
+        raise make_fault(f"{where}: a ${{ that is not closed on its line")
+    return last
 
 
 def interpolate_all(value, variables, where=""):
@@ -4703,22 +4945,23 @@ def make_names(value, where):
     return names
 
 
-# A name, and perhaps = or : and a value in quotes or without.
-ENV_LINE = (r"(?:export[ \t]+)?([\w.-]+)[ \t]*"
-            r"(?:[=:](?:[ \t]*(?:'([^'\\]*(?:\\.[^'\\]*)*)'|\"([^\"\\]*(?:\\.[^\"\\]*)*)\")|"
-            r"(?![ \t]*['\"])([^\n]*)))?[ \t]*(?:#[^\n]*)?(?:\n|\Z)")
+# A name, and perhaps = or : and a value in quotes, or all that stands on the line.
+ENV_LINE = (r"(?:export[ \t]+)?([\w.-]+)[ \t\r]*(?:[=:](?:"
+            r"[ \t]*(?:'([^'\\]*(?:\\.[^'\\]*)*)'|\"([^\"\\]*(?:\\.[^\"\\]*)*)\")[ \t\r]*(?:#[^\n]*)?|"
+            r"(?![ \t]*['\"])([^\n]*)))?(?:\n|\Z)")
+BLANKS = " \t\v\f\r\x85\xa0"
 
 
-def parse_env_file(text, variables, where):
+def parse_env_file(text, variables, where, earlier=None):
     """An env file to {NAME: text}: `NAME=value` or `NAME: value`, `export`, comments, and quotes.
 
-    A value may name the variables, and those of earlier lines.  A name alone takes the variable's value.
+    A value may name the variables, and those of earlier lines and files.  A name alone takes the variable's
+    value.  earlier: {NAME: text} of the files before, to which this one's are added.
     """
-    result = {}
-    text = text.replace("\r\n", "\n").lstrip("\ufeff")
+    result = {} if earlier is None else earlier
     variables.spend(len(text), where)
     variables.maps.append(result)
-    for match in re.finditer(rf"\s+|#[^\n]*|{ENV_LINE}|(.)", text, re.S):
+    for match in re.finditer(rf"\s+|#[^\n]*|{ENV_LINE}|(.)", text.lstrip("\ufeff"), re.S):
         name, single, double, plain, odd = match.groups()
         if odd:
             number = text.count("\n", 0, match.start()) + 1
@@ -4726,7 +4969,11 @@ def parse_env_file(text, variables, where):
         if single is not None:
             result[name] = single.replace("\\'", "'")
         elif double is not None or plain is not None:
-            raw = unescape_double(double) if plain is None else re.split(r"\s#", plain, maxsplit=1)[0].strip()
+            # what begins with # is no comment there
+            if plain is None:
+                raw = unescape_double(double)
+            else:
+                raw = plain.lstrip(BLANKS).partition(" #")[0].rstrip()
             result[name] = interpolate(raw, variables, f"{where}, {name}")
         elif name in variables:
             result[name] = variables[name]
@@ -4736,8 +4983,7 @@ def parse_env_file(text, variables, where):
 
 def unescape_double(text):
     """What stands in double quotes of an env file, ready to be interpolated."""
-    escapes = {"n": "\n", "t": "\t", "r": "\r", '"': '"', "\\": "\\", "$": "$$"}
-    return re.sub(r"\\(.)", lambda match: escapes.get(match.group(1), match.group(0)), text, flags=re.S)
+    return re.sub(r'\\([abfnrtv"\\$])', lambda match: dict(ESCAPES, **{"$": "$$"})[match.group(1)], text)
 
 
 # Readers: each takes a value and its place, and returns what is meant or raises ComponentError of the place.
@@ -4778,14 +5024,8 @@ to_number = to_form(r"-?([0-9]+(\.[0-9]*)?|\.[0-9]+)", "a number")
 to_count = to_form("[0-9]{1,9}", "a whole number", int)
 to_name = to_form(r"[a-zA-Z0-9][\w.-]*", "a name of a container")
 to_one = to_form("1", "supported; only 1 is")
-
-
-def to_flag(value, where):
-    """true or false, also as text, by all words of YAML 1.1."""
-    word = scalar_text(value).lower() if isinstance(value, (bool, str)) else ""
-    if word not in ("true", "yes", "on", "y", "false", "no", "off", "n"):
-        raise make_fault(f"{where}: expected true or false")
-    return word in ("true", "yes", "on", "y")
+to_flag = to_form("(?i)true|yes|on|y|false|no|off|n", "true or false, nor a word for it in YAML 1.1",
+                  make=lambda text: text.lower() in ("true", "yes", "on", "y"))
 
 
 def to_list(value, where):
@@ -4852,6 +5092,7 @@ def to_hosts(value, where):
         pairs = sorted(value.items())
     else:
         pairs = [re.match("([^=:]*)[=:]?(.*)", item, re.S).groups() for item in to_list(value, where)]
+        pairs = [(name, text.split(",")) for name, text in pairs]
     return [f"{name}:{text.strip('[]')}" for name, item in pairs for text in to_list(item, f"{where}.{name}")]
 
 
@@ -4881,9 +5122,9 @@ def to_namespace(*words):
 def to_test(value, where):
     """`test` of a health check as [CMD, word …], [CMD-SHELL, text] or [NONE]."""
     words = to_list(value, where)
-    if not isinstance(value, list) and value != "NONE":
+    if not isinstance(value, list):
         words = ["CMD-SHELL"] + words
-    if not (words == ["NONE"] or words[:1] == ["CMD"] != words or words[:-1] == ["CMD-SHELL"]):
+    if words != ["NONE"] and (words[:1] != ["CMD"] and words[:-1] != ["CMD-SHELL"] or not "".join(words[1:])):
         raise make_fault(f"{where}: expected a text, [CMD, …], [CMD-SHELL, text] or [NONE]")
     return words
 
@@ -4925,6 +5166,13 @@ def to_limit(item, where):
     """One of `ulimits`: SOFT:HARD, or one number for both."""
     text = f"{item.soft}:{item.hard}" if isinstance(item, Settings) else item
     return to_form("-?[0-9]+(:-?[0-9]+)?", "a limit, or soft and hard")(text, where)
+
+
+def to_device(item, where):
+    """One of `devices` as HOST[:CONTAINER[:RIGHTS]]."""
+    if isinstance(item, Settings):
+        item = ":".join(filter(None, [item.source, item.target, item.permissions]))
+    return to_text(item, where)
 
 
 def to_source(item, where):
@@ -4994,7 +5242,9 @@ def to_mount(item, where):
         raise make_fault(f"{where}: expected source:target[:options]")
     if not colon:
         return Mount("volume", "", source, [])
-    return Mount("bind" if source[0] in "/.~" else "volume", source, target, make_words(options))
+    # compose drops these two, and an engine does not know the other
+    words = [word for word in make_words(options) if not re.fullmatch("[ug]id=[0-9]+|consistent", word)]
+    return Mount("bind" if source[0] in "/.~" else "volume", source, target, words)
 
 
 def to_word(word):
@@ -5018,7 +5268,8 @@ SERVICE_OPTIONS = dict(
     **make_form(to_size, "mem_limit memswap_limit mem_reservation shm_size"),
     **make_form(to_number, "mem_swappiness oom_score_adj cpus cpu_period cpu_quota cpu_shares pids_limit"),
     **make_form(to_flag, "init read_only privileged tty stdin_open"),
-    **make_form(to_list, "cap_add cap_drop devices device_cgroup_rules security_opt group_add dns dns_opt"),
+    **make_form(to_list, "cap_add cap_drop device_cgroup_rules security_opt group_add dns dns_opt"),
+    devices=[(make_form(to_text, "source target permissions"), to_device)],
     pid=to_namespace("private", "host"), ipc=to_namespace("private", "shareable", "none", "host"),
     userns_mode=to_form("|host|auto|nomap|keep-id(:[a-z]+=[0-9]+(,[a-z]+=[0-9]+)*)?",
                         "host, auto, nomap or keep-id"),
@@ -5037,10 +5288,13 @@ RENAMED = {"working_dir": "workdir", "mem_limit": "memory", "memswap_limit": "me
 
 CONTENT_FORM = {None: (make_form(to_text, "file content environment name"), to_source)}
 FILES_FORM = [(make_form(to_text, "source target", mode=to_mode, uid=to_count, gid=to_count), "source")]
+# What of `deploy` is for many devices: compose does not use it either.  It is noted.
+UNUSED = "endpoint_mode labels placement rollback_config update_config"
 DEPLOY_FORM = {
     "mode": to_form("replicated", "supported; only replicated is"), "replicas": to_one,
     "resources": {"limits": make_form(to_number, "cpus pids", memory=to_size),
                   "reservations": make_form(to_number, "cpus", memory=to_size)},
+    **make_form(lambda value, where: True, UNUSED),
     "restart_policy": make_form(to_text, "delay window", max_attempts=to_count,
                                 condition=to_form("none|on-failure|any", "none, on-failure or any"))}
 MOUNT_FORM = make_form(
@@ -5071,7 +5325,7 @@ NETWORK_FORM = make_form(
     ipam={"driver": to_form("default", "supported; only default is"),
           "config": [make_form(to_text, "subnet gateway ip_range")]})
 VOLUME_FORM = {"name": to_text, "external": to_external, "labels": to_labels, "driver_opts": to_values,
-               "driver": to_form("local", "supported; only local is")}
+               "driver": to_form("|local", "supported; only local is")}
 FILE_FORM = {"name": to_text, "version": to_text, "services": {None: SERVICE_FORM},
              "networks": {None: NETWORK_FORM}, "volumes": {None: VOLUME_FORM}, "configs": CONTENT_FORM,
              "secrets": CONTENT_FORM}
@@ -5082,6 +5336,9 @@ ADVICE = {"build": "nothing is built on a device; name what was built by `image`
           "include": "put everything into compose.yaml", "gpus": "name device files by `devices`",
           "runtime": "the engine's own is used",
           "volumes_from": "name the volumes themselves",
+          "annotations": "write them as `labels`", "cgroup_parent": "the engine's own is used",
+          "driver_opts": "leave it to the engine", "devices": "name device files by the service's `devices`",
+          "external": "use `file` or `environment`",
           "external_links": "join a network that is `external`",
           "domainname": "put it into `hostname`", "label_file": "write them as `labels`",
           "uts": "set `hostname`",
@@ -5134,8 +5391,10 @@ def read_value(value, form, where="", variables=None):
 
     result = read(value, form, where)
     check_keys(unknown)
-    if faults:
-        raise faults[0]
+    for error in faults[:1]:
+        names = ", ".join(sorted(variables.unset)[:5]) if variables else ""
+        words = names and f" (used in the file, and no parameter gives it: {names})"
+        raise ComponentError(error.code, error.message + words)
     return result
 
 
@@ -5349,6 +5608,13 @@ def make_health(check, engine):
     return make_options(dict(check, test=test), keys)
 
 
+def find_member(members, name, where, section):
+    """What a name means of those that stand at the top; raises ComponentError where there is none."""
+    if name not in members:
+        raise make_fault(f"{where}: {make_printable(name, 60)!r} is not among the top-level {section}")
+    return members[name]
+
+
 def make_mounts(service, reading, where):
     """[Mount] of a service, ready for the engine; of two at one path the later one counts.
 
@@ -5364,11 +5630,8 @@ def make_mounts(service, reading, where):
             found = reading.folder.look(mount.source)
             kept = [option for option in mount.options if option not in ("ro", "rw")]
             mount = mount._replace(found=found, options=["ro"] + kept if found.own else mount.options)
-        elif mount.source and mount.source not in reading.volumes:
-            raise make_fault(f"{place}: {make_printable(mount.source, 60)!r} is not among the top-level"
-                             " volumes")
         elif mount.source:
-            mount = mount._replace(source=reading.volumes[mount.source][0])
+            mount = mount._replace(source=find_member(reading.volumes, mount.source, place, "volumes")[0])
         check_mount(f"{where}.volumes", mount, reading.policy, reading.folder)
         mounts[mount.target.rstrip("/")] = mount
     return list(mounts.values())
@@ -5377,8 +5640,7 @@ def make_mounts(service, reading, where):
 def make_mount_argument(mount):
     """A Mount as the engine takes it."""
     source = mount.found.path if mount.found else mount.source
-    options = [option for option in mount.options if option != "consistent"]    # podman does not know it
-    parts = [part for part in (source, mount.target, ",".join(options)) if part]
+    parts = [part for part in (source, mount.target, ",".join(mount.options)) if part]
     return ("--tmpfs=" if mount.kind == "tmpfs" else "--volume=") + ":".join(parts)
 
 
@@ -5389,16 +5651,14 @@ def make_files(service, reading, where):
         for index, item in enumerate(service[section]):
             place = f"{where}.{section}[{index}]"
             name = item.source or ""
-            if name not in reading.contents[section]:
-                raise make_fault(f"{place}: {make_printable(name, 60)!r} is not among the top-level"
-                                 f" {section}")
+            text = find_member(reading.contents[section], name, place, section)
             target = item.target or name
             target = target if target.startswith("/") else root + target
             if ":" in target:
                 raise make_fault(f"{place}: {make_printable(target, 60)!r} is not a path")
             mode = 0o644 if item.mode is None else item.mode & 0o777
             owner = [-1 if number is None else number for number in (item.uid, item.gid)]
-            files[target] = Content(reading.contents[section][name], mode, *owner)
+            files[target] = Content(text, mode, *owner)
     return files
 
 
@@ -5414,10 +5674,7 @@ def make_attachments(name, service, reading, where):
     wanted = service.networks or read_value(["default"], SERVICE_FORM["networks"])
     joined = []
     for network, value in sorted(wanted.items(), key=lambda pair: -(pair[1].priority or 0)):
-        if network not in reading.networks:
-            raise make_fault(f"{where}.networks: {make_printable(network, 60)!r} is not among the top-level"
-                             " networks")
-        own, arguments = reading.networks[network]
+        own, arguments = find_member(reading.networks, network, f"{where}.networks", "networks")
         for address in filter(None, (value.ipv4_address, value.ipv6_address)):
             if not may_have_address(arguments, address, reading.engine):
                 raise make_fault(f"{where}.networks.{network}: {make_printable(address, 60)!r} lies in no"
@@ -5465,19 +5722,23 @@ def find_shared(service):
 def make_environment(service, reading, where):
     """The environment of a container: env files, then `environment`, then the device's own (C-185).
 
-    In `environment` a name alone takes the parameter of its name.
+    In `environment` a name alone takes the parameter of its name, and where there is none the container gets
+    none.  A value in an env file may name those of `environment`, which stand above its own.
     """
+    variables = reading.variables
+    given = {name: variables.get(name) if text is None else text
+             for name, text in (service.environment or {}).items()}
+    variables.maps.append({name: text for name, text in given.items() if text is not None})
     environment = {}
     for item in service.env_file:
         path = item.path or ""
         found = reading.folder.look(path)
         if item.required is not False or found.kind or not found.own:
-            environment.update(parse_env_file(read_inside(reading.folder, path, f"{where}.env_file"),
-                                              reading.variables, path))
-    given = {name: reading.variables.get(name) if text is None else text
-             for name, text in (service.environment or {}).items()}
-    environment.update({name: text for name, text in given.items() if text is not None},
-                       **reading.workload.environment)
+            text = read_inside(reading.folder, path, f"{where}.env_file")
+            parse_env_file(text, variables, path, environment)
+    variables.maps.pop()
+    environment.update(given, **reading.workload.environment)
+    environment = {name: text for name, text in environment.items() if text is not None}
     for name, text in environment.items():
         check_variable(name, to_text(text, f"{where}.environment.{make_printable(name, 60)}"),
                        f"{where}.environment")
@@ -5568,7 +5829,8 @@ def check_policy(where, service, policy):
         for item in service[key] if isinstance(service[key], list) else filter(None, [service[key]]):
             allowed = key == "devices" and any(is_device(item, entry) for entry in policy.devices)
             if not allowed and not re.fullmatch(pattern, str(item), re.S):
-                deny(f"{where}.{key}", f"{make_printable(str(item), 80)!r} is denied by policy.privileged")
+                setting = "policy.devices" if key == "devices" else "policy.privileged"
+                deny(f"{where}.{key}", f"{make_printable(str(item), 80)!r} is denied by {setting}")
 
 
 def is_device(item, pattern):
@@ -5591,8 +5853,6 @@ def check_logging(where, logging, engine):
     for name in options:
         if name not in LOG_OPTIONS:
             deny(f"{where}.options.{make_printable(name, 60)}", f"only {', '.join(LOG_OPTIONS)} are allowed")
-    if engine == "podman" and driver != "journald" and "tag" in options:
-        raise make_fault(f"{where}.options.tag: podman takes it for the driver journald alone")
 
 
 def check_mount(where, mount, policy, folder):
@@ -5611,7 +5871,8 @@ def check_mount(where, mount, policy, folder):
         deny(where, f"{source} is an engine's socket or leads to one, which is never handed out")
     if not any(is_below(found.real, folder.resolve(root)) for root in ["", *policy.host_paths]):
         real = make_printable(found.real, 200)
-        deny(where, f"{source} (in truth {real}) is outside of policy.host_paths")
+        way = f" (it leads to {real})" if real != source else ""
+        deny(where, f"{source}{way} is outside of policy.host_paths")
     if not found.kind:
         owner = "the package" if found.own else "this device"
         raise make_fault(f"{where}: {owner} has no {source}; use a named volume for data")
@@ -5658,10 +5919,14 @@ def make_project(document, workload, policy, engine, folder=None):
     reading = Reading(workload, policy, engine, folder, variables, make_volumes(document, workload),
                       make_networks(document, workload), make_contents(document, variables, folder),
                       find_aliases(document.services, notes))
+    for name, service in document.services.items():
+        notes += [f"services.{name}.deploy.{key} is not used: there is one device" for key in UNUSED.split()
+                  if service.deploy[key]]
     services = {name: make_service(name, service, reading) for name, service in document.services.items()}
     check_ways(services.values())
     order = make_hashes(order_services(services))
-    notes += [f"{name} is used, and no parameter gives it: it is empty" for name in sorted(variables.unset)]
+    notes += [f"{name} is used, and no parameter gives it: it is empty; give it, or write"
+              f" ${{{name}:-DEFAULT}}" for name in sorted(variables.unset)]
     return Project(order, dict(reading.networks.values()), dict(reading.volumes.values()), notes)
 
 
@@ -5779,12 +6044,12 @@ def make_labels(workload, service, digest):
 
     None is left out for being empty: an image has labels of its own.
     """
-    theirs = {"project": workload.project, "service": service, "container-number": "1", "config-hash": digest,
-              "oneoff": "False"}
     return {LABEL_DEPLOYMENT: workload.deployment_id, LABEL_COMPONENT: workload.component,
             LABEL_PROJECT: workload.project, LABEL_SERVICE: service, LABEL_HASH: digest,
             LABEL_DEVICE: workload.device_id, LABEL_OWNER: workload.owner,
-            **{f"com.docker.compose.{key}": text for key, text in theirs.items()}}
+            "com.docker.compose.project": workload.project, "com.docker.compose.service": service,
+            "com.docker.compose.container-number": "1", "com.docker.compose.config-hash": digest,
+            "com.docker.compose.oneoff": "False"}
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -5816,13 +6081,7 @@ def parse_reference(repository, revision):
     """`oci://host[:port]/name` and a tag to a Reference; raises ComponentError (C-153)."""
     part = r"[a-z0-9]+(?:(?:[._]|__|-+)[a-z0-9]+)*"
     match = re.fullmatch(rf"oci://({REGISTRY_PATTERN})/({part}(?:/{part})*)", repository)
-    port = match and re.search(r":([0-9]+)\Z", match.group(1))
-    if (
-        not match
-        or port
-        and int(port.group(1)) > 65535
-        or not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}", revision)
-    ):
+    if not match or not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}", revision):
         raise ComponentError(
             "INVALID_DEPLOYMENT",
             f"{make_printable(repository)}:{make_printable(revision)} is not an OCI reference",
@@ -5887,8 +6146,7 @@ class Registry:
         """The Response, if its status is 200 and it has at most `limit` bytes; else raises ComponentError."""
         where = f"{url}: HTTP {response.status}"
         if find_verdict(response.status) is Untrusted:
-            raise ComponentError("PULL_UNAUTHORIZED",
-                                 f"{where}; set registries.{self.host}.username and password_file")
+            raise ComponentError("PULL_UNAUTHORIZED", f"{where}; {self.make_plea()}")
         if response.status != 200:
             absent = response.status == 404
             hint = "there is no such package" if absent else "it cannot be served now, tried again later"
@@ -5964,11 +6222,15 @@ class Registry:
                         return "Bearer " + token
                 except (MargoError, ValueError, AttributeError) as error:
                     log("warning", "no token from the registry", registry=self.host, reason=str(error))
-        words = f"asks for a login; set registries.{self.host}.username and password_file"
-        if basic:
-            words = (f"refuses the login of {self.settings.username}; mend registries.{self.host}.username"
-                     f" and password_file {self.settings.password_file}")
-        raise ComponentError("PULL_UNAUTHORIZED", f"registry {self.host} {words}")
+        raise ComponentError("PULL_UNAUTHORIZED", self.make_plea())
+
+    def make_plea(self):
+        """What a registry's refusal asks of the operator, in words."""
+        key = f"registries.{self.host}."
+        if not self.settings.username:
+            return f"registry {self.host} asks for a login; set {key}username and password_file"
+        return (f"registry {self.host} refuses the login of {self.settings.username}; mend {key}username"
+                f" and {key}password_file {self.settings.password_file}")
 
 
 def obtain_package(component, known, config, store, kind):
@@ -6071,7 +6333,7 @@ def parse_package_manifest(data, where, max_artifact, kind="compose"):
         digest = layer.get("digest")
         size = layer.get("size")
         check_shape(digest, DIGEST_PATTERN, "the layer's digest")
-        if not is_size(size):
+        if not isinstance(size, int) or size is True or size < 1:
             found = make_printable(str(size), 80)
             raise ValueError(f"the layer's size: found {found!r}, expected a number of bytes")
         if size > max_artifact:
@@ -6079,11 +6341,6 @@ def parse_package_manifest(data, where, max_artifact, kind="compose"):
     except ValueError as error:
         raise ComponentError("ARCHIVE_INVALID", f"{where}: {error}") from None
     return digest, size
-
-
-def is_size(value):
-    """Whether a value is a whole number of at least one byte."""
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 def find_layer(value, kind):
@@ -6271,44 +6528,39 @@ def unpack_package(data, digest, parent, max_unpacked, relaxed=False):
     folder = os.path.join(parent, digest.split(":")[1][:16])
     plain, entries = check_archive(data, max_unpacked, relaxed)
     work = folder + ".tmp"
-    try:
-        if os.path.isdir(folder):
-            places = {}
-            for entry in entries:
-                path = os.path.join(folder, entry.path)
-                twin = places.get(entry.offset) if entry.kind == "file" else None
-                if not load_sameness(path, entry, plain, twin):
-                    break
-                if entry.kind == "file":
-                    places.setdefault(entry.offset, path)
-            else:
-                return folder
-            log("warning", "an unpacked package is not what its archive holds: made anew", folder=folder)
-            remove_folder(folder)
-        remove_folder(work)
-        create_folder(os.path.join(work, "content"))
+    if os.path.isdir(folder):
         places = {}
         for entry in entries:
-            path = os.path.join(work, "content", entry.path)
-            create_folder(path if entry.kind == "folder" else os.path.dirname(path), 0o755)
+            path = os.path.join(folder, entry.path)
+            twin = places.get(entry.offset) if entry.kind == "file" else None
+            if not load_sameness(path, entry, plain, twin):
+                break
             if entry.kind == "file":
-                pieces = read_pieces(plain, entry.offset, entry.size)
-                if entry.offset in places:          # a hard link: the archive is not unpacked anew for it
-                    pieces = load_pieces(places[entry.offset])
-                write_file(path, pieces, entry.mode, os.path.join(work, "part"))
-                places[entry.offset] = path
-            elif entry.kind == "link":
-                os.symlink(entry.link, path)
-        os.chmod(os.path.join(work, "content"), 0o755)      # containers of other users read it (C-161)
-        for path, _, _ in os.walk(os.path.join(work, "content")):
-            sync_folder(path)
-        os.rename(os.path.join(work, "content"), folder)
-        os.rmdir(work)
-        sync_folder(parent)
-    except OSError as error:
-        raise StorageError(
-            f"{folder} cannot be unpacked ({error.strerror}); free space or make it writable"
-        ) from None
+                places.setdefault(entry.offset, path)
+        else:
+            return folder
+        log("warning", "an unpacked package is not what its archive holds: made anew", folder=folder)
+        remove_folder(folder)
+    remove_folder(work)
+    create_folder(os.path.join(work, "content"))
+    places = {}
+    for entry in entries:
+        path = os.path.join(work, "content", entry.path)
+        create_folder(path if entry.kind == "folder" else os.path.dirname(path), 0o755)
+        if entry.kind == "file":
+            pieces = read_pieces(plain, entry.offset, entry.size)
+            if entry.offset in places:          # a hard link: the archive is not unpacked anew for it
+                pieces = load_pieces(places[entry.offset])
+            write_file(path, pieces, entry.mode, os.path.join(work, "part"))
+            places[entry.offset] = path
+        elif entry.kind == "link":
+            os.symlink(entry.link, path)
+    os.chmod(os.path.join(work, "content"), 0o755)      # containers of other users read it (C-161)
+    for path, _, _ in os.walk(os.path.join(work, "content")):
+        sync_folder(path)
+    os.rename(os.path.join(work, "content"), folder)
+    os.rmdir(work)
+    sync_folder(parent)
     return folder
 
 
@@ -6356,7 +6608,7 @@ def get_command_environment(environ):
     """
     found = {key: value for key, value in environ.items() if key not in SYSTEMD_NAMES}
     if not os.path.isdir(found.get("TMPDIR", "/")):
-        del found["TMPDIR"]
+        found.pop("TMPDIR", None)
     return dict(found, PATH=os.pathsep.join(list_folders(environ)))
 
 
@@ -6369,15 +6621,28 @@ def get_temporary(state_dir, environ):
     return {"TMPDIR": os.path.join(state_dir, "tmp")} if os.geteuid() == 0 or os.path.isdir(runtime) else {}
 
 
+def make_limiter(limits):
+    """A function that bounds the process which calls it, by {a name of `resource`: the most}."""
+    import resource
+    kinds = {getattr(resource, name): most for name, most in limits.items()}
+
+    def limit():
+        for kind, most in kinds.items():
+            hard = resource.getrlimit(kind)[1]
+            most = most if hard < 0 else min(most, hard)
+            resource.setrlimit(kind, (most, most))
+    return limit
+
+
 def run_command(argv, timeout, env=None, cwd=None, limit=MAX_OUTPUT, data=b"", files=(), ends=False,
-                watch=None):
+                watch=None, limits=None):
     """The one door to other programs: Output(exit code, stdout bytes, the end of stderr as printable text).
 
     argv: list, never a shell.  The program runs in a process group of its own, which is killed whole after
     `timeout` seconds or when it prints more than `limit` bytes; ends: of more, the end of each stream is
     kept instead.  `data` is all that it reads, `files` are descriptors that it gets, too.  watch: a function
-    that is called time and again meanwhile.  A non-zero exit code is an answer.  Raises CommandMissing,
-    CommandTimeout, CommandError.
+    that is called time and again meanwhile.  limits: what it and each that it starts may take; see
+    make_limiter.  A non-zero exit code is an answer.  Raises CommandMissing, CommandTimeout, CommandError.
     """
     import subprocess
     try:
@@ -6385,12 +6650,13 @@ def run_command(argv, timeout, env=None, cwd=None, limit=MAX_OUTPUT, data=b"", f
                                    stdout=subprocess.PIPE,
                                    stderr=subprocess.PIPE,
                                    env=get_command_environment(os.environ if env is None else env), cwd=cwd,
-                                   start_new_session=True, pass_fds=files)
+                                   start_new_session=True, pass_fds=files,
+                                   preexec_fn=limits and make_limiter(limits))
     except FileNotFoundError:
-        needed = NEEDED_BY.get(os.path.basename(argv[0]), "correct the setting that names it")
-        raise CommandMissing(f"{argv[0]} is not installed, or not on PATH; {needed}") from None
+        needed = NEEDED_BY.get(os.path.basename(argv[0]), "or correct the setting that names it")
+        raise CommandMissing(f"{argv[0]} is not installed, or not on PATH; install it: {needed}") from None
     except OSError as error:
-        raise CommandError(f"{argv[0]} cannot be started ({error.strerror})") from None
+        raise CommandError(f"{argv[0]} cannot be started ({error.strerror}); is it executable?") from None
     try:
         stdout, stderr = serve_pipes(process, memoryview(data), timeout, limit, ends, watch)
     except subprocess.TimeoutExpired:
@@ -6435,7 +6701,7 @@ def serve_pipes(process, data, timeout, limit, ends, watch):
             if ends:
                 del heard[pipe][:-limit // 2]
         if sum(map(len, heard.values())) > limit:
-            raise CommandError(f"{process.args[0]} printed more than {limit} bytes")
+            raise CommandError(f"{process.args[0]} printed more than {limit} bytes", "TOO_MUCH")
         if ended and not ready:
             break
         if watch:
@@ -6741,7 +7007,8 @@ def make_network_error(where, error, timeout=0.0, context=None, proxy=""):
         words = next(words for pattern, words in TLS_FAULTS if re.search(pattern, reason))
         return Untrusted(f"{where}: {way}TLS failed: {words.format(reason.lower().replace('_', ' '))}")
     if late:
-        return Unreachable(f"{where}: {way}timed out: no answer within {timeout:g} s (wfm.timeout)")
+        return Unreachable(f"{where}: {way}timed out: no answer within {timeout:g} s (wfm.timeout);"
+                           " is the address right, or a firewall between?")
     if text.startswith("Tunnel connection failed"):     # so http.client tells of what a proxy answers
         return Unreachable(f"{where}: {way}{text}; a login for it belongs into $https_proxy")
     hint = {socket.gaierror: "; there is no such name (DNS), or no network",
@@ -6762,7 +7029,7 @@ def load_secret(key, path, fault):
     except StorageError as error:
         raise fault(f"{key}: {error.message}") from None
     if data is None:
-        raise fault(f"{key} {path}: no such file")
+        raise fault(f"{key} {path}: no such file; put it there, mode 0600")
     return data.rstrip(b"\r\n")
 
 
@@ -6971,7 +7238,8 @@ def read_file(path, limit):
     except FileNotFoundError:
         return None
     except OSError as error:
-        raise StorageError(f"{path} cannot be read ({error.strerror})") from None
+        hint = "; run as root, or as its owner" if isinstance(error, PermissionError) else ""
+        raise StorageError(f"{path} cannot be read ({error.strerror}){hint}") from None
     if len(data) > size:
         raise StorageError(f"{path} is longer than {size} bytes")
     return data
@@ -6986,7 +7254,7 @@ def load_pieces(path):
 def create_folder(path, mode=0o700):
     """Makes a folder, and those above it that are missing, each with just this mode, whatever the umask.
 
-    May raise OSError.
+    Raises StorageError.
     """
     if os.path.isdir(path):
         return
@@ -6996,9 +7264,9 @@ def create_folder(path, mode=0o700):
     try:
         os.mkdir(path, mode)
         os.chmod(path, mode)
-    except FileExistsError:
-        if not os.path.isdir(path):                 # else another process was faster
-            raise
+    except OSError as error:
+        if not (isinstance(error, FileExistsError) and os.path.isdir(path)):    # another was faster
+            raise to_fault(error) from None
 
 
 def empty_folder(path):
@@ -7009,7 +7277,7 @@ def empty_folder(path):
     try:
         for name in () if os.path.islink(path) else os.listdir(path):
             remove_folder(os.path.join(path, name))
-    except (OSError, StorageError) as error:
+    except OSError as error:
         log("warning", "temporary files cannot be removed", path=path, reason=str(error))
 
 
@@ -7029,17 +7297,14 @@ def remove_folder(path):
     """
     import shutil
     gone = path if path.endswith(".tmp") else path + ".tmp"
-    try:
-        for name in (gone, path):                   # what an earlier attempt left, then this one
-            if os.path.lexists(name):
-                if name != gone:
-                    os.replace(name, gone)
-                    sync_folder(os.path.dirname(path))
-                solid = os.path.isdir(gone) and not os.path.islink(gone)
-                (shutil.rmtree if solid else os.remove)(gone)
+    for name in (gone, path):                       # what an earlier attempt left, then this one
+        if os.path.lexists(name):
+            if name != gone:
+                os.replace(name, gone)
                 sync_folder(os.path.dirname(path))
-    except OSError as error:
-        raise StorageError(f"{path} cannot be removed ({error.strerror})") from None
+            solid = os.path.isdir(gone) and not os.path.islink(gone)
+            (shutil.rmtree if solid else os.remove)(gone)
+            sync_folder(os.path.dirname(path))
 
 
 def make_state():
@@ -7094,9 +7359,11 @@ def make_history(state, desired, at):
     old = {item["deploymentId"].lower(): item["digest"] for item in before}
     new = {entry.key: entry.digest for entry in desired.entries}
     changed = sorted(key for key in new if key in old and new[key] != old[key])
+    names = {key: record["name"] for key, record in state["deployments"].items() if key not in new}
     return state["history"][1 - HISTORY:] + [{
         "version": desired.version, "at": at, "added": sorted(set(new) - set(old)),
-        "removed": sorted(set(old) - set(new)), "changed": changed, "outcome": "pending"}]
+        "removed": sorted(set(old) - set(new)), "changed": changed, "outcome": "pending",
+        "names": names}]
 
 
 def note_outcome(state, fault):
@@ -7242,14 +7509,15 @@ class Store:
                 create_folder(self.path(name))
             if os.stat(self.folder).st_mode & 0o077:
                 os.chmod(self.folder, 0o700)
+            reserve = get_space(self.folder, RESERVE)[1]
+        except FAULTS as error:
+            raise StorageError(f"state_dir {self.folder} cannot be made: {to_fault(error)}, or name a folder"
+                               " that this user may write, on a disk that keeps data") from None
+        try:
             if not os.path.exists(self.path("reserve")):
-                write_file(self.path("reserve"), bytes(get_space(self.folder, RESERVE)[1]))
+                write_file(self.path("reserve"), bytes(reserve))
         except StorageError as error:
             log("warning", "no space can be kept in reserve", reason=error.message)
-        except OSError as error:
-            raise StorageError(f"state_dir {error.filename or self.folder} cannot be made ({error.strerror});"
-                               " name a folder that this user may write, on a disk that keeps"
-                               " data") from None
 
     def lock(self):
         """Takes the lock or raises Locked; the kernel gives it back when this process ends, however it ends.
@@ -7358,12 +7626,9 @@ class Store:
     def prune_artifacts(self, digests):
         """Removes every artifact, and every unpacked package, whose digest is not among `digests`."""
         keep = {digest.replace(":", "-") for digest in digests}
-        try:
-            for name in os.listdir(self.path("artifacts")):
-                if name not in keep and re.match("sha256-[0-9a-f]{64}", name):
-                    os.remove(self.path("artifacts", name))
-        except OSError as error:
-            raise StorageError(f"{self.path('artifacts')} cannot be pruned ({error.strerror})") from None
+        for name in os.listdir(self.path("artifacts")):
+            if name not in keep and re.match("sha256-[0-9a-f]{64}", name):
+                os.remove(self.path("artifacts", name))
         short = {digest.split(":")[1][:16] for digest in digests}
         form = re.compile(r"[0-9a-f]{16}(\.content)?|content-[0-9a-f]{32}(\.new)?")
         top = self.path("deployments")
@@ -7414,7 +7679,7 @@ class Store:
         try:
             create_folder(os.path.dirname(path), 0o755)
             write_file(path, data)
-        except (OSError, StorageError) as error:
+        except StorageError as error:
             log("debug", "the last contact cannot be noted", path=path, reason=str(error))
             return False
         self.noted = data
@@ -7431,8 +7696,15 @@ class Folder:
         self.path, self.environ, self.digests = path, environ, {}
 
     def resolve(self, name):
-        """A path, relative to the package, with all links followed."""
-        return os.path.realpath(os.path.join(self.path, name))
+        """A path, relative to the package, with all links followed.
+
+        Raises ComponentError where one of them may not be read, such as /proc/1/root.
+        """
+        try:
+            return os.path.realpath(os.path.join(self.path, name))
+        except OSError as error:
+            words = f"{make_printable(name, 200)} cannot be looked up ({error.strerror})"
+            raise ComponentError("POLICY_DENIED", f"compose.yaml: {words}") from None
 
     def read(self, name):
         """The bytes of a file of the package of at most 1 MiB; None where it is none."""
@@ -7506,23 +7778,19 @@ class Folder:
         for source in {source.path: source for source in sources}.values():
             place = os.path.dirname(source.path)
             needed.add(os.path.basename(place))
-            try:
-                if os.path.lexists(source.path) and load_digest(source.path)[:32] == place[-32:]:
-                    continue
-                for folder in (place, place + ".new"):      # what was spoilt, and what was cut off
-                    remove_folder(folder)
-                create_folder(place + ".new", 0o755)        # containers read it
-                part = os.path.join(place + ".new", os.path.basename(source.path))
-                if source.kind == "folder":
-                    shutil.copytree(source.real, part, symlinks=True, copy_function=link_file)
-                else:
-                    link_file(source.real, part)
-                for folder, _, _ in os.walk(place + ".new"):
-                    sync_folder(folder)
-                os.rename(place + ".new", place)
-            except OSError as error:
-                raise StorageError(f"{place} cannot be written ({error.strerror or error}); free space or"
-                                   " make it writable") from None
+            if os.path.lexists(source.path) and load_digest(source.path)[:32] == place[-32:]:
+                continue
+            for folder in (place, place + ".new"):      # what was spoilt, and what was cut off
+                remove_folder(folder)
+            create_folder(place + ".new", 0o755)        # containers read it
+            part = os.path.join(place + ".new", os.path.basename(source.path))
+            if source.kind == "folder":
+                shutil.copytree(source.real, part, symlinks=True, copy_function=link_file)
+            else:
+                link_file(source.real, part)
+            for folder, _, _ in os.walk(place + ".new"):
+                sync_folder(folder)
+            os.rename(place + ".new", place)
         if needed:
             sync_folder(os.path.dirname(self.path))
             write_file(self.path + ".content", "\n".join(sorted(needed)).encode())
@@ -7686,10 +7954,14 @@ def make_spread(device_id, spread):
     return int(sha256_digest(device_id.encode())[7:15], 16) / 2 ** 32 * spread
 
 
-def list_waits(state, clock):
-    """[{until, reason}] of what is held back: requests to the WFM, and reports that it has not taken."""
-    found = {"the WFM or a back-off asks to wait": state["patience"],
-             **{f"{key} is not reported again": record for key, record in state["waits"].items()}}
+def list_waits(state, clock, *failed):
+    """[{until, reason}] of what is held back: requests to the WFM, reports that it has not taken, and
+    attempts at what has `failed`, as far as its records are given.
+    """
+    found = {"the WFM or a back-off asks to wait": state["patience"]}
+    found.update((f"{record['deploymentId']} has failed and is not tried again", record["retry"])
+                 for record in failed if not record["refused"])
+    found.update((f"{key} is not reported again", record) for key, record in state["waits"].items())
     left = {reason: find_wait(record, clock) for reason, record in found.items()}
     return [{"until": make_time(clock.now + seconds), "reason": reason}
             for reason, seconds in left.items() if seconds]
@@ -7775,7 +8047,7 @@ def is_within(windows, local):
 def is_within_whole(windows, start, end):
     """Whether all the time between two moments (Unix seconds, by the minute) lies in windows."""
     moments = range(int(start), int(max(start, end)) + 1, 60)
-    return bool(windows) and all(is_within(windows, time.localtime(moment)) for moment in moments)
+    return all(is_within(windows, time.localtime(moment)) for moment in moments)
 
 
 def make_clock_fault(now, stored):
@@ -7888,11 +8160,8 @@ def is_uri(key):
     return bool(re.match(r"[a-z][a-z0-9+.-]+:", key))
 
 
-HOST_PATTERN = r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(:[0-9]{1,5})?"
+HOST_PATTERN = rf"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)({PORT_PATTERN})?"
 PINS = "a list of base64 SHA-256 digests of public keys, 44 characters each"
-DURATION = (
-    "a duration greater than zero: seconds, or a number with s, m, h or d, such as 30s, and at most 3650d"
-)
 
 read_text = scalar("text")
 read_name = checked("text", lambda value: isinstance(value, str) and value)
@@ -7902,13 +8171,15 @@ read_word = scalar("printable ASCII without \" and \\", r'[ !#-\[\]-~]*')
 read_url = scalar("an absolute https URL", rf"https://{HOST_PATTERN}([/?][^\s#@]*)?")
 read_root_url = scalar("an absolute https URL without query", rf"https://{HOST_PATTERN}(/[^\s#@?]*)?",
                        lambda text: text.rstrip("/"))
-read_folders = list_of(scalar("a list of absolute paths", r"(?s)/.*"), "a list of absolute paths")
-read_devices = list_of(
-    scalar("a list of files below /dev", r"/dev/[\w./:+@*-]+"), "a list of files below /dev"
-)
+FOLDERS = "a list of absolute paths, such as [/srv/data]"
+FILES = "a list of files below /dev, such as [/dev/ttyUSB0]"
+read_folders = list_of(scalar(FOLDERS, r"(?s)/.*"), FOLDERS)
+read_devices = list_of(scalar(FILES, r"/dev/[\w./:+@*-]+"), FILES)
 read_pins = list_of(scalar(PINS, r"[A-Za-z0-9+/]{42}[AEIMQUYcgkosw048]="), PINS)
 read_pause = scalar("a duration", make=parse_duration)
-read_duration = scalar(DURATION, r".*[1-9].*", parse_duration)
+read_duration = scalar(
+    "a duration greater than zero: seconds, or a number with s, m, h or d, such as 30s, and at most 3650d",
+    r".*[1-9].*", parse_duration)
 read_size = scalar("a size", make=parse_size)
 read_count = scalar("a whole number", "[0-9]{1,18}", int)
 read_share = scalar("a share from 0% to 100%", r"([0-9]{1,2}|100)%", lambda text: int(text[:-1]) / 100)
@@ -7946,16 +8217,6 @@ def read_key(value, base):
 def read_path_or_url(value, base):
     """A file name or an https URL."""
     return read_url(value, base) if "://" in str(value) else read_path(value, base)
-
-
-def read_compose(value, base):
-    """Whether the agent runs compose files.
-
-    The programs that once could are told apart from what never could.
-    """
-    if value in ("docker compose", "docker-compose", "podman-compose"):
-        raise ValueError("auto, builtin or off; what compose providers did, builtin does now")
-    return choice("auto", "builtin", "off")(value, base)
 
 
 def equipment_of(words):
@@ -8085,7 +8346,8 @@ DEVICE_SCHEMA = {
 }
 CHILD_SCHEMA = dict(DEVICE_SCHEMA, connection=(read_environment, {}, "variables that lead to its engine"))
 REGISTRY_SCHEMA = {
-    "mirror": (read_text, None, "host:port that is asked in place of this registry"),
+    "mirror": (scalar("a host, with or without a port", rf"(https?://)?{REGISTRY_PATTERN}/?"), None,
+               "host:port that is asked in place of this registry"),
     "username": (read_text, None, "who signs in there"),
     "password_file": (read_path, None, "file of the password, mode 0600"),
     "ca": (read_path, None, "CA certificates of this registry; without it the system's"),
@@ -8121,7 +8383,7 @@ SCHEMA = {
         "downtime": (read_windows, [], "no request is made then"),
     },
     "runtime": {
-        "compose": (read_compose, "auto", "whether compose components are run"),
+        "compose": (choice("auto", "builtin", "off"), "auto", "whether compose components are run"),
         "engine": (choice("auto", "podman", "docker"), "auto", "which engine runs containers"),
         "on_failure": (choice("rollback", "keep"), "rollback", "what follows on an update that fails"),
         "settle": (read_pause, "10s", "time without a restart that counts as health where nothing checks it"),
@@ -8273,7 +8535,8 @@ def expand_environment(value, environ, where, faults):
 
     def expand(match):
         if match.group(1) not in environ:
-            faults.append((where[:-1], f"the environment variable {match.group(1)!r} is not set"))
+            faults.append((where[:-1], f"the environment variable {match.group(1)!r} is not set; set it where"
+                           " the agent is started, in its service or cron line"))
         return environ.get(match.group(1), "")
 
     return re.sub(r"\$\{([^}]*)\}", expand, value)
@@ -8285,9 +8548,9 @@ def load_document(path):
         with open(path, "rb") as file:
             return load_yaml(file.read(MIB))
     except OSError as error:
-        raise ConfigError(
-            f"configuration {path} cannot be read ({error.strerror}); name one by -c or $MARGO_CONFIG"
-        ) from None
+        hint = "name another by -c or $MARGO_CONFIG; `config --example` prints one to start from"
+        hint = "run as root, or as who may read it" if isinstance(error, PermissionError) else hint
+        raise ConfigError(f"configuration {path} cannot be read ({error.strerror}); {hint}") from None
     except YAMLError as error:
         raise ConfigError(f"configuration {path}: {error}") from None
 
@@ -8451,6 +8714,12 @@ def parse_der_time(tag, value):
     return int(datetime.datetime(*map(int, match.groups()), tzinfo=datetime.timezone.utc).timestamp())
 
 
+def make_name(data):
+    """The texts in a distinguished name (DER), in its order."""
+    parts = [parse_der(value)[0][1] for _, value, _ in parse_der(parse_der(data)[0][1])]
+    return "/".join(make_printable(parse_der(part)[1][1].decode("utf-8", "replace")) for part in parts)
+
+
 def parse_pem(text, label="CERTIFICATE"):
     """Every certificate (or block of another label) of a PEM text as DER bytes, in order.
 
@@ -8489,9 +8758,8 @@ FLOAT_PATTERN = (
 CONSTANTS = {"": None, "~": None, "null": None, "Null": None, "NULL": None, "true": True, "True": True,
              "TRUE": True,
              "false": False, "False": False, "FALSE": False}
-ESCAPES = {"0": "\0", "a": "\a", "b": "\b", "t": "\t", "\t": "\t", "n": "\n", "v": "\v", "f": "\f", "r": "\r",
-           "e": "\x1b", " ": " ",
-           '"': '"', "/": "/", "\\": "\\", "N": "\x85", "_": "\xa0", "L": "\u2028", "P": "\u2029"}
+# what stands behind a backslash, and what each of these means
+ESCAPES = dict(zip('0abt\tnvfre "/\\N_LP', '\0\a\b\t\t\n\v\f\r\x1b "/\\\x85\xa0\u2028\u2029'))
 TAGS = ("!", "str", "int", "float", "bool", "null", "map", "seq")
 
 
@@ -8830,7 +9098,7 @@ class YAMLReader:
                 self.fail("a key that is no scalar is not supported", position)
             # .nan differs from itself
             if key in mapping or key != key and any(other != other for other in mapping):
-                self.fail(f"the key {str(key)[:60]!r} occurs twice", position)
+                self.fail(f"the key {str(key)[:60]!r} occurs twice; keep one of them", position)
             mapping[key] = value
         for value, position in merges:
             for source in value if isinstance(value, list) else [value]:
@@ -8961,7 +9229,8 @@ class YAMLReader:
                 break
             stop = self.STOP[flow].search(text, start)
             if text[stop.start()] == ":" and not flow:
-                self.fail("a key on a line that continues a value; is the indentation right?", start)
+                self.fail("a key on a line that continues a value; is the indentation right, and is a blank"
+                          " behind the colon before it?", start)
             pieces += ["\n" * (ends - 1) or " ", text[start:stop.start()].rstrip(" \t")]
             self.position = start + len(pieces[-1])
         return "".join(pieces)
@@ -9136,7 +9405,7 @@ def parse_json(data, what, most=MAX_NODES):
             raise ValueError("it is coded by gzip (Content-Encoding), which was not asked for")
         if data.lstrip()[:1] in (b"<", b""):
             raise ValueError("it is a web page; does a portal or a proxy answer in its place?" if data.strip()
-                             else "it is empty")
+                             else "it is empty; get it again")
         if sum(map(data.count, (b",", b"[", b"{"))) > most:
             raise ValueError(f"it has more than {most} members")
         value = json.loads(data.decode("utf-8"), object_pairs_hook=make_object, parse_constant=refuse,
@@ -9406,7 +9675,7 @@ def run_signature(data, signer):
         return parse_ecdsa(found, size) if size else found
     except CommandMissing as error:
         raise ConfigError(error.message) from None
-    except (ValueError, OverflowError, OSError, CommandError) as error:
+    except (ValueError, OverflowError, CommandError) as error:
         reason = make_printable(str(error), 300)
         raise Untrusted(f"identity.key {signer.key}: openssl cannot sign by it: {reason}") from None
 
@@ -9621,8 +9890,8 @@ class Signed(Profile):
         key = sha256_digest(signer.leaf.spki)
         if not state["client"] or state["client"]["key"] != key:
             if not keep:
-                raise Untrusted("this device is not onboarded with its key yet, and that is not done in"
-                                " passing; see `enroll`")
+                raise Untrusted("this device is not onboarded with its key yet; `enroll` does that, or the"
+                                " next run", "NOT_ONBOARDED")
             state["client"] = {"id": source.onboard(), "key": key}
             self.store.save_state(state)
         check_enrollment(state, state["client"]["id"])
@@ -9822,6 +10091,9 @@ FETCHERS["https"] = fetch_older
 
 PUSH_ATTEMPTS = 5                   # how often a status is put on top of what others pushed meanwhile
 MAX_PACKS = 50                      # fetches after which the copy of a repository is begun anew (P-21)
+MAX_PATH = 4096                     # characters of a path, as of a file system's
+MAX_LISTING = 16 * MIB              # that git may print, of a commit some 200,000 paths
+GIT_MEMORY = 16 * MIB               # for each git, beside what it needs for its objects
 
 BRANCH_PATTERN = (r"(?!.*(\.\.|\.(lock)?(/|$)))[A-Za-z0-9_][A-Za-z0-9_.+@-]*"       # as git allows it
                   r"(/[A-Za-z0-9_+@][A-Za-z0-9_.+@-]*)*")
@@ -9903,11 +10175,14 @@ class GitSource:
         self.secret = save_secret(header) if header else None
         self.heads, self.reporter = {}, None
 
-    def git(self, command, *arguments, timeout=60, codes=(0,), env=None, **options):
+    def git(self, command, *arguments, timeout=60, codes=(0,), env=None, limit=MAX_LISTING, **options):
         """One git command on the repository: its Output.
 
-        Raises CommandError unless it ends with one of `codes` (None: any).
+        It has bounds of memory and of what it writes, and raises Refused where it wants more than these or
+        prints more than `limit` bytes.  Raises CommandError unless it ends with one of `codes` (None: any).
         """
+        most = GIT_MEMORY + self.config.policy.max_unpacked // DOCUMENTS
+        bounds = {"RLIMIT_DATA": most, "RLIMIT_FSIZE": self.config.policy.max_unpacked}
         folder = self.repository
         if command == "ls-remote":
             folder = os.path.join(self.home, "none")                    # what is spoilt stops no poll (P-14)
@@ -9918,14 +10193,26 @@ class GitSource:
             for number in files:
                 command_line += ["-c", f"include.path=/proc/self/fd/{number}"]
             output = run_command([*command_line, command, *arguments], timeout, env or self.env, self.home,
-                                 files=files, **options)
+                                 limit, files=files, limits=bounds, **options)
         except CommandMissing as error:
             raise ConfigError(error.message) from None
+        except CommandError as error:
+            if error.code == "TOO_MUCH":
+                self.refuse(command, f"prints more than {limit} bytes")
+            raise
         finally:
             os.umask(before)
+        # git has no code of its own for it, nor other words in any language but this one (LC_ALL)
+        if output.code and re.search("[Oo]ut of memory", output.stderr):
+            self.refuse(command, f"takes more than {most} bytes of memory")
         if codes and output.code not in codes:
             raise CommandError(f"git {command}: {output.stderr or f'exit code {output.code}'}")
         return output
+
+    def refuse(self, command, words):
+        """Raises Refused for a git command that wants more than it may have."""
+        raise Refused(f"{self.url}: git {command} {words}, all that it may; keep less in the repository, set"
+                      " git.path, or see policy.max_unpacked") from None
 
     def fetch_head(self, ref):
         """The commit at which a ref stands at the server now, None where there is none; no object is fetched.
@@ -9956,9 +10243,12 @@ class GitSource:
                     headers["Authorization"] = self.header
                 where = f"{self.url}/info/refs?service={service}"
                 answer = request("GET", where, headers, None, context, wfm.timeout, MAX_ANSWER)
-                check_response(answer, self.url, (200,), time.time(),
-                               "the server does not accept the token of git.token_file")
+                denial = "set git.token_file"
+                if self.header:
+                    denial = "mend the token in git.token_file, which is refused"
+                check_response(answer, self.url, (200,), time.time(), denial)
             except MargoError as fault:
+                fault.message += "; set identity.ca" if fault.stranger else ""
                 return fault
         elif service == "git-upload-pack" and not self.url.startswith("file://") and ask_ssh(self.url,
                                                                                              wfm.timeout):
@@ -9970,13 +10260,13 @@ class GitSource:
         """None where the branch still stands at the accepted commit, else a Desired; see HttpSource."""
         head = self.fetch_head(self.branch)
         if head is None:
-            raise Refused(f"{self.url} has no branch {self.config.git.branch} (git.branch); nothing is"
-                          " removed for that")
+            raise Refused(f"{self.url} has no branch {self.config.git.branch}; mend git.branch (nothing is"
+                          " removed for that)")
         if accepted and accepted["version"] == head and not accepted.get("incomplete"):
             return None
         base = accepted["version"] if accepted else None
         head, (entries, documents, ignored) = self.work(lambda: self.fetch_files(base))
-        for name in ignored:
+        for name in ignored[:MAX_NAMED]:
             log("info", "ignored: not an ApplicationDeployment", name=name)
         new = {digest: data for digest, data in documents.items() if load_artifact(digest) is None}
         return Desired(head, None, sha256_digest(head.encode()), entries, new)
@@ -10021,7 +10311,10 @@ class GitSource:
             if not self.config.git.allow_rewrite:
                 raise Refused(f"security: {words}; revert by a new commit instead, or see git.allow_rewrite")
             log("warning", f"{words}; accepted, because it is signed and git.allow_rewrite is set")
-        return head, self.read_files(head, base)
+        try:
+            return head, self.read_files(head, base)
+        except Refused as error:
+            raise Refused(f"commit {head[:12]}: {error.message}; mend that by a new commit") from None
 
     def prepare(self):
         """Makes the bare repository where there is none, and anew where many fetches have piled up: nothing
@@ -10049,18 +10342,16 @@ class GitSource:
         """
         limit = self.config.policy.max_unpacked
         packs = os.path.join(self.repository, "objects", "pack")
-        before = limit_files(limit)
         try:
             output = self.git("fetch", "--quiet", "--no-tags", "--no-recurse-submodules", *options, "--",
-                              self.url, refspec,
-                              timeout=PULL_TIMEOUT, codes=None)
-        finally:
-            limit_files(before)
-        paths = [os.path.join(packs, name) for name in os.listdir(packs)] if os.path.isdir(packs) else []
-        if output.code and max(map(os.path.getsize, paths), default=0) >= limit:
-            remove_folder(self.repository)
-            raise Refused(f"{self.url}: more than {limit} bytes to fetch; keep large files elsewhere, or see"
-                          " policy.max_unpacked")
+                              self.url, refspec, timeout=PULL_TIMEOUT, codes=None)
+            paths = [os.path.join(packs, name) for name in os.listdir(packs)] if os.path.isdir(packs) else []
+            if output.code and max(map(os.path.getsize, paths), default=0) >= limit:
+                raise Refused(f"{self.url}: more than {limit} bytes to fetch; keep large files elsewhere, or"
+                              " see policy.max_unpacked")
+        except Refused:
+            remove_folder(self.repository)          # with the piece of a pack that it left
+            raise
         if output.code not in codes:
             raise CommandError(f"git fetch: {output.stderr}")
 
@@ -10093,14 +10384,14 @@ class GitSource:
         policy = self.config.policy
         listing = self.list_tree(head)
         if self.config.git.path and not listing:
-            raise Refused(f"commit {head} has no folder {self.config.git.path}; nothing is removed for that")
+            raise Refused(f"it has no folder {self.config.git.path} (git.path); nothing is removed for that")
         blobs, ignored = find_blobs(listing, policy.max_document)
-        for name in ignored:
+        for name in ignored[:MAX_NAMED]:
             log("info", "ignored: not a file", name=name)
         total = sum(size for _, _, size in blobs)
-        if len(blobs) > MAX_DEPLOYMENTS or total > policy.max_unpacked // DOCUMENTS:
-            raise Refused(f"commit {head} refused: {len(blobs)} documents of {total} bytes are more than"
-                          f" {MAX_DEPLOYMENTS} or 1/{DOCUMENTS} of policy.max_unpacked")
+        if total > policy.max_unpacked // DOCUMENTS:
+            raise Refused(f"{len(blobs)} documents of {total} bytes are more than"
+                          f" 1/{DOCUMENTS} of policy.max_unpacked")
         found = parse_files(self.read_blobs(blobs))
         suspects = find_suspects(self.list_tree(base), listing, {*found[2]}) if base else []
         for name, data in self.read_blobs(suspects):
@@ -10193,7 +10484,7 @@ class GitSource:
         if base:
             if not self.has(base):
                 self.fetch(f"+{ref}:refs/margo/status", "--depth=1")
-            found = self.git("cat-file", "blob", f"{base}:{path}", codes=(0, 128), limit=MAX_OUTPUT)
+            found = self.git("cat-file", "blob", f"{base}:{path}", codes=(0, 128))
             old = None if found.code else found.stdout
             parent = [b"from " + base.encode()]
         if old == content:
@@ -10207,17 +10498,6 @@ class GitSource:
         stream += parent + change + [b"get-mark :1", b"done", b""]
         made = self.git("fast-import", "--quiet", "--force", "--done", data=b"\n".join(stream))
         return made.stdout.decode().strip()
-
-
-def limit_files(size):
-    """How large a file may become that this process or one that it starts writes, -1: as large as it likes.
-
-    Returns what held before.
-    """
-    import resource
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size if hard < 0 or 0 <= size < hard else hard, hard))
-    return soft
 
 
 def ask_ssh(address, timeout):
@@ -10267,6 +10547,13 @@ GIT_CONFIG = """\
 	hooksPath = /dev/null
 	attributesFile = /dev/null
 	bigFileThreshold = 8m
+	deltaBaseCacheLimit = 4m
+	packedGitLimit = 16m
+	packedGitWindowSize = 1m
+[pack]
+	threads = 1
+	windowMemory = 8m
+	deltaCacheSize = 4m
 [gc]
 	auto = 0
 [maintenance]
@@ -10339,19 +10626,21 @@ def make_ref_path(device_id):
 
 
 def parse_listing(listing):
-    """[(name, whether it is a file, blob, size)] of what `git ls-tree -r -z -l` prints.
+    """Yields (name, whether it is a file, blob, size) of what `git ls-tree -r -z -l` prints.
 
-    Names are as those of a file system.  Raises CommandError for what git never prints.
+    Names are as those of a file system.  Raises Refused for a name that none takes, CommandError for what git
+    never prints.
     """
-    found = []
-    for line in listing.split(b"\0")[:-1]:
-        match = re.fullmatch(rb"([0-7]{6}) ([a-z]+) ([0-9a-f]+) +(-|[0-9]{1,18})\t(.+)", line, re.S)
+    for line in re.finditer(rb"[^\0]+", listing):
+        pattern = rb"([0-7]{6}) ([a-z]+) ([0-9a-f]+) +(-|[0-9]{1,18})\t(.+)"
+        match = re.fullmatch(pattern, line.group(), re.S)
         if not match:
-            raise CommandError(f"git ls-tree printed {make_printable(repr(line), 200)}")
+            raise CommandError(f"git ls-tree printed {make_printable(repr(line.group()), 200)}")
         mode, kind, blob, size, name = [part.decode("utf-8", "surrogateescape") for part in match.groups()]
+        if len(name) > MAX_PATH:
+            raise Refused(f"{make_printable(name, 200)} is a path of more than {MAX_PATH} characters")
         is_file = kind == "blob" and mode.startswith("100") and size != "-"
-        found.append((name, is_file, blob, int(size) if is_file else 0))
-    return found
+        yield name, is_file, blob, int(size) if is_file else 0
 
 
 def find_blobs(listing, max_document):
@@ -10363,13 +10652,15 @@ def find_blobs(listing, max_document):
     for name, is_file, blob, size in parse_listing(listing):
         if not name.lower().endswith((".yaml", ".yml")):
             continue
-        if not is_file:
-            ignored.append(name)
-        elif size > max_document:
+        if size > max_document:
             raise Refused(f"{make_printable(name, 200)}: {size} bytes are more than policy.max_document"
                           f" ({max_document})")
-        else:
+        if is_file:
             blobs.append((name, blob, size))
+        else:
+            ignored.append(name)
+        if len(blobs) + len(ignored) > MAX_DEPLOYMENTS:
+            raise Refused(f"there are more than {MAX_DEPLOYMENTS} YAML files; set git.path")
     return blobs, ignored
 
 
@@ -10380,17 +10671,20 @@ def find_suspects(before, after, others):
     Something else is one of those, a link, a submodule, a folder of that name, or any of them in place of a
     folder above.
     """
-    files = {name: is_file for name, is_file, _, _ in parse_listing(after)}
-    folders = {parent for name in files for parent in list_parents(name)}
-    blobs, _ = find_blobs(before, float("inf"))
-    return [item for item in blobs if item[0] in others or item[0] in folders or not files.get(item[0], True)
-            or any(parent in files for parent in list_parents(item[0]))]
-
-
-def list_parents(name):
-    """The folders above a path: of a/b/c these are a and a/b."""
-    parts = name.split("/")
-    return ["/".join(parts[:count]) for count in range(1, len(parts))]
+    from bisect import bisect_right
+    blobs = {blob[0] + "/": blob for blob in find_blobs(before, float("inf"))[0]}
+    keys = sorted(blobs)
+    found = {name + "/" for name in others}
+    for name, is_file, _, _ in parse_listing(after):
+        key = name + "/"
+        place = bisect_right(keys, key)
+        above = keys[place - 1] if place else key
+        if key.startswith(above) and not (key == above and is_file):
+            found.add(above)
+        while place < len(keys) and keys[place].startswith(key):
+            found.add(keys[place])
+            place += 1
+    return [blobs[key] for key in keys if key in found]
 
 
 def split_blobs(data, blobs):
@@ -10518,9 +10812,12 @@ class Git(Profile):
     def check(self, now):
         """Whether git and the credentials are there, and are for nobody else to read.
 
-        Raises CommandMissing, Untrusted.
+        Raises ConfigError, Untrusted.
         """
-        version = run_command(["git", "version"], 30).stdout.decode("utf-8", "replace").strip()
+        try:
+            version = run_command(["git", "version"], 30).stdout.decode("utf-8", "replace").strip()
+        except CommandMissing as error:
+            raise ConfigError(error.message) from None
         load_git_header(self.config.git)
         for key in ("token_file", "ssh_key"):
             path = self.config.git[key]
@@ -10556,15 +10853,8 @@ Pending = define_fault("Pending", 3, "UNREACHABLE", "A request for an SVID waits
 NotRenewed = define_fault("NotRenewed", 3, "NOT_RENEWED", "The own SVID, still good, could not be renewed.")
 
 
-def read_rekey(value, base):
-    """A setting that has gone; says what to do instead."""
-    raise ValueError("no such setting any more, because a renewal keeps the key; for another key remove"
-                     " identity.key, put a fresh token into identity.est.token_file and run `enroll`")
-
-
 SCHEMA["identity"].update({
     "enrollment": (choice("off", "est"), "off", "est: SVIDs are obtained and renewed over EST (draft)"),
-    "rekey": (read_rekey, None, ""),
     "est": {
         "url": (read_root_url, None, "EST server; without it the one that the discovery document names"),
         "token_file": (read_path, None, "file of the token for the first SVID, mode 0600"),
@@ -10738,12 +11028,13 @@ class Enrollment:
         return token and sha256_digest(token)
 
     def load_authorization(self):
-        """The token as HTTP Basic (E-033); raises ConfigError for what cannot be one."""
+        """The token as HTTP Basic (E-033); raises Untrusted for what cannot be one."""
         path = self.settings.est.token_file
         loose = ask_looseness("identity.est.token_file", path)
         user, _, secret = (self.load_token() or b"").partition(b":")
         if not secret or b"\n" in user + secret:
-            raise ConfigError(f"identity.est.token_file {path}: expected one line, user:secret")
+            raise Untrusted(f"identity.est.token_file {path}: expected one line, user:secret; ask for a token"
+                            " and put it there")
         if loose:
             log("warning", "others can read the enrollment token", reason=loose)
         return make_authorization(secret, user)
@@ -10857,8 +11148,7 @@ class Enrollment:
             issued = load_certificates(parse_base64(self.est["answer"]))
             spki = load_public_key(self.settings.key)
             leaf = find_issued(issued, spki, renewed, self.state["trust"].get("trustDomain"))
-            if time.time() > leaf.not_after:
-                check_validity(leaf, time.time())
+            check_validity(leaf, max(time.time(), leaf.not_before))      # one that begins later may still do
             return leaf, issued
         except ValueError as error:
             del self.est["answer"]
@@ -10914,12 +11204,11 @@ def judge_est_response(response, operation, now):
         raise Pending("the identity service has accepted the request and has not decided yet",
                       retry_after=parse_retry_after(response.headers.get("Retry-After"), now))
     try:
-        return check_response(response, operation, (200,), now).body
+        denial = "ask for a fresh token, and put it into identity.est.token_file"
+        return check_response(response, operation, (200,), now, denial).body
     except (Refused, Untrusted) as error:
-        words = make_printable(response.body[:500].decode("utf-8", "replace"))
-        refusal = "" if operation == "cacerts" else "enrollment authorization refused: "
-        raise Untrusted(f"{refusal}{operation}: HTTP {response.status} ({words})",
-                        retry_after=error.retry_after) from None
+        refusal = "" if operation.endswith("cacerts") else "enrollment authorization refused: "
+        raise Untrusted(refusal + error.message, retry_after=error.retry_after) from None
 
 
 def load_certificates(body):
@@ -11554,10 +11843,7 @@ class HelmDriver:
         name = make_release_name(component.name, deployment.deployment_id)
         self.ask_name(name, deployment.namespace)
         folder = store.path("deployments", deployment.deployment_id.lower(), component.name)
-        try:
-            create_folder(folder)
-        except OSError as error:
-            raise StorageError(f"{folder} cannot be made ({error.strerror})") from None
+        create_folder(folder)
         values_file = os.path.join(folder, content + ".json")
         write_file(values_file, make_json(values))
         for other in set(os.listdir(folder)) - {content + ".json"}:
@@ -11782,7 +12068,7 @@ def run_hooks(moment, change, step, error):
         except CommandError as fault:
             words = fault.message
         if words and moment == "before" and not change.rollback:
-            raise Forbidden("HOOK_FAILED", f"hook {path} {event} {words}")
+            raise Forbidden("HOOK_FAILED", f"hook {path} {event}: {words}")
         if words:
             log("error", "a hook failed; the change stands", hook=path, hookEvent=event,
                 deployment=facts["deploymentId"], reason=words)
@@ -11810,7 +12096,8 @@ def examine_hooks(agent):
     hooks = agent.config.hooks.run
     broken = [path for path in hooks if not os.path.isfile(path) or not os.access(path, os.X_OK)]
     if broken:
-        raise CommandError(f"hooks.run: {', '.join(broken)} cannot be run; install it and make it executable")
+        return "warn", (f"hooks.run: {', '.join(broken)} cannot be run, and no change is made without it;"
+                        " install it and make it executable")
     loose = [path for path in hooks if os.stat(path).st_mode & 0o022]
     if loose:
         return "warn", f"hooks.run: {', '.join(loose)} can be changed by other users; chmod go-w it"
@@ -11939,26 +12226,39 @@ EXAMINE.update(images=examine_images)
 def command_doctor(config, options):
     """Checks everything that a run needs, and changes nothing.
 
-    Each check is a line: ok, warn, or FAIL, with what to do about it.
+    Each check is a line: ok, warn, or FAIL, with what to do about it.  FAIL is what a run would fail by now;
+    then the exit code is that run's.
 
     Example: margo_agent.py doctor --json
     """
+    log.level = log.level if "-v" in options else "error"       # what it finds, it says itself
     agent = Agent(config)
     agent.state = make_state()
-    first = {"state": examine_storage, "lock": examine_lock, "clock": examine_clock, "device": examine_device,
-             "engine": examine_engine}
+    first = {"state": examine_storage, "lock": examine_lock, "wait": examine_wait, "clock": examine_clock,
+             "device": examine_device, "engine": examine_engine}
     last = {"others": examine_others, "registry": examine_registries, "labels": examine_labels,
-            "identity": examine_identity, "wait": examine_wait, "wfm": examine_connection,
-            "outbox": examine_outbox, "failed": examine_failed}
+            "identity": examine_identity, "wfm": examine_connection, "outbox": examine_outbox,
+            "failed": examine_failed}
     found, code = [], 0
-    for name, check in {**first, **EXAMINE, **last}.items():
-        if name == "wfm" and ("identity", "fail") in [(row["name"], row["level"]) for row in found]:
+    moot = set()                                    # what a run does not come to
+    skipped = set()
+    checks = {**first, **EXAMINE, **last}
+    for name in checks:
+        if name in skipped:
             continue
         try:
-            level, words = check(agent)
-        except MargoError as error:
-            level, words = "FAIL", error.message
-            code = max(code, error.exit)
+            level, words = checks[name](agent)
+        except FAULTS as error:
+            fault = to_fault(error)
+            words = fault.message
+            level = "FAIL" if fault.exit and name not in moot else "warn"
+            code = max(code, fault.exit if level == "FAIL" else 0)
+            if name in ("state", "lock"):           # a run comes no further
+                moot.update(checks)
+            if isinstance(fault, Silence):          # it asks nobody
+                moot.update(("identity", "wfm"))
+            if name == "identity" or not fault.exit:
+                skipped.add("wfm")
         if words and words not in [row["message"] for row in found]:        # each cause once
             found.append({"name": name, "level": level.lower(), "message": words})
             if "--json" not in options:
@@ -11978,6 +12278,18 @@ def examine_lock(agent):
     return "ok", ""
 
 
+def examine_wait(agent):
+    """Whether a wait keeps the next run from asking, or from reporting: it ends with 3 then."""
+    clock = get_clock()
+    silence = find_silence(agent.state["patience"], agent.is_downtime(), 0, clock)
+    waits = [f"until {item['until']} {item['reason']}" for item in list_waits(agent.state, clock)]
+    if silence and not silence.exit:
+        raise silence
+    if waits:
+        raise (Silence if silence else Unreachable)(f"{'; '.join(waits)}; `retry` ends that")
+    return "ok", ""
+
+
 def examine_device(agent):
     """Whether the device's id tells it from others, where the hardware gives it."""
     words = r"(?i)(default|system|serial|not|none|n-a|unknown|o\.?e\.?m|to-be|x+|0+|1?23456).*"
@@ -11990,12 +12302,22 @@ def examine_identity(agent):
     """Whether the own identity can be used; what an enrollment under way lacks, the last run has said."""
     try:
         return agent.get_profile().check(time.time())
-    except Untrusted:
-        last = agent.store.load_memo().get("lastPoll") or agent.state["lastPoll"] or {}
-        if agent.config.identity.get("enrollment") == "est" and last.get("detail"):
-            kinds = {"unreachable": Unreachable, "refused": Refused}
-            raise kinds.get(last["result"], Untrusted)(last["detail"]) from None
-        raise
+    except Untrusted as error:
+        if agent.config.identity.get("enrollment") != "est":
+            raise
+        recall(agent)
+        token = agent.config.identity.est.token_file or agent.config.identity.est.certificate
+        if not token or not os.path.exists(token):
+            raise
+        return "warn", f"{error.message}, or the next run does"
+
+
+def recall(agent):
+    """Raises what the last run has failed by, where nothing but a run can try it."""
+    last = agent.store.load_memo().get("lastPoll") or agent.state["lastPoll"] or {}
+    kinds = {"unreachable": Unreachable, "refused": Refused, "untrusted": Untrusted}
+    if last.get("detail") and last["result"] in kinds:
+        raise kinds[last["result"]](last["detail"])
 
 
 def examine_outbox(agent):
@@ -12012,8 +12334,8 @@ def examine_failed(agent):
     words = []
     for record in agent.state["deployments"].values():
         if record["state"] == "failed":
-            fault = record["error"]
-            words.append(f"{record['name']} ({fault['code']}): {fault['message']}; {make_due(record, clock)}")
+            words.append(f"{record['name']} ({record['error']['code']}): {make_failure_words(record)};"
+                         f" {make_due(record, clock)}")
     if words:
         raise CommandError("; ".join(words))
     newest = agent.state["history"][-1:]
@@ -12033,15 +12355,11 @@ def examine_storage(agent):
     free, _ = get_space(folder)
     need = agent.config.policy.max_unpacked + agent.config.policy.max_artifact
     words = f"{agent.config.state_dir}, {free // MIB} MiB free"
+    if free < SHARE * KIB and not os.path.exists(agent.store.path("reserve")):
+        raise StorageError(f"state_dir: no space is left at {folder}; free some")
     if free > need:
         return "ok", words
     return "warn", f"{words}; one package may take {need // MIB} (policy.max_unpacked): free some"
-
-
-def examine_wait(agent):
-    """Whether a back-off keeps the next run from asking, reporting or trying again."""
-    waits = [f"until {item['until']} {item['reason']}" for item in list_waits(agent.state, get_clock())]
-    return "warn", waits and f"{'; '.join(waits)}; `retry` ends that"
 
 
 def examine_labels(agent):
@@ -12058,7 +12376,7 @@ def examine_clock(agent):
     now = time.time()
     stored = agent.store.find_time()
     if now < stored:
-        raise Untrusted(make_clock_fault(now, stored))
+        return "warn", make_clock_fault(now, stored)
     return "ok", make_time(now)
 
 
@@ -12068,8 +12386,9 @@ def examine_engine(agent):
     if not drivers and agent.devices[1:]:
         return "ok", "nothing here runs workloads; they run on child devices"
     if not drivers:
-        return "warn", ("nothing here runs Compose applications; install podman or docker, or see"
-                        " runtime.compose")
+        wanted = agent.config.runtime.engine.replace("auto", "podman or docker")
+        return "warn", (f"nothing here runs Compose applications; install {wanted}, or see runtime.compose"
+                        " and runtime.engine")
     claim = obtain_claim(agent.get_profile(), agent.device_id)
     words = [driver.check(claim) for driver in drivers.values()]
     lacks, notes = drivers["compose"].list_lacks() if "compose" in drivers else ([], [])
@@ -12084,32 +12403,49 @@ def examine_others(agent):
 
 
 def examine_registries(agent):
-    """Whether the files are there that `registries` names, and the registries answer."""
-    silent = []
+    """Whether the files are there that `registries` names, and the registries answer.
+
+    A run needs them only where it has something to fetch.
+    """
+    faults = []
     for host, entry in agent.config.registries.items():
-        for key in ("ca", "password_file"):
-            if entry[key] and read_file(entry[key], MAX_CERTIFICATES) is None:
-                raise CommandError(f"registries.{host}.{key} {entry[key]}: no such file")
+        faults += [f"registries.{host}.{key} {entry[key]}: no such file" for key in ("ca", "password_file")
+                   if entry[key] and not os.path.exists(entry[key])]
         registry = Registry(host, agent.config)
         try:
-            registry.request(f"{registry.scheme}://{host}/v2/", {}, MAX_ANSWER)
+            if not agent.is_downtime():
+                registry.request(f"{registry.scheme}://{host}/v2/", {}, MAX_ANSWER)
         except MargoError as error:
             known = error.stranger and ask_peer(f"https://{host}/", registry.timeout)
-            silent.append(error.message + (f"; there answers {known}" if known else ""))
-    return "warn" if silent else "ok", "; ".join(silent)
+            faults.append(error.message + (f"; there answers {known}" if known else ""))
+    return "warn" if faults else "ok", "; ".join(faults)
 
 
 def examine_connection(agent):
-    """Whether the WFM answers, is the one it should be, and offers what can be accepted."""
+    """Whether the WFM answers, is the one it should be, and wants what can be run here."""
     url = agent.config.wfm.url
     proxy = ask_proxy(url) and f" through the proxy {ask_proxy(url)}"
+    window = agent.config.poll.window
     try:
         agent.connect(keep=False)
+        if window and not is_within(window, time.localtime()):
+            return "ok", f"outside poll.window: {url} is not asked for anything new"
         desired = agent.fetch_desired()
     except Untrusted as error:
+        if error.code == "NOT_ONBOARDED":
+            recall(agent)
+            return "warn", error.message
         if error.stranger:
             error.message += f"; there answers {ask_peer(url, agent.config.wfm.timeout)}"
         raise
+    if desired:
+        agent.check_removals(desired)
+        actions, _ = agent.decide(make_accepted(desired), lambda digest: desired.documents.get(digest)
+                                  or agent.store.load_artifact(digest))
+        refused = [f"{action.deployment_id}: {action.reason}" for action in actions
+                   if action.verb == "refuse"]
+        if refused:
+            raise CommandError(f"version {desired.version} is there to be accepted; {'; '.join(refused)}")
     news = f"version {desired.version} is there to be accepted" if desired else "nothing new"
     return "ok", f"{url} is {agent.source.peer}{proxy}; {news}"
 
@@ -12125,12 +12461,6 @@ def ask_peer(url, timeout):
     except MargoError as error:
         return f"nobody ({error.message})"
     return f"{make_name(leaf.subject)}, certified by {make_name(leaf.issuer)}"
-
-
-def make_name(data):
-    """The texts in a distinguished name (DER), in its order."""
-    parts = [parse_der(value)[0][1] for _, value, _ in parse_der(parse_der(data)[0][1])]
-    return "/".join(make_printable(parse_der(part)[1][1].decode("utf-8", "replace")) for part in parts)
 
 
 COMMANDS["doctor"] = (command_doctor, {"--json": ""}, "")
@@ -12290,10 +12620,8 @@ def make_listing(schema, document, indent=""):
         if isinstance(entry, dict):
             lines += [f"{indent}{key}:", *make_listing(entry, value or {}, indent + "  ")]
             continue
-        reader, default, meaning = entry
+        reader, default, _ = entry
         note = "  # default" if value is None else ""
-        if not meaning:                             # no setting any more
-            continue
         if reader is read_environment and value:    # it may hold what nobody should see
             value = dict.fromkeys(value, "...")
         lines.append(f"{indent}{key}: {make_yaml(default if value is None else value)}{note}")
@@ -12308,8 +12636,6 @@ def make_example(schema, chosen, indent=""):
             lines += ["", f"{indent}{key}:", *make_example(entry, chosen.get(key, {}), indent + "  ")]
             continue
         reader, default, meaning = entry
-        if not meaning:
-            continue
         try:
             reader(object(), "")
         except ValueError as error:                 # of what it would take
@@ -12626,6 +12952,8 @@ def command_enroll(config, options):
     """Makes this device known to the WFM: checks its identity and reports its capabilities.
 
     It may be repeated at any time.  `--fetch-ca FILE` first downloads the WFM's root CA (profile signed).
+
+    Example: margo_agent.py enroll
     """
     for name, (_, act) in OPTIONS["enroll"].items():
         if name in options:
@@ -12650,15 +12978,20 @@ def command_unenroll(config, options):
     """Deregisters this device at the WFM and forgets what was agreed.
 
     Workloads are left running.  `--purge` removes them first, but never their volumes.
+
+    Example: margo_agent.py unenroll --purge
     """
     with Agent(config) as agent:
         state = agent.state
         if not any(state[part] for part in ("enrollment", "client", "deployments", "trust")):
             print("not enrolled")
             return
-        if "--purge" in options and purge(agent):
-            raise StorageError("not everything could be removed; nothing was forgotten, run unenroll --purge"
-                               " again")
+        if "--purge" in options:
+            if purge(agent):
+                raise StorageError("not everything could be removed; nothing was forgotten, run unenroll"
+                                   " --purge again")
+            for drivers in agent.answering.values():
+                print_kept(drivers.get("compose"))
         if state["enrollment"]:
             try:
                 devices = state["enrollment"].get("devices") or [agent.device_id]
@@ -12678,6 +13011,13 @@ def command_unenroll(config, options):
         log("warning", "the next run enrolls again: stop cron or the service where that is not wanted")
 
 
+def print_kept(driver):
+    """Names the volumes that a ComposeDriver leaves behind: they hold what applications have stored."""
+    names = driver.list_volumes() if driver else []
+    if names:
+        print(f"kept: {len(names)} volumes, which `{driver.engine} volume rm {' '.join(names)}` removes")
+
+
 def purge(agent):
     """Removes every workload and reports that; whether something could not be removed."""
     if agent.state["enrollment"]:
@@ -12689,7 +13029,10 @@ def purge(agent):
 
 
 def command_plan(config, options):
-    """Shows what `run --once` would do, and changes nothing: neither here nor at the WFM."""
+    """Shows what `run --once` would do, and changes nothing: neither here nor at the WFM.
+
+    Example: margo_agent.py plan --json
+    """
     agent = Agent(config)
     agent.state = agent.store.load_state()
     accepted, documents = fetch_accepted(agent)
@@ -12764,7 +13107,10 @@ def fetch_accepted(agent):
 
 
 def command_status(config, options):
-    """Prints what the device knows, without asking anybody."""
+    """Prints what the device knows, without asking anybody.
+
+    Example: margo_agent.py status --json
+    """
     document = status(config)
     if "--json" in options:
         return print_json(document)
@@ -12835,25 +13181,38 @@ def make_status_report(config, state, memo, clock):
         "deployments": [make_deployment_report(record) for _, record in sorted(state["deployments"].items())],
         "dropped": [dict(refused, deploymentId=key) for key, refused in state["dropped"].items()],
         "others": memo.get("others", []),
-        "waits": list_waits(state, clock),
+        "waits": list_waits(state, clock, *state["deployments"].values()),
     }
 
 
 def command_history(config, options):
-    """Prints the last accepted desired states, newest first: when, version, what changed, what came of it."""
-    history = Store(config.state_dir).load_state()["history"][::-1]
+    """Prints the last accepted desired states, newest first: when, version, what changed, what came of it.
+
+    Example: margo_agent.py history --json
+    """
+    state = Store(config.state_dir).load_state()
+    history = state["history"][::-1]
     if "--json" in options:
         return print_json({"history": history})
+    if not history:
+        print("no desired state was accepted yet")
+    names = {key: record["name"] for key, record in state["deployments"].items()}
     for item in history:
-        changes = [f"{len(item[key])} {key}" for key in ("added", "changed", "removed") if item[key]]
-        words = f"{', '.join(changes) or 'nothing changed'}  {item['outcome']}"
-        print(make_printable(f"{item['at']}  version {item['version']}  {words}"))
+        names.update(item.get("names", {}))
+        changes = [f"{word} {', '.join(item[word])}" for word in ("added", "changed", "removed")
+                   if item[word]]
+        words = f"{'; '.join(changes) or 'nothing changed'}  {item['outcome']}"
+        words = re.sub(UUID_PATTERN, lambda found: names.get(found.group().lower(), found.group()), words)
+        print(make_printable(f"{item['at']}  version {item['version']}  {words}", MAX_MESSAGE))
         if item.get("refused"):
             print(f"  what came after it is refused: {make_printable(item['refused'])}")
 
 
 def command_capabilities(config, options):
-    """Prints the capabilities document that would be reported."""
+    """Prints the capabilities document that would be reported.
+
+    Example: margo_agent.py capabilities > capabilities.json
+    """
     agent = Agent(config)
     profile = PROFILES[config.wfm.profile](config, agent.store, agent.store.load_state())
     documents = list(map(profile.translate, load_capabilities(agent.devices, config).values()))
@@ -12861,7 +13220,10 @@ def command_capabilities(config, options):
 
 
 def command_csr(config, options):
-    """Makes a private key if there is none, and prints a certificate signing request for it."""
+    """Makes a private key if there is none, and prints a certificate signing request for it.
+
+    Example: margo_agent.py csr --out device.csr
+    """
     if not config.identity.key:
         raise ConfigError("identity.key: not set; it says where the key is kept")
     if config.identity.get("enrollment") == "est":
@@ -12886,6 +13248,8 @@ def command_retry(config, options):
     """Lets the next run try failed deployments at once.
 
     Without a name it tries all of them, and no longer waits as the WFM or an identity service has asked.
+
+    Example: margo_agent.py retry hello
     """
     with Agent(config) as agent:
         state = agent.state
@@ -12917,7 +13281,10 @@ def find_record(state, word):
 
 
 def command_version(config, options):
-    """Prints the version and the supported profiles."""
+    """Prints the version and the supported profiles.
+
+    Example: margo_agent.py version --json
+    """
     if "--json" in options:
         return print_json({"version": __version__, "profiles": list(PROFILES)})
     print(f"margo_agent {__version__} (profiles: {', '.join(PROFILES)})")
@@ -13079,7 +13446,7 @@ def main(arguments=None):
     except KeyboardInterrupt:
         return 130
     except Exception as error:
-        return tell_fault(to_fault(error))
+        return tell_fault(error)
 
 
 def tell_fault(error):
@@ -13090,20 +13457,21 @@ def tell_fault(error):
         log.form = "text"                           # the other form needs a module itself
         error = ConfigError(f"this Python lacks a part of its standard library ({error}); install it (see"
                             " README, Small devices)")
-    elif getattr(error, "errno", 0) == errno.ENOSPC:
+    elif getattr(error, "errno", 0) == errno.ENOSPC and not error.filename:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         error = StorageError(f"the output cannot be written ({error.strerror})")
     if isinstance(error, Misuse) and log.form == "text":
         log.write(f"margo-agent: {error.message}")                  # for who typed it, not for a log
         return error.exit
-    if isinstance(error, MargoError):
-        log("error", error.message, code=error.code)
-        return error.exit
-    import traceback
-    log("error", f"bug: {type(error).__name__}: {error}; run again with -v and report what it prints",
-        code=MargoError.code)
-    log("debug", traceback.format_exc())
-    return MargoError.exit
+    fault = to_fault(error)
+    if not isinstance(fault, MargoError):
+        fault = MargoError(f"bug: {type(error).__name__}: {error}; run again with -v and report what it"
+                           " prints")
+    log("error", fault.message, code=fault.code)
+    if fault is not error:
+        import traceback
+        log("debug", traceback.format_exc())
+    return fault.exit
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ COMMANDS = ("enroll", "run", "plan", "status", "logs", "history", "doctor", "cap
 
 def run(*arguments, **env):
     return subprocess.run([sys.executable, support.AGENT] + list(arguments), env=dict({"PATH": os.environ["PATH"]}, **env),
-                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True, timeout=60, stdin=subprocess.DEVNULL)
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True, timeout=support.LIMIT, stdin=subprocess.DEVNULL)
 
 
 class Arguments(unittest.TestCase):
@@ -45,7 +45,7 @@ class Arguments(unittest.TestCase):
         """In a line of its own form, not as an event of the log; nobody needs to take it."""
         self.assertEqual(run("statsu").stderr, "margo-agent: statsu: unknown command; did you mean status?\n")
         self.assertEqual(json.loads(run("--log-format", "json", "plan", "x").stderr)["code"], "CONFIGURATION")
-        done = subprocess.run(["sh", "-c", f"{sys.executable} {support.AGENT} statsu 2>/dev/full"], timeout=60)
+        done = subprocess.run(["sh", "-c", f"{sys.executable} {support.AGENT} statsu 2>/dev/full"], timeout=support.LIMIT)
         self.assertEqual(done.returncode, 2)
 
     def test_options_may_stand_on_either_side_of_the_command(self):
@@ -73,6 +73,9 @@ class Arguments(unittest.TestCase):
         for command in ("help",) + COMMANDS:
             done = run("help", command)
             self.assertEqual((done.returncode, done.stderr), (0, ""))
+            self.assertLess(max(map(len, done.stdout.split("\n"))), 111)
+        for command in COMMANDS:                    # the contract: "explains one command, with an example"
+            self.assertRegex(run(command, "--help").stdout, rf"\n\nExample: margo_agent.py {command}\b")
             self.assertLess(max(map(len, done.stdout.split("\n"))), 111)
         self.assertLess(max(map(len, run("help").stdout.split("\n"))), 80)
 
@@ -167,7 +170,7 @@ class Output(support.DeviceCase):
 
     def test_a_reader_that_has_seen_enough_is_no_fault(self):
         argv = " ".join(self.device.command("capabilities"))
-        done = subprocess.run(["sh", "-c", f"{argv} | true"], env=self.device.env, stderr=subprocess.PIPE, timeout=60)
+        done = subprocess.run(["sh", "-c", f"{argv} | true"], env=self.device.env, stderr=subprocess.PIPE, timeout=support.LIMIT)
         self.assertEqual(done.stderr, b"")
 
     def test_streams_that_are_closed_or_full_change_nothing_else(self):
@@ -175,7 +178,7 @@ class Output(support.DeviceCase):
         argv = " ".join(self.device.command())
         for command, redirect, code in (("status", "<&- >&- 2>&-", 0), ("run --once", "<&- >&- 2>&-", 0), ("status", ">&-", 0),
                                         ("status", ">/dev/full", 3), ("capabilities", ">/dev/full", 3), ("run --once", "2>/dev/full", 0)):
-            done = subprocess.run(["sh", "-c", f"exec 3>&2; {argv} {command} {redirect}"], env=self.device.env, stderr=subprocess.PIPE, timeout=60)
+            done = subprocess.run(["sh", "-c", f"exec 3>&2; {argv} {command} {redirect}"], env=self.device.env, stderr=subprocess.PIPE, timeout=support.LIMIT)
             self.assertEqual((done.returncode, b"bug" in done.stderr), (code, False), (command, redirect, done.stderr))
         self.assertEqual(self.device.state()["deployments"][HELLO]["state"], "installed")
 
@@ -194,7 +197,7 @@ class Output(support.DeviceCase):
         self.device.set("identity.key", os.path.join(self.device.folder, "new.key"))
         done = self.device.run("csr", env={"PATH": "/nonexistent"})
         self.assertEqual(done.returncode, 2)
-        self.assertIn("openssl is not installed, or not on PATH; `csr`, wfm.profile signed", done.stderr)
+        self.assertIn("openssl is not installed, or not on PATH; install it: `csr`, wfm.profile signed", done.stderr)
         support.write(self.device.settings["identity"]["key"], "no key", 0o600)
         done = self.device.run("csr")
         self.assertEqual(done.returncode, 5)
@@ -264,6 +267,15 @@ class People(support.DeviceCase):
         self.assertRegex(text, rf"before +the version of document {before} runs in its place\n")
         self.assertIn("web 2.0.0", text)
         self.assertIn("exited with code 4", text)
+
+    def test_status_names_every_wait_and_until_when(self):
+        """Contract, `status`: "waits and until when"; what has failed waits, too."""
+        self.engine.change(exits={"front": 4})
+        self.wfm.publish(support.make_deployment(registry=self.wfm.registry, parameters={"GREETING": "other"}))
+        self.device.cycle(1)
+        (wait,) = self.device.status()["waits"]
+        self.assertEqual(wait["reason"], f"{HELLO} has failed and is not tried again")
+        self.assertIn(f"until {wait['until']}", self.device.run("status").stdout)
 
     def test_status_of_one_says_so_where_the_engine_does_not_answer(self):
         self.device.cycle()
@@ -354,7 +366,7 @@ class Example(unittest.TestCase):
 class History(support.DeviceCase):
     def test_it_tells_what_was_accepted_and_what_came_of_it(self):
         """When, version, what changed, outcome; newest first, at most twenty."""
-        self.assertEqual(self.device.run("history").stdout, "")
+        self.assertEqual(self.device.run("history").stdout, "no desired state was accepted yet\n")
         text = support.make_deployment(registry=self.wfm.registry)
         self.wfm.publish(text)
         self.device.cycle()
@@ -368,7 +380,9 @@ class History(support.DeviceCase):
         self.assertEqual((second["changed"], second["outcome"]), ([HELLO], f"{HELLO} failed (INSTALL_FAILED)"))
         self.assertEqual((newest["removed"], newest["outcome"]), ([HELLO], "applied"))
         lines = self.device.run("history").stdout.split("\n")
-        self.assertRegex(lines[0], r"\A20\S+Z  version 3  1 removed  applied")
+        self.assertRegex(lines[0], r"\A20\S+Z  version 3  removed hello  applied")
+        self.assertRegex(lines[1], r"\A20\S+Z  version 2  changed hello  hello failed \(INSTALL_FAILED\)")
+        self.assertRegex(lines[2], r"\A20\S+Z  version 1  added hello  applied")
 
     def test_it_is_bounded(self):
         state = margo_agent.make_state()
@@ -407,10 +421,49 @@ class Doctor(support.DeviceCase):
         self.device.set("identity.key", key)
         self.check(0, "warn identity .* expires in 0 days, at 20.*; have it renewed")
 
-    def test_a_file_of_a_registry_that_is_not_there_fails(self):
+    def test_a_file_of_a_registry_that_is_not_there_is_a_warning_until_a_run_needs_it(self):
         self.device.settings["registries"][self.wfm.registry]["ca"] = "/nonexistent/ca.pem"
         self.device.save()
-        self.check(1, f"FAIL registry  registries.{self.wfm.registry}.ca /nonexistent/ca.pem: no such file", "ok   wfm")
+        self.check(0, f"warn registry  registries.{self.wfm.registry}.ca /nonexistent/ca.pem: no such file", "ok   wfm")
+        self.wfm.publish(support.make_deployment(registry=self.wfm.registry))
+        self.device.cycle(1)
+        self.assertEqual(self.device.run("doctor").returncode, 1)
+
+    def test_a_wait_fails_because_a_run_would_end_with_it(self):
+        """Contract, Commands: FAIL is what a run would fail by, and the exit code that run's."""
+        self.wfm.fault({"path": "/api/v1/*", "status": 503, "headers": {"Retry-After": "600"}})
+        self.device.cycle(3)
+        self.wfm.fault()
+        done = self.device.run("doctor")
+        self.assertEqual((done.returncode, self.device.run("run", "--once").returncode), (3, 3), done.stdout)
+        self.assertRegex(done.stdout, r"FAIL wait +until 20\S+Z .*`retry` ends that(.*\n)*ok   wfm ")
+        self.device.set("wfm.url", f"https://localhost:{support.free_port()}")
+        self.device.set("identity.certificate", "/nonexistent.pem")
+        done = self.device.run("doctor")
+        self.assertEqual((done.returncode, self.device.run("run", "--once").returncode), (3, 3), done.stdout)
+        self.device.run("retry")
+        self.assertEqual((self.device.run("doctor").returncode, self.device.run("run", "--once").returncode), (5, 5))
+
+    def test_what_will_be_refused_fails_before_it_is_accepted(self):
+        self.wfm.publish(support.make_deployment(registry=self.wfm.registry, device="another-device"))
+        self.check(1, "FAIL wfm .*WRONG_DEVICE: metadata.deviceId is another-device")
+        self.device.cycle(1)
+
+    def test_in_downtime_nobody_is_asked(self):
+        self.device.set("poll.downtime", ["00:00-24:00"])
+        self.device.set("identity.certificate", "/nonexistent.pem")
+        self.check(0, "warn wait +downtime: no request is made")
+        self.assertEqual(self.wfm.requests(), [])
+        self.device.cycle(0)
+
+    def test_removals_that_wait_for_their_confirmation_fail(self):
+        self.device.set("policy.max_removals", 0)
+        self.wfm.publish(support.make_deployment(registry=self.wfm.registry))
+        self.device.cycle()
+        self.wfm.withdraw()
+        done = self.device.run("doctor")
+        self.assertEqual((done.returncode, self.device.run("run", "--once").returncode), (3, 3), done.stdout)
+        self.assertIn("FAIL wfm       version 2 would remove 1 deployments", done.stdout)
 
     def test_a_state_directory_that_cannot_be_made_fails(self):
         path = support.write(os.path.join(self.device.folder, "file"), "")
@@ -471,7 +524,7 @@ class Module(unittest.TestCase):
         code = ("import sys; before = set(sys.modules); import margo_agent; "
                 "print(sorted(m for m in set(sys.modules) - before if m in ('ssl', 'subprocess', 'json', 'socket', 'logging', 'tarfile')))")
         done = subprocess.run([sys.executable, "-I", "-S", "-c", f"import sys; sys.path.insert(0, {support.ROOT!r}); {code}"],
-                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=60)
+                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=support.LIMIT)
         self.assertEqual(done.stdout, b"[]\n")
 
     def test_what_is_stable_is_exported(self):
@@ -490,7 +543,7 @@ class Module(unittest.TestCase):
         code = f"import sys; sys.path.insert(0, {support.ROOT!r}); import margo_agent; margo_agent.load_config = None; " \
                "sys.exit(margo_agent.main(sys.argv[1:]))"
         for options, lines in (([], 1), (["-v"], None)):
-            done = subprocess.run([sys.executable, "-c", code] + options + ["status"], stderr=subprocess.PIPE, timeout=60)
+            done = subprocess.run([sys.executable, "-c", code] + options + ["status"], stderr=subprocess.PIPE, timeout=support.LIMIT)
             self.assertEqual(done.returncode, 70)
             self.assertIn(b"bug: TypeError", done.stderr)
             if lines:

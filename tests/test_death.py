@@ -5,12 +5,13 @@ tried is printed.  The number of points is not guessed: it is read from the trac
 """
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import unittest
 
-from tests import death, support
+from tests import death, git_server, support
 
 SHARE = float(os.environ.get("MARGO_TEST_SLOW") or 0)
 SEED = int(os.environ.get("MARGO_TEST_SEED", "1"))
@@ -148,6 +149,47 @@ class Death(unittest.TestCase):
             written = sum(int(line.rpartition(" = ")[2].split()[0]) for call, _, _, line in points if call == "write")
             tell(f"flash: {what}: {written} bytes, {syncs} fsyncs")
         self.assertEqual((syncs, written, [point for point in points if point[2] != "lock"]), (0, 0, []))
+
+
+class Denied(unittest.TestCase):
+    """Whatever the operating system denies, at whichever call, is a fault that says what to do, and never a bug."""
+
+    ERRORS = ("ENOSPC", "EACCES", "EROFS", "EIO", "EMFILE")
+
+    def try_all(self, device, command, restore):
+        """Denies calls of a command one by one: a sample of them, each by the next error."""
+        def run(number, error):
+            restore()
+            argv = [sys.executable, "-S", os.path.join(support.ROOT, "tests", "deny.py"), str(number), error, support.AGENT, "-c", device.config_file]
+            done = subprocess.run(argv + command, env=device.env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL,
+                                  universal_newlines=True, timeout=120)
+            *log, last = done.stderr.splitlines() or [""]
+            return done.returncode, "\n".join(log), last
+
+        code, log, last = run(0, "EIO")
+        self.assertIn(code, (0, 1), log)
+        chosen = choose(range(1, int(last) + 1), 2 * SAMPLE)
+        for number in chosen:
+            error = self.ERRORS[number % len(self.ERRORS)]
+            code, log, last = run(number, error)
+            self.assertIn(code, (0, 1, 2, 3, 5), f"{command}, {error} at call {last}: {log}")
+            self.assertNotIn("bug:", log, f"{command}, {error} at call {last}")
+        tell(f"denied: {' '.join(command)}: {len(chosen)} of {int(last.split()[0])} calls, no bug")
+
+    def test_every_command_outlives_every_denial(self):
+        """P-4"""
+        world = death.World(self, "update")
+        for command in ("run --once", "enroll", "status", "plan", "doctor", "history", "capabilities", "retry", "unenroll --purge"):
+            self.try_all(world.device, command.split(), world.restore)
+
+    def test_git_outlives_every_denial(self):
+        support.require("git")
+        engine, repository = support.FakeEngine(self), git_server.Repository(self)
+        pki = support.Pki(self)
+        repository.commit({"hello.yaml": support.make_deployment()})
+        device = support.Device(self, pki, None, engine, url=repository.url, settings={"wfm.profile": "git", "identity": {}, "poll.jitter": "0%"})
+        for command in ("enroll", "plan", "doctor"):
+            self.try_all(device, [command], lambda: shutil.rmtree(device.state_dir, ignore_errors=True))
 
 
 class OnPodman(support.EngineCase):

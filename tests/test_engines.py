@@ -2,12 +2,15 @@
 
 The agent runs as a process against the example WFM; what is asserted is what the engine shows and what the applications answer.
 """
+import contextlib
 import json
 import os
 import re
 import shutil
 import socket
 import subprocess
+import threading
+import time
 import unittest
 import urllib.request
 import uuid
@@ -373,6 +376,65 @@ class PrivateImages(EngineCase):
         self.device.cycle(0)
         self.assertEqual(len(self.engine.containers()), 1)
         self.engine.podman("rmi", "--force", f"{host}/app:1", check=False)
+
+
+class SlowPull(EngineCase):
+    """A link of 1 MiB a second, and somebody before a terminal."""
+
+    def slow_down(self, port):
+        """The number of a port that leads to another one slowly."""
+        door = socket.create_server(("127.0.0.1", 0))
+        self.addCleanup(door.close)
+
+        def carry(source, target, pause):
+            with contextlib.suppress(OSError):
+                for piece in iter(lambda: source.recv(65536), b""):
+                    target.sendall(piece)
+                    time.sleep(pause * len(piece) / 65536)
+                target.shutdown(socket.SHUT_WR)
+
+        def attend():
+            with contextlib.suppress(OSError):
+                while True:
+                    near, _ = door.accept()
+                    far = socket.create_connection(("127.0.0.1", port))
+                    self.addCleanup(near.close)
+                    self.addCleanup(far.close)
+                    for words in ((near, far, 0), (far, near, 1 / 16)):
+                        threading.Thread(target=carry, args=words, daemon=True).start()
+
+        threading.Thread(target=attend, daemon=True).start()
+        return door.getsockname()[1]
+
+    def test_a_terminal_shows_every_few_seconds_how_far_a_pull_is(self):
+        support.require("docker-registry")
+        folder, port = support.make_folder(self), support.free_port()
+        support.write(os.path.join(folder, "config.yml"), json.dumps({
+            "version": 0.1, "storage": {"filesystem": {"rootdirectory": folder}}, "http": {"addr": f"127.0.0.1:{port}"}}))
+        registry = support.Service(self, ["docker-registry", "serve", os.path.join(folder, "config.yml")])
+        support.wait_for(lambda: "listening on" in registry.read_output(), what="the registry")
+        support.write(os.path.join(folder, "Containerfile"), f"FROM {IMAGE}\nCOPY data /data\n")
+        support.write(os.path.join(folder, "data"), os.urandom(10 << 20))
+        self.engine.podman("build", "--network=none", "--tag", f"127.0.0.1:{port}/app:1", folder)
+        self.engine.podman("push", "--tls-verify=false", f"127.0.0.1:{port}/app:1")
+        self.engine.podman("rmi", f"127.0.0.1:{port}/app:1")
+        host = f"127.0.0.1:{self.slow_down(port)}"
+        self.device.settings["registries"][host] = {"insecure": True}
+        self.device.save()
+        self.publish({"main": service(image=f"{host}/app:1", network_mode="none")})
+        leader, follower = os.openpty()
+        with os.fdopen(leader, "rb", 0) as screen:
+            process = subprocess.Popen(self.device.command("run", "--once"), env=self.device.env, stderr=follower)
+            os.close(follower)
+            shown = b""
+            with contextlib.suppress(OSError):      # so a terminal ends
+                for piece in iter(lambda: screen.read(65536), b""):
+                    shown += piece
+            self.assertEqual(process.wait(60), 0, shown)
+        sizes = [int(size) for size in re.findall(rb"an image is being pulled image=\S+ seconds=\d+ fetched=(\d+)", shown)]
+        self.assertGreaterEqual(len(sizes), 2, shown)
+        self.assertEqual(sizes, sorted(sizes))
+        self.assertGreater(sizes[-1], 1 << 20)
 
 
 class Mirrored:

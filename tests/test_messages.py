@@ -1,7 +1,7 @@
 """What goes wrong, and what is said of it: every line of tests/data/messages.txt is made to happen.
 
 A situation is a function here, named by the line's first column; what it says has to hold the words of the line, end with its exit
-code, and `doctor` has to end with the same code, unless the line says otherwise.
+code, and `doctor` has to end with the same code, unless the line says otherwise.  Some need root, a real podman or faketime.
 """
 import json
 import os
@@ -10,6 +10,7 @@ import shutil
 import socket
 import ssl
 import subprocess
+import sys
 import threading
 import time
 import unittest
@@ -28,13 +29,13 @@ def situation(function):
 
 
 def load_table():
-    """{situation: (exit code, doctor's column, [words])} of the table."""
+    """{situation: (exit code, doctor's column, [words that say what], [where], [what to do])} of the table."""
     rows = {}
     with open(TABLE, encoding="utf-8") as file:
         for line in file:
             if line.strip() and not line.startswith("#"):
-                name, code, doctor, words = [part.strip() for part in line.split(" | ", 3)]
-                rows[name] = (int(code), doctor, [word.strip() for word in words.split(" ;; ")])
+                name, code, doctor, *parts = line.rstrip("\n").split(" | ")
+                rows[name] = (int(code), doctor, *([word.strip() for word in part.split(" ;; ") if word.strip()] for part in parts))
     return rows
 
 
@@ -45,7 +46,39 @@ class Site:
         self.test, self.pki, self.wfm = test, support.Pki(test), shared
         self.engine = support.FakeEngine(test)
         self.device = support.Device(test, self.pki, self.wfm, self.engine)
-        self.command, self.env = ["run", "--once"], {}
+        self.command, self.env, self.prefix = ["run", "--once"], {}, []
+
+    def run(self, *arguments):
+        """The agent as this site has it run: what it has said, and its exit code."""
+        done = subprocess.run(self.prefix + self.device.command(*arguments), env=dict(self.device.env, **self.env), timeout=120,
+                              stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True)
+        return done.stdout + done.stderr, done.returncode
+
+    def be_nobody(self, state=True):
+        """The agent runs as a user who owns nothing here but (state) the state directory; what it names can be read."""
+        support.require("root")
+        for folder in (self.device.folder, self.pki.folder, os.path.dirname(self.pki.folder), self.engine.folder):
+            os.chmod(folder, 0o755)
+        for name in os.listdir(self.pki.folder):
+            os.chmod(self.pki.path(name), 0o644)
+        os.makedirs(self.device.state_dir, mode=0o700)
+        if state:
+            os.chown(self.device.state_dir, 65534, 65534)
+        self.prefix = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]
+
+    def mount(self, *commands):
+        """The agent runs where some commands have changed what is mounted; $0 is its state directory."""
+        support.require("root")
+        os.makedirs(self.device.state_dir, exist_ok=True)
+        script = " && ".join(commands) + " && echo ready && exec sleep 600"
+        holder = support.Service(self.test, ["unshare", "--mount", "sh", "-c", script, self.device.state_dir])
+        support.wait_for(lambda: "ready\n" in holder.read_output(), what=f"the mount: {holder.read_output()}")
+        self.prefix = ["nsenter", f"--mount=/proc/{holder.process.pid}/ns/mnt"]
+
+    def use_real_engine(self):
+        """A real podman with a storage of its own, in place of the fake one."""
+        self.engine = self.test.get_engine()
+        self.device.env.update(self.engine.env, PATH=os.environ["PATH"])
 
     def text(self, text):
         """Another text of the configuration."""
@@ -109,6 +142,23 @@ def no_configuration_file(site):
 def the_configuration_is_a_folder(site):
     os.remove(site.device.config_file)
     os.mkdir(site.device.config_file)
+
+
+@situation
+def configuration_of_another_user(site):
+    site.be_nobody()
+    os.chmod(site.device.config_file, 0o600)
+
+
+@situation
+def configuration_is_binary(site):
+    with open(sys.executable, "rb") as file:
+        site.text(file.read(4096))
+
+
+@situation
+def compose_provider_of_old(site):
+    site.yaml(new="runtime: {compose: podman-compose}\n")
 
 
 @situation
@@ -233,6 +283,16 @@ def unknown_option(site):
     site.command = ["run", "--onec"]
 
 
+@situation
+def value_of_an_option_missing(site):
+    site.command = ["logs", "hello", "--tail"]
+
+
+@situation
+def unknown_deployment(site):
+    site.command = ["status", "tally"]
+
+
 # Identity
 
 @situation
@@ -271,6 +331,19 @@ def clock_before_the_last_write(site):
     path = os.path.join(site.device.state_dir, "state.json")
     os.utime(path, (time.time() + 9e6, time.time() + 9e6))
     site.issue("new", [support.CLIENT_ID], start="+1d", end="+9d")
+
+
+@situation
+def clock_far_ahead(site):
+    """As a battery that was changed leaves it; the clock of this machine is left alone."""
+    support.require("faketime")
+    site.prefix = ["faketime", "-f", "+5y"]
+
+
+@situation
+def key_of_another_user(site):
+    site.be_nobody()
+    os.chmod(site.pki.path("client.key"), 0o600)
 
 
 @situation
@@ -472,6 +545,76 @@ def engine_does_not_answer(site):
 
 
 @situation
+def named_engine_is_not_there(site):
+    no_engine(site)
+    site.device.set("runtime.engine", "docker")
+
+
+@situation
+def docker_daemon_is_off(site):
+    support.require("docker")
+    site.publish()
+    site.device.set("runtime.engine", "docker")
+    site.env = {"DOCKER_HOST": f"unix://{site.device.folder}/docker.sock"}
+
+
+@situation
+def OCI_runtime_missing(site):
+    site.use_real_engine()
+    path = os.path.join(site.device.folder, "containers.conf")
+    with open(site.engine.env["CONTAINERS_CONF"]) as file:
+        support.write(path, re.sub('runtime = ".*"', 'runtime = "kata"', file.read()))
+    site.env = {"CONTAINERS_CONF": path}
+    site.publish()
+
+
+@situation
+def podmans_network_lacks_iptables(site):
+    """As with cron's PATH, or on a small image: netavark finds no program that sets rules."""
+    site.use_real_engine()
+    support.require("netavark")
+    hidden = os.path.join(site.device.folder, "sbin")
+    os.makedirs(hidden + "/all")
+    site.mount(f"mount --bind /usr/sbin {hidden}/all", f"cp -as {hidden}/all {hidden}/some", f"rm -f {hidden}/some/*tables* {hidden}/some/nft",
+               f"mount --bind {hidden}/some /usr/sbin")
+    site.publish({"main": {"image": support.IMAGE, "command": ["sleep", "60"]}})
+
+
+@situation
+def user_without_podmans_set_up(site):
+    """No subordinate ids and no home: as a service's user is made."""
+    site.use_real_engine()
+    site.be_nobody()
+    site.device.env.update(HOME="/nonexistent")
+    for name in site.engine.env:
+        site.device.env.pop(name)
+    site.publish()
+
+
+@situation
+def disk_is_full(site):
+    site.publish()
+    site.mount("mount -t tmpfs -o size=64k tmpfs $0", "(head -c 1M /dev/zero > $0/fill; true) 2> /dev/null")
+
+
+@situation
+def package_larger_than_the_disk(site):
+    site.wfm.add_package(support.make_compose(), tag="9.9.9", name="hello", **{"data.bin": os.urandom(6 << 20).hex()})
+    site.wfm.publish(support.make_deployment(registry=site.wfm.registry, components=(("hello", "9.9.9"),)))
+    site.mount("mount -t tmpfs -o size=8m tmpfs $0")
+
+
+@situation
+def state_on_a_read_only_file_system(site):
+    site.mount("mount -t tmpfs -o ro tmpfs $0")
+
+
+@situation
+def state_belongs_to_root(site):
+    site.be_nobody(state=False)
+
+
+@situation
 def state_below_a_file(site):
     site.device.settings["state_dir"] = os.path.join(support.write(os.path.join(site.device.folder, "file"), ""), "state")
     site.device.save()
@@ -541,6 +684,26 @@ def tag_missing(site):
 
 
 @situation
+def registry_wants_a_login(site):
+    site.publish()
+    site.wfm.fault({"path": "/v2/*", "status": 401, "headers": {"WWW-Authenticate": 'Basic realm="plant"'}})
+
+
+@situation
+def registrys_password_is_wrong(site):
+    registry_wants_a_login(site)
+    password = support.write(os.path.join(site.device.folder, "password"), "wr0ng", 0o600)
+    site.device.settings["registries"][site.wfm.registry].update(username="device", password_file=password)
+    site.device.save()
+
+
+@situation
+def password_file_missing(site):
+    registrys_password_is_wrong(site)
+    os.remove(os.path.join(site.device.folder, "password"))
+
+
+@situation
 def CA_file_of_a_registry_missing(site):
     site.publish()
     site.device.settings["registries"][site.wfm.registry]["ca"] = "/nonexistent/ca.pem"
@@ -557,6 +720,41 @@ def image_missing(site):
 def crash_at_the_start(site):
     site.publish()
     site.engine.change(exits={"main": 4})
+
+
+@situation
+def crash_loop(site):
+    site.publish({"main": {"image": support.IMAGE, "restart": "always"}})
+    site.engine.change(restless=["main"])
+
+
+@situation
+def health_check_fails(site):
+    site.use_real_engine()
+    site.publish({"main": {"image": support.IMAGE, "command": ["sleep", "60"], "network_mode": "none", "healthcheck": {
+        "test": "echo no pressure in line 4; exit 1", "interval": "1s", "retries": 1}}})
+
+
+@situation
+def not_healthy_in_time(site):
+    site.publish({"main": {"image": support.IMAGE, "healthcheck": {"test": "x", "interval": "30s", "start_period": "60s"}}}, timeout="0m2s")
+    site.engine.change(unhealthy=["main"])
+
+
+@situation
+def command_not_found(site):
+    site.use_real_engine()
+    site.publish({"main": {"image": support.IMAGE, "command": ["/bin/tallly"], "network_mode": "none"}})
+
+
+@situation
+def port_in_use(site):
+    site.use_real_engine()
+    door = socket.socket()
+    site.test.addCleanup(door.close)
+    door.bind(("127.0.0.1", 0))
+    door.listen()
+    site.publish({"main": {"image": support.IMAGE, "command": ["sleep", "60"], "ports": [f"127.0.0.1:{door.getsockname()[1]}:80"]}})
 
 
 @situation
@@ -582,6 +780,53 @@ def parameter_without_value(site):
 @situation
 def required_parameter(site):
     site.publish({"main": {"image": support.IMAGE, "command": ["sleep", "${PORT:?give a port}"]}})
+
+
+@situation
+def parameter_for_an_unknown_component(site):
+    text = json.loads(support.make_deployment(registry=site.wfm.registry, components=(("hello", "9.9.9"),), parameters={"PORT": "80"}))
+    text["spec"]["parameters"]["port"]["targets"][0]["components"] = ["tally"]
+    site.publish()
+    site.wfm.publish(json.dumps(text))
+
+
+@situation
+def too_little_capacity(site):
+    require_of_device(site, {"capacityRequirements": {"memory": "900Gi"}})
+
+
+@situation
+def label_rule_is_false(site):
+    site.device.set("device.labels", {"example.com/zone": "hall-2"})
+    require_of_device(site, {"eligibilityRules": [{"labelSelector": {"matchExpressions": [
+        {"key": "example.com/zone", "operator": "In", "values": ["hall-7"]}]}}]})
+
+
+def require_of_device(site, wanted):
+    """A deployment that not every device may run."""
+    site.publish()
+    text = json.loads(support.make_deployment(registry=site.wfm.registry, components=(("hello", "9.9.9"),)))
+    text["spec"]["deploymentProfile"]["deviceConstraints"] = wanted
+    site.wfm.publish(json.dumps(text))
+
+
+@situation
+def helm_is_missing(site):
+    site.device.set("runtime.helm", "off")
+    use_helm(site)
+
+
+@situation
+def path_of_helm_is_wrong(site):
+    site.device.set("runtime.helm", "/nonexistent/helm")
+    use_helm(site)
+
+
+def use_helm(site):
+    """A deployment of a chart."""
+    text = json.loads(support.make_deployment(registry=site.wfm.registry, components=(("hello", "9.9.9"),)))
+    text["spec"]["deploymentProfile"]["type"] = "helm"
+    site.wfm.publish(json.dumps(text))
 
 
 @situation
@@ -668,6 +913,76 @@ def git_token_refused(site):
 
 
 @situation
+def git_token_missing(site):
+    git_token_refused(site)
+    site.device.settings["git"] = {}
+    site.device.save()
+
+
+@situation
+def git_token_file_missing(site):
+    git_token_refused(site)
+    os.remove(os.path.join(site.device.folder, "token"))
+
+
+@situation
+def git_servers_CA_missing(site):
+    git_token_refused(site)
+    site.device.settings["identity"] = {}
+    site.device.save()
+
+
+@situation
+def git_host_has_no_name(site):
+    git_token_refused(site)
+    site.device.set("wfm.url", "https://git.invalid/x.git")
+
+
+@situation
+def git_missing(site):
+    use_git(site)
+    site.env = {"PATH": "/nonexistent"}
+
+
+def commit(site, **files):
+    """One more commit of the repository that the device follows."""
+    path = os.path.join(site.device.folder, "fleet")
+    for name, text in files.items():
+        support.write(os.path.join(path, name.replace("_", ".")), text)
+    for words in (["add", "-A"], ["commit", "-q", "--allow-empty", "-m", "more"]):
+        subprocess.run(["git", "-C", path, "-c", "user.name=x", "-c", "user.email=x@example"] + words, check=True,
+                       env=dict(os.environ, HOME=site.device.folder))
+
+
+@situation
+def git_history_rewritten(site):
+    use_git(site)
+    commit(site)
+    site.device.cycle()
+    path = os.path.join(site.device.folder, "fleet")
+    subprocess.run(["git", "-C", path, "reset", "-q", "--hard", "HEAD^"], check=True)
+
+
+@situation
+def git_id_twice(site):
+    use_git(site)
+    text = support.make_deployment(registry=site.wfm.registry)
+    commit(site, a_yaml=text, b_yaml=text)
+
+
+@situation
+def git_bad_YAML(site):
+    use_git(site)
+    commit(site, hello_yaml="id: [\n")
+
+
+@situation
+def git_deployment_of_another_device(site):
+    use_git(site)
+    commit(site, hello_yaml=support.make_deployment(registry=site.wfm.registry, device="press-8"))
+
+
+@situation
 def enrollment_service_down(site):
     site.device.settings["identity"] = {
         "certificate": os.path.join(site.device.folder, "new.pem"), "key": os.path.join(site.device.folder, "new.key"),
@@ -681,6 +996,20 @@ def enrollment_service_down(site):
 def enrollment_token_missing(site):
     enrollment_service_down(site)
     os.remove(os.path.join(site.device.folder, "token"))
+
+
+@situation
+def enrollment_token_is_no_token(site):
+    enrollment_service_down(site)
+    support.write(os.path.join(site.device.folder, "token"), "", 0o600)
+
+
+@situation
+def enrollment_token_refused(site):
+    mis = support.Mis(site.test, site.pki)
+    enrollment_service_down(site)
+    site.device.settings["identity"]["est"]["url"] = mis.est
+    site.device.save()
 
 
 @situation
@@ -702,6 +1031,15 @@ class Messages(support.SharedCase):
     @classmethod
     def start_services(cls):
         cls.wfm = support.Wfm(cls.shared, cls.pki)
+        cls.engine = None
+
+    def get_engine(self):
+        """The real engine of the situations that need one; they share it."""
+        if not self.engine:
+            type(self).engine = support.Engine(type(self))
+            self.shared.callback(self.engine.close)
+        self.addCleanup(self.engine.clean)
+        return self.engine
 
     def setUp(self):
         self.wfm.fault()
@@ -712,25 +1050,32 @@ class Messages(support.SharedCase):
         """A situation, made; (site, what was said, exit code)."""
         site = Site(self, self.wfm)
         SITUATIONS[name](site)
-        done = site.device.run(*site.command, env=site.env)
-        return site, done.stdout + done.stderr, done.returncode
+        return (site, *site.run(*site.command))
 
     def test_the_table_and_the_situations_are_the_same(self):
         self.assertEqual(set(load_table()), set(SITUATIONS))
 
+    def test_every_message_says_what_and_where_and_what_to_do(self):
+        """A point for each, as somebody reads it at three in the morning: nearly all have three, none has less than two."""
+        scores = {name: sum(map(bool, parts)) for name, (_, _, *parts) in load_table().items()}
+        self.assertGreaterEqual(min(scores.values()), 2, scores)
+        self.assertGreaterEqual(sum(scores.values()) / len(scores), 2.8, scores)
+        self.assertGreaterEqual(len(scores), 114)
 
-def make_test(name, code, doctor, words):
+
+def make_test(name, code, doctor, *parts):
     """A test of one line of the table."""
     def test(self):
         site, said, ended = self.make(name)
         self.assertEqual(ended, code, said)
-        for word in words:
+        for word in sum(parts, []):
             self.assertIn(word, said)
         self.assertNotRegex(said, r"Errno|Traceback|bug:|_ssl\.c|codec can't|line 1 column 1")
         if doctor == "-":
             return
-        done = site.device.run("doctor", env=site.env)
-        self.assertEqual(done.returncode, code if doctor == "=" else int(doctor), done.stdout + done.stderr)
+        told, ended = site.run("doctor")
+        self.assertEqual(ended, code if doctor == "=" else int(doctor), told)
+        self.assertEqual(ended != 0, code == 2 or "\nFAIL " in "\n" + told, told)
     return test
 
 

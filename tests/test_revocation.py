@@ -3,6 +3,7 @@ import datetime
 import base64
 import hashlib
 import os
+import shutil
 import ssl
 import subprocess
 import sys
@@ -268,6 +269,12 @@ class Lists(RevocationCase):
         for name in os.listdir(os.path.join(self.device.state_dir, "crls")):
             support.write(os.path.join(self.device.state_dir, "crls", name), b"spoilt")
         self.assertIn("security: a revocation list at hand is lost", self.device.cycle())
+
+    def test_a_folder_that_cannot_be_made_is_a_fault_of_storage(self):
+        folder = os.path.join(self.device.state_dir, "crls")
+        shutil.rmtree(folder)
+        support.write(folder, "in its place")
+        self.assertIn(f"{folder} failed", self.cycle_due(3))
 
     def test_nothing_in_a_certificate_leads_to_a_list(self):
         """E-089, C-008: distribution points are not followed."""

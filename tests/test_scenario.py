@@ -3,6 +3,7 @@
 What is asserted is what the engine shows and what the applications keep; the cases (E-n, F-n, K-n) are those that were found in use.
 """
 import os
+import re
 import unittest
 import uuid
 
@@ -217,9 +218,9 @@ class Scenario:
 
         def count():
             return int(self.engine.facts(self.name("main"), "{{.RestartCount}}"))
-        support.wait_for(lambda: count() > 0, 30, "a restart")
+        support.wait_for(lambda: count() > 0, what="a restart")
         before = count()
-        support.wait_for(lambda: count() > before, 30, "another restart")
+        support.wait_for(lambda: count() > before, what="another restart")
         (reason,) = [reason for _, reason in self.device.plan().values()]
         self.assertRegex(reason, "web/main is (being restarted over and over|restarting|initialized)")
 
@@ -230,7 +231,7 @@ class Scenario:
         self.publish({"main": service(healthcheck=check)})
 
         def harm():
-            support.wait_for(lambda: self.states().get("main") == "running", 60, "the start")
+            support.wait_for(lambda: self.states().get("main") == "running", what="the start")
             self.engine.podman("rm", "--force", self.name("main"))
         thread = threading.Thread(target=harm)
         thread.start()
@@ -242,8 +243,12 @@ class Scenario:
 
     def test_purge_leaves_nothing_but_volumes(self):
         self.update({"main": service(volumes=["/data"])})
-        self.assertEqual(self.device.run("unenroll", "--purge").returncode, 0)
+        done = self.device.run("unenroll", "--purge")
+        self.assertEqual(done.returncode, 0)
         self.assertEqual((self.states(), len(self.volumes())), ({}, 1))
+        command = re.search(r"kept: 1 volumes, which `(.*)` removes\n", done.stdout).group(1).split()
+        self.engine.podman(*command[1:])            # as somebody would who reads that
+        self.assertEqual(self.volumes(), set())
 
 
 class OnPodman(Scenario, support.EngineCase):

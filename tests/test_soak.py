@@ -9,7 +9,6 @@ import io
 import json
 import os
 import random
-import resource
 import shutil
 import sys
 import time
@@ -20,6 +19,7 @@ import uuid
 import margo_agent
 from margo_agent import CommandError, ComponentError, Container, Desired, ManifestEntry, Refused, StorageError, Unreachable, Untrusted
 from tests import support
+from tests.bench import costs
 from tests.support import DEVICE
 
 SLOW = float(os.environ.get("MARGO_TEST_SLOW") or 0) == 1
@@ -247,9 +247,9 @@ class Soak(unittest.TestCase):
     def test_thousands_of_cycles_with_faults_and_clock_jumps(self):
         """P-2, P-4: WFM, engine, disk and clock fail at random; in the end all is as desired, every last status told, nothing grown."""
         folder, count = support.make_folder(self), 10000 if SLOW else 400
-        start, peak = time.monotonic(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        start, peak = time.monotonic(), costs.read_peak()
         log, sizes = self.run_cycles(folder, SEED, count)
-        grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak
+        grown = round((costs.read_peak() - peak) * 1024)
         middle, end = sizes[len(sizes) // 2], sizes[-1]
         for name, early, late, slack in zip(("objects", "file descriptors", "bytes on the disk"), middle, end, (2000, 1, 60000)):
             self.assertLessEqual(late, early + slack, name)

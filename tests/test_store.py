@@ -339,6 +339,22 @@ class Folders(StoreCase):
         self.assertEqual(os.listdir(self.store.path("deployments", "x", "web")), [])
 
 
+    def test_a_folder_that_cannot_be_made_says_what_is_in_its_place(self):
+        """A file, a link to nowhere, a link to itself, a file above it."""
+        top = self.store.path("made")
+        with open(top + "-file", "w"):
+            pass
+        os.symlink(top + "-gone", top + "-link")
+        os.symlink(top + "-loop", top + "-loop")
+        for path in (top + "-file", top + "-link", top + "-loop", os.path.join(top + "-file", "below")):
+            with self.assertRaises(margo_agent.StorageError) as caught:
+                margo_agent.create_folder(path)
+            self.assertIn(path.split("/below")[0], caught.exception.message)
+            self.assertIn("something else lies in its place", caught.exception.message)
+        margo_agent.create_folder(os.path.join(top, "a", "b"))
+        margo_agent.create_folder(os.path.join(top, "a", "b"))
+
+
 class Memo(StoreCase):
     def test_the_last_contact_is_kept_outside_the_state_directory(self):
         with tempfile.TemporaryDirectory() as runtime:

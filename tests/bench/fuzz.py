@@ -6,7 +6,8 @@
 
 A parser is a row of PARSERS (see Parser).  It may return something, or raise what its row allows; everything else is a bug.
 What it returns goes to the row's judge, which says "" or in which way an independent reader reads the same bytes otherwise.
-Inputs whose outcome is of a new kind (the text of the refusal, without its numbers) join those that the next ones are made from.
+Inputs whose outcome is of a new kind (where in the agent's source it was refused) join those that the next ones are made from; half of
+the next ones are made from inputs that were read.
 Exit code 1 where something was found; each finding is printed in base64, with what is wrong with it, once for each kind.
 tests/test_fuzz.py runs a bounded share of each row; to add a parser, add a row.
 """
@@ -32,20 +33,22 @@ else:
 
 SLOW = 2.0                          # seconds that one input may take
 KEPT = 2000                         # inputs that mutation starts from, at most
-Parser = collections.namedtuple("Parser", "seeds read judge refusals tokens mutate")
+BATCH = 400                         # what is read before a judge of many is asked
+Parser = collections.namedtuple("Parser", "seeds read judge refusals tokens mutate judge_all")
 Parser.__doc__ = """How one parser is tried.
 
 seeds: a function that makes good inputs, [bytes].  read: bytes to what the agent reads in them.
 judge: (bytes, what was read) to words of what is wrong with it, or "".  refusals: exceptions that `read` may raise.
 tokens: [bytes] that mutation puts in.  mutate: (chance, bytes, [bytes] of other inputs, tokens) to new bytes.
+judge_all: None, or a judge that takes long to ask: [(bytes, what was read)] to [(bytes, words)] of those that are wrong.
 """
 PARSERS = {}
 REFUSALS = (margo_agent.MargoError, margo_agent.YAMLError)
 
 
-def add(name, seeds, read, judge=lambda data, found: "", refusals=REFUSALS, tokens=(), mutate=None):
+def add(name, seeds, read, judge=lambda data, found: "", refusals=REFUSALS, tokens=(), mutate=None, judge_all=None):
     """Adds a row to PARSERS."""
-    PARSERS[name] = Parser(functools.lru_cache(None)(seeds), read, judge, refusals, tuple(tokens), mutate or mutate_bytes)
+    PARSERS[name] = Parser(functools.lru_cache(None)(seeds), read, judge, refusals, tuple(tokens), mutate or mutate_bytes, judge_all)
 
 
 # Mutation.
@@ -80,6 +83,18 @@ def mutate_bytes(chance, data, others, tokens):
             start = chance.randrange(len(other) + 1)
             data[place:end] = other[start:start + chance.choice((1, 4, 16, 64, 1000))]
     return bytes(data)
+
+
+def mutate_words(chance, data, others, tokens):
+    """A text made of tokens alone, of tokens in another text, or changed by bytes."""
+    words = b"".join(chance.choice(tokens) for _ in range(chance.randrange(1, 14)))
+    kind = chance.randrange(4)
+    if kind == 0:
+        return mutate_bytes(chance, data, others, tokens)
+    if kind == 1:
+        place = chance.randrange(len(data) + 1)
+        return (data[:place] + words + data[place:])[:400]
+    return words
 
 
 def split_der(data, depth=0):
@@ -178,6 +193,19 @@ def mutate_json(chance, data, others, tokens):
 
 # Runs.
 
+def find_place(error):
+    """Where in the agent an exception was raised, with who called that, and those that it was made of: "Refused 60 812, ValueError 70 9144"."""
+    found = []
+    while error is not None and len(found) < 5:
+        places, trace = [], error.__traceback__
+        while trace:
+            places.append(f"{os.path.basename(trace.tb_frame.f_code.co_filename)}:{trace.tb_lineno}")
+            trace = trace.tb_next
+        found.append(" ".join([type(error).__name__, *places[-4:]]).replace("margo_agent.py:", ""))
+        error = error.__context__
+    return ", ".join(found)
+
+
 class Run:
     """Inputs to one parser: how many were read and refused, how long the slowest took, and what was found."""
 
@@ -185,8 +213,17 @@ class Run:
         self.name, self.parser, self.seed = name, PARSERS[name], seed
         self.chance = random.Random(f"{name} {seed}")
         self.kept = list(self.parser.seeds())
+        self.good = []                              # of what is kept, what was read
         self.count = self.accepted = 0
         self.slowest, self.kinds, self.findings = 0.0, collections.Counter(), {}
+        self.waiting, self.judged = [], 0           # what was read and is still to be judged with others
+
+    def ask(self):
+        """Asks the judge of many about what waits."""
+        for data, words in self.parser.judge_all(self.waiting) if self.waiting else ():
+            self.note("read otherwise: " + re.sub(r"[0-9]+", "#", words)[:60], data, words)
+        self.judged += len(self.waiting)
+        self.waiting = []
 
     def note(self, kind, data, words):
         """Keeps one finding of each kind."""
@@ -197,19 +234,17 @@ class Run:
         try:
             found = self.parser.read(data)
         except self.parser.refusals as error:
-            text = str(getattr(error, "message", error))
-            return f"{type(error).__name__}: " + re.sub("[0-9]+", "#", re.split("['\"]", text)[0])[:100]
+            return find_place(error)
         except Exception as error:              # a bug by definition
-            trace = error.__traceback__
-            while trace.tb_next:
-                trace = trace.tb_next
-            kind = f"{type(error).__name__} at line {trace.tb_lineno} of {os.path.basename(trace.tb_frame.f_code.co_filename)}"
+            kind = find_place(error)
             self.note(kind, data, str(error))
             return kind
         self.accepted += 1
         words = self.parser.judge(data, found)
         if words:
             self.note("read otherwise: " + re.sub(r"[0-9]+", "#", words)[:60], data, words)
+        if self.parser.judge_all:
+            self.waiting.append((data, found))
         return "read"
 
     def try_one(self, data):
@@ -219,20 +254,28 @@ class Run:
         self.slowest = max(self.slowest, time.monotonic() - start)
         if self.slowest > SLOW:
             self.note("slow", data, f"{self.slowest:.1f} s for {len(data)} bytes")
+        if len(self.waiting) == BATCH:
+            self.ask()
         self.count += 1
         self.kinds[kind] += 1
-        if (self.kinds[kind] == 1 or kind == "read" and self.chance.random() < 0.01) and len(data) < 100000:
-            if len(self.kept) < KEPT:
-                self.kept.append(data)
+        if len(data) < 100000 and (self.kinds[kind] == 1 or kind == "read" and self.chance.random() < 0.05):
+            kept = self.good if kind == "read" else self.kept
+            if len(kept) < KEPT:
+                kept.append(data)
             else:
-                self.kept[self.chance.randrange(KEPT)] = data
+                kept[self.chance.randrange(KEPT)] = data
+
+    def choose(self):
+        """An input to make the next one from: mostly one that was read, for most changes of the others are refused again."""
+        return self.chance.choice(self.good if self.good and self.chance.random() < 0.75 else self.kept)
 
     def go(self, count):
         """Tries the seeds, then so many mutations."""
         for data in self.parser.seeds():
             self.try_one(data)
         while self.count < count:
-            self.try_one(self.parser.mutate(self.chance, self.chance.choice(self.kept), self.kept, self.parser.tokens))
+            self.try_one(self.parser.mutate(self.chance, self.choose(), self.kept, self.parser.tokens))
+        self.ask()
         return self
 
     def go_guided(self, count):
@@ -260,7 +303,7 @@ class Run:
 def tell(run, seconds):
     """Prints how a run went; its exit code."""
     print(f"{run.name}: {run.count} inputs of seed {run.seed}, {run.count / seconds:.0f} a second, {run.accepted} read,"
-          f" {len(run.kinds)} kinds of outcome, slowest {1000 * run.slowest:.0f} ms, {len(run.findings)} findings")
+          f" {run.judged} of them judged together, {len(run.kinds)} kinds of outcome, slowest {1000 * run.slowest:.0f} ms, {len(run.findings)} findings")
     for kind, (data, words) in run.findings.items():
         print(f"  {kind}: {words}\n    {base64.b64encode(data[:3000]).decode()}")
     return 1 if run.findings else 0
@@ -774,6 +817,61 @@ def judge_variables(data, own):
     return "" if own == other else f"{own!r} and not {other!r}"
 
 
+def join_surrogates(match):
+    """What JSON writes as two escapes, as YAML has it."""
+    high, low = (int(text, 16) for text in match.groups())
+    return "\\U%08x" % (0x10000 + ((high & 0x3FF) << 10) + (low & 0x3FF))
+
+
+def ask_compose(texts, make):
+    """[the environment that Docker Compose gives to the service of each text, or None where it refuses that one], many in one file.
+
+    make: (folder, index, text) to the keys of its service.
+    """
+    from tests import oracle, support
+    answers = [None] * len(texts)
+    left = set(range(len(texts))) if support.find_compose() else set()
+    with tempfile.TemporaryDirectory() as folder:
+        while left:
+            services = {f"s{index}": dict({"image": "x"}, **make(folder, index, texts[index])) for index in sorted(left)}
+            text = re.sub(r"\\u(d[89ab]..)\\u(d[c-f]..)", join_surrogates, json.dumps({"services": services}))
+            with open(os.path.join(folder, "compose.yaml"), "w") as file:
+                file.write(text)
+            try:
+                found = oracle.end_config(oracle.start_config(folder, {"A": "a", "EMPTY": ""}, "fuzz"))["services"]
+            except AssertionError as error:
+                named = re.search(r"services\.s([0-9]+)\.|/([0-9]+)\.env", str(error))
+                if not named:
+                    raise
+                left.remove(int(named.group(1) or named.group(2)))      # it complains about one at a time
+                continue
+            for index in left:
+                answers[index] = {name: text for name, text in oracle.unescape(found[f"s{index}"].get("environment") or {}).items() if text is not None}
+            break
+    return answers
+
+
+def judge_texts(found):
+    """Those texts for which Docker Compose puts something else in; what it refuses is no text of its own."""
+    answers = ask_compose([data.decode("utf-8", "replace") for data, _ in found], lambda folder, index, text: {"environment": {"T": text}})
+    return [(data, f"{own!r} and not {answer['T']!r}") for (data, own), answer in zip(found, answers)
+            if answer is not None and answer["T"] != own]
+
+
+def make_env_service(folder, index, data):
+    """The keys of a service with an env file of these bytes, which is written."""
+    with open(os.path.join(folder, f"{index}.env"), "wb") as file:
+        file.write(data)
+    return {"env_file": [f"{index}.env"]}
+
+
+def judge_env_files(found):
+    """Those env files that give other variables in Docker Compose; it makes one without a name of what it does not understand."""
+    answers = ask_compose([data for data, _ in found], make_env_service)
+    return [(data, f"{own!r} and not {answer!r}") for (data, own), answer in zip(found, answers)
+            if answer is not None and "" not in answer and answer != own]
+
+
 class Answers:
     """A server of one thread that answers each request with the bytes it was given last."""
 
@@ -833,10 +931,13 @@ add("state", make_states, lambda data: margo_agent.parse_state(data, "x"), judge
     mutate_json)
 add("git-listing", lambda: [GIT_LISTING], read_listing, judge_listing, tokens=[b"\0", b"\t", b"100644 ", b"040000 tree ", b" - "])
 add("env-file", lambda: [b"A=1\nB=\"x\\n${A:-y}\"\nexport C='d'\nD: $A # c\n"],
-    read_text(lambda text: margo_agent.parse_env_file(text, margo_agent.Variables({"A": "a"}), "x")),
-    tokens=[b"${", b"}", b"$", b"=", b":", b"'", b'"', b"\\", b"#", b"\n", b"export "])
-add("interpolation", lambda: [b"a $A ${A} ${B:-c} ${C-$A} $$ ${D:+e} ${EMPTY:-${A}}"], read_variables, judge_variables,
-    tokens=[b"${", b"}", b"$", b"$$", b":-", b":?", b":+", b"A", b"EMPTY", b"{"])
+    lambda data: margo_agent.parse_env_file(data.decode("utf-8"), margo_agent.Variables({"A": "a"}), "x"),
+    refusals=REFUSALS + (UnicodeDecodeError,), mutate=mutate_words, judge_all=judge_env_files,
+    tokens=[b"${", b"}", b"$", b"=", b":", b"'", b'"', b"\\", b"#", b"\n", b"\n", b"export ", b"B", b"A", b"C=", b"D='", b"E=\"", b" ", b"\\n",
+            b"x", b" #", b"$A", b"${A", b":-", b"-", b"\r\n", b"\t", b"\n\n", b".", b"1", b"\\'", b'\\"', b"\\$", b"\\\\"])
+add("interpolation", lambda: [b"a $A ${A} ${B:-c} ${C-$A} $$ ${D:+e} ${EMPTY:-${A}}"], read_variables, judge_variables, mutate=mutate_words,
+    judge_all=judge_texts, tokens=[b"${", b"}", b"}", b"$", b"$$", b":-", b":?", b":+", b"-", b"?", b"+", b"A", b"B", b"EMPTY", b"{", b"${A", b"${B:-",
+                                   b"${A:+", b"${B-", b" ", b'"', b"'", b":", b"x", b"\\", b"\n", b"1", b"_", b"\xc3\xa9"])
 add("http-answer", lambda: ANSWERS, read_answer, tokens=HTTP_TOKENS)
 
 

@@ -2,9 +2,11 @@
 
     python3 -m tests.bench.house [--against FOLDER] [ROUNDS]
 
-Sizes: tokens (see tests/gauge.py), kB, kB compressed by gzip -9; of the whole file, without its optional rooms, and bare.
-A poll: medians of ROUNDS (default 11) in turn, beside a bare script that makes the same request; how many functions of the file one poll
-passes and how often it goes from one section to another, without the insides of YAML and of the log; memory of the daemon's parent.
+Prints one table, a column for each checkout.  Sizes: tokens (see tests/gauge.py), kB, kB compressed by gzip -9; of the whole file,
+without its optional rooms (mtls and Compose), and bare; a file that knows no optional rooms stays whole there.  A poll: medians of ROUNDS
+(default 15), all commands in turn, CPU and peak memory beside those of a bare script that makes the same request; how many functions of
+the file `Agent.cycle` passes and how often it goes from one section to another, without the insides of YAML and of the log; memory
+(PSS) of the daemon's parent between polls.  It takes three minutes on a quiet machine; figures of a busy one are worth nothing.
 """
 import gzip
 import json
@@ -13,10 +15,9 @@ import re
 import statistics
 import subprocess
 import sys
-import time
 
 from tests import gauge, support
-from tests.bench.poll import BARE, Cleanups, measure, measure_memory
+from tests.bench.poll import BARE, Cleanups, measure, measure_daemon
 
 STRIP = os.path.join(support.EXAMPLES, "firmware", "strip.py")
 TRACE = """
@@ -48,9 +49,17 @@ def look(frame, event, _):
         hops += last is not None and section != last
         last = section
 
-sys.setprofile(look)
+cycle = margo_agent.Agent.cycle
+
+def watch(*arguments, **options):
+    sys.setprofile(look)
+    try:
+        return cycle(*arguments, **options)
+    finally:
+        sys.setprofile(None)
+
+margo_agent.Agent.cycle = watch
 code = margo_agent.main(sys.argv[1:])
-sys.setprofile(None)
 with open(output, "w") as file:
     json.dump([len(passed), hops], file)
 sys.exit(code)
@@ -90,14 +99,19 @@ class House:
 
     def make_commands(self):
         """{name: command line} of what is measured."""
-        return {"by -m": self.make_module("whole"), "as a script": [sys.executable, self.forms["whole"]] + self.words,
-                "mtls alone, bare, by -m": self.make_module("mtls alone, bare")}
+        scripts = {"as a script": "whole", "stripped, as a script": "mtls alone", "stripped and bare, as a script": "mtls alone, bare"}
+        commands = {"by -m": self.make_module("whole"), "stripped, by -m": self.make_module("mtls alone")}
+        commands.update((name, [sys.executable, self.forms[form]] + self.words) for name, form in scripts.items())
+        return commands
 
-    def print_sizes(self):
+    def measure_sizes(self):
+        """{form: its size in words}."""
+        found = {}
         for name, path in self.forms.items():
             source = self.read(path)
             data = source.encode()
-            print(f"  {name:20} {gauge.count_tokens(source):6} tokens {len(data) / 1000:6.1f} kB {len(gzip.compress(data, 9)) / 1000:6.1f} kB by gzip -9")
+            found[name] = f"{gauge.count_tokens(source):6,} tokens, {len(data) / 1000:.0f} kB, {len(gzip.compress(data, 9)) / 1000:.0f} compressed"
+        return found
 
     def trace(self):
         """(functions, changes of section) that one unchanged poll passes."""
@@ -106,16 +120,36 @@ class House:
         subprocess.run(argv, env=self.device.env, check=True, stderr=subprocess.DEVNULL)
         return support.read_json(output)
 
-    def measure_daemon(self):
+    def measure_daemon(self, wfm):
         """PSS of the daemon's parent between polls, in MiB."""
         argv = [sys.executable, self.forms["whole"], "-c", self.device.config_file, "run"]
-        daemon = subprocess.Popen(argv, env=self.device.env, stderr=subprocess.DEVNULL)
-        time.sleep(3)
-        try:
-            return measure_memory(daemon.pid)
-        finally:
-            daemon.terminate()
-            daemon.wait()
+        return measure_daemon(argv, self.device.env, wfm)
+
+
+def measure_polls(houses, bare, rounds):
+    """(CPU and peak memory of the bare script, {(house, command): the same}): medians of so many rounds."""
+    commands = {("", "bare"): (bare, houses["here"].device.env)}
+    for where, house in houses.items():
+        commands.update(((where, name), (argv, house.device.env)) for name, argv in house.make_commands().items())
+    figures = {key: [] for key in commands}
+    for _ in range(rounds):
+        for key, (argv, env) in commands.items():
+            figures[key].append(measure(argv, env))
+    medians = {key: tuple(map(statistics.median, zip(*values))) for key, values in figures.items()}
+    return medians.pop(("", "bare")), medians
+
+
+def make_table(house, wfm, polls, bare):
+    """{figure: words} of one checkout."""
+    rows = dict(house.measure_sizes())
+    for name, (cpu, _) in polls.items():
+        rows[f"poll {name}"] = f"{cpu:6.1f} ms, {cpu / bare[0]:.2f} x bare"
+    peak = polls["by -m"][1]
+    rows["its peak memory by -m"] = f"{peak:6.1f} MiB, {peak / bare[1]:.2f} x bare"
+    functions, hops = house.trace()
+    rows["it passes"] = f"{functions:6} functions, {hops} changes of section"
+    rows["the daemon's parent"] = f"{house.measure_daemon(wfm):6.2f} MiB PSS"
+    return rows
 
 
 def main():
@@ -124,37 +158,23 @@ def main():
         index = arguments.index("--against")
         roots["there"] = os.path.abspath(arguments[index + 1])
         del arguments[index:index + 2]
-    rounds, test = int(arguments[0]) if arguments else 11, Cleanups()
+    rounds, test = int(arguments[0]) if arguments else 15, Cleanups()
     try:
         pki = support.Pki(test)
         wfm = support.Wfm(test, pki)
         wfm.add_package(support.make_compose())
         wfm.publish(support.make_deployment(registry=wfm.registry))
         houses = {name: House(test, root, pki, wfm) for name, root in roots.items()}
-        device = houses["here"].device
-        identity = [pki.path("client.pem"), pki.path("client.key"), pki.path("ca.pem")]
-        commands = {("", "bare script, -I -S"): ([sys.executable, "-I", "-S", "-c", BARE] + identity + [
-            wfm.url, device.state()["accepted"]["etag"]], device.env)}
-        for where, house in houses.items():
-            for name, argv in house.make_commands().items():
-                commands[where, name] = (argv, house.device.env)
-        figures = {key: [] for key in commands}
-        for _ in range(rounds):
-            for key, (argv, env) in commands.items():
-                figures[key].append(measure(argv, env))
-        base = statistics.median(cpu for cpu, _ in figures["", "bare script, -I -S"])
-        print(f"{sys.version.split()[0]}, {os.uname().machine}, {rounds} rounds, medians")
-        print(f"  bare script, -I -S {base:26.1f} ms")
-        for where, house in houses.items():
-            print(where)
-            house.print_sizes()
-            for (owner, name), values in figures.items():
-                if owner == where:
-                    cpu, memory = (statistics.median(value[index] for value in values) for index in (0, 1))
-                    print(f"  poll {name:26} {cpu:12.1f} ms  {cpu / base:4.2f} x bare  peak {memory:5.1f} MiB")
-            functions, hops = house.trace()
-            print(f"  poll passes {functions} functions and changes section {hops} times")
-            print(f"  the daemon's parent between polls has {house.measure_daemon():.2f} MiB PSS")
+        script = [sys.executable, "-I", "-S", "-c", BARE] + [pki.path(name) for name in ("client.pem", "client.key", "ca.pem")]
+        etag = houses["here"].device.state()["accepted"]["etag"]
+        bare, polls = measure_polls(houses, script + [wfm.url, etag], rounds)
+        tables = {where: make_table(house, wfm, {name: value for (owner, name), value in polls.items() if owner == where}, bare)
+                  for where, house in houses.items()}
+        print(f"{sys.version.split()[0]}, {os.uname().machine}, medians of {rounds} rounds; the bare script takes {bare[0]:.1f} ms and {bare[1]:.1f} MiB")
+        columns = sorted(tables, reverse=True)
+        print(f"{'':36}" + "".join(f"{where:44}" for where in columns).rstrip())
+        for name in tables["here"]:
+            print(f"{name:36}" + "".join(f"{tables[where][name]:44}" for where in columns).rstrip())
     finally:
         test.close()
 

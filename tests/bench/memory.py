@@ -7,14 +7,13 @@ of 300 KiB on an engine of files.  Peak memory (RSS) is the median of five round
 of 2 MiB, found by halving.  With its bytecode at hand, `-I -S`, as a daemon's cycle is run.
 """
 import os
-import resource
 import shutil
 import statistics
 import subprocess
 import sys
 
 from tests import support
-from tests.bench.poll import Cleanups
+from tests.bench.poll import Cleanups, run
 
 MIB = 1 << 20
 RUN = "import sys; sys.path.insert(0, {!r}); import margo_agent; sys.exit(margo_agent.main(sys.argv[1:]))"
@@ -42,15 +41,11 @@ class World:
             device.cycle()
         return device
 
-    def run(self, agent, device, command, space=None):
+    def run(self, agent, device, command, space=0):
         """(exit code, peak memory in MiB) of a command, in so much address space."""
         argv = [sys.executable, "-I", "-S", "-c", RUN.format(self.folders[agent]), "-c", device.config_file, *command]
-        with open(os.devnull, "wb") as nowhere:
-            process = subprocess.Popen(argv, env=device.env, stdout=nowhere, stderr=nowhere, preexec_fn=lambda: space and resource.setrlimit(
-                resource.RLIMIT_AS, (space, space)))
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = status
-        return status, usage.ru_maxrss / 1024
+        code, _, peak = run(argv, device.env, space)
+        return code, peak
 
     def find_least(self, agent, command, done):
         """The least address space in MiB in which a command works."""
@@ -76,7 +71,7 @@ def main():
                     code, peak = world.run(agent, world.make_device(done), command)
                     peaks[agent].append(peak)
                     if code:
-                        print(f"{agent}: {name} ended with status {code}")
+                        print(f"{agent}: {name} ended with {code}")
             for agent in agents:
                 print(f"{name:20} peak {statistics.median(peaks[agent]):5.1f} MiB, works in {world.find_least(agent, command, done):4} MiB"
                       f" of address space  {agent}", flush=True)

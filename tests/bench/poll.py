@@ -12,7 +12,6 @@ import shutil
 import statistics
 import subprocess
 import sys
-import time
 
 from tests import support
 
@@ -44,21 +43,61 @@ class Cleanups:
             function(*arguments, **options)
 
 
+# Starts a program and says what it took.  A program's peak, as the kernel tells it, begins with what the process was before it became
+# that program; so nothing larger than this one, 9 MiB, may stand between.
+START = """
+import json, os, resource, sys
+report, space = os.dup(1), int(sys.argv[1])
+os.dup2(os.open(os.devnull, os.O_RDWR), 1)
+os.dup2(1, 2)
+child = os.fork()
+if not child:
+    if space:
+        resource.setrlimit(resource.RLIMIT_AS, (space, space))
+    os.execvp(sys.argv[2], sys.argv[2:])
+_, status, usage = os.wait4(child, 0)
+code = os.WEXITSTATUS(status) if os.WIFEXITED(status) else -os.WTERMSIG(status)
+os.write(report, json.dumps([code, (usage.ru_utime + usage.ru_stime) * 1000, usage.ru_maxrss / 1024]).encode())
+"""
+
+
+def run(argv, env, space=0):
+    """(exit code, CPU milliseconds, peak memory MiB) of one run of a command, in so many bytes of address space where that is given."""
+    done = subprocess.run([sys.executable, "-I", "-S", "-c", START, str(space)] + argv, env=env, stdin=subprocess.DEVNULL,
+                          stdout=subprocess.PIPE, check=True)
+    return json.loads(done.stdout.decode())
+
+
 def measure(argv, env, expected=0):
     """(CPU milliseconds, peak memory MiB) of one run of a command that has to end with the expected code."""
-    with open(os.devnull, "wb") as nowhere:
-        process = subprocess.Popen(argv, env=env, stdout=nowhere, stderr=nowhere)
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = status
-    if os.WEXITSTATUS(status) != expected or not os.WIFEXITED(status):
-        raise SystemExit(f"{argv} ended with {status}")
-    return (usage.ru_utime + usage.ru_stime) * 1000, usage.ru_maxrss / 1024
+    code, cpu, peak = run(argv, env)
+    if code != expected:
+        raise SystemExit(f"{argv} ended with {code}")
+    return cpu, peak
 
 
 def measure_memory(pid):
     """PSS of a process in MiB."""
     with open(f"/proc/{pid}/smaps_rollup") as file:
         return next(int(line.split()[1]) for line in file if line.startswith("Pss:")) / 1024
+
+
+def measure_daemon(argv, env, wfm):
+    """PSS in MiB of `run` once it has polled and sleeps."""
+    before = len(wfm.requests())
+    daemon = subprocess.Popen(argv, env=env, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        support.wait_for(lambda: len(wfm.requests()) > before and not has_children(daemon.pid), what="the end of the first cycle")
+        return measure_memory(daemon.pid)
+    finally:
+        daemon.terminate()
+        daemon.wait()
+
+
+def has_children(pid):
+    """Whether a process waits for another one."""
+    with open(f"/proc/{pid}/task/{pid}/children") as file:
+        return bool(file.read())
 
 
 def main():
@@ -102,14 +141,12 @@ def main():
             print(f"{name:32} {statistics.median(cpu):6.1f} ms ({min(cpu):.1f} to {max(cpu):.1f})  {statistics.median(cpu) / base:4.2f} x bare"
                   f"  peak {statistics.median(memory):5.1f} MiB")
 
-        daemon = subprocess.Popen([python, support.AGENT, "-c", device.config_file, "run"], env=env, stderr=subprocess.DEVNULL)
-        bare = subprocess.Popen([python, "-I", "-S", "-c", "import time; time.sleep(60)"])
-        time.sleep(3)
-        print(f"the daemon's parent between polls  {measure_memory(daemon.pid):.2f} MiB PSS; a bare interpreter that sleeps "
-              f"{measure_memory(bare.pid):.2f} MiB")
-        for process in (daemon, bare):
-            process.terminate()
-            process.wait()
+        parent = measure_daemon([python, support.AGENT, "-c", device.config_file, "run"], env, wfm)
+        bare = subprocess.Popen([python, "-I", "-S", "-c", "import time; print(flush=True); time.sleep(600)"], stdout=subprocess.PIPE)
+        bare.stdout.readline()
+        print(f"the daemon's parent between polls  {parent:.2f} MiB PSS; a bare interpreter that sleeps {measure_memory(bare.pid):.2f} MiB")
+        bare.terminate()
+        bare.wait()
     finally:
         test.close()
 
