@@ -609,7 +609,7 @@ class Problems(unittest.TestCase):
             ["properties.id: is missing", "labels: must be an object"]))
 
     def test_an_empty_object_says_nothing(self):
-        self.assertEqual(self.parse({}), margo_agent.Problem("", "", "", None, None, "", []))
+        self.assertEqual(self.parse({}), margo_agent.Problem(errors=[]))
 
     def test_the_older_error_object_is_read(self):
         """C-054: protocol 2.1, error and message."""
