@@ -3222,20 +3222,23 @@ def detect_properties(state_dir, root="/", hostname=False):
     return found
 
 
-# What boards say that have nothing of their own to say: words for nothing, the name of the field itself, one
-# character again and again; and what counts up, from whose start five or more characters are taken.
+# What boards say that have nothing of their own to say, each run of signs a blank: words for nothing, the
+# name of the field itself, one character again and again; and what counts up or down, from whose start five
+# or more characters are taken.
 PLACEHOLDER = (
-    r"(?i)(to be filled.*|o\.?e\.?m\.?|default( string)?|standard|none|null|empty|blank|invalid"
-    r"|un(known|defined|specified)|n/?a|serial ?number"
-    r"|not? ?(specified|applicable|available|present|set|asset tag|serial( number)?)"
-    r"|(system|chassis|base ?board|board|product) .*|[\W_0]+|(?P<one>\S)(?P=one){2,})?")
-COUNTING = ("0123456789abcdef", "123456789abcdef", "12345678901234567890")
+    r"(?i)(to be filled.*|o ?e ?m|default( string)?|standard|none|null|empty|blank|invalid|tbd|test|dummy"
+    r"|un(known|defined|specified)|n ?a|serial( ?(number|no))?|03000200 0400 0500 0006 000700080009"
+    r"|not? ?(specified|applicable|available|provided|present|set|asset tag|serial( number)?)"
+    r"|(type ?[0-9]+ )?(system|chassis|base ?board|board|product) .*|[0 ]*|(?P<one>\S)((?P=one)| ){2,})")
+COUNTING = ("0123456789abcdef", "123456789abcdef", "12345678901234567890", "fedcba9876543210", "9876543210",
+            "987654321")
 
 
 def is_placeholder(text):
     """Whether the firmware's text says nothing of this one device."""
+    plain = re.sub(r"[\W_]+", " ", text).strip()
     counts = len(text) > 4 and any(row.startswith(text.lower()) for row in COUNTING)
-    return counts or bool(re.fullmatch(PLACEHOLDER, text))
+    return counts or bool(re.fullmatch(PLACEHOLDER, plain))
 
 
 def detect_text(root, dmi, tree):
