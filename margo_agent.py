@@ -118,7 +118,7 @@ MAX_SHIFT = 3 * 3600                # seconds by which a clock may be put forwar
 CYCLE_RETRY = 60                    # seconds to the next cycle after one that said nothing
 HUNG = 1800                         # seconds without a move after which a cycle is killed
 MAX_WAIT = 86400.0                  # seconds that anybody can ask this device to wait
-START_SPREAD = 120                  # seconds over which a fleet that starts arrives, at most
+START_SPREAD = 60                   # seconds over which a fleet that starts arrives, at most
 START_WINDOW = 300                  # seconds since boot in which a device counts as just started
 RESERVE = 256 * KIB                 # at most kept for the state, for when the disk is full (P-4)
 COMPONENT_TIMEOUT = 300             # seconds a component without `timeout` may take to come up
@@ -341,7 +341,6 @@ class Agent:
             self.store.unlock()
             raise
         self.faults = []                            # what went wrong in this cycle
-        self.answering = {}
         self.silent = False                         # whether the WFM is not spoken to any more in this cycle
         self.changed = False                        # whether this cycle had something to do
         return self
@@ -543,9 +542,23 @@ class Agent:
             raise CommandError(f"{'; '.join(dict.fromkeys(troubles))}; what runs there is left as it is")
 
     def prune(self):
-        """Housekeeping on everything that answers, where it is wished."""
-        if self.config.runtime.prune:
-            prune(self.state, self.store, self.device_id, self.answering)
+        """Removes what neither the current nor the previous version of any deployment needs, where wished.
+
+        These are artifacts, unpacked packages, and images that the agent pulled, on what answers: nothing
+        else on the device.
+        """
+        if not self.config.runtime.prune:
+            return
+        digests, images = find_needed(self.state)
+        self.store.prune_artifacts(digests)
+        drivers = {make_prefix(device_id, self.device_id): found.values()
+                   for device_id, found in self.answering.items()}
+        for entry in self.state["pulled"]:
+            device_id, space, name = entry.rpartition(" ")
+            there = drivers.get(device_id + space, ())
+            if name not in images and any(driver.remove_image(name) for driver in there):
+                log("info", "image pruned", image=entry)
+                self.state["pulled"] = [other for other in self.state["pulled"] if other != entry]
 
     def carry_out(self, actions, seen, version):
         """Carries out a plan, group by group; returns what went wrong and fails no deployment, in words."""
@@ -589,8 +602,7 @@ class Agent:
             log("warning", "its device is no longer configured; what runs there is forgotten",
                 deployment=action.deployment_id, device=home)
         if not record or home != action.device_id and action.target and action.verb != "clear":
-            target = action.target or Target(action.deployment_id, "")
-            record = make_record(target, action.device_id)
+            record = make_record(action.target or Target(action.deployment_id, ""), action.device_id)
         sight = seen[action.device_id]
         verb = action.verb
         if self.is_downtime():
@@ -807,8 +819,7 @@ def make_action(target, record, containers, clock, settle, mark):
     if record["refused"]:
         return act(change, "was refused before, and can be carried out now")
     if state == "failed" and retry:
-        due = make_time(clock.now + retry)
-        return act("keep", f"failed ({record['error']['code']}); next attempt at {due}")
+        return act("keep", f"failed ({record['error']['code']}); {make_due(record, clock)}")
     if state == "failed":
         return act(change, f"failed before, attempt {record['retry'].get('failures', 0) + 1}")
     if state in ("pending", "removed") and not record["running"]:
@@ -914,8 +925,8 @@ class Step:
     def get_driver(self, kind):
         """The driver for a deployment type; raises ComponentError UNSUPPORTED_TYPE."""
         if kind not in self.sight.drivers:
-            words = f"nothing on this device runs {kind} components; see runtime.{kind} and runtime.engine"
-            raise ComponentError("UNSUPPORTED_TYPE", words)
+            raise ComponentError("UNSUPPORTED_TYPE", f"nothing on this device runs {kind} components; see"
+                                 f" runtime.{kind} and runtime.engine")
         return self.sight.drivers[kind]
 
     def load_deployment(self, digest):
@@ -1449,8 +1460,8 @@ def assign_here(targets, records, devices, silent, offers):
             wanted = target.deployment.device_id or own_id
             error = find_reason(target.deployment, device, offers)
             if wanted != own_id:
-                words = f"metadata.deviceId is {wanted}, this device is {own_id}"
-                error = ComponentError("WRONG_DEVICE", words)
+                error = ComponentError("WRONG_DEVICE",
+                                       f"metadata.deviceId is {wanted}, this device is {own_id}")
         found.append(target._replace(error=error, device_id=own_id))
     return [make_share(device, found, records, silent[own_id])]
 
@@ -1473,9 +1484,9 @@ def find_reason(deployment, device, offers):
     """
     try:
         if deployment.type not in device.drivers:
-            words = f"nothing on {device.device_id} runs {deployment.type} components"
             hint = "" if device.silence else f"; see runtime.{deployment.type} and runtime.engine"
-            raise ComponentError("UNSUPPORTED_TYPE", words + hint)
+            raise ComponentError("UNSUPPORTED_TYPE", f"nothing on {device.device_id} runs {deployment.type}"
+                                 f" components{hint}")
         if deployment.constraints:
             check_eligibility(deployment.constraints, offers[device.device_id])
     except ComponentError as error:
@@ -1511,8 +1522,8 @@ def hold_back(action, share):
     if not target:
         adopted = share.records[action.key]["adopted"]
         target = Target(action.deployment_id, adopted["digest"], adopted["version"])
-    reason = f"{silence.code}: {silence.message}"
-    return action._replace(verb="refuse", reason=reason, target=target._replace(error=silence))
+    return action._replace(verb="refuse", reason=f"{silence.code}: {silence.message}",
+                           target=target._replace(error=silence))
 
 
 def make_drivers(config, child=None, others=()):
@@ -1643,23 +1654,6 @@ def make_prefix(device_id, own_id):
     return "" if device_id == own_id else device_id + " "
 
 
-def prune(state, store, own_id, answering):
-    """Removes what neither the current nor the previous version of any deployment needs.
-
-    These are artifacts, unpacked packages, and images that the agent pulled: nothing else on the device.
-    Changes state["pulled"].  answering: {device id: {type: driver}} of what answers.
-    """
-    digests, images = find_needed(state)
-    store.prune_artifacts(digests)
-    drivers = {make_prefix(device_id, own_id): found.values() for device_id, found in answering.items()}
-    for entry in state["pulled"]:
-        device_id, space, name = entry.rpartition(" ")
-        there = drivers.get(device_id + space, ())
-        if name not in images and any(driver.remove_image(name) for driver in there):
-            log("info", "image pruned", image=entry)
-            state["pulled"] = [other for other in state["pulled"] if other != entry]
-
-
 def find_needed(state):
     """({artifact digest}, {image}) that the desired state and the last two versions of all need (P-5)."""
     digests = {item["digest"] for item in (state["accepted"] or {}).get("deployments", ())}
@@ -1749,8 +1743,8 @@ def find_turn(waiting, held):
             keeps, holds = rivals[other]
             port = find_clash(takes, {port for port in holds if find_clash({port}, keeps)})
             if port:
-                where = f"{port[1] or '*'}:{port[2]}/{port[3]}"
-                return key, "fail", f"the host's port {where} is held by deployment {other}, which keeps it"
+                return key, "fail", (f"the host's port {port[1] or '*'}:{port[2]}/{port[3]} is held by"
+                                     f" deployment {other}, which keeps it")
         if not found:
             return key, "go", ""
         blocking += found
@@ -3227,20 +3221,23 @@ def detect_properties(state_dir, root="/", hostname=False):
     return found
 
 
-# What boards say that have nothing of their own to say: words for nothing, the name of the field itself, one
-# character again and again; and what counts up, from whose start five or more characters are taken.
+# What boards say that have nothing of their own to say, each run of signs a blank: words for nothing, the
+# name of the field itself, one character again and again; and what counts up or down, from whose start five
+# or more characters are taken.
 PLACEHOLDER = (
-    r"(?i)(to be filled.*|o\.?e\.?m\.?|default( string)?|standard|none|null|empty|blank|invalid"
-    r"|un(known|defined|specified)|n/?a|serial ?number"
-    r"|not? ?(specified|applicable|available|present|set|asset tag|serial( number)?)"
-    r"|(system|chassis|base ?board|board|product) .*|[\W_0]+|(?P<one>\S)(?P=one){2,})?")
-COUNTING = ("0123456789abcdef", "123456789abcdef", "12345678901234567890")
+    r"(?i)(to be filled.*|o ?e ?m|default( string)?|standard|none|null|empty|blank|invalid|tbd|test|dummy"
+    r"|un(known|defined|specified)|n ?a|serial( ?(number|no))?|03000200 0400 0500 0006 000700080009"
+    r"|not? ?(specified|applicable|available|provided|present|set|asset tag|serial( number)?)"
+    r"|(type ?[0-9]+ )?(system|chassis|base ?board|board|product) .*|[0 ]*|(?P<one>\S)((?P=one)| ){2,})")
+COUNTING = ("0123456789abcdef", "123456789abcdef", "12345678901234567890", "fedcba9876543210", "9876543210",
+            "987654321")
 
 
 def is_placeholder(text):
     """Whether the firmware's text says nothing of this one device."""
+    plain = re.sub(r"[\W_]+", " ", text).strip()
     counts = len(text) > 4 and any(row.startswith(text.lower()) for row in COUNTING)
-    return counts or bool(re.fullmatch(PLACEHOLDER, text))
+    return counts or bool(re.fullmatch(PLACEHOLDER, plain))
 
 
 def detect_text(root, dmi, tree):
@@ -7050,7 +7047,7 @@ def parse_problem(body):
     if kind.startswith(PROBLEM_ROOT):
         kind = re.split("[#/]", kind)[-1]           # the URI is a name, never fetched (C-055)
     wait = value.get("retryAfterSeconds")
-    wait = float(wait) if is_number(wait) and 0 <= wait < 1e15 else None
+    wait = float(wait) if is_number(wait) and 0 <= wait < 1e20 else None
     errors = value.get("errors")
     errors = [make_printable(f"{item.get('field')}: {item.get('message')}")
               for item in (errors if isinstance(errors, list) else ()) if isinstance(item, dict)]
@@ -7256,7 +7253,7 @@ def create_folder(path, mode=0o700):
     if os.path.isdir(path):
         return
     parent = os.path.dirname(path)
-    if parent and parent != path:
+    if parent:
         create_folder(parent, mode)
     try:
         os.mkdir(path, mode)
@@ -7267,11 +7264,13 @@ def create_folder(path, mode=0o700):
 
 
 def empty_folder(path):
-    """Removes what lies in a folder of ours; what cannot be removed stays, and the log says so."""
+    """Removes what lies in a folder of ours; what cannot be removed stays, and the log says so.
+
+    Where somebody has put a link in its place, what that leads to is not ours.
+    """
     try:
-        for name in os.listdir(path):
-            if not remove_file(os.path.join(path, name)):
-                remove_folder(os.path.join(path, name))
+        for name in () if os.path.islink(path) else os.listdir(path):
+            remove_folder(os.path.join(path, name))
     except OSError as error:
         log("warning", "temporary files cannot be removed", path=path, reason=str(error))
 
@@ -7285,7 +7284,8 @@ def get_space(folder, most=FREE_SPACE):
 
 
 def remove_folder(path):
-    """Removes a folder of ours and all below it, for good; links are removed, never followed.
+    """Removes a folder of ours and all below it, or what lies in its place, for good; links are removed,
+    never followed.
 
     It first gets a name that nobody uses: what was removed by half is never taken for the whole.
     """
@@ -7296,7 +7296,8 @@ def remove_folder(path):
             if name != gone:
                 os.replace(name, gone)
                 sync_folder(os.path.dirname(path))
-            shutil.rmtree(gone)
+            solid = os.path.isdir(gone) and not os.path.islink(gone)
+            (shutil.rmtree if solid else os.remove)(gone)
             sync_folder(os.path.dirname(path))
 
 
@@ -7499,12 +7500,11 @@ def get_random():
 
 def ask_holder(path):
     """Who holds the lock of a file, in words, as far as the kernel tells: process and since when."""
-    inode = os.stat(path).st_ino
     for line in (read_file("/proc/locks", MIB) or b"").decode().splitlines():
-        match = re.search(rf"FLOCK +\S+ +WRITE (\d+) [0-9a-f:]+:{inode} ", line)
+        match = re.search(rf"FLOCK +\S+ +WRITE (\d+) [0-9a-f:]+:{os.stat(path).st_ino} ", line)
         if match and os.path.exists(f"/proc/{match.group(1)}"):
-            since = make_time(os.stat(f"/proc/{match.group(1)}").st_mtime)
-            return f" (process {match.group(1)}, since {since})"
+            since = os.stat(f"/proc/{match.group(1)}").st_mtime
+            return f" (process {match.group(1)}, since {make_time(since)})"
     return ""
 
 
@@ -7550,6 +7550,7 @@ class Store:
         import fcntl
         try:
             self.locked = os.open(self.path("lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            os.fchmod(self.locked, 0o600)
             fcntl.flock(self.locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self.memo = None
         except BlockingIOError:
@@ -7579,21 +7580,27 @@ class Store:
         fault = None
         path = self.path("state.json")
         for name in (path, path + ".old"):
-            data = read_file(name, 256 * MIB)
             try:
-                state = None if data is None else parse_state(data, name)
-                if data and SUM not in data:
+                data = read_file(name, 256 * MIB)
+            except StorageError as error:           # the disk does not give it
+                fault = fault or error
+                continue
+            if data is None:
+                continue
+            try:
+                state = parse_state(data, name)
+                if SUM not in data:
                     check_shape(state, STATE, name)
             except ValueError as error:
                 fault = fault or error
                 continue
-            if state is not None:
-                self.saved = data if name == path else None
-                self.core = make_core(state)
-                if self.saved is None:
-                    log("error", "the state is taken from its copy",
-                        reason=str(fault or f"{path} is missing"))
-                return state
+            self.saved = data if name == path else None
+            self.core = make_core(state)
+            if self.saved is None:
+                log("error", "the state is taken from its copy", reason=str(fault or f"{path} is missing"))
+            return state
+        if isinstance(fault, StorageError):
+            raise fault
         if fault:
             raise StorageError(f"{fault}; restore it, or move it and its copy {path}.old away to start afresh"
                                " (the WFM's next manifest is then accepted whatever its version)")
@@ -7631,7 +7638,11 @@ class Store:
 
     def load_artifact(self, digest):
         """Verified content by digest, None where there is none; what the disk has spoilt counts as none."""
-        data = read_file(self.path("artifacts", digest.replace(":", "-")), 1024 * MIB)
+        try:
+            data = read_file(self.path("artifacts", digest.replace(":", "-")), 1024 * MIB)
+        except StorageError as error:
+            log("warning", "it is fetched again", reason=error.message)
+            return None
         return data if data is not None and sha256_digest(data) == digest else None
 
     def save_artifact(self, digest, data):
@@ -7642,7 +7653,7 @@ class Store:
         """Removes every artifact, and every unpacked package, whose digest is not among `digests`."""
         keep = {digest.replace(":", "-") for digest in digests}
         for name in os.listdir(self.path("artifacts")):
-            if name not in keep:
+            if name not in keep and re.match("sha256-[0-9a-f]{64}", name):
                 os.remove(self.path("artifacts", name))
         short = {digest.split(":")[1][:16] for digest in digests}
         form = re.compile(r"[0-9a-f]{16}(\.content)?|content-[0-9a-f]{32}(\.new)?")
@@ -7653,9 +7664,7 @@ class Store:
             needed = self.load_needed(folder, files, short) if inside else ()
             for name in folders + files:
                 if name.endswith(".tmp") or inside and form.fullmatch(name) and name not in needed:
-                    path = os.path.join(folder, name)
-                    if not remove_file(path):
-                        remove_folder(path)
+                    remove_folder(os.path.join(folder, name))
             folders[:] = [] if inside else [name for name in folders if not name.endswith(".tmp")]
 
     def load_needed(self, folder, files, short):
@@ -7763,7 +7772,7 @@ class Folder:
         places += ["/run/podman/podman.sock", "/run/docker.sock", "/run/containerd/containerd.sock",
                    "/run/crio/crio.sock",
                    os.path.join(environ.get("XDG_RUNTIME_DIR") or "/run", "podman/podman.sock")]
-        places = [os.path.realpath(place) for place in places if place and os.path.exists(place)]
+        places = [os.path.realpath(place) for place in places if os.path.exists(place)]
         inside = [place for place in places if place.startswith(path.rstrip("/") + "/")]
         if inside or os.path.basename(path) in ENGINE_SOCKETS:
             return True
@@ -7839,9 +7848,7 @@ def load_part(path):
     """What load_digest takes of one file, folder or link."""
     if os.path.islink(path):
         return os.readlink(path)
-    content = ""
-    if not os.path.isdir(path):
-        content = digest_pieces(load_pieces(path))
+    content = "" if os.path.isdir(path) else digest_pieces(load_pieces(path))
     return f"{os.stat(path).st_mode:o} {content}"
 
 
@@ -7884,6 +7891,13 @@ def make_retry(record, asked, clock, jitter):
     return make_wait(record, max(delay, min(asked or 0, 2 * RETRY_CAP)), clock)
 
 
+def make_due(record, clock):
+    """When a deployment that has failed is tried again, in words."""
+    left = find_wait(record["retry"], clock)
+    due = f"at {make_time(clock.now + left)}" if left else "is with the next run"
+    return f"next attempt {due}, `retry {record['name']}` tries at once"
+
+
 def count_repair(record, clock):
     """The record as a repair of what was installed begins: some are free, then the pauses after them grow
     (P-7).
@@ -7919,12 +7933,13 @@ def make_backoff(failures, asked, strategy, jitter):
 
 
 def make_start(uptime, poll, known, jitter):
-    """The uptime before which a device that has just started leaves its WFM alone: a fleet that regains power
-    arrives spread over one interval (P-19), and two minutes at most, because a device may be switched on for
-    less than its interval (F-27).  One that never had a desired state asks at once.
+    """The uptime before which a device that has just started leaves its WFM alone.
+
+    A fleet that regains power arrives spread over one interval (P-19), and a minute at most, because a device
+    may be switched on for less than its interval (F-27).  One that never had a desired state asks at once.
     """
     spread = jitter * min(poll.interval, START_SPREAD)
-    return uptime + spread if known and poll.jitter and uptime < START_WINDOW else 0
+    return uptime + spread if known and poll.jitter else 0
 
 
 def load_start(store, poll, known, clock, jitter):
@@ -7953,8 +7968,8 @@ def find_silence(patience, downtime, starting, clock):
     left = find_wait(patience, clock)
     why = "the WFM or a back-off asks" if left else "a fleet that has just started does not arrive at once"
     left = left or starting
-    until = make_time(clock.now + left)
-    return Silence(f"waiting until {until}: {why}", retry_after=left) if left else None
+    words = f"waiting until {make_time(clock.now + left)}: {why}"
+    return Silence(words, retry_after=left) if left else None
 
 
 def make_spread(device_id, spread):
@@ -7999,11 +8014,11 @@ def make_delay(config, state, fault, clock, jitter):
 def limit_wait(seconds, now):
     """What somebody asks to wait, None or seconds from `now` (Unix seconds): a day at most.
 
-    A number as large as the clock's is a moment (Unix seconds, or milliseconds), not a duration.
+    A number as large as the clock's is a moment (Unix seconds, or parts of them), not a duration.
     """
     if seconds is None:
         return None
-    if seconds >= 1e12:
+    while 1e12 <= seconds < 1e20:
         seconds /= 1000
     if seconds >= 1e9:
         seconds -= now
@@ -8014,9 +8029,9 @@ def parse_retry_after(text, now):
     """`Retry-After` in either form to seconds from `now` (Unix seconds), None where there is none or it is
     unreadable (C-056).
     """
-    text = text or ""
-    if re.fullmatch(r"[0-9]+", text.strip()):
-        return limit_wait(float(text.strip()), now)  # float strips less than strip does
+    text = (text or "").strip()
+    if re.fullmatch(r"[0-9]+(\.[0-9]*)?", text):
+        return limit_wait(float(text), now)
     moment = parse_date(text)
     return None if moment is None else limit_wait(max(0.0, moment - now), now)
 
@@ -12528,7 +12543,8 @@ def command_describe(config, options):
     adopted = record["adopted"]
     target = Target(record["deploymentId"], adopted["digest"], adopted["version"])
     deployment = read_target(target, agent.store.load_artifact, config).deployment
-    report = make_details(record, deployment, seen.containers, get_clock())
+    clock = get_clock()
+    report = make_details(record, deployment, seen.containers, clock)
     if "--json" in options:
         return print_json(report)
     print_row(report["state"], f"{report['deploymentId']}  {report['name']}  on {report['deviceId']}")
@@ -12543,7 +12559,7 @@ def command_describe(config, options):
     for fault in seen.silent.values():
         print_row("containers", fault.message)
     if report["attempts"]:
-        print_row("attempts", f"{report['attempts']} failed; {make_due(record, get_clock())}")
+        print_row("attempts", f"{report['attempts']} failed; {make_due(record, clock)}")
     if report["before"]:
         runs = "runs in its place" if record["fallback"] else "is kept to go back to"
         print_row("before", f"the version of document {report['before']} {runs}")
@@ -12746,21 +12762,14 @@ def command_run(config, options):
     log("debug", "cycle done", result=outcome.result, code=outcome.code)
     for record in agent.state["deployments"].values():
         if record["state"] == "failed":
-            code = record["error"]["code"]
-            log_wait(f"{record['name']} has failed ({code}); {make_due(record, get_clock())}")
+            due = make_due(record, get_clock())
+            log_wait(f"{record['name']} has failed ({record['error']['code']}); {due}")
     if "--json" in options:
         print_json(outcome._asdict())
     if descriptor:
         words = make_life_sign(agent.state, outcome)
         os.write(int(descriptor), f"{outcome.delay:.3f} {words}".encode("utf-8", "replace"))
     return outcome.code
-
-
-def make_due(record, clock):
-    """When a deployment that has failed is tried again, in words."""
-    left = find_wait(record["retry"], clock)
-    due = f"at {make_time(clock.now + left)}" if left else "is with the next run"
-    return f"next attempt {due}, `retry {record['name']}` tries at once"
 
 
 def make_life_sign(state, outcome):
@@ -12780,7 +12789,7 @@ def start_watch(config, arguments):
     import marshal
     parts = {
         part.__name__: part.__code__
-        for part in (notify, write_line, start_cycle, read_answer, count_wakes, end_cycle, watch)
+        for part in (notify, write_line, start_cycle, read_answer, count_wakes, reap, end_cycle, watch)
     }
     last = "the daemon has ended" if log.level in ("debug", "info") else ""
     words = make_child(arguments), CYCLE_RETRY, HUNG, STOP_LIMIT, last
@@ -12889,6 +12898,23 @@ def count_wakes(pid):
         return time.monotonic()
 
 
+def reap(pid):
+    """How a child has ended, as waitpid tells it; None while it runs, or where there is none (0).
+
+    As process 1 of a container the daemon inherits what engine commands leave behind: that is reaped, too.
+    """
+    found = None
+    try:
+        ended = True
+        while ended:
+            ended, status = os.waitpid(-1, os.WNOHANG)
+            if 0 < ended == pid:
+                found = status
+    except ChildProcessError:
+        pass                                        # there is none any more
+    return found
+
+
 def end_cycle(pid, limit):
     """Asks a cycle to end after its current step, and kills it after `limit` seconds.
 
@@ -12897,7 +12923,7 @@ def end_cycle(pid, limit):
     import signal
     end = time.monotonic() + limit
     os.kill(pid, signal.SIGTERM)
-    while not os.waitpid(pid, os.WNOHANG)[0]:
+    while reap(pid) is None:
         if time.monotonic() > end:
             write_line("error", f"the cycle did not end within {limit} s, and is killed")
             os.kill(pid, signal.SIGKILL)
@@ -12942,8 +12968,8 @@ def watch(child, fallback, hung, limit, last):
             return code
         if number == signal.SIGHUP:
             due = 0
-        ended, status = os.waitpid(pid, os.WNOHANG) if pid else (0, 0)
-        if ended:
+        status = reap(pid)
+        if status is not None:
             answer, _, words = read_answer(reader).partition(b" ")
             if words:
                 notify(address, "STATUS=" + words.decode("utf-8", "replace"))

@@ -524,9 +524,11 @@ class Times(unittest.TestCase):
             return margo_agent.make_start(uptime, self.CONFIG.poll, known, jitter)
 
         self.assertEqual([start(20, jitter=jitter) for jitter in (0, 0.25, 0.75)], [20, 35, 65])
-        self.assertEqual([start(20, known=False), start(margo_agent.START_WINDOW)], [0, 0])
-        hourly = margo_agent.Settings({"interval": 3600, "jitter": 0.1})        # on for minutes at a time (F-27)
-        self.assertEqual(margo_agent.make_start(20, hourly, True, 0.99), 20 + 0.99 * 120)
+        self.assertEqual(start(20, known=False), 0)
+        late = margo_agent.Clock(0, "boot", margo_agent.START_WINDOW)           # it has not just started
+        self.assertEqual(margo_agent.load_start(None, self.CONFIG.poll, True, late, 0.5), 0)
+        hourly = margo_agent.Settings({"interval": 3600, "jitter": 0.1})        # on for 90 s at a time (F-27)
+        self.assertLess(margo_agent.make_start(20, hourly, True, 0.99), 80)
         self.assertEqual(margo_agent.make_start(20, margo_agent.Settings({"interval": 60, "jitter": 0}), True, 0.5), 0)
 
 

@@ -125,7 +125,7 @@ class Identifier(unittest.TestCase):
     def test_serial_numbers_that_only_look_like_placeholders_are_kept(self):
         """F-18"""
         root = support.make_folder(self)
-        for text in ("1234", "0042", "NA-0042", "12345-7", "OEM-123", "System7", "77", "Unknown5", "1234567891"):
+        for text in ("1234", "0042", "NA-0042", "12345-7", "OEM-123", "System7", "77", "Unknown5", "1234567891", "TEST-4711", "10000000abcdef01"):
             support.write(os.path.join(root, "sys/class/dmi/id/product_serial"), text)
             self.assertEqual(margo_agent.get_device_id(make_device(), root), text)
 
@@ -135,7 +135,8 @@ class Identifier(unittest.TestCase):
         for text in ("To be filled by O.E.M.", "Default string", "None", "0000", "System Serial Number", "Not Specified",
                      "0123456789", "123456789", "1234567890", "12345", "0123456789ABCDEF", "INVALID", "Not Applicable",
                      "OEM", "O.E.M.", "Unknown", "xxxxxxxxxxxx", "Chassis Serial Number", "empty", "Standard",
-                     "........", "--", "11111111", "N/A", "NA", "No Asset Tag", "SerialNumber"):
+                     "........", "--", "11111111", "N/A", "NA", "No Asset Tag", "SerialNumber", "(none)", "Not Provided", "9876543210", "TBD", "Serial",
+                     "Type2 - Board Serial Number", "ffffffff-ffff-ffff-ffff-ffffffffffff", "00000000-0000-0000-0000-000000000000"):
             support.write(os.path.join(root, "sys/class/dmi/id/product_serial"), text)
             with self.assertRaises(margo_agent.ConfigError) as caught:
                 margo_agent.get_device_id(make_device(), root)

@@ -221,6 +221,31 @@ class Parent(DaemonCase):
         self.assertIn("the cycle has not moved for 12 s, and is killed", self.errors())
         self.assertIsNone(process.poll())
 
+    def test_as_process_1_of_a_container_it_keeps_no_corpses(self):
+        """FU-3: whatever an engine's command leaves behind becomes a child of process 1, and is reaped when it ends."""
+        path = os.path.join(self.engine.folder, "bin", "podman")
+        left = support.write(os.path.join(self.engine.folder, "left"), "")
+        script = f"#!/bin/sh\n(sleep 0.1; echo >> {left}) > /dev/null 2>&1 &\nexec {path}.real \"$@\"\n"
+        os.rename(path, path + ".real")
+        support.write(path, script, 0o755)
+        process = subprocess.Popen(["unshare", "--pid", "--fork", "--kill-child"] + self.device.command("run"), env=dict(self.device.env),
+                                   stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        self.addCleanup(support.end, process)
+        support.wait_for(lambda: self.device.state() and self.device.state()["lastPoll"], what="a cycle")
+        daemon = self.find_child(process)
+        os.kill(daemon, signal.SIGHUP)              # so that there is one cycle more
+        support.wait_for(lambda: os.path.getsize(left) > 5, what="things that are left behind")
+
+        def find_corpses():
+            with open(f"/proc/{daemon}/task/{daemon}/children") as file:
+                children = file.read().split()
+            return [child for child in children if margo_agent.read_file(f"/proc/{child}/stat", 4096).rsplit(b")", 1)[1].split()[0] == b"Z"]
+
+        time.sleep(1)
+        support.wait_for(lambda: not find_corpses(), what="the end of all corpses")
+        os.kill(daemon, signal.SIGTERM)
+        self.assertEqual(process.wait(30), 0)
+
     def test_a_cycle_that_does_not_end_does_not_keep_the_parent(self):
         """It is asked to end, and then it is killed."""
         self.hang("create")

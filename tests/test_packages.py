@@ -613,8 +613,17 @@ class Unpacking(ArchiveCase):
         margo_agent.remove_folder(os.path.join(self.top, "gone"))
         self.assertEqual(set(list_tree(self.top)), {"outside", "outside/kept"})
 
+    def test_what_lies_in_the_place_of_a_folder_is_removed_too(self):
+        """F-19: a file that fsck has left there, a link; what that leads to stays."""
+        write(os.path.join(self.top, "outside", "kept"), "kept")
+        for path in (write(os.path.join(self.top, "file"), "x"), os.path.join(self.top, "link")):
+            if not os.path.exists(path):
+                os.symlink(os.path.join(self.top, "outside"), path)
+            margo_agent.remove_folder(path)
+        self.assertEqual(set(list_tree(self.top)), {"outside", "outside/kept"})
+
     def test_what_cannot_be_removed_is_named(self):
-        path = write(os.path.join(self.top, "file"), "x")
+        path = "/proc/self/task"
         with self.assertRaises(margo_agent.FAULTS) as caught:
             margo_agent.remove_folder(path)
         fault = margo_agent.to_fault(caught.exception)

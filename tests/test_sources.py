@@ -300,7 +300,7 @@ class Patience(SourceCase):
         self.device.cycle()
         self.wfm.fault({"path": MANIFEST[1], "status": 503, "headers": {"Retry-After": "3600"}})
         self.device.cycle(3)
-        self.assertRegex(self.device.run("doctor").stdout, "warn wait +until .* asks to wait; `retry` ends that")
+        self.assertRegex(self.device.run("doctor").stdout, "FAIL wait +until .* asks to wait; `retry` ends that")
         self.assertEqual(self.device.run("retry").returncode, 0)
         self.assertNotIn("asks to wait", self.device.run("doctor").stdout)
         self.wfm.fault()

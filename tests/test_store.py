@@ -16,6 +16,7 @@ HOLD_LOCK = """
 import sys, time
 sys.path.insert(0, sys.argv[1])
 import margo_agent
+from tests import support
 margo_agent.Store(sys.argv[2]).lock()
 print("held", flush=True)
 time.sleep(60)
@@ -43,6 +44,12 @@ class Directory(StoreCase):
         self.addCleanup(os.umask, old)
         self.store.save_state(margo_agent.make_state())
         self.assertEqual(stat.S_IMODE(os.stat(self.store.path("state.json")).st_mode), 0o600)
+
+    def test_the_lock_can_be_taken_again_whatever_the_umask(self):
+        old = os.umask(0o777)
+        self.addCleanup(os.umask, old)
+        self.store.lock()
+        self.assertEqual(stat.S_IMODE(os.stat(self.store.path("lock")).st_mode), 0o600)
 
     def test_a_second_instance_is_locked_out_and_a_dead_one_is_not(self):
         here = os.path.dirname(os.path.abspath(margo_agent.__file__))
@@ -179,6 +186,25 @@ class Copy(StoreCase):
         os.remove(self.store.path("state.json"))
         self.assertEqual(self.load()["accepted"]["version"], 6)
 
+    def test_a_state_that_the_disk_does_not_give_is_taken_from_its_copy_and_written_anew(self):
+        """F-19: bad blocks answer with an error, not with damaged bytes; a link to itself cannot be read either, by anybody."""
+        self.save(self.make(6))
+        for name in ("state.json", "state.json.old"):
+            os.remove(self.store.path(name))
+            os.symlink(name, self.store.path(name))
+            if name == "state.json":
+                store = margo_agent.Store(self.folder)
+                state = store.load_state()
+                self.assertEqual(state["accepted"]["version"], 6)
+                store.save_state(state)
+                self.assertFalse(os.path.islink(self.store.path(name)))
+                os.remove(self.store.path(name))
+                os.symlink(name, self.store.path(name))
+        with self.assertRaises(margo_agent.StorageError) as caught:     # somebody else's, perhaps: nobody is told to throw it away
+            self.load()
+        self.assertIn("state.json cannot be read", caught.exception.message)
+        self.assertNotIn("afresh", caught.exception.message)
+
     def test_both_damaged_is_refused_with_the_mend(self):
         self.save(self.make(6))
         for name in ("state.json", "state.json.old"):
@@ -247,9 +273,42 @@ class Artifacts(StoreCase):
         with open(self.store.path("artifacts", digest.replace(":", "-")), "r+b") as file:
             file.write(b"X")
         self.assertIsNone(self.store.load_artifact(digest))
+        path = self.store.path("artifacts", digest.replace(":", "-"))
+        os.remove(path)
+        os.symlink(path, path)                      # it cannot be read at all
+        self.assertIsNone(self.store.load_artifact(digest))
+        self.store.save_artifact(digest, b"content")
+        self.assertEqual(self.store.load_artifact(digest), b"content")
+
+    def test_what_lies_beside_them_stays(self):
+        """P-5: a disk that is mounted there has a `lost+found`, and perhaps more."""
+        os.mkdir(self.store.path("artifacts", "lost+found"))
+        support.write(self.store.path("artifacts", "notes"), "somebody's")
+        for name in ("sha256-" + "0" * 64, f"sha256-{'1' * 64}.tmp"):
+            support.write(self.store.path("artifacts", name), "")
+        self.store.prune_artifacts([])
+        self.assertEqual(sorted(os.listdir(self.store.path("artifacts"))), ["lost+found", "notes"])
 
 
 class Folders(StoreCase):
+    def test_what_a_link_in_the_place_of_a_folder_of_ours_leads_to_is_not_emptied(self):
+        """Somebody may want the temporary files on another disk."""
+        folder = support.make_folder(self)
+        support.write(os.path.join(folder, "notes"), "somebody's")
+        os.rmdir(self.store.path("tmp"))
+        os.symlink(folder, self.store.path("tmp"))
+        self.store.create()
+        margo_agent.empty_folder(self.store.path("tmp"))
+        self.assertEqual(os.listdir(folder), ["notes"])
+
+    def test_a_folder_that_cannot_be_made_is_named(self):
+        """F-19: it was moved to a disk that is not there now."""
+        os.rmdir(self.store.path("artifacts"))
+        os.symlink("/nonexistent/artifacts", self.store.path("artifacts"))
+        with self.assertRaises(margo_agent.StorageError) as caught:
+            self.store.create()
+        self.assertIn(self.store.path("artifacts"), caught.exception.message)
+
     def test_a_folder_that_was_removed_by_half_is_not_taken_for_the_whole(self):
         """P-13: whatever happens while it is removed, its name is free first."""
         path = self.store.path("deployments", "x", "web", "0123456789abcdef")

@@ -763,7 +763,10 @@ class Verdicts(unittest.TestCase):
         self.assertEqual(self.judge(503, Retry_After="99999999999999999999").retry_after, 86400)
         for seconds in (86401, 10 ** 9 - 1, 10 ** 14):
             self.assertEqual(self.judge(503, {"retryAfterSeconds": seconds}).retry_after, 86400)
-        self.assertEqual(self.judge(503, {"retryAfterSeconds": NOW + 60}).retry_after, 60)
+        for parts in (1, 10 ** 3, 10 ** 6, 10 ** 9):                                # a clock of milliseconds, microseconds, nanoseconds
+            moment = (NOW + 60) * parts
+            self.assertAlmostEqual(self.judge(503, {"retryAfterSeconds": moment}).retry_after, 60, 3)
+            self.assertAlmostEqual(self.judge(503, Retry_After=str(moment)).retry_after, 60, 3)
 
     def test_retry_after_is_read_in_both_forms_and_beats_the_body(self):
         """C-056: never earlier than the server says."""
@@ -774,7 +777,7 @@ class Verdicts(unittest.TestCase):
                     (email.utils.formatdate(NOW - 90, usegmt=True), None, 0.0),
                     (None, 5, 5.0), ("120", 5, 120.0), ("0", 5, 0.0), (later, 5, 90.0), ("soon", 5, 5.0),
                     ("soon", None, None),
-                    ("-5", None, None), ("1.5", None, None), ("", 5, 5.0), (None, None, None), ("\u0663", 5, 5.0)):
+                    ("-5", None, None), ("1.5", None, 1.5), ("1.5s", None, None), ("", 5, 5.0), (None, None, None), ("\u0663", 5, 5.0)):
                 with self.subTest(status=status, header=header, body=body):
                     headers = {} if header is None else {"Retry_After": header}
                     error = self.judge(status, {} if body is None else {"retryAfterSeconds": body}, **headers)

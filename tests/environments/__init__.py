@@ -45,6 +45,43 @@ def make_system(suite, architecture="amd64"):
     return root
 
 
+def make_foreign(suite, architecture):
+    """The root folder of a Debian for another processor: its packages unpacked, none of them configured, because that takes an hour there."""
+    root = os.path.join(STORE, f"{suite}-{architecture}")
+    made = os.path.join(root, "made")
+    if not os.path.exists(made):
+        shutil.rmtree(root, ignore_errors=True)
+        for folder in ("proc", "dev", "tmp", "etc", "root", "srv/margo", "usr/bin", "usr/sbin", "usr/lib"):
+            os.makedirs(os.path.join(root, folder))
+        for name in ("bin", "sbin", "lib"):
+            os.symlink(f"usr/{name}", os.path.join(root, name))
+        with tempfile.TemporaryDirectory(dir=STORE) as work:
+            for command in ([["debootstrap", "--foreign", "--variant=minbase", f"--arch={architecture}", "--include=python3,openssl,git",
+                              suite, work]], [["sh", "-c", f"for file in {work}/var/cache/apt/archives/*.deb; do dpkg-deb --fsys-tarfile $file |"
+                                               f" tar -x -C {root} --keep-directory-symlink; done"]]):
+                done = subprocess.run(command[0], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, universal_newlines=True)
+                if done.returncode:
+                    raise Broken(f"{suite} for {architecture}: {done.stdout[-2000:]}")
+        for name, text in (("etc/passwd", "root:x:0:0:root:/root:/bin/sh\n"), ("etc/hosts", "127.0.0.1 localhost\n"), ("made", "")):
+            with open(os.path.join(root, name), "w") as file:
+                file.write(text)
+    return root
+
+
+def try_foreign(suite, architecture, program):
+    """Runs foreign.sh in such a system; the kernel has to know how that processor's programs are run (package qemu-user-static)."""
+    if not os.path.exists(f"/proc/sys/fs/binfmt_misc/{program}"):
+        raise Broken(f"programs for {architecture} cannot be run here: install qemu-user-static, mount binfmt_misc, register {program}")
+    root = make_foreign(suite, architecture)
+    shutil.rmtree(os.path.join(root, "srv", "margo"))
+    shutil.copytree(REPOSITORY, os.path.join(root, "srv", "margo"), ignore=shutil.ignore_patterns(".git", ".parts", "__pycache__"))
+    script = ("ip link set lo up; mount -t proc proc {0}/proc; mount -t tmpfs tmpfs {0}/tmp; mount --rbind /dev {0}/dev; exec chroot {0}"
+              " /usr/bin/env -i PATH=/usr/sbin:/usr/bin:/sbin:/bin HOME=/root sh -c 'cd /srv/margo && exec sh tests/environments/foreign.sh'")
+    words = ["unshare", "--net", "--mount", "--pid", "--fork", "--kill-child", "sh", "-c", script.format(root)]
+    if subprocess.run(words, stdin=subprocess.DEVNULL, timeout=2 * LIMIT).returncode:
+        raise Broken("foreign.sh")
+
+
 class System:
     """A running system; its `run` runs a command in it."""
 
@@ -158,6 +195,16 @@ def try_i386():
         system.run("sh", "examples/quickstart.sh")
 
 
+def try_armhf():
+    """32-bit ARM, emulated: no real engine there."""
+    try_foreign("bookworm", "armhf", "qemu-arm")
+
+
+def try_riscv64():
+    """RISC-V, emulated: no real engine there."""
+    try_foreign("trixie", "riscv64", "qemu-riscv64")
+
+
 def try_busybox():
     """A userland of busybox' applets: no coreutils, no bash, no curl's friends."""
     with booted("/") as system:
@@ -170,5 +217,5 @@ def try_frozen():
         system.run("sh", "tests/environments/frozen.sh")
 
 
-ENVIRONMENTS = {"unit": try_unit, "package": try_package, "cron": try_cron, "debian-13": try_debian_13, "rootless": try_rootless, "i386": try_i386,
+ENVIRONMENTS = {"unit": try_unit, "package": try_package, "cron": try_cron, "debian-13": try_debian_13, "rootless": try_rootless, "i386": try_i386, "armhf": try_armhf, "riscv64": try_riscv64,
                 "busybox": try_busybox, "frozen": try_frozen}
