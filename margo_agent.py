@@ -210,7 +210,8 @@ class ComponentError(MargoError):
         super().__init__(message[:MAX_MESSAGE] + ("..." if len(message) > MAX_MESSAGE else ""), code, **facts)
 
 
-TROUBLE = (ComponentError, CommandError, MemoryError)       # what fails one deployment and not the cycle
+# What fails one deployment and not the cycle.
+TROUBLE = (ComponentError, CommandError, ConfigError, MemoryError)
 
 
 class Forbidden(ComponentError):
@@ -1789,6 +1790,7 @@ class HttpSource:
 
     root = "/api/v1"
     status_path = "/deployments/{}/status"
+    client_id = "whom it knows by no id yet"
 
     def __init__(self, config):
         self.config, self.url = config, config.wfm.url
@@ -1807,8 +1809,7 @@ class HttpSource:
         if coding not in (None, "identity"):
             log("info", "an answer is coded, which was not asked for; it is taken as it came", coding=coding,
                 request=f"{method} {path}")
-        who = getattr(self, "client_id", "whom it knows by no id yet")
-        denial = f"the WFM does not accept this client, {who}: register it there"
+        denial = f"the WFM does not accept this client, {self.client_id}: register it there"
         return check_response(response, f"{method} {self.url}{path}", accepted, now, denial)
 
     def fetch_manifest(self, etag):
@@ -1893,11 +1894,19 @@ class HttpSource:
 
     def put_capabilities(self, device_id, document):
         """Reports what a device can do; repeating it is harmless (C-080)."""
-        self.send("PUT", f"/capabilities/{device_id}", SUCCESS, document=document)
+        self.send_of("PUT", device_id, document)
 
     def delete_capabilities(self, device_id):
         """Deregisters a device; one that the WFM does not know is deregistered already."""
-        self.send("DELETE", f"/capabilities/{device_id}", (*SUCCESS, 404))
+        try:
+            self.send_of("DELETE", device_id)
+        except Refused as error:
+            if error.status != 404:
+                raise
+
+    def send_of(self, method, device_id, document=None):
+        """One request about a device."""
+        self.send(method, f"/capabilities/{device_id}", SUCCESS, document=document)
 
     def post_status(self, deployment_id, document):
         """Reports a deployment's status."""
@@ -1930,18 +1939,6 @@ class MtlsSource(HttpSource):
             judge(leaf, now)
         self.chain = chain
 
-    def put_capabilities(self, device_id, document):
-        """Reports what a device can do; repeating it is harmless (C-080)."""
-        self.send_of("PUT", device_id, document)
-
-    def delete_capabilities(self, device_id):
-        """Deregisters a device; one that the WFM does not know is deregistered already."""
-        try:
-            self.send_of("DELETE", device_id)
-        except Refused as error:
-            if error.status != 404:
-                raise
-
     def send_of(self, method, device_id, document=None):
         """One request about a device.
 
@@ -1952,11 +1949,11 @@ class MtlsSource(HttpSource):
         if self.memo.get("escaped"):
             forms.reverse()
         try:
-            self.send(method, f"/capabilities/{forms[0]}", SUCCESS, document=document)
+            super().send_of(method, forms[0], document)
         except Refused as error:
             if error.code != "HTTP 404" or forms[0] == forms[1]:
                 raise
-            self.send(method, f"/capabilities/{forms[1]}", SUCCESS, document=document)
+            super().send_of(method, forms[1], document)
             self.memo["escaped"] = forms[0] == device_id
 
 
@@ -2696,8 +2693,7 @@ def parse_trust_bundle(data):
         anchors = parse_pem(data.decode("ascii"))
     else:
         value = parse_json(data, "the trust bundle")
-        if not isinstance(value, dict) or not isinstance(value.get("keys"), list):
-            raise ValueError("a trust bundle is a JWK Set with `keys`, or PEM")
+        check_shape(value, {"keys": list}, "")      # a JWK Set
         anchors = parse_jwks(value["keys"])
     if not anchors:
         raise ValueError("no X.509 anchor in it (no key with use x509-svid); whoever runs the WFM has the"
@@ -2716,10 +2712,9 @@ def parse_jwks(keys):
     for index, key in enumerate(keys):
         if not isinstance(key, dict) or key.get("use") != "x509-svid":
             continue
-        x5c = key.get("x5c")
-        if not isinstance(x5c, list) or not x5c or not isinstance(x5c[0], str):
-            raise ValueError(f"keys[{index}] is for x509-svid and has no x5c")
-        anchors.append(base64.b64decode(x5c[0], validate=True))        # no white space there (RFC 7517, 4.7)
+        check_shape(key, {"x5c": ["(?s).*"]}, f"keys[{index}]")
+        first = (key["x5c"] + [""])[0]              # without white space (RFC 7517, 4.7); "" is none
+        anchors.append(base64.b64decode(first, validate=True))
     return anchors
 
 
@@ -2738,9 +2733,8 @@ def parse_discovery(data, document_url, trust_domain, public, held=None):
     for the document, which may then name no other origin.  held: the state's `trust`.
     """
     value = parse_json(data, "the discovery document")
-    domain = value.get("trustDomain") if isinstance(value, dict) else None
-    if not isinstance(domain, str):
-        raise ValueError("the discovery document has no trustDomain")
+    check_shape(value, {"trustDomain": "(?s).*"}, "")
+    domain = value["trustDomain"]
     if trust_domain not in (None, domain):
         raise ValueError(f"it is for trust domain {make_printable(domain, 100)}, the own SVID is of"
                          f" {trust_domain}")
@@ -2901,9 +2895,7 @@ def obtain_mis_context(config, url):
     if not settings.ca:
         context.check_hostname = False
         context.verify_mode = ssl.CERT_NONE
-    shown = fetch_chain(url, context, timeout)
-    if len(shown) == 1 and sys.version_info < (3, 10):
-        shown += ask_chain(url, timeout)
+    shown = ask_chain(url, context, timeout)
     pinned = [der for der in shown + context.get_ca_certs(binary_form=True) if make_pin(der) in settings.pins]
     if not pinned:
         raise Untrusted(f"{url}: it presents no certificate whose key is in identity.pins")
@@ -2941,12 +2933,15 @@ def fetch_chain(url, context, timeout):
     return found
 
 
-def ask_chain(url, timeout):
-    """The same as openssl shows them, for a Python that shows the leaf alone."""
-    host, port = find_origin(url)
-    # it fails where it is asked for a certificate of its own, after it has shown them
-    command = ["s_client", "-showcerts", "-connect", f"[{host}]:{port}"]
-    return parse_pem(run_openssl(command, timeout=timeout, strict=False).decode("ascii", "replace"))
+def ask_chain(url, context, timeout):
+    """The same, and before Python 3.10 what openssl shows above the leaf, too; nobody has verified that."""
+    found = fetch_chain(url, context, timeout)
+    if sys.version_info < (3, 10):
+        host, port = find_origin(url)
+        # it fails where it is asked for a certificate of its own, after it has shown them
+        command = ["s_client", "-showcerts", "-connect", f"[{host}]:{port}"]
+        found += parse_pem(run_openssl(command, timeout=timeout, strict=False).decode("ascii", "replace"))
+    return found
 
 
 def fetch_from_mis(url, config, headers=None, limit=MAX_CERTIFICATES):
@@ -2964,9 +2959,13 @@ def fetch_from_mis(url, config, headers=None, limit=MAX_CERTIFICATES):
 def run_openssl(arguments, data=b"", expected=b"", timeout=60, strict=True):
     """What one openssl command prints on stdout.
 
-    Raises CommandError where it does not say `expected` or, if strict, ends with another code than 0.
+    Raises CommandError where it does not say `expected` or, if strict, ends with another code than 0, and
+    ConfigError where there is no openssl.
     """
-    output = run_command(["openssl"] + arguments, timeout, data=data)
+    try:
+        output = run_command(["openssl"] + arguments, timeout, data=data)
+    except CommandMissing as error:
+        raise ConfigError(error.message) from None
     if strict and output.code or expected not in output.stdout + output.stderr.encode():
         raise CommandError(f"openssl {arguments[0]} failed: {output.stderr}")
     return output.stdout
@@ -3592,18 +3591,13 @@ def make_trial(service, engine):
 
 
 def find_subnets(text):
-    """The subnets in create arguments of a network, a line each, or in what an engine shows of some, as JSON.
-
-    Raises ComponentError.
-    """
+    """The subnets in create arguments of a network, a line each, or in what an engine shows, as JSON."""
     import ipaddress
-    found = []
-    for subnet in re.findall('(?im)(?:^--subnet=|"subnet": *")([^"\n]*)', text):
-        try:
-            found.append(ipaddress.ip_network(subnet, False))
-        except ValueError:
-            raise make_fault(f"networks: {make_printable(subnet, 60)!r} is no subnet") from None
-    return found
+    try:
+        return [ipaddress.ip_network(subnet, False)
+                for subnet in re.findall('(?im)(?:^--subnet=|"subnet": *")([^"\n]*)', text)]
+    except ValueError as error:
+        raise make_fault(f"networks: {error}") from None
 
 
 def check_rivals(services):
@@ -3627,36 +3621,30 @@ def check_rivals(services):
 
 
 def ask_ports(services, known):
-    """Raises ComponentError for a port that this device cannot give, beside those that are held already.
-
-    known: as in a Job.
-    """
+    """Raises ComponentError for a port that another program holds; known: as in a Job, for what is held."""
     held = {tuple(port[1:]) for facts in known.values() for port in facts.get("ports", ())}
     for service in services:
         for address, *port in service.ports:
-            fault = tuple(port) not in held and ask_port(address, *port)
-            if fault:
+            if tuple(port) not in held and ask_taken(address, *port):
                 where = f"{address or '*'}:{port[0]}/{port[1]}"
-                raise ComponentError("PORT_IN_USE", f"service {service.name} cannot have the host's port"
-                                     f" {where}: {fault}")
+                raise ComponentError("PORT_IN_USE", f"another program holds the host's port {where}, which"
+                                     f" service {service.name} publishes")
 
 
-def ask_port(address, number, protocol):
-    """Why nobody could listen at an address and port of this device now, in words; "" where one could."""
+def ask_taken(address, number, protocol):
+    """Whether somebody listens at an address and port, as far as is seen from here."""
     import errno
     import socket
-    if protocol == "sctp":
-        return ""
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    kind = {"tcp": socket.SOCK_STREAM, "udp": socket.SOCK_DGRAM}.get(protocol, socket.SOCK_SEQPACKET)
     try:
-        with socket.socket(family, socket.SOCK_DGRAM if protocol == "udp" else socket.SOCK_STREAM) as probe:
+        with socket.socket(family, kind) as probe:
             if protocol == "tcp":                   # else what was closed just now is in the way
                 probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind((address or "0.0.0.0", number))
-    except OSError as error:
-        if error.errno in (errno.EADDRINUSE, errno.EADDRNOTAVAIL):
-            return error.strerror
-    return ""
+    except OSError as error:                        # whatever else there is, the engine will say
+        return error.errno == errno.EADDRINUSE
+    return False
 
 
 def find_targets(service):
@@ -4306,23 +4294,21 @@ class ComposeDriver:
         return volumes
 
     def create_all(self, job, networks, services, leaving, names):
-        """Makes networks, volumes and containers, and gives each container the name of its service.
+        """Makes networks and containers, and gives each container the name of its service.
 
-        One that leaves may have that name still: it gets another one once all are made.  names: {service:
-        name} of containers that are kept.  Nothing is stopped yet, so that this is no part of the outage.
+        One that leaves and has that name gets another one before.  names: {service: name} of containers that
+        are kept.  Nothing is stopped yet, so that this is no part of the outage.
         """
         self.create_shared(job, "network", networks)
         held = {container.name: container.id for container in leaving}
-        for service in services:
-            name = make_container_name(job.workload.project, service.name)
-            name += f"-new-{os.urandom(4).hex()}" if name in held else ""
-            names[service.name] = name
-            job.current[service.name] = self.create(service, job, name)
-        for service, name in names.items():
+        making = {service.name: service for service in services}
+        for service in [*names, *making]:
             own = make_container_name(job.workload.project, service)
-            if name != own:
-                if own in held:                     # it may have gone meanwhile
-                    self.run(["rename", held[own], f"{own}-old-{held[own][:12]}"], 60)
+            if own in held:                         # it may have gone meanwhile
+                self.run(["rename", held[own], f"{own}-old-{held[own][:12]}"], 60)
+            if service in making:
+                job.current[service] = self.create(making[service], job, own)
+            elif names[service] != own:
                 self.rename(job, job.current[service], own)
 
     def rename(self, job, container_id, name):
@@ -6748,7 +6734,8 @@ Response = define("Response", "status headers body", "An HTTP answer: int, email
 # What TLS 1.2 may use, and with any TLS no short keys and no SHA-1; Python's own words from 3.10 on.
 CIPHERS = "@SECLEVEL=2:ECDH+AESGCM:ECDH+CHACHA20:ECDH+AES:DHE+AES:!aNULL:!eNULL:!aDSS:!SHA1:!AESCCM"
 Problem = define("Problem", "type title detail retryable retry_after strategy errors",
-    "RFC 9457 as Margo uses it; `type` is cut to its last part for Margo's own types (protocol 3.7).")
+    "RFC 9457 as Margo uses it; `type` is cut to its last part for Margo's own types (protocol 3.7).",
+    "", "", "", None, None, "", ())
 
 
 def make_tls_context(anchors=(), ca_file=None, min_tls="1.3"):
@@ -6796,7 +6783,10 @@ def request(method, url, headers, body, context, timeout, limit, check_peer=None
     message = urllib.request.Request(url, data=body, headers=headers, method=method)
     try:
         with make_opener(context, check_peer).open(message, timeout=timeout) as response:
-            return Response(response.status, response.headers, read_body(response, limit, timeout, where))
+            found = http.client.HTTPMessage()
+            for name, value in response.headers.items():            # folded lines are one (RFC 9112, 5.2)
+                found[name] = re.sub(r"\s*[\r\n]\s*", " ", value)
+            return Response(response.status, found, read_body(response, limit, timeout, where))
     except (OSError, http.client.HTTPException, ValueError) as error:
         reason = error.reason if isinstance(error, urllib.error.URLError) else error
         raise make_network_error(where, reason, timeout, context, ask_proxy(url)) from None
@@ -6943,6 +6933,8 @@ def read_body(response, limit, timeout, where):
 
     Refused over `limit`, Unreachable when cut short or slower than 1 KiB/s over four time-outs.
     """
+    if response.headers.get("Transfer-Encoding") and not response.chunked:
+        raise Unreachable(f"{where}: its Transfer-Encoding is not chunked, which alone is known here")
     body = io.BytesIO()
     size = 0
     start = time.monotonic()
@@ -7082,12 +7074,12 @@ def check_response(response, where, accepted, now, denial="the WFM does not acce
     """
     if response.status in accepted:
         return response
-    problem = parse_problem(response.body) or Problem("", "", "", None, None, "", [])
+    problem = parse_problem(response.body) or Problem()
     known = problem.type in REFUSALS
     denied = problem.type in DENIALS
     verdict = find_verdict(response.status)
     name = "" if known or denied or problem.type == "about:blank" else problem.type
-    words = "; ".join(filter(None, [name, problem.title, problem.detail] + problem.errors[:5]))
+    words = "; ".join(filter(None, [name, problem.title, problem.detail, *problem.errors[:5]]))
     message = f"{where}: HTTP {response.status}" + (f" ({words})" if words else "")
     wait = parse_retry_after(response.headers.get("Retry-After"), now)
     facts = {"status": response.status, "strategy": problem.strategy,
@@ -7344,6 +7336,41 @@ def make_state():
         "lastPoll": None}
 
 
+# What is read of it has to look like, see check_shape; a state with a digest is as this agent wrote it.
+VERSION = (float, str)
+WAIT = {"failures+": float, "at+": float, "delay+": float, "boot+": str, "uptime+": float, "since?": float}
+PACKAGE = {"reference": str, "digest": DIGEST_PATTERN}
+SERVICES = {"*": {"finished": bool, "hash": str, "image": str, "id?": str, "started+": float,
+                  "ports+": [[str, (float, str), str]], "volumes+": {"*": str}}}
+FAULT = {"code": str, "source": str, "message": str}
+PART = {"name": str, "state": str, "error?": FAULT}
+RUNNING = {"digest": str, "packages": {"*": PACKAGE}, "images": [str], "type+": str, "mark+": str,
+           "services+": {"*": SERVICES}}
+RECORD = {
+    "deploymentId": UUID_PATTERN, "name": str, "deviceId": str, "type": str, "state": str,
+    "error": (None, FAULT),
+    "adopted": {"digest": str, "version": VERSION}, "running": (None, RUNNING), "previous": (None, RUNNING),
+    "refused+": bool, "fallback": bool, "found+": bool, "fetched+": [str], "retry": WAIT, "repair": WAIT,
+    "components": [dict(PART, services=SERVICES, **{"error": (None, FAULT), "package": (None, PACKAGE)})]}
+ACCEPTED = {"version": VERSION, "etag?": str, "digest": str, "acceptedAt": str,
+            "deployments": [{"deploymentId": UUID_PATTERN, "digest": DIGEST_PATTERN}]}
+STATE = {
+    "enrollment?": {"id": str, "devices+": {"*": (None, str)}}, "client?": {"id": str, "key": str},
+    "accepted?": ACCEPTED, "deployments": {"*": RECORD}, "reported": {"*": (None, str)}, "waits": {"*": WAIT},
+    "outbox": {"*": {"deploymentId": r"[\w-]{1,99}", "status+": {"state": str, "error?": FAULT},
+                     "components+": [PART]}},
+    "dropped": {"*": {"state": str, "at": str, "reason": str}}, "identity?": str, "drafts": [str],
+    "trust": {"source?": str, "etag?": str, "sequence?": float, "refreshedAt?": float, "trustDomain?": str,
+              "strays+": str, "est?": str, "crls?": [str]},
+    "est": dict, "crls": dict, "patience": WAIT, "waiting?": str, "owners": [str], "pulled": [str],
+    "history": [{"version": VERSION, "at": str, "outcome": str, "refused+": str, "added": [str],
+                 "changed": [str], "removed": [str]}],
+    "lastPoll?": {"at": (None, str), "result+": str, "detail+": str}}
+MEMO = {"lastPoll?": STATE["lastPoll?"], "etags+": {"*": str}, "warnedAt+": float, "checked?": str,
+        "others?": [{"owner": str, "name": str, "type": str, "deploymentId": str}], "trust?": float,
+        "boot?": str, "start+": float}
+
+
 def make_accepted(desired, at=""):
     """What the state keeps of a Desired; at: when it was accepted."""
     deployments = [{"deploymentId": entry.deployment_id, "digest": entry.digest} for entry in desired.entries]
@@ -7427,14 +7454,9 @@ def parse_state(data, path):
     outbox = state["outbox"].values() if isinstance(state["outbox"], dict) else state["outbox"]
     try:
         state["outbox"] = {status["deploymentId"].lower(): status for status in outbox}
-        wrong = [key for key, value in blank.items()
-                 if value is not None and type(state[key]) is not type(value)]
-        wrong += [key for key, record in state["deployments"].items() if "adopted" not in record]
         state["deployments"] = {key: migrate_record(record) for key, record in state["deployments"].items()}
     except (TypeError, KeyError, AttributeError):
-        wrong = ["outbox or deployments"]
-    if wrong:
-        raise ValueError(f"{path} is not a state of this agent ({', '.join(wrong)})")
+        raise ValueError(f"{path} is not a state of this agent (outbox or deployments)") from None
     return state
 
 
@@ -7559,6 +7581,8 @@ class Store:
             data = read_file(name, 256 * MIB)
             try:
                 state = None if data is None else parse_state(data, name)
+                if data and SUM not in data:
+                    check_shape(state, STATE, name)
             except ValueError as error:
                 fault = fault or error
                 continue
@@ -7656,10 +7680,10 @@ class Store:
         if self.memo is None:
             try:
                 self.noted = read_file(self.memo_path(), MAX_ANSWER) or b"{}"
-                memo = parse_json(self.noted, self.memo_path())
+                self.memo = parse_json(self.noted, self.memo_path())
+                check_shape(self.memo, MEMO, "")
             except (StorageError, ValueError):
-                memo = {}                           # it is a note, not a state
-            self.memo = memo if isinstance(memo, dict) else {}
+                self.memo = {}                      # it is a note, not a state
         return self.memo
 
     def save_memo(self):
@@ -7848,7 +7872,7 @@ def find_wait(record, clock):
     that has jumped, no wait gets longer than it was (P-2).
     """
     same = bool(clock.boot) and record.get("boot") == clock.boot
-    passed = clock.uptime - record["uptime"] if same else clock.now - record.get("at", 0)
+    passed = clock.uptime - record.get("uptime", 0) if same else clock.now - record.get("at", 0)
     delay = record.get("delay", 0)
     return delay - passed if 0 <= passed < delay else 0
 
@@ -7865,7 +7889,7 @@ def count_repair(record, clock):
     """
     last = record["repair"]
     recent = 0 <= clock.now - last.get("at", 0) < last.get("delay", 0) + RETRY_CAP
-    repairs = last["failures"] if last and recent else 0
+    repairs = last.get("failures", 0) if recent else 0
     pause = grow(RETRY_FIRST, repairs + 2 - REPAIRS, RETRY_CAP) if repairs + 1 >= REPAIRS else 0
     return dict(record, repair=make_wait({"failures": repairs}, pause, clock))
 
@@ -7914,7 +7938,7 @@ def load_start(store, poll, known, clock, jitter):
         memo.update(boot=clock.boot, start=make_start(clock.uptime, poll, known, jitter))
         if not store.save_memo():
             return 0
-    return max(0, memo["start"] - clock.uptime)
+    return max(0, memo.get("start", 0) - clock.uptime)
 
 
 def find_silence(patience, downtime, starting, clock):
@@ -8554,27 +8578,44 @@ def load_config(path, environ=None):
 def check_shape(value, shape, where):
     """Raises ValueError unless a value out of a document has a shape; what does not is named by its place.
 
-    shape: a pattern of text, `dict`, `list`, `float` for a number that is not negative, [shape] for a list of
-    such, or {member: shape}, where `?` after a member's name says that it may be missing or null.
+    shape: a pattern of text, `str`, `bool`, `dict`, `list`, `float` for a number that is not negative,
+    `None`, (shape, shape) for any of these, [shape] for a list of such, [shape, shape] for one of two, or
+    {member: shape}.  `?` after a member's name says that it may be missing or null, `+` that it may be
+    missing; the name `*` stands for all.
     """
+    if isinstance(shape, tuple):
+        for inner in shape[:-1]:
+            try:
+                return check_shape(value, inner, where)
+            except ValueError:
+                pass
+        shape = shape[-1]
     kind = shape if isinstance(shape, type) else type(shape)
-    expected = {dict: "a mapping", list: "a list", float: "a number"}.get(kind, f"text of the form {shape}")
+    expected = {dict: "a mapping", list: "a list", float: "a number", bool: "true or false"}.get(
+        kind, f"text of the form {shape}")
     fits = isinstance(value, kind)
     if kind is float:
         fits = get_kind(value) == "number" and value >= 0
-    if kind is str:
+    if isinstance(shape, str):
         fits = fits and re.fullmatch(shape, value, re.ASCII)
     if not fits:
         found = make_printable(str(value), 80)
         raise ValueError(f"{where or 'the document'}: found {found!r}, expected {expected}")
     if isinstance(shape, list):
-        for index, item in enumerate(value):
-            check_shape(item, shape[0], f"{where}[{index}]")
+        shapes = shape * len(value) if len(shape) == 1 else shape
+        for index, inner in enumerate(shapes):
+            check_shape(value[index] if index < len(value) else None, inner, f"{where}[{index}]")
     if isinstance(shape, dict):
         for name, inner in shape.items():
-            key = name.rstrip("?")
-            if key == name or value.get(key) is not None:
-                check_shape(value.get(key), inner, f"{where}.{key}" if where else key)
+            key = name.rstrip("?+")
+            keys = value if key == "*" else {key} if key == name else value.keys() & {key}
+            for key in keys:
+                place = f"{where}.{make_printable(key, 80)}" if where else key
+                if name[-1] == "?":
+                    inner = None, inner
+                elif key not in value and isinstance(inner, tuple):
+                    inner = inner[-1]               # what may be null has to be there all the same
+                check_shape(value.get(key), inner, place)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -8641,7 +8682,7 @@ def parse_certificate(der):
         extensions = parse_extensions(fields[6:], 0xA3)
         names = parse_der(open_extension(extensions, OID_SUBJECT_ALT_NAME) or b"")
         constraints = parse_der(open_extension(extensions, OID_BASIC_CONSTRAINTS) or b"")
-        uris = [name.decode("ascii") for tag, name, _ in names if tag == 0x86]
+        uris = [name.decode("ascii") for tag, name, _ in names if tag in (0x86, 0xA6)]     # A6: of parts
         is_ca = any(tag == 0x01 and flag != b"\0" for tag, flag, _ in constraints)
         usage = open_extension(extensions, OID_KEY_USAGE)
         if usage is not None:
@@ -8670,8 +8711,14 @@ def parse_extensions(fields, wanted):
 
 
 def open_extension(extensions, oid):
-    """What the one element in an extension's value holds, None where there is no such extension."""
-    return parse_der(extensions[oid][1])[0][1] if oid in extensions else None
+    """What the one element in an extension's value holds, None where there is no such extension.
+
+    Raises ValueError.
+    """
+    if oid not in extensions:
+        return None
+    (_, value, _), = parse_der(extensions[oid][1])
+    return value
 
 
 def find_issuer_key(extensions):
@@ -9406,8 +9453,8 @@ def parse_json(data, what, most=MAX_NODES):
 
 
 def make_time(seconds):
-    """Unix seconds to RFC 3339 in UTC."""
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
+    """Unix seconds to RFC 3339 in UTC, which ends with the year 9999."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(min(seconds, 253402300799)))
 
 
 def make_printable(text, limit=500):
@@ -9645,10 +9692,7 @@ def parse_ecdsa(der, size):
 
 
 def run_signature(data, signer):
-    """The signature over bytes by openssl, which alone sees the key.
-
-    Raises Untrusted, or ConfigError without openssl.
-    """
+    """The signature over bytes by openssl, which alone sees the key; raises Untrusted, ConfigError."""
     arguments, size = SIGNING[signer.algorithm]
     try:
         if arguments:
@@ -9659,8 +9703,6 @@ def run_signature(data, signer):
         if not found:
             raise ValueError("it printed no signature")
         return parse_ecdsa(found, size) if size else found
-    except CommandMissing as error:
-        raise ConfigError(error.message) from None
     except (ValueError, OverflowError, CommandError) as error:
         reason = make_printable(str(error), 300)
         raise Untrusted(f"identity.key {signer.key}: openssl cannot sign by it: {reason}") from None
@@ -10159,7 +10201,9 @@ class GitSource:
         self.repository = os.path.join(home, "repository")
         self.env = make_git_environment(config, home, os.environ)
         self.secret = save_secret(header) if header else None
-        self.heads, self.reporter = {}, None
+        self.heads, self.reporter, self.context = {}, None, None
+        if self.url.startswith("https:"):
+            self.context = make_tls_context((), config.identity.ca, config.wfm.min_tls)
 
     def git(self, command, *arguments, timeout=60, codes=(0,), env=None, limit=MAX_LISTING, **options):
         """One git command on the repository: its Output.
@@ -10203,11 +10247,15 @@ class GitSource:
     def fetch_head(self, ref):
         """The commit at which a ref stands at the server now, None where there is none; no object is fetched.
 
-        Raises what `ask_reason` says.
+        Raises what `ask_reason` says.  Of an https server the certificate is looked at first, because git's
+        library takes one that has its name in the subject alone, or is for clients (RFC 9525).
         """
+        wait = self.config.wfm.timeout
         try:
-            output = self.git("ls-remote", "--", self.url, ref, timeout=4 * self.config.wfm.timeout)
-        except CommandError as error:
+            if self.context and not self.heads and not ask_proxy(self.url):     # git itself asks no proxy
+                fetch_chain(self.url, self.context, wait)
+            output = self.git("ls-remote", "--", self.url, ref, timeout=4 * wait)
+        except (CommandError, Untrusted, Unreachable) as error:
             raise self.ask_reason(error, "git-upload-pack") from None
         found = re.search(rf"^([0-9a-f]{{40}}|[0-9a-f]{{64}})\t{re.escape(ref)}$",
                           output.stdout.decode("ascii", "replace"), re.M)
@@ -10222,13 +10270,12 @@ class GitSource:
         """
         wfm = self.config.wfm
         headers = {"Git-Protocol": "version=2"}
-        if self.url.startswith("https://"):
+        if self.context:
             try:
-                context = make_tls_context((), self.config.identity.ca, wfm.min_tls)
                 if self.header:
                     headers["Authorization"] = self.header
                 where = f"{self.url}/info/refs?service={service}"
-                answer = request("GET", where, headers, None, context, wfm.timeout, MAX_ANSWER)
+                answer = request("GET", where, headers, None, self.context, wfm.timeout, MAX_ANSWER)
                 denial = "set git.token_file"
                 if self.header:
                     denial = "mend the token in git.token_file, which is refused"
@@ -10887,6 +10934,7 @@ def parse_est_uri(members, document_url, public, held):
     return parse_discovered(EST_FIELD, read_root_url, members, document_url, public), []
 
 
+STATE["est"] = dict(WAIT, **{"token?": str, "used?": str, "key+": str, "answer+": str, "refused?": str})
 COMPANIONS["est"] = Companion(lambda config: config.identity.enrollment == "est", parse_est_uri,
                               remark=lambda state, now: state["est"].get("refused") or "")
 
@@ -11474,19 +11522,17 @@ def fetch_crl(config, store, state, url, source, now):
 def load_issuers(config, store, source):
     """The Certificates that may have signed a list: anchors, the own chain and the WFM's (E-084).
 
-    Where the WFM's was not seen yet, it is looked at.  Before Python 3.10 openssl shows what is above the
-    leaf, and what did not sign the leaf does not count, because nobody has verified it.
+    Where what is above the WFM's leaf was not seen yet, it is looked at.  Only what signed the leaf counts,
+    because a chain may not have been verified.
     """
     held = load_trust_bundle(config, store)
     own = read_file(config.identity.certificate, MAX_CERTIFICATES) or b""
     ders = (held.anchors if held else []) + parse_pem(own.decode("ascii", "replace"))
     if source:
-        chain = source.chain or fetch_chain(source.url, source.context, config.wfm.timeout)
-        above = chain[1:]
-        if sys.version_info < (3, 10):
-            shown = ask_chain(source.url, config.wfm.timeout)
-            above = [der for der in shown if ask_issuer(chain[0], der)]
-        ders += above
+        chain = source.chain
+        if len(chain) < 2:
+            chain = ask_chain(source.url, source.context, config.wfm.timeout)
+        ders += [der for der in chain[1:] if ask_issuer(chain[0], der)]
     return [parse_certificate(der) for der in ders]
 
 
@@ -11496,8 +11542,6 @@ def ask_issuer(der, issuer):
         command = ["verify", "-partial_chain", "-trusted", "/dev/stdin", file.name]
         try:
             run_openssl(command, make_pem([issuer]).encode())
-        except CommandMissing:
-            raise
         except CommandError:
             return False
     return True
@@ -11519,8 +11563,6 @@ def ask_signer(der, crl, issuers):
                 # its exit code says it in no old version
                 run_openssl(command, make_pem([item.der]).encode(), b"verify OK")
                 return item
-            except CommandMissing:
-                raise
             except CommandError:
                 pass                                # it is by another one
     raise ValueError("no issuer that is known, and may sign lists, has signed it")
@@ -11591,6 +11633,8 @@ def refresh_after_poll(agent):
         refresh_revocation(agent.config, agent.store, agent.state, agent.source if heard else None)
 
 
+STATE["crls"] = {"*": (dict(WAIT, **{"digest?": None}), dict(
+    WAIT, digest=DIGEST_PATTERN, number=float, key=str, thisUpdate=float, validity=float, **{"etag?": str}))}
 COMPANIONS["crls"] = Companion(
     lambda config: config.identity.revocation != "off", parse_crl_uris, flaw=load_own_flaw, judge=load_judge,
     # E-090
@@ -12176,12 +12220,10 @@ def parse_payload(data):
 
 
 def run_verification(key, payload, signature):
-    """Whether openssl finds that a payload is signed by a public key; CommandMissing where there is none."""
+    """Whether openssl finds that a payload is signed by a public key; ConfigError without openssl."""
     try:
         with lend_file(parse_base64(signature)) as file:
             run_openssl(["dgst", "-sha256", "-verify", key, "-signature", file.name], payload, b"Verified OK")
-    except CommandMissing:
-        raise
     except (ValueError, CommandError):
         return False
     return True
@@ -12194,8 +12236,6 @@ def examine_images(agent):
         return "ok", ""
     try:
         run_openssl(["pkey", "-pubin", "-in", key, "-noout"])
-    except CommandMissing:
-        raise
     except CommandError as error:
         raise ConfigError(f"policy.images.cosign_key: {key} is no public key ({error.message})") from None
     return "ok", f"images have to be signed by {key}"
@@ -13212,8 +13252,6 @@ def command_csr(config, options):
     try:
         obtain_key(config.identity.key, config.identity.get("algorithm"))
         request_pem = run_csr(config.identity.key)
-    except CommandMissing as error:
-        raise ConfigError(error.message) from None
     except CommandError as error:
         raise Untrusted(f"identity.key {config.identity.key}: {error.message}") from None
     if "--out" in options:

@@ -143,7 +143,7 @@ class RunCommand(unittest.TestCase):
 
             def list_lacks():
                 lacks, notes = margo_agent.ComposeDriver("podman", None, {"PATH": folder}).list_lacks()
-                return [[re.match("install ([a-z-]+):", words).group(1) for words in told] for told in (lacks, notes)]
+                return [[words.replace("install ", "").split()[0].rstrip(":") for words in told] for told in (lacks, notes)]
 
             with mock.patch.multiple(margo_agent, HELPER_FOLDERS=(), SYSTEM_FOLDERS=()):
                 put("podman", '{"host": {"networkBackend": "netavark"}}')
@@ -160,7 +160,7 @@ class RunCommand(unittest.TestCase):
                     put("podman", words)
                     self.assertEqual(list_lacks(), [[], []])
                 put("podman", '{"host": {"networkBackend": "cni"}, "version": {"Version": "3.4.4"}}')
-                self.assertEqual(list_lacks(), (["podman"], ["podman", "podman"]))
+                self.assertEqual(list_lacks(), [["podman"], ["podman", "podman"]])
 
     def test_what_an_engine_lacks_by_its_version_is_told(self):
         """K24: what a version cannot do is known before an application wants it."""
