@@ -2026,9 +2026,8 @@ class Mtls(Profile):
     def open_source(self, identity, bundle, keep):
         """The MtlsSource of an Identity, with what companions have to say."""
         source = MtlsSource(self.config, identity, bundle, self.store.load_memo())
-        for companion in COMPANIONS.values():
-            if companion.judge:
-                source.judges.append(companion.judge(self.config, self.store, self.state, source, keep))
+        source.judges = [companion.judge(self.config, self.store, self.state, source, keep)
+                         for companion in COMPANIONS.values() if companion.judge]
         return source
 
     def describe(self, now):
