@@ -1262,9 +1262,6 @@ class Shared(FileCase):
         for driver, engine in (("local", "podman"), ("syslog", "podman"), ("k8s-file", "docker"), ("fluentd", "docker")):
             self.assertRefused(make_document({"logging": {"driver": driver}}), f"services.main.logging.driver: {engine} has no '{driver}'",
                                engine=engine)
-        for logging in ({"driver": "json-file", "options": {"tag": "x"}}, {"options": {"tag": "x"}}):
-            self.assertRefused(make_document({"logging": logging}), "services.main.logging.options.tag: podman takes it for")
-            self.settle(make_document({"logging": logging}), engine="docker")
 
     def test_a_host_name_has_an_end(self):
         self.assertRefused(make_document({"hostname": "x" * 65}), "services.main.hostname: ", "at most 64 characters")
