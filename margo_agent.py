@@ -4934,9 +4934,12 @@ def make_names(value, where):
 
 # A name, and perhaps = or : and a value in quotes, or all that stands on the line.
 ENV_LINE = (r"(?:export[ \t]+)?([\w.-]+)[ \t\r]*(?:[=:](?:"
-            r"[ \t]*(?:'([^'\\]*(?:\\.[^'\\]*)*)'|\"([^\"\\]*(?:\\.[^\"\\]*)*)\")[ \t\r]*(?:#[^\n]*)?|"
-            r"(?![ \t]*['\"])([^\n]*)))?(?:\n|\Z)")
+            r"[ \t\r]*(?:'([^'\\]*(?:\\.[^'\\]*)*)'|\"([^\"\\]*(?:\\.[^\"\\]*)*)\")[ \t\r]*(?:#[^\n]*)?|"
+            r"(?![ \t\r]*['\"])([^\n]*)))?(?:\n|\Z)")
+# What compose strips before a value, and behind it.
 BLANKS = " \t\v\f\r\x85\xa0"
+BLANKS_BEHIND = BLANKS + ("\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a\u2028"
+                          "\u2029\u202f\u205f\u3000")
 
 
 def parse_env_file(text, variables, where, earlier=None):
@@ -4950,7 +4953,7 @@ def parse_env_file(text, variables, where, earlier=None):
     variables.maps.append(result)
     for match in re.finditer(rf"\s+|#[^\n]*|{ENV_LINE}|(.)", text.lstrip("\ufeff"), re.S):
         name, single, double, plain, odd = match.groups()
-        if odd:
+        if odd or "\\0" in (double or "").replace("\\\\", ""):     # compose has a way of its own with \0
             number = text.count("\n", 0, match.start()) + 1
             raise make_fault(f"{where}, line {number}: expected NAME=value")
         if single is not None:
@@ -4960,7 +4963,7 @@ def parse_env_file(text, variables, where, earlier=None):
             if plain is None:
                 raw = unescape_double(double)
             else:
-                raw = plain.lstrip(BLANKS).partition(" #")[0].rstrip()
+                raw = plain.lstrip(BLANKS).partition(" #")[0].rstrip(BLANKS_BEHIND)
             result[name] = interpolate(raw, variables, f"{where}, {name}")
         elif name in variables:
             result[name] = variables[name]

@@ -8,7 +8,7 @@ A parser is a row of PARSERS (see Parser).  It may return something, or raise wh
 What it returns goes to the row's judge, which says "" or in which way an independent reader reads the same bytes otherwise.
 Inputs whose outcome is of a new kind (where in the agent's source it was refused) join those that the next ones are made from; half of
 the next ones are made from inputs that were read.
-Exit code 1 where something was found; each finding is printed in base64, with what is wrong with it, once for each kind.
+SIGTERM ends a run with what it has.  Exit code 1 where something was found; each finding is printed in base64, with what is wrong with it, once for each kind.
 tests/test_fuzz.py runs a bounded share of each row; to add a parser, add a row.
 """
 import base64
@@ -19,6 +19,7 @@ import json
 import os
 import random
 import re
+import signal
 import socket
 import sys
 import tempfile
@@ -36,7 +37,7 @@ else:
 SLOW = 2.0                          # seconds that one input may take
 KEPT = 2000                         # inputs that mutation starts from, at most
 BATCH = 400                         # what is read before a judge of many is asked
-Parser = collections.namedtuple("Parser", "seeds read judge refusals tokens mutate judge_all")
+Parser = collections.namedtuple("Parser", "seeds read judge refusals tokens mutate judge_all", defaults=(None,))
 Parser.__doc__ = """How one parser is tried.
 
 seeds: a function that makes good inputs, [bytes].  read: bytes to what the agent reads in them.
@@ -325,7 +326,12 @@ def main(arguments):
     if guided:
         return run.go_guided(count)
     start = time.monotonic()
-    return tell(run.go(count), time.monotonic() - start)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        run.go(count)
+    except KeyboardInterrupt:
+        print("ended before its time")
+    return tell(run, time.monotonic() - start)
 
 
 # Identity: certificates, revocation lists, what an identity service answers.  Judges: the packages cryptography and asn1crypto.
