@@ -5843,6 +5843,8 @@ def check_logging(where, logging, engine):
     for name in options:
         if name not in LOG_OPTIONS:
             deny(f"{where}.options.{make_printable(name, 60)}", f"only {', '.join(LOG_OPTIONS)} are allowed")
+    if engine == "podman" and driver != "journald" and "tag" in options:
+        raise make_fault(f"{where}.options.tag: podman takes it for the driver journald alone")
 
 
 def check_mount(where, mount, policy, folder):
