@@ -111,6 +111,7 @@ CHECKS = {
     "margot": find_margot,
     "strace": lambda: shutil.which("strace"),
     "git": lambda: shutil.which("git"),
+    "yocto": lambda: os.path.exists(os.path.join(PARTS, "yocto", "bin", "oelint-adv")),
     "sshd": find_sshd,
     "gpg": lambda: shutil.which("gpg"),
     "softhsm2-util": lambda: shutil.which("softhsm2-util"),
