@@ -182,7 +182,9 @@ class Edges(unittest.TestCase):
 
     def test_what_is_there_as_it_was_unpacked_stays(self):
         """Also links, which lead where the archive says, and files that the archive has twice."""
-        data = self.make([("link", "./b/c"), ("other", "compose.yaml")], **{"a.ini": "x", "b/c": "y", "b/d/e": "y"})
+        folder = tarfile.TarInfo()
+        folder.type = tarfile.DIRTYPE
+        data = self.make([("link", "./b/c"), ("other", "compose.yaml")], **{"a.ini": "x", "b": folder, "b/c": "y", "b/d/e": "y"})
         top = self.unpack(data)
         keeper = os.open(top, os.O_RDONLY)                  # so that its number is not given again
         self.assertEqual((self.unpack(data), os.stat(top).st_ino), (top, os.fstat(keeper).st_ino))
