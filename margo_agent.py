@@ -6221,7 +6221,7 @@ class Registry:
         if not self.settings.username:
             return f"registry {self.host} asks for a login; set {key}username and password_file"
         return (f"registry {self.host} refuses the login of {self.settings.username};"
-                f" mend {key}username and password_file")
+                f" mend {key}username and password_file {self.settings.password_file or ''}".rstrip())
 
 
 def obtain_package(component, known, config, store, kind):
