@@ -6221,8 +6221,8 @@ class Registry:
         key = f"registries.{self.host}."
         if not self.settings.username:
             return f"registry {self.host} asks for a login; set {key}username and password_file"
-        return (f"registry {self.host} refuses the login of {self.settings.username}; mend {key}username"
-                f" and {key}password_file {self.settings.password_file}")
+        return (f"registry {self.host} refuses the login of {self.settings.username};"
+                f" mend {key}username and password_file {self.settings.password_file or ''}".rstrip())
 
 
 def obtain_package(component, known, config, store, kind):
@@ -7370,7 +7370,7 @@ STATE = {
               "strays+": str, "est?": str, "crls?": [str]},
     "est": dict, "crls": dict, "patience": WAIT, "waiting?": str, "owners": [str], "pulled": [str],
     "history": [{"version": VERSION, "at": str, "outcome": str, "refused+": str, "added": [str],
-                 "changed": [str], "removed": [str]}],
+                 "changed": [str], "removed": [str], "names+": {"*": str}}],
     "lastPoll?": {"at": (None, str), "result+": str, "detail+": str}}
 MEMO = {"lastPoll?": STATE["lastPoll?"], "etags+": {"*": str}, "warnedAt+": float, "checked?": str,
         "others?": [{"owner": str, "name": str, "type": str, "deploymentId": str}], "trust?": float,

@@ -2,6 +2,7 @@
 import gzip
 import io
 import os
+import shutil
 import stat
 import tarfile
 import unittest
@@ -160,6 +161,77 @@ class Archives(unittest.TestCase):
                     self.assertEqual(margo_agent.unpack_package(data, margo_agent.sha256_digest(data), self.home, MIB), top)
                     margo_agent.remove_folder(top)
                 self.assertEqual(self.look(), before)
+
+
+class Edges(unittest.TestCase):
+    """What lies just at a limit, and what an unpacked package is held against before each use."""
+
+    def setUp(self):
+        self.home = support.make_folder(self)
+
+    def unpack(self, data):
+        return margo_agent.unpack_package(data, margo_agent.sha256_digest(data), self.home, MIB)
+
+    @staticmethod
+    def make(links=(), **files):
+        found = {"compose.yaml": "services: {}", **files}
+        for name, target in links:
+            found[name] = tarfile.TarInfo()
+            found[name].type, found[name].linkname = tarfile.SYMTYPE, target
+        return support.make_archive(found)
+
+    def test_what_is_there_as_it_was_unpacked_stays(self):
+        """Also links, which lead where the archive says, and files that the archive has twice."""
+        folder = tarfile.TarInfo()
+        folder.type = tarfile.DIRTYPE
+        data = self.make([("link", "./b/c"), ("other", "compose.yaml")], **{"a.ini": "x", "b": folder, "b/c": "y", "b/d/e": "y"})
+        top = self.unpack(data)
+        keeper = os.open(top, os.O_RDONLY)                  # so that its number is not given again
+        self.assertEqual((self.unpack(data), os.stat(top).st_ino), (top, os.fstat(keeper).st_ino))
+        os.close(keeper)
+
+        def relink(name, target):
+            os.remove(os.path.join(top, name))
+            os.symlink(target, os.path.join(top, name))
+
+        def write(name, text):
+            with open(os.path.join(top, name), "w") as file:
+                file.write(text)
+
+        def clear():
+            shutil.rmtree(os.path.join(top, "b/d"))
+            write("b/d", "")
+
+        for change in (lambda: relink("link", "compose.yaml"), lambda: relink("a.ini", "b/c"), lambda: os.remove(os.path.join(top, "other")),
+                       lambda: write("a.ini", "z"), lambda: write("a.ini", "xx"), lambda: os.chmod(os.path.join(top, "a.ini"), 0o755),
+                       lambda: os.chmod(os.path.join(top, "a.ini"), 0o640), clear, lambda: (os.remove(os.path.join(top, "link")), write("link", "y"))):
+            keeper = os.open(top, os.O_RDONLY)
+            change()
+            self.assertEqual(self.unpack(data), top)
+            self.assertNotEqual(os.stat(top).st_ino, os.fstat(keeper).st_ino)
+            os.close(keeper)
+            with open(os.path.join(top, "link")) as file:
+                self.assertEqual((file.read(), os.readlink(os.path.join(top, "link"))), ("y", "./b/c"))
+
+    def test_forty_links_may_lead_to_each_other_and_no_more(self):
+        def chain(count):
+            return self.make([(f"l{number}", f"l{number + 1}") for number in range(count - 1)] + [(f"l{count - 1}", "compose.yaml")])
+
+        self.unpack(chain(40))
+        with self.assertRaisesRegex(margo_agent.ComponentError, "or in a circle"):
+            self.unpack(chain(41))
+
+    def test_names_are_as_long_as_any_file_system_takes(self):
+        deep = "/".join(["d" * 99] * 9)
+        for name, fits in (("n" * 255, True), ("n" * 256, False), ("\u00fc" * 127, True), ("\u00fc" * 128, False),
+                           (deep + "/" + "n" * (1000 - len(deep) - 5), True), (deep + "/" + "n" * (1000 - len(deep) - 4), False), ("a\nb", False)):
+            self.assertIs(margo_agent.is_storable("app/" + name), fits, len(name))
+
+    def test_links_are_followed_through_empty_parts_and_dots(self):
+        link = margo_agent.Entry("a", "link", 0o777, ".//b/./c/../d", 0, 0)
+        self.assertEqual(margo_agent.resolve_link("a/e", {"a": link}, 40), "b/d/e")
+        with self.assertRaisesRegex(ValueError, "leads out"):
+            margo_agent.resolve_link("a", {"a": link._replace(link="b/../../c")}, 40)
 
 
 if __name__ == "__main__":

@@ -1133,7 +1133,7 @@ class Login(RegistryCase):
     def test_credentials_that_do_not_help_are_not_sent_for_ever(self):
         site = Site(self, guard(make_answers(), "never", 'Basic realm="r"'))
         message = self.refuse("PULL_UNAUTHORIZED", site.host, {site.host: dict(self.login, insecure=True)})
-        self.assertIn(f"{TAG}: HTTP 401; set registries.{site.host}.username and password_file", message)
+        self.assertIn(f"{TAG}: HTTP 401; registry {site.host} refuses the login of line4; mend registries.{site.host}.username and password_file", message)
         self.assertEqual(site.authorizations(), [None, basic()])
 
     def test_a_challenge_that_nobody_knows_names_the_settings(self):
