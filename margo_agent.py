@@ -4191,7 +4191,10 @@ class ComposeDriver:
         if not first:
             self.create_all(job, new, changes.making, leaving, names)
         try:
-            self.halt(job, changes.leaving)
+            stopped = job.deadline
+            for group in changes.leaving:
+                active = [container.id for container in group if container.state not in AT_REST]
+                stopped = self.stop(active, stopped) if active else stopped
             if first:
                 self.remove_containers(leaving, job.deadline)
                 leaving = []
@@ -4445,18 +4448,6 @@ class ComposeDriver:
             self.create_all(job, {}, again, [], {})
             self.carry_out(job, ["start", job.current[service.name]])
 
-    def halt(self, job, groups):
-        """Stops containers, group by group; what cannot be stopped is removed: none runs beside the new."""
-        deadline = job.deadline
-        ids = [container.id for group in groups for container in group]
-        for group in groups:
-            active = [container.id for container in group if container.state not in AT_REST]
-            deadline = self.stop(active, deadline) if active else deadline
-        there = self.look_up(job.workload) if ids else []
-        alive = [item.id for item in there if item.id in ids and item.state not in AT_REST]
-        if alive:
-            self.run(["rm", "--force"] + alive, 60, "INSTALL_FAILED")
-
     def write_environment(self, service, folder):
         """The environment by a file of mode 0600, never on a command line; what no line can hold, by name."""
         handed = find_handed(service.environment)
@@ -4594,7 +4585,7 @@ class ComposeDriver:
         return f"; its log ends: {make_printable(text, 2048)}" if text else ""
 
     def stop(self, ids, deadline):
-        """Stops containers within their own grace period, or kills them once the time is over.
+        """Stops containers within their own grace period, or kills them once the time is over: none runs on.
 
         Returns the deadline for what follows.  One that is not there any more is passed over.
         """
@@ -4605,7 +4596,8 @@ class ComposeDriver:
             code = 1
         if code:
             log("warning", "killed, because it did not stop in time", containers=" ".join(ids))
-            self.run(["kill"] + ids, 60)
+            if self.run(["kill"] + ids, 60).code:
+                self.run(["rm", "--force"] + ids, 60, "INSTALL_FAILED")
             deadline = time.monotonic() + 60
         return deadline
 
@@ -4916,8 +4908,7 @@ def find_brace(text, position, variables, where):
     Each brace that opens inside is closed there, but of two in a row one counts.  Where they do not come in
     pairs it is the last of the line.  What is looked through is spent: many could look through each other.
     """
-    end = text.find("\n", position)
-    end = len(text) if end < 0 else end
+    end = re.compile("[^\n]*").match(text, position).end()
     depth = 1
     for match in re.compile(r"\{.?|}").finditer(text, position, end):
         depth += -1 if match.group() == "}" else 1
@@ -4954,8 +4945,6 @@ ENV_LINE = (r"(?:export[ \t]+)?([\w.-]+)[ \t\r]*(?:[=:](?:"
             r"[ \t]*(?:'([^'\\]*(?:\\.[^'\\]*)*)'|\"([^\"\\]*(?:\\.[^\"\\]*)*)\")[ \t\r]*(?:#[^\n]*)?|"
             r"(?![ \t]*['\"])([^\n]*)))?(?:\n|\Z)")
 BLANKS = " \t\v\f\r\x85\xa0"
-ENV_ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "a": "\a", "b": "\b", "f": "\f", "v": "\v", '"': '"',
-               "\\": "\\", "$": "$$"}
 
 
 def parse_env_file(text, variables, where, earlier=None):
@@ -4989,7 +4978,7 @@ def parse_env_file(text, variables, where, earlier=None):
 
 def unescape_double(text):
     """What stands in double quotes of an env file, ready to be interpolated."""
-    return re.sub(r"\\(.)", lambda match: ENV_ESCAPES.get(match.group(1), match.group(0)), text, flags=re.S)
+    return re.sub(r'\\([abfnrtv"\\$])', lambda match: dict(ESCAPES, **{"$": "$$"})[match.group(1)], text)
 
 
 # Readers: each takes a value and its place, and returns what is meant or raises ComponentError of the place.
@@ -5030,14 +5019,8 @@ to_number = to_form(r"-?([0-9]+(\.[0-9]*)?|\.[0-9]+)", "a number")
 to_count = to_form("[0-9]{1,9}", "a whole number", int)
 to_name = to_form(r"[a-zA-Z0-9][\w.-]*", "a name of a container")
 to_one = to_form("1", "supported; only 1 is")
-
-
-def to_flag(value, where):
-    """true or false, also as text, by all words of YAML 1.1."""
-    word = scalar_text(value).lower() if isinstance(value, (bool, str)) else ""
-    if word not in ("true", "yes", "on", "y", "false", "no", "off", "n"):
-        raise make_fault(f"{where}: expected true or false")
-    return word in ("true", "yes", "on", "y")
+to_flag = to_form("(?i)true|yes|on|y|false|no|off|n", "true or false, nor a word for it in YAML 1.1",
+                  make=lambda text: text.lower() in ("true", "yes", "on", "y"))
 
 
 def to_list(value, where):
@@ -5254,7 +5237,9 @@ def to_mount(item, where):
         raise make_fault(f"{where}: expected source:target[:options]")
     if not colon:
         return Mount("volume", "", source, [])
-    return Mount("bind" if source[0] in "/.~" else "volume", source, target, make_words(options))
+    # compose drops these two, and an engine does not know the other
+    words = [word for word in make_words(options) if not re.fullmatch("[ug]id=[0-9]+|consistent", word)]
+    return Mount("bind" if source[0] in "/.~" else "volume", source, target, words)
 
 
 def to_word(word):
@@ -5298,10 +5283,13 @@ RENAMED = {"working_dir": "workdir", "mem_limit": "memory", "memswap_limit": "me
 
 CONTENT_FORM = {None: (make_form(to_text, "file content environment name"), to_source)}
 FILES_FORM = [(make_form(to_text, "source target", mode=to_mode, uid=to_count, gid=to_count), "source")]
+# What of `deploy` is for many devices: compose does not use it either.  It is noted.
+UNUSED = "endpoint_mode labels placement rollback_config update_config"
 DEPLOY_FORM = {
     "mode": to_form("replicated", "supported; only replicated is"), "replicas": to_one,
     "resources": {"limits": make_form(to_number, "cpus pids", memory=to_size),
                   "reservations": make_form(to_number, "cpus", memory=to_size)},
+    **make_form(lambda value, where: True, UNUSED),
     "restart_policy": make_form(to_text, "delay window", max_attempts=to_count,
                                 condition=to_form("none|on-failure|any", "none, on-failure or any"))}
 MOUNT_FORM = make_form(
@@ -5343,6 +5331,9 @@ ADVICE = {"build": "nothing is built on a device; name what was built by `image`
           "include": "put everything into compose.yaml", "gpus": "name device files by `devices`",
           "runtime": "the engine's own is used",
           "volumes_from": "name the volumes themselves",
+          "annotations": "write them as `labels`", "cgroup_parent": "the engine's own is used",
+          "driver_opts": "leave it to the engine", "devices": "name device files by the service's `devices`",
+          "external": "use `file` or `environment`",
           "external_links": "join a network that is `external`",
           "domainname": "put it into `hostname`", "label_file": "write them as `labels`",
           "uts": "set `hostname`",
@@ -5395,8 +5386,10 @@ def read_value(value, form, where="", variables=None):
 
     result = read(value, form, where)
     check_keys(unknown)
-    if faults:
-        raise faults[0]
+    for error in faults[:1]:
+        names = ", ".join(sorted(variables.unset)[:5]) if variables else ""
+        words = names and f" (used in the file, and no parameter gives it: {names})"
+        raise ComponentError(error.code, error.message + words)
     return result
 
 
@@ -5610,6 +5603,13 @@ def make_health(check, engine):
     return make_options(dict(check, test=test), keys)
 
 
+def find_member(members, name, where, section):
+    """What a name means of those that stand at the top; raises ComponentError where there is none."""
+    if name not in members:
+        raise make_fault(f"{where}: {make_printable(name, 60)!r} is not among the top-level {section}")
+    return members[name]
+
+
 def make_mounts(service, reading, where):
     """[Mount] of a service, ready for the engine; of two at one path the later one counts.
 
@@ -5625,11 +5625,8 @@ def make_mounts(service, reading, where):
             found = reading.folder.look(mount.source)
             kept = [option for option in mount.options if option not in ("ro", "rw")]
             mount = mount._replace(found=found, options=["ro"] + kept if found.own else mount.options)
-        elif mount.source and mount.source not in reading.volumes:
-            raise make_fault(f"{place}: {make_printable(mount.source, 60)!r} is not among the top-level"
-                             " volumes")
         elif mount.source:
-            mount = mount._replace(source=reading.volumes[mount.source][0])
+            mount = mount._replace(source=find_member(reading.volumes, mount.source, place, "volumes")[0])
         check_mount(f"{where}.volumes", mount, reading.policy, reading.folder)
         mounts[mount.target.rstrip("/")] = mount
     return list(mounts.values())
@@ -5638,8 +5635,7 @@ def make_mounts(service, reading, where):
 def make_mount_argument(mount):
     """A Mount as the engine takes it."""
     source = mount.found.path if mount.found else mount.source
-    options = [option for option in mount.options if option != "consistent"]    # podman does not know it
-    parts = [part for part in (source, mount.target, ",".join(options)) if part]
+    parts = [part for part in (source, mount.target, ",".join(mount.options)) if part]
     return ("--tmpfs=" if mount.kind == "tmpfs" else "--volume=") + ":".join(parts)
 
 
@@ -5650,16 +5646,14 @@ def make_files(service, reading, where):
         for index, item in enumerate(service[section]):
             place = f"{where}.{section}[{index}]"
             name = item.source or ""
-            if name not in reading.contents[section]:
-                raise make_fault(f"{place}: {make_printable(name, 60)!r} is not among the top-level"
-                                 f" {section}")
+            text = find_member(reading.contents[section], name, place, section)
             target = item.target or name
             target = target if target.startswith("/") else root + target
             if ":" in target:
                 raise make_fault(f"{place}: {make_printable(target, 60)!r} is not a path")
             mode = 0o644 if item.mode is None else item.mode & 0o777
             owner = [-1 if number is None else number for number in (item.uid, item.gid)]
-            files[target] = Content(reading.contents[section][name], mode, *owner)
+            files[target] = Content(text, mode, *owner)
     return files
 
 
@@ -5675,10 +5669,7 @@ def make_attachments(name, service, reading, where):
     wanted = service.networks or read_value(["default"], SERVICE_FORM["networks"])
     joined = []
     for network, value in sorted(wanted.items(), key=lambda pair: -(pair[1].priority or 0)):
-        if network not in reading.networks:
-            raise make_fault(f"{where}.networks: {make_printable(network, 60)!r} is not among the top-level"
-                             " networks")
-        own, arguments = reading.networks[network]
+        own, arguments = find_member(reading.networks, network, f"{where}.networks", "networks")
         for address in filter(None, (value.ipv4_address, value.ipv6_address)):
             if not may_have_address(arguments, address, reading.engine):
                 raise make_fault(f"{where}.networks.{network}: {make_printable(address, 60)!r} lies in no"
@@ -5923,6 +5914,9 @@ def make_project(document, workload, policy, engine, folder=None):
     reading = Reading(workload, policy, engine, folder, variables, make_volumes(document, workload),
                       make_networks(document, workload), make_contents(document, variables, folder),
                       find_aliases(document.services, notes))
+    for name, service in document.services.items():
+        notes += [f"services.{name}.deploy.{key} is not used: there is one device" for key in UNUSED.split()
+                  if service.deploy[key]]
     services = {name: make_service(name, service, reading) for name, service in document.services.items()}
     check_ways(services.values())
     order = make_hashes(order_services(services))
@@ -6045,12 +6039,12 @@ def make_labels(workload, service, digest):
 
     None is left out for being empty: an image has labels of its own.
     """
-    theirs = {"project": workload.project, "service": service, "container-number": "1", "config-hash": digest,
-              "oneoff": "False"}
     return {LABEL_DEPLOYMENT: workload.deployment_id, LABEL_COMPONENT: workload.component,
             LABEL_PROJECT: workload.project, LABEL_SERVICE: service, LABEL_HASH: digest,
             LABEL_DEVICE: workload.device_id, LABEL_OWNER: workload.owner,
-            **{f"com.docker.compose.{key}": text for key, text in theirs.items()}}
+            "com.docker.compose.project": workload.project, "com.docker.compose.service": service,
+            "com.docker.compose.container-number": "1", "com.docker.compose.config-hash": digest,
+            "com.docker.compose.oneoff": "False"}
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -7689,8 +7683,15 @@ class Folder:
         self.path, self.environ, self.digests = path, environ, {}
 
     def resolve(self, name):
-        """A path, relative to the package, with all links followed."""
-        return os.path.realpath(os.path.join(self.path, name))
+        """A path, relative to the package, with all links followed.
+
+        Raises ComponentError where one of them may not be read, such as /proc/1/root.
+        """
+        try:
+            return os.path.realpath(os.path.join(self.path, name))
+        except OSError as error:
+            words = f"{make_printable(name, 200)} cannot be looked up ({error.strerror})"
+            raise ComponentError("POLICY_DENIED", f"compose.yaml: {words}") from None
 
     def read(self, name):
         """The bytes of a file of the package of at most 1 MiB; None where it is none."""
@@ -8027,7 +8028,7 @@ def is_within(windows, local):
 def is_within_whole(windows, start, end):
     """Whether all the time between two moments (Unix seconds, by the minute) lies in windows."""
     moments = range(int(start), int(max(start, end)) + 1, 60)
-    return bool(windows) and all(is_within(windows, time.localtime(moment)) for moment in moments)
+    return all(is_within(windows, time.localtime(moment)) for moment in moments)
 
 
 def make_clock_fault(now, stored):
@@ -8744,9 +8745,8 @@ FLOAT_PATTERN = (
 CONSTANTS = {"": None, "~": None, "null": None, "Null": None, "NULL": None, "true": True, "True": True,
              "TRUE": True,
              "false": False, "False": False, "FALSE": False}
-ESCAPES = {"0": "\0", "a": "\a", "b": "\b", "t": "\t", "\t": "\t", "n": "\n", "v": "\v", "f": "\f", "r": "\r",
-           "e": "\x1b", " ": " ",
-           '"': '"', "/": "/", "\\": "\\", "N": "\x85", "_": "\xa0", "L": "\u2028", "P": "\u2029"}
+# what stands behind a backslash, and what each of these means
+ESCAPES = dict(zip('0abt\tnvfre "/\\N_LP', '\0\a\b\t\t\n\v\f\r\x1b "/\\\x85\xa0\u2028\u2029'))
 TAGS = ("!", "str", "int", "float", "bool", "null", "map", "seq")
 
 
@@ -10083,7 +10083,7 @@ BRANCH_PATTERN = (r"(?!.*(\.\.|\.(lock)?(/|$)))[A-Za-z0-9_][A-Za-z0-9_.+@-]*"   
 
 GIT_HOST = r"([A-Za-z0-9_][A-Za-z0-9._-]*@)?(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9_][A-Za-z0-9._-]*)"
 # A repository's address that git never takes for an option or a helper, and that holds no password.
-GIT_ADDRESS = (r"file:///[^\x00-\x1f\x7f]*|" rf"ssh://{GIT_HOST}(:[0-9]{{1,5}})?/[!-~]+|"
+GIT_ADDRESS = (r"file:///[^\x00-\x1f\x7f]*|" rf"ssh://{GIT_HOST}({PORT_PATTERN})?/[!-~]+|"
                rf"{GIT_HOST}:(?!//)[A-Za-z0-9_~./][!-~]*")
 read_address = scalar("an absolute https URL, or for profile git also ssh, file, or host:path", GIT_ADDRESS)
 
@@ -10209,8 +10209,8 @@ class GitSource:
             output = self.git("ls-remote", "--", self.url, ref, timeout=4 * wait)
         except (CommandError, Untrusted, Unreachable) as error:
             raise self.ask_reason(error, "git-upload-pack") from None
-        lines = output.stdout.decode("ascii", "replace")
-        found = re.search(rf"^([0-9a-f]{{40}}|[0-9a-f]{{64}})\t{re.escape(ref)}$", lines, re.M)
+        found = re.search(rf"^([0-9a-f]{{40}}|[0-9a-f]{{64}})\t{re.escape(ref)}$",
+                          output.stdout.decode("ascii", "replace"), re.M)
         self.heads[ref] = found.group(1) if found else None
         return self.heads[ref]
 
@@ -10242,19 +10242,26 @@ class GitSource:
         return Unreachable(f"{self.url}: {error.message}")
 
     def fetch_desired(self, accepted, load_artifact):
-        """None where the branch still stands at the accepted commit, else a Desired; see HttpSource."""
+        """None where the branch still stands at the accepted commit, and is read as it was then, else a
+        Desired; see HttpSource.
+        """
         head = self.fetch_head(self.branch)
         if head is None:
             raise Refused(f"{self.url} has no branch {self.config.git.branch}; mend git.branch (nothing is"
                           " removed for that)")
-        if accepted and accepted["version"] == head and not accepted.get("incomplete"):
+        if accepted and accepted["digest"] == self.make_digest(head) and not accepted.get("incomplete"):
             return None
         base = accepted["version"] if accepted else None
         head, (entries, documents, ignored) = self.work(lambda: self.fetch_files(base))
         for name in ignored[:MAX_NAMED]:
             log("info", "ignored: not an ApplicationDeployment", name=name)
         new = {digest: data for digest, data in documents.items() if load_artifact(digest) is None}
-        return Desired(head, None, sha256_digest(head.encode()), entries, new)
+        return Desired(head, None, self.make_digest(head), entries, new)
+
+    def make_digest(self, head):
+        """The digest of a commit and of the settings by which it is read."""
+        return sha256_digest(f"{head} {self.config.git.path}"
+                             f" {self.config.git.verify_signatures}".encode())
 
     def work(self, act):
         """What `act` returns.
@@ -10284,20 +10291,19 @@ class GitSource:
             self.fetch(f"{base}:refs/margo/base", "--depth=1", codes=(0, 1, 128))
         elif base:
             self.git("update-ref", "refs/margo/base", base)
-        known = base
         self.fetch(f"+{self.branch}:refs/margo/head", *([] if base else ["--depth=1"]))
         head = self.git("rev-parse", "--verify", "refs/margo/head").stdout.decode().strip()
         if self.config.git.verify_signatures:
             self.ask_signature(head)
-        base = base if base and self.has(base) else None
-        if known and not (base and self.follows(base, head)):
-            words = f"commit {head} does not descend from the accepted {known}:"
-            words += " history was rewritten, or set back"
+        there = base if base and self.has(base) else None
+        if base and not (there and self.follows(there, head)):
+            words = (f"commit {head} does not descend from the accepted {base}: history was rewritten, or"
+                     " set back")
             if not self.config.git.allow_rewrite:
                 raise Refused(f"security: {words}; revert by a new commit instead, or see git.allow_rewrite")
             log("warning", f"{words}; accepted, because it is signed and git.allow_rewrite is set")
         try:
-            return head, self.read_files(head, base)
+            return head, self.read_files(head, there)
         except Refused as error:
             raise Refused(f"commit {head[:12]}: {error.message}; mend that by a new commit") from None
 
@@ -10420,8 +10426,8 @@ class GitSource:
         if self.config.wfm.status_url:
             report["adoptedManifestVersion"] = int(commit[:12], 16) or 1
             return self.connect_wfm().post_status(deployment_id, report)
-        words = f"{deployment_id}: {document['status']['state']}"
-        self.push_file(document["deviceId"], f"deployments/{deployment_id}.json", report, words)
+        self.push_file(document["deviceId"], f"deployments/{deployment_id}.json", report,
+                       f"{deployment_id}: {document['status']['state']}")
 
     def connect_wfm(self):
         """The WFM at wfm.status_url, connected when there is something to report."""
@@ -10474,11 +10480,11 @@ class GitSource:
             parent = [b"from " + base.encode()]
         if old == content:
             return None
-        author = f"committer margo-agent <margo-agent@localhost> {int(time.time())} +0000"
         change = [b"D " + path.encode()]
         if content is not None:
             change = [f"M 100644 inline {path}\ndata {len(content)}".encode(), content]
-        stream = [b"commit refs/margo/next\nmark :1", author.encode(),
+        stream = [b"commit refs/margo/next\nmark :1",
+                  f"committer margo-agent <margo-agent@localhost> {int(time.time())} +0000".encode(),
                   b"data %d\n%s" % (len(message), message.encode())]
         stream += parent + change + [b"get-mark :1", b"done", b""]
         made = self.git("fast-import", "--quiet", "--force", "--done", data=b"\n".join(stream))

@@ -143,24 +143,24 @@ class RunCommand(unittest.TestCase):
 
             def list_lacks():
                 lacks, notes = margo_agent.ComposeDriver("podman", None, {"PATH": folder}).list_lacks()
-                return [words.split()[0] for words in lacks], [words.split()[0] for words in notes]
+                return [[words.replace("install ", "").split()[0].rstrip(":") for words in told] for told in (lacks, notes)]
 
             with mock.patch.multiple(margo_agent, HELPER_FOLDERS=(), SYSTEM_FOLDERS=()):
                 put("podman", '{"host": {"networkBackend": "netavark"}}')
-                self.assertEqual(list_lacks(), (["netavark", "aardvark-dns"], ["catatonit"]))
+                self.assertEqual(list_lacks(), [["netavark", "aardvark-dns"], ["catatonit"]])
                 put("netavark", '{"version": "1.4.0"}')
-                self.assertEqual(list_lacks(), (["aardvark-dns", "iptables"], ["catatonit"]))
+                self.assertEqual(list_lacks(), [["aardvark-dns", "iptables"], ["catatonit"]])
                 put("netavark", '{"version": "1.14.0", "default_fw_driver": "nftables"}')
                 for name in ("aardvark-dns", "iptables", "catatonit"):
                     put(name)
-                self.assertEqual(list_lacks(), (["nft"], []))
+                self.assertEqual(list_lacks(), [["nft"], []])
                 put("nft")
-                self.assertEqual(list_lacks(), ([], []))
+                self.assertEqual(list_lacks(), [[], []])
                 for words in ("garbage", "[]"):
                     put("podman", words)
-                    self.assertEqual(list_lacks(), ([], []))
+                    self.assertEqual(list_lacks(), [[], []])
                 put("podman", '{"host": {"networkBackend": "cni"}, "version": {"Version": "3.4.4"}}')
-                self.assertEqual(list_lacks(), (["podman"], ["podman", "podman"]))
+                self.assertEqual(list_lacks(), [["podman"], ["podman", "podman"]])
 
     def test_what_an_engine_lacks_by_its_version_is_told(self):
         """K24: what a version cannot do is known before an application wants it."""

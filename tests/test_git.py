@@ -229,6 +229,19 @@ class Refusal(GitCase):
         self.repository.commit({"apps/hello.yaml": None, "elsewhere/hello.yaml": "a: 1"})
         self.check(4, "has no folder apps")
 
+    def test_another_folder_counts_although_no_commit_came(self):
+        """Contract, Profile git: the desired state is what is under `git.path`, not what was there at the last commit."""
+        self.device.set("git.path", "nowhere")
+        self.check(4, "has no folder nowhere")
+        self.device.set("git.path", "apps")
+        self.device.cycle()
+        other = self.publish("other", name="others/hello.yaml")
+        self.device.cycle()
+        self.device.set("git.path", "others")
+        self.device.cycle()
+        self.assertEqual((self.running(), self.device.state()["accepted"]["version"]), ([["GREETING=other"]], other))
+        self.assertEqual(self.device.cycle(), "")
+
     def test_documents_that_nobody_can_read(self):
         """C-116: YAML that is none, two documents, no id, an id twice, too long: the commit is refused and the file named."""
         good, document = support.make_deployment(registry=self.wfm.registry), json.loads(support.make_deployment())
@@ -404,6 +417,20 @@ class Trust(GitCase):
         self.assertEqual(self.running(), [])
         self.repository.push("--force")
         device.cycle()
+        self.assertEqual(self.running(), [["GREETING=signed"]])
+
+    def test_a_head_that_was_accepted_unsigned_is_not_taken_for_a_signed_one(self):
+        """Contract, Profile git: "an unsigned head with `verify_signatures` is 5", whenever that is set; what runs stays."""
+        self.publish("unsigned")
+        self.device.cycle()
+        key, line = self.make_signer()
+        self.device.set("git.verify_signatures", True)
+        self.device.set("git.allowed_signers", support.write(os.path.join(self.repository.folder, "signers"), line))
+        self.assertIn("is not signed", self.device.cycle(5))
+        self.assertEqual(self.running(), [["GREETING=unsigned"]])
+        self.sign_by_ssh(key)
+        self.publish("signed")
+        self.device.cycle()
         self.assertEqual(self.running(), [["GREETING=signed"]])
 
     def test_signers_may_rewrite_where_that_is_allowed(self):

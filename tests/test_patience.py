@@ -150,6 +150,10 @@ class Windows(unittest.TestCase):
                                  ("2026-11-30 05:00", False), ("2026-12-01 22:00", False)):
             self.assertIs(self.within("Mon 22:00-06:00", moment, moment), expected, moment)
 
+    def test_a_window_that_ends_when_it_begins_lasts_a_day(self):
+        for moment, expected in (("2026-11-30 05:59", False), ("2026-11-30 06:00", True), ("2026-12-01 05:59", True), ("2026-12-01 06:00", False)):
+            self.assertIs(self.within("Mon 06:00-06:00", moment, moment), expected, moment)
+
     def test_a_clock_before_the_last_state_is_told_with_both_moments(self):
         self.assertEqual(margo_agent.make_clock_fault(0, NOW), "the clock of this device says 1970-01-01T00:00:00Z, and its state was written at"
                          " 1970-01-12T13:46:40Z: set the clock")

@@ -148,6 +148,11 @@ class Stability(unittest.TestCase):
         self.assertEqual(margo_agent.count_repair(record, margo_agent.Clock(now + 3600, "", 0))["repair"]["failures"], 1)      # an hour of rest after the pause
         self.assertEqual(self.act(record, [make_container()], now - 1).verb, "keep")
 
+    def test_a_first_repair_is_counted_by_any_clock(self):
+        """P-2: also in the first hour of 1970."""
+        for now in (0, 100, 10 ** 10):
+            self.assertEqual(margo_agent.count_repair(make_record(), margo_agent.Clock(now, "", 0))["repair"]["failures"], 1)
+
     def test_a_new_revision_starts_with_a_clean_sheet(self):
         record = dict(make_record(), repair=WAIT, retry=WAIT)
         begun = margo_agent.begin_record(record, make_target(b"two"))
@@ -267,6 +272,8 @@ class Places(unittest.TestCase):
         target, record = make_target()._replace(device_id="gw/a"), make_record(deviceId="gw")
         self.assertEqual(self.plan([target], [record], {"gw": [HELLO]}),
                          [("clear", "gw", "belongs on gw/a"), ("install", "gw/a", "moves here from gw")])
+        self.assertEqual(self.plan([target], [], {"gw": [HELLO]}), [("clear", "gw", "belongs on gw/a"), ("install", "gw/a", "new")])    # a lost state
+        self.assertEqual(self.plan([make_target(b"two")._replace(device_id="gw")], [record], {}), [("update", "gw", "another revision")])
         never = dict(record, running=None, state="failed")
         self.assertEqual(self.plan([target], [never], {}), [("install", "gw/a", "new")])
 
