@@ -171,7 +171,6 @@ Untrusted = define_fault("Untrusted", 5, "UNTRUSTED", "Own identity or the peer'
                          result="untrusted")
 Locked = define_fault("Locked", 6, "LOCKED", "Another instance works on the same state directory.")
 CommandError = define_fault("CommandError", 1, "COMMAND", "A helper program could not be run to its end.")
-CommandMissing = define_fault("CommandMissing", 1, "COMMAND", "The program is missing.", CommandError)
 CommandTimeout = define_fault("CommandTimeout", 1, "COMMAND", "The program ran out of time.", CommandError)
 
 
@@ -2687,7 +2686,7 @@ def parse_trust_bundle(data):
         anchors = parse_pem(data.decode("ascii"))
     else:
         value = parse_json(data, "the trust bundle")
-        check_shape(value, {"keys": list}, "")      # a JWK Set
+        check_shape(value, {"keys": list}, "the trust bundle")          # a JWK Set
         anchors = parse_jwks(value["keys"])
     if not anchors:
         raise ValueError("no X.509 anchor in it (no key with use x509-svid); whoever runs the WFM has the"
@@ -2706,16 +2705,18 @@ def parse_jwks(keys):
     for index, key in enumerate(keys):
         if not isinstance(key, dict) or key.get("use") != "x509-svid":
             continue
-        check_shape(key, {"x5c": ["(?s).*"]}, f"keys[{index}]")
-        first = (key["x5c"] + [""])[0]              # without white space (RFC 7517, 4.7); "" is none
-        anchors.append(base64.b64decode(first, validate=True))
+        x5c = key.get("x5c")
+        first = x5c[0] if isinstance(x5c, list) and x5c else None
+        check_shape(first, ".+", f"keys[{index}].x5c")
+        anchors.append(base64.b64decode(first, validate=True))         # no white space there (RFC 7517, 4.7)
     return anchors
 
 
 def check_sequence(bundle, trust, trust_domain):
     """Raises ValueError where the sequence of a TrustBundle went back (C-043)."""
-    known = trust.get("sequence") if trust.get("trustDomain") == trust_domain else None
-    if known is not None and bundle.sequence is not None and bundle.sequence < known:
+    known = trust.get("sequence")
+    same = trust.get("trustDomain") == trust_domain and None not in (known, bundle.sequence)
+    if same and bundle.sequence < known:
         raise ValueError(f"spiffe_sequence went back from {known} to {bundle.sequence} (a security event, or"
                          " a rebuilt identity service: then unenroll and enroll again)")
 
@@ -2727,7 +2728,7 @@ def parse_discovery(data, document_url, trust_domain, public, held=None):
     for the document, which may then name no other origin.  held: the state's `trust`.
     """
     value = parse_json(data, "the discovery document")
-    check_shape(value, {"trustDomain": "(?s).*"}, "")
+    check_shape(value, {"trustDomain": "(?s).*"}, "the discovery document")
     domain = value["trustDomain"]
     if trust_domain not in (None, domain):
         raise ValueError(f"it is for trust domain {make_printable(domain, 100)}, the own SVID is of"
@@ -2914,17 +2915,13 @@ def make_pin(der):
 
 def fetch_chain(url, context, timeout):
     """The certificates of the service at a URL (DER, see get_chain); nothing is said on the connection."""
-    found = []
-
     def look(chain):
-        found.extend(chain)
-        raise Silence("seen enough")
+        raise Silence("seen enough", chain=chain)
 
     try:
         request("GET", url, {}, None, context, timeout, 0, look)
-    except Silence:
-        pass
-    return found
+    except Silence as seen:
+        return seen.chain
 
 
 def ask_chain(url, context, timeout):
@@ -2933,8 +2930,8 @@ def ask_chain(url, context, timeout):
     if sys.version_info < (3, 10):
         host, port = find_origin(url)
         # it fails where it is asked for a certificate of its own, after it has shown them
-        command = ["s_client", "-showcerts", "-connect", f"[{host}]:{port}"]
-        found += parse_pem(run_openssl(command, timeout=timeout, strict=False).decode("ascii", "replace"))
+        command = ["openssl", "s_client", "-showcerts", "-connect", f"[{host}]:{port}"]
+        found += parse_pem(run_command(command, timeout).stdout.decode("ascii", "replace"))
     return found
 
 
@@ -2950,17 +2947,14 @@ def fetch_from_mis(url, config, headers=None, limit=MAX_CERTIFICATES):
 
 # Keys, which openssl makes and uses; the agent never holds a private one.
 
-def run_openssl(arguments, data=b"", expected=b"", timeout=60, strict=True):
+def run_openssl(arguments, data=b"", expected=b""):
     """What one openssl command prints on stdout.
 
-    Raises CommandError where it does not say `expected` or, if strict, ends with another code than 0, and
-    ConfigError where there is no openssl.
+    Raises CommandError where it does not say `expected` or ends with another code than 0, and ConfigError
+    where there is no openssl.
     """
-    try:
-        output = run_command(["openssl"] + arguments, timeout, data=data)
-    except CommandMissing as error:
-        raise ConfigError(error.message) from None
-    if strict and output.code or expected not in output.stdout + output.stderr.encode():
+    output = run_command(["openssl"] + arguments, 60, data=data)
+    if output.code or expected not in output.stdout + output.stderr.encode():
         raise CommandError(f"openssl {arguments[0]} failed: {output.stderr}")
     return output.stdout
 
@@ -3204,6 +3198,7 @@ def detect_properties(state_dir, root="/", hostname=False):
         cpu["architecture"] = ARCHITECTURES[os.uname().machine]
     memory = re.search(r"^MemTotal:\s+([0-9]+) kB", read_fact(root, "proc/meminfo"), re.M)
     disk = os.statvfs(state_dir if os.path.isdir(state_dir) else "/")
+    kinds = set(read_signs(root, INTERFACE_SIGNS).values()) - {""}
     found = {
         "vendor": detect_text(root, "sys_vendor", "") or "unknown",
         "modelNumber": detect_text(root, "product_name", "model") or "unknown",
@@ -3212,7 +3207,7 @@ def detect_properties(state_dir, root="/", hostname=False):
         "memory": f"{int(memory.group(1)) // 1024 if memory else 0}Mi",
         "storage": f"{disk.f_blocks * disk.f_frsize // MIB}Mi",
         "peripherals": detect_peripherals(root),
-        "interfaces": [{"type": kind} for kind in sorted(detect_interfaces(root))],
+        "interfaces": [{"type": kind} for kind in sorted(kinds)],
     }
     name = re.match("[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?", os.uname().nodename)      # RFC 1123
     if hostname and name:
@@ -3245,11 +3240,6 @@ def detect_text(root, dmi, tree):
     if not text and tree:
         text = read_fact(root, "proc/device-tree", tree)
     return "" if is_placeholder(text) else make_printable(text, 120)
-
-
-def detect_interfaces(root):
-    """The kinds of interface there are."""
-    return set(filter(None, read_signs(root, INTERFACE_SIGNS).values()))
 
 
 def detect_peripherals(root):
@@ -6634,7 +6624,8 @@ def run_command(argv, timeout, env=None, cwd=None, limit=MAX_OUTPUT, data=b"", f
     `timeout` seconds or when it prints more than `limit` bytes; ends: of more, the end of each stream is
     kept instead.  `data` is all that it reads, `files` are descriptors that it gets, too.  watch: a function
     that is called time and again meanwhile.  limits: what it and each that it starts may take; see
-    make_limiter.  A non-zero exit code is an answer.  Raises CommandMissing, CommandTimeout, CommandError.
+    make_limiter.  A non-zero exit code is an answer.  Raises CommandTimeout, CommandError, and ConfigError
+    where a tool is missing that a setting needs; a missing engine is a CommandError.
     """
     import subprocess
     try:
@@ -6645,8 +6636,10 @@ def run_command(argv, timeout, env=None, cwd=None, limit=MAX_OUTPUT, data=b"", f
                                    start_new_session=True, pass_fds=files,
                                    preexec_fn=limits and make_limiter(limits))
     except FileNotFoundError:
-        needed = NEEDED_BY.get(os.path.basename(argv[0]), "or correct the setting that names it")
-        raise CommandMissing(f"{argv[0]} is not installed, or not on PATH; install it: {needed}") from None
+        name = os.path.basename(argv[0])
+        fault = ConfigError if name in ("openssl", "git", "gpg") else CommandError
+        needed = NEEDED_BY.get(name, "or correct the setting that names it")
+        raise fault(f"{argv[0]} is not installed, or not on PATH; install it: {needed}") from None
     except OSError as error:
         raise CommandError(f"{argv[0]} cannot be started ({error.strerror}); is it executable?") from None
     try:
@@ -10121,7 +10114,7 @@ def run_signature_check(data, url, key, config):
         try:
             run_command(gpg + ["--import", paths[0]], 60)
             output = run_command(gpg + ["--trust-model", "always", "--verify"] + paths[1:], 60)
-        except CommandError as error:
+        except (CommandError, ConfigError) as error:
             raise ComponentError("PULL_FAILED",
                                  f"{url} is signed, and that cannot be checked: {error.message}") from None
     if output.code:
@@ -10221,9 +10214,9 @@ class GitSource:
         self.repository = os.path.join(home, "repository")
         self.env = make_git_environment(config, home, os.environ)
         self.secret = save_secret(header) if header else None
-        self.heads, self.reporter, self.context = {}, None, None
-        if self.url.startswith("https:"):
-            self.context = make_tls_context((), config.identity.ca, config.wfm.min_tls)
+        self.heads, self.reporter = {}, None
+        self.context = self.url.startswith("https:") and make_tls_context(
+            (), config.identity.ca, config.wfm.min_tls)
 
     def git(self, command, *arguments, timeout=60, codes=(0,), env=None, limit=MAX_LISTING, **options):
         """One git command on the repository: its Output.
@@ -10244,8 +10237,6 @@ class GitSource:
                 command_line += ["-c", f"include.path=/proc/self/fd/{number}"]
             output = run_command([*command_line, command, *arguments], timeout, env or self.env, self.home,
                                  limit, files=files, limits=bounds, **options)
-        except CommandMissing as error:
-            raise ConfigError(error.message) from None
         except CommandError as error:
             if error.code == "TOO_MUCH":
                 self.refuse(command, f"prints more than {limit} bytes")
@@ -10873,10 +10864,7 @@ class Git(Profile):
 
         Raises ConfigError, Untrusted.
         """
-        try:
-            version = run_command(["git", "version"], 30).stdout.decode("utf-8", "replace").strip()
-        except CommandMissing as error:
-            raise ConfigError(error.message) from None
+        version = run_command(["git", "version"], 30).stdout.decode("utf-8", "replace").strip()
         load_git_header(self.config.git)
         for key in ("token_file", "ssh_key"):
             path = self.config.git[key]

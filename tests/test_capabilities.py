@@ -169,13 +169,13 @@ class Detection(unittest.TestCase):
         support.write(os.path.join(root, "sys/class/net/lo/type"), "772")
         support.write(os.path.join(root, "sys/class/net/br0/bridge/x"), "")
         support.write(os.path.join(root, "sys/class/net/br0/type"), "1")
-        self.assertEqual(margo_agent.detect_interfaces(root), {"ethernet"})
+        self.assertEqual({item["type"] for item in margo_agent.detect_properties(root, root)["interfaces"]}, {"ethernet"})
 
     def test_interfaces_are_told_apart(self):
         root = self.make_root({"sys/class/net/wlan0/wireless/x": "", "sys/class/net/can0/type": "280", "sys/class/net/wwan0/type": "1",
                                "sys/class/bluetooth/hci0/x": "", "sys/bus/usb/devices/usb1/x": "", "sys/class/tty/ttyS0/type": "4",
                                "sys/class/tty/ttyS1/type": "0"})
-        self.assertEqual(margo_agent.detect_interfaces(root), {"wifi", "canbus", "cellular", "bluetooth", "usb", "rs232"})
+        self.assertEqual({item["type"] for item in margo_agent.detect_properties(root, root)["interfaces"]}, {"wifi", "canbus", "cellular", "bluetooth", "usb", "rs232"})
 
     def test_peripherals_are_what_sys_shows(self):
         root = self.make_root({"sys/class/drm/card0/x": "", "sys/class/drm/card0-HDMI-A-1/status": "connected",

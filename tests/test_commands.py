@@ -50,11 +50,11 @@ class RunCommand(unittest.TestCase):
 
     def test_a_missing_program_is_named_with_the_setting_that_needs_it(self):
         """Contract, Shape."""
-        with self.assertRaises(margo_agent.CommandMissing) as caught:
+        with self.assertRaises(margo_agent.CommandError) as caught:
             margo_agent.run_command(["no-such-program-here"], 30)
         self.assertIn("no-such-program-here", caught.exception.message)
         for path, setting in (("/nonexistent/helm", "see runtime.helm"), ("no-such-program-here", "correct the setting that names it")):
-            with self.assertRaisesRegex(margo_agent.CommandMissing, setting):
+            with self.assertRaisesRegex((margo_agent.CommandError, margo_agent.ConfigError), setting):
                 margo_agent.run_command([path], 30)
 
     def test_a_hung_program_is_ended_with_all_its_children(self):
