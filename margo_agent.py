@@ -527,7 +527,8 @@ class Agent:
         if not accepted:
             return                                  # what runs is left alone until a WFM says what should
         actions, seen = self.decide(accepted, self.store.load_artifact)
-        if any(action.verb != "keep" for action in actions):
+        actions = [action for action in actions if action.verb != "keep"]
+        if actions:
             self.prune()                            # before anything is pulled, too (P-5)
         troubles = self.carry_out(actions, seen, accepted["version"])
         for device in self.devices:
@@ -3016,8 +3017,6 @@ def check_eligibility(constraints, capabilities):
     enough, no rules are no condition (C-204).  capabilities: the document reported for the device; its totals
     count, not what is free.
     """
-    if not constraints:
-        return
     properties = capabilities["properties"]
     labels = capabilities.get("labels", {})
     lack = find_lack(constraints.get("capacityRequirements") or {}, properties)
@@ -3593,18 +3592,13 @@ def make_trial(service, engine):
 
 
 def find_subnets(text):
-    """The subnets in create arguments of a network, a line each, or in what an engine shows of some, as JSON.
-
-    Raises ComponentError.
-    """
+    """The subnets in create arguments of a network, a line each, or in what an engine shows, as JSON."""
     import ipaddress
-    found = []
-    for subnet in re.findall('(?im)(?:^--subnet=|"subnet": *")([^"\n]*)', text):
-        try:
-            found.append(ipaddress.ip_network(subnet, False))
-        except ValueError:
-            raise make_fault(f"networks: {make_printable(subnet, 60)!r} is no subnet") from None
-    return found
+    try:
+        return [ipaddress.ip_network(subnet, False)
+                for subnet in re.findall('(?im)(?:^--subnet=|"subnet": *")([^"\n]*)', text)]
+    except ValueError as error:
+        raise make_fault(f"networks: {error}") from None
 
 
 def check_rivals(services):
@@ -3628,36 +3622,30 @@ def check_rivals(services):
 
 
 def ask_ports(services, known):
-    """Raises ComponentError for a port that this device cannot give, beside those that are held already.
-
-    known: as in a Job.
-    """
+    """Raises ComponentError for a port that another program holds; known: as in a Job, for what is held."""
     held = {tuple(port[1:]) for facts in known.values() for port in facts.get("ports", ())}
     for service in services:
         for address, *port in service.ports:
-            fault = tuple(port) not in held and ask_port(address, *port)
-            if fault:
+            if tuple(port) not in held and ask_taken(address, *port):
                 where = f"{address or '*'}:{port[0]}/{port[1]}"
-                raise ComponentError("PORT_IN_USE", f"service {service.name} cannot have the host's port"
-                                     f" {where}: {fault}")
+                raise ComponentError("PORT_IN_USE", f"another program holds the host's port {where}, which"
+                                     f" service {service.name} publishes")
 
 
-def ask_port(address, number, protocol):
-    """Why nobody could listen at an address and port of this device now, in words; "" where one could."""
+def ask_taken(address, number, protocol):
+    """Whether somebody listens at an address and port, as far as is seen from here."""
     import errno
     import socket
-    if protocol == "sctp":
-        return ""
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    kind = {"tcp": socket.SOCK_STREAM, "udp": socket.SOCK_DGRAM}.get(protocol, socket.SOCK_SEQPACKET)
     try:
-        with socket.socket(family, socket.SOCK_DGRAM if protocol == "udp" else socket.SOCK_STREAM) as probe:
+        with socket.socket(family, kind) as probe:
             if protocol == "tcp":                   # else what was closed just now is in the way
                 probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind((address or "0.0.0.0", number))
-    except OSError as error:
-        if error.errno in (errno.EADDRINUSE, errno.EADDRNOTAVAIL):
-            return error.strerror
-    return ""
+    except OSError as error:                        # whatever else there is, the engine will say
+        return error.errno == errno.EADDRINUSE
+    return False
 
 
 def find_targets(service):
@@ -4307,23 +4295,21 @@ class ComposeDriver:
         return volumes
 
     def create_all(self, job, networks, services, leaving, names):
-        """Makes networks, volumes and containers, and gives each container the name of its service.
+        """Makes networks and containers, and gives each container the name of its service.
 
-        One that leaves may have that name still: it gets another one once all are made.  names: {service:
-        name} of containers that are kept.  Nothing is stopped yet, so that this is no part of the outage.
+        One that leaves and has that name gets another one before.  names: {service: name} of containers that
+        are kept.  Nothing is stopped yet, so that this is no part of the outage.
         """
         self.create_shared(job, "network", networks)
         held = {container.name: container.id for container in leaving}
-        for service in services:
-            name = make_container_name(job.workload.project, service.name)
-            name += f"-new-{os.urandom(4).hex()}" if name in held else ""
-            names[service.name] = name
-            job.current[service.name] = self.create(service, job, name)
-        for service, name in names.items():
+        making = {service.name: service for service in services}
+        for service in [*names, *making]:
             own = make_container_name(job.workload.project, service)
-            if name != own:
-                if own in held:                     # it may have gone meanwhile
-                    self.run(["rename", held[own], f"{own}-old-{held[own][:12]}"], 60)
+            if own in held:                         # it may have gone meanwhile
+                self.run(["rename", held[own], f"{own}-old-{held[own][:12]}"], 60)
+            if service in making:
+                job.current[service] = self.create(making[service], job, own)
+            elif names[service] != own:
                 self.rename(job, job.current[service], own)
 
     def rename(self, job, container_id, name):
@@ -12377,12 +12363,9 @@ def examine_outbox(agent):
 
 def examine_failed(agent):
     """Whether every deployment is as it should be."""
-    clock = get_clock()
-    words = []
-    for record in agent.state["deployments"].values():
-        if record["state"] == "failed":
-            words.append(f"{record['name']} ({record['error']['code']}): {make_failure_words(record)};"
-                         f" {make_due(record, clock)}")
+    words = [f"{record['name']} ({record['error']['code']}): {make_failure_words(record)};"
+             f" {make_due(record, get_clock())}"
+             for record in agent.state["deployments"].values() if record["state"] == "failed"]
     if words:
         raise CommandError("; ".join(words))
     newest = agent.state["history"][-1:]
