@@ -8621,8 +8621,8 @@ def check_shape(value, shape, where):
     if isinstance(shape, dict):
         for name, inner in shape.items():
             key = name.rstrip("?+")
-            keys = value if key == "*" else {key} if key == name else value.keys() & {key}
-            for key in keys:
+            wanted = value if key == "*" else {key}
+            for key in wanted if key == name else value.keys() & wanted:
                 place = f"{where}.{make_printable(key, 80)}" if where else key
                 if name[-1] == "?":
                     inner = None, inner
