@@ -12343,6 +12343,8 @@ def command_logs(config, options):
     if found[1:] and driver.engine == "docker":
         names = ", ".join(sorted(container.service for container in found))
         raise ConfigError(f"docker shows one container at a time; name one of the services {names}")
+    if not re.fullmatch("[0-9]+", options.get("--tail", "0")):
+        raise ConfigError(f"--tail: found {options['--tail']!r}, expected a number of lines")
     flags = [f"--tail={options['--tail']}"] if "--tail" in options else []
     flags += ["--follow"] * ("-f" in options) + ["--names"] * bool(found[1:])
     argv = [driver.engine, "logs", *flags, *(container.id for container in found)]
@@ -12460,8 +12462,8 @@ def command_run(config, options):
     except ValueError as error:
         raise ConfigError(f"--spread: found {options['--spread']!r}, expected {error}") from None
     if "--once" not in options:
-        if spread:
-            raise ConfigError("--spread: belongs to run --once; a daemon has poll.jitter")
+        for name in {"--spread", "--json"}.intersection(options):
+            raise Misuse(f"{name}: belongs to run --once")
         return start_watch(config, options["arguments"])
     import signal
     asked = []
@@ -12809,7 +12811,7 @@ def command_plan(config, options):
     version = accepted["version"] if accepted else None
     for item in items:
         item["changes"] = load_changes(agent, item, accepted, documents)
-    if "--json" in options:
+    if options.pop("--json", False):                # what fails after that is told on stderr alone
         print_json({"version": version, "actions": items, "others": others})
     else:
         print(f"desired state: version {version or 'none'}")
@@ -13077,6 +13079,8 @@ def parse_arguments(arguments):
         if word.startswith("-"):
             parse_option(word, rest, options)
         elif options["command"]:
+            if not word:
+                raise Misuse(f"{options['command']}: an empty word names nothing")
             options["operands"].append(word)
         else:
             options["command"] = check_word(word, "command", COMMANDS)
@@ -13088,15 +13092,15 @@ def parse_arguments(arguments):
 def parse_option(word, rest, options):
     """Adds an option to `options`, with its value, which may be the first word of the `rest`."""
     known = dict(GLOBAL_OPTIONS, **(COMMANDS[options["command"]][1] if options["command"] else {}))
-    name, _, value = word.partition("=")
+    name, given, value = word.partition("=")
     if not word.startswith("--"):                   # -cFILE, -vq
         name = word[:2]
         value = word[2:].lstrip("=")
     name = check_word(SPELLINGS.get(name, name), "option", known)
     if known[name]:
-        if not value and not rest:
+        options[name] = value or (rest.pop(0) if rest and not given else "")
+        if not options[name]:
             raise Misuse(f"{name}: needs a value, {known[name]}")
-        options[name] = value or rest.pop(0)
         return
     options[name] = True
     if value and word.startswith("--"):
@@ -13149,11 +13153,16 @@ def run_main(arguments):
     if function is command_version or "--example" in options:
         return function(None, options) or 0
     options["-c"] = options.get("-c") or os.environ.get("MARGO_CONFIG") or "/etc/margo/agent.yaml"
-    config = load_config(options["-c"])
-    log.level = "error" if "-q" in options else config.log.level
-    if "-v" in options:
-        log.level = "debug"
-    return function(config, options) or 0
+    try:
+        config = load_config(options["-c"])
+        log.level = "error" if "-q" in options else config.log.level
+        if "-v" in options:
+            log.level = "debug"
+        return function(config, options) or 0
+    except MargoError as error:
+        if "--json" in options:                     # who reads JSON gets some
+            print_json({"error": {"code": error.code, "message": error.message}})
+        raise
 
 
 def prepare_streams():
