@@ -98,7 +98,8 @@ REFUSALS = ("invalid-request", "semantic-error", "gateway-not-found", "device-no
 DIGEST_PATTERN = r"sha256:[0-9a-f]{64}"
 UUID_PATTERN = r"[0-9a-fA-F]{8}-[0-9a-fA-F]{4}-[0-9a-fA-F]{4}-[0-9a-fA-F]{4}-[0-9a-fA-F]{12}"
 EXTENSION_PATTERN = r"x-[a-z][a-z0-9-]*-extensions"
-REGISTRY_PATTERN = r"(?:[A-Za-z0-9.-]+|\[[0-9a-fA-F:]+\])(?::[0-9]{1,5})?"
+PORT_PATTERN = r":(?:[0-9]{1,4}|[1-5][0-9]{4}|6[0-4][0-9]{3}|65[0-4][0-9]{2}|655[0-2][0-9]|6553[0-5])"
+REGISTRY_PATTERN = rf"(?:[A-Za-z0-9.-]+|\[[0-9a-fA-F:]+\])(?:{PORT_PATTERN})?"
 DEVICE_ID_PATTERN = r"[A-Za-z0-9._~-]+(/[A-Za-z0-9._~-]+)*"
 
 # Most severe first (C-133).
@@ -109,7 +110,7 @@ CHANGES = ("install", "update")     # verbs of a plan that make a version run
 RETRY_FIRST, RETRY_CAP = 30, 3600   # seconds between attempts at a failed deployment
 REPAIRS = 5                         # repairs within RETRY_CAP before pauses between them grow, too
 HISTORY = 20                        # accepted desired states that `history` tells of
-MAX_NAMED = 100                     # workloads of other owners that `status` names
+MAX_NAMED = 100                     # things of one kind that are named in `status` or the log
 BACKOFF_FIRST, BACKOFF_CAP = 1, 900  # seconds between attempts at a WFM that cannot be reached
 STOP_GRACE = 20                     # seconds for the current step once the process is asked to end
 STOP_LIMIT = 90                     # seconds until a cycle that was asked to end is killed by its parent
@@ -209,7 +210,8 @@ class ComponentError(MargoError):
         super().__init__(message[:MAX_MESSAGE] + ("..." if len(message) > MAX_MESSAGE else ""), code, **facts)
 
 
-TROUBLE = (ComponentError, CommandError, MemoryError)       # what fails one deployment and not the cycle
+# What fails one deployment and not the cycle.
+TROUBLE = (ComponentError, CommandError, ConfigError, MemoryError)
 
 
 class Forbidden(ComponentError):
@@ -391,8 +393,7 @@ class Agent:
         if isinstance(error, Untrusted) and time.time() < stored:   # no verdict on certificates is one (P-2)
             error.code = "CLOCK"
             error.message += f"; {make_clock_fault(time.time(), stored)}"
-        long = {"retryAfter": f"{error.retry_after:.0f} s"} if (error.retry_after or 0) > 3600 else {}
-        log("error", error.message, code=error.code, **long)
+        log("error", error.message, code=error.code)
         if final or isinstance(error, Refused):
             clock = get_clock()._replace(now=began)
             self.state["patience"] = make_patience(self.state["patience"], error, clock, get_random())
@@ -788,7 +789,8 @@ def make_action(target, record, containers, clock, settle, mark):
 
     same = record and record["adopted"]["digest"] == target.digest
     state = record and record["state"]
-    retry = find_wait(record["retry"], clock) if record else 0
+    # A removal that failed says nothing of a deployment that is wanted again.
+    retry = find_wait(record["retry"], clock) if record and "leaving" not in record["retry"] else 0
     pause = find_wait(record["repair"], clock) if record else 0
     if same and state == "failed" and record["fallback"] and not pause and (target.error or retry):
         words = find_drift(record["running"]["services"], containers, clock.now, settle)[1]
@@ -1180,7 +1182,8 @@ def apply_removal(step):
         log("error", "removal failed", deployment=record["deploymentId"], component=name,
             reason=error.message)
         code = error.code if isinstance(error, ComponentError) else "REMOVE_FAILED"
-        yield step.fail(record, name if name in names else None, ComponentError(code, error.message))
+        failed = step.fail(record, name if name in names else None, ComponentError(code, error.message))
+        yield dict(failed, retry=dict(failed["retry"], leaving=True))
         return
     remove_folder(step.store.path("deployments", step.action.key))
     yield dict(set_component(record, None, "removed"), running=None, previous=None)
@@ -1247,7 +1250,8 @@ def make_record(target, device_id):
     refused     whether the revision cannot be one, whatever is tried
     found       whether something of it ran before it was known, as after the state was lost
     fetched     digests of packages and names of images that are there for the revision that is worked on
-    retry       failures in a row (see make_wait); repair: repairs without an hour's rest (P-7)
+    retry       failures in a row (see make_wait), with `leaving` where it was its removal that failed
+    repair      repairs without an hour's rest (P-7)
     """
     return {"deploymentId": target.deployment_id, "name": target.deployment_id, "deviceId": device_id,
             "type": "compose", "adopted": {"digest": target.digest, "version": target.version},
@@ -1785,6 +1789,7 @@ class HttpSource:
 
     root = "/api/v1"
     status_path = "/deployments/{}/status"
+    client_id = "whom it knows by no id yet"
 
     def __init__(self, config):
         self.config, self.url = config, config.wfm.url
@@ -1803,8 +1808,7 @@ class HttpSource:
         if coding not in (None, "identity"):
             log("info", "an answer is coded, which was not asked for; it is taken as it came", coding=coding,
                 request=f"{method} {path}")
-        who = getattr(self, "client_id", "whom it knows by no id yet")
-        denial = f"the WFM does not accept this client, {who}: register it there"
+        denial = f"the WFM does not accept this client, {self.client_id}: register it there"
         return check_response(response, f"{method} {self.url}{path}", accepted, now, denial)
 
     def fetch_manifest(self, etag):
@@ -1889,11 +1893,19 @@ class HttpSource:
 
     def put_capabilities(self, device_id, document):
         """Reports what a device can do; repeating it is harmless (C-080)."""
-        self.send("PUT", f"/capabilities/{device_id}", SUCCESS, document=document)
+        self.send_of("PUT", device_id, document)
 
     def delete_capabilities(self, device_id):
         """Deregisters a device; one that the WFM does not know is deregistered already."""
-        self.send("DELETE", f"/capabilities/{device_id}", (*SUCCESS, 404))
+        try:
+            self.send_of("DELETE", device_id)
+        except Refused as error:
+            if error.status != 404:
+                raise
+
+    def send_of(self, method, device_id, document=None):
+        """One request about a device."""
+        self.send(method, f"/capabilities/{device_id}", SUCCESS, document=document)
 
     def post_status(self, deployment_id, document):
         """Reports a deployment's status."""
@@ -1926,18 +1938,6 @@ class MtlsSource(HttpSource):
             judge(leaf, now)
         self.chain = chain
 
-    def put_capabilities(self, device_id, document):
-        """Reports what a device can do; repeating it is harmless (C-080)."""
-        self.send_of("PUT", device_id, document)
-
-    def delete_capabilities(self, device_id):
-        """Deregisters a device; one that the WFM does not know is deregistered already."""
-        try:
-            self.send_of("DELETE", device_id)
-        except Refused as error:
-            if error.status != 404:
-                raise
-
     def send_of(self, method, device_id, document=None):
         """One request about a device.
 
@@ -1948,11 +1948,11 @@ class MtlsSource(HttpSource):
         if self.memo.get("escaped"):
             forms.reverse()
         try:
-            self.send(method, f"/capabilities/{forms[0]}", SUCCESS, document=document)
+            super().send_of(method, forms[0], document)
         except Refused as error:
             if error.code != "HTTP 404" or forms[0] == forms[1]:
                 raise
-            self.send(method, f"/capabilities/{forms[1]}", SUCCESS, document=document)
+            super().send_of(method, forms[1], document)
             self.memo["escaped"] = forms[0] == device_id
 
 
@@ -2693,8 +2693,7 @@ def parse_trust_bundle(data):
         anchors = parse_pem(data.decode("ascii"))
     else:
         value = parse_json(data, "the trust bundle")
-        if not isinstance(value, dict) or not isinstance(value.get("keys"), list):
-            raise ValueError("a trust bundle is a JWK Set with `keys`, or PEM")
+        check_shape(value, {"keys": list}, "")      # a JWK Set
         anchors = parse_jwks(value["keys"])
     if not anchors:
         raise ValueError("no X.509 anchor in it (no key with use x509-svid); whoever runs the WFM has the"
@@ -2713,10 +2712,9 @@ def parse_jwks(keys):
     for index, key in enumerate(keys):
         if not isinstance(key, dict) or key.get("use") != "x509-svid":
             continue
-        x5c = key.get("x5c")
-        if not isinstance(x5c, list) or not x5c or not isinstance(x5c[0], str):
-            raise ValueError(f"keys[{index}] is for x509-svid and has no x5c")
-        anchors.append(base64.b64decode(x5c[0], validate=True))        # no white space there (RFC 7517, 4.7)
+        check_shape(key, {"x5c": ["(?s).*"]}, f"keys[{index}]")
+        first = (key["x5c"] + [""])[0]              # without white space (RFC 7517, 4.7); "" is none
+        anchors.append(base64.b64decode(first, validate=True))
     return anchors
 
 
@@ -2735,9 +2733,8 @@ def parse_discovery(data, document_url, trust_domain, public, held=None):
     for the document, which may then name no other origin.  held: the state's `trust`.
     """
     value = parse_json(data, "the discovery document")
-    domain = value.get("trustDomain") if isinstance(value, dict) else None
-    if not isinstance(domain, str):
-        raise ValueError("the discovery document has no trustDomain")
+    check_shape(value, {"trustDomain": "(?s).*"}, "")
+    domain = value["trustDomain"]
     if trust_domain not in (None, domain):
         raise ValueError(f"it is for trust domain {make_printable(domain, 100)}, the own SVID is of"
                          f" {trust_domain}")
@@ -2898,9 +2895,7 @@ def obtain_mis_context(config, url):
     if not settings.ca:
         context.check_hostname = False
         context.verify_mode = ssl.CERT_NONE
-    shown = fetch_chain(url, context, timeout)
-    if len(shown) == 1 and sys.version_info < (3, 10):
-        shown += ask_chain(url, timeout)
+    shown = ask_chain(url, context, timeout)
     pinned = [der for der in shown + context.get_ca_certs(binary_form=True) if make_pin(der) in settings.pins]
     if not pinned:
         raise Untrusted(f"{url}: it presents no certificate whose key is in identity.pins")
@@ -2938,12 +2933,15 @@ def fetch_chain(url, context, timeout):
     return found
 
 
-def ask_chain(url, timeout):
-    """The same as openssl shows them, for a Python that shows the leaf alone."""
-    host, port = find_origin(url)
-    # it fails where it is asked for a certificate of its own, after it has shown them
-    command = ["s_client", "-showcerts", "-connect", f"[{host}]:{port}"]
-    return parse_pem(run_openssl(command, timeout=timeout, strict=False).decode("ascii", "replace"))
+def ask_chain(url, context, timeout):
+    """The same, and before Python 3.10 what openssl shows above the leaf, too; nobody has verified that."""
+    found = fetch_chain(url, context, timeout)
+    if sys.version_info < (3, 10):
+        host, port = find_origin(url)
+        # it fails where it is asked for a certificate of its own, after it has shown them
+        command = ["s_client", "-showcerts", "-connect", f"[{host}]:{port}"]
+        found += parse_pem(run_openssl(command, timeout=timeout, strict=False).decode("ascii", "replace"))
+    return found
 
 
 def fetch_from_mis(url, config, headers=None, limit=MAX_CERTIFICATES):
@@ -2961,9 +2959,13 @@ def fetch_from_mis(url, config, headers=None, limit=MAX_CERTIFICATES):
 def run_openssl(arguments, data=b"", expected=b"", timeout=60, strict=True):
     """What one openssl command prints on stdout.
 
-    Raises CommandError where it does not say `expected` or, if strict, ends with another code than 0.
+    Raises CommandError where it does not say `expected` or, if strict, ends with another code than 0, and
+    ConfigError where there is no openssl.
     """
-    output = run_command(["openssl"] + arguments, timeout, data=data)
+    try:
+        output = run_command(["openssl"] + arguments, timeout, data=data)
+    except CommandMissing as error:
+        raise ConfigError(error.message) from None
     if strict and output.code or expected not in output.stdout + output.stderr.encode():
         raise CommandError(f"openssl {arguments[0]} failed: {output.stderr}")
     return output.stdout
@@ -3414,6 +3416,11 @@ PULL_NOTE = 60                      # seconds between two lines of the log about
 LOG_LINES = 4000                    # of a log that are looked at for its end
 MAX_LOG = 256 * KIB                 # bytes of them
 RUNS_TOO = {"amd64": "386", "arm64": "arm"}         # what a processor usually runs beside its own
+# What versions of an engine lack.
+LACKS = (("podman", "4.7", "`host-gateway` is the gateway of the first network"),
+         ("podman", "4.8", "a volume's `driver_opts` have no `size`; `tmpfs` of a service has"),
+         ("docker", "20.10", "`host-gateway` fails"))
+NO_PROGRAM = "/.margo-trial"        # what a trial of docker's starts
 # An engine's words for what does not run.
 AT_REST = ("exited", "created", "initialized", "stopped", "configured")
 
@@ -3557,6 +3564,102 @@ def plan_networks(wanted, there, project):
     return new, changed + (dropped if ranged else []), [] if ranged else dropped
 
 
+# Options of `create` that a trial goes without: they need a network, or another container, or a run.
+UNTRIED = ("--(init\\Z|publish|add-host|dns|mac-address|health|no-health|restart|pid=c|ipc=c)|"
+           "--sysctl=\"?net[./]ipv[46][./](conf|neigh)[./]")
+
+
+def make_trial(service, engine):
+    """The Service of a trial, see ComposeDriver.rehearse.
+
+    Docker can only start it, so that it has a program there that no image has.  Nothing is labelled anew for
+    SELinux while another container uses it.
+    """
+    arguments = []
+    for argument in service.arguments:
+        head, _, options = argument.rpartition(":")
+        if argument.startswith("--volume=") and "/" not in options:
+            options = ",".join(option for option in options.split(",") if option not in "zZ")
+            argument = ":".join(filter(None, [head, options]))
+        if not re.match(UNTRIED, argument):
+            arguments.append(argument)
+    command = service.command
+    if engine != "podman":
+        arguments = [item for item in arguments if not item.startswith("--entrypoint=")]
+        arguments.append(f"--entrypoint={NO_PROGRAM}")
+        command = []
+    return service._replace(arguments=arguments, command=command, shares=(), hash="",
+                            networks=[Attachment("none", None, None)])
+
+
+def find_subnets(text):
+    """The subnets in create arguments of a network, a line each, or in what an engine shows of some, as JSON.
+
+    Raises ComponentError.
+    """
+    import ipaddress
+    found = []
+    for subnet in re.findall('(?im)(?:^--subnet=|"subnet": *")([^"\n]*)', text):
+        try:
+            found.append(ipaddress.ip_network(subnet, False))
+        except ValueError:
+            raise make_fault(f"networks: {make_printable(subnet, 60)!r} is no subnet") from None
+    return found
+
+
+def check_rivals(services):
+    """Raises ComponentError for a port of the host, or an address, that two services would have at a time.
+
+    Who waits for another one's end can have what that had.
+    """
+    awaited = [pair for service in services for pair in service.depends_on.items()]
+    ended = [name for name, (condition, _) in awaited if condition == "service_completed_successfully"]
+    taken = {}
+    for service in services:
+        things = list(service.ports)
+        for network, _, options in service.networks:
+            things += [("", network, option.strip("-")) for option in options or ()]
+        for address, *key in things if service.name not in ended else ():
+            rivals = taken.setdefault(tuple(key), {})
+            if address in rivals or rivals and "" in (address, *rivals):
+                raise make_fault(f"services.{service.name}: it cannot have {key[0]} {key[1]} beside service"
+                                 f" {next(iter(rivals.values()))}")
+            rivals[address] = service.name
+
+
+def ask_ports(services, known):
+    """Raises ComponentError for a port that this device cannot give, beside those that are held already.
+
+    known: as in a Job.
+    """
+    held = {tuple(port[1:]) for facts in known.values() for port in facts.get("ports", ())}
+    for service in services:
+        for address, *port in service.ports:
+            fault = tuple(port) not in held and ask_port(address, *port)
+            if fault:
+                where = f"{address or '*'}:{port[0]}/{port[1]}"
+                raise ComponentError("PORT_IN_USE", f"service {service.name} cannot have the host's port"
+                                     f" {where}: {fault}")
+
+
+def ask_port(address, number, protocol):
+    """Why nobody could listen at an address and port of this device now, in words; "" where one could."""
+    import errno
+    import socket
+    if protocol == "sctp":
+        return ""
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    try:
+        with socket.socket(family, socket.SOCK_DGRAM if protocol == "udp" else socket.SOCK_STREAM) as probe:
+            if protocol == "tcp":                   # else what was closed just now is in the way
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((address or "0.0.0.0", number))
+    except OSError as error:
+        if error.errno in (errno.EADDRINUSE, errno.EADDRNOTAVAIL):
+            return error.strerror
+    return ""
+
+
 def find_targets(service):
     """({path} at which the compose file mounts something of a name, {path} of volumes without a name)."""
     named = set(map(make_path, service.files))
@@ -3637,13 +3740,19 @@ def find_containers(deployment_id, containers, component=None, kind=None):
 
 
 def find_cause(stderr):
-    """What an engine says of a failure, without what it tried before: from its last `Error` on, else the end.
+    """What an engine says of a failure, without what it tried before: from its first `Error` on.
 
     Ids of 64 digits are cut to the 12 that the engine shows elsewhere.
     """
     starts = [match.end() for match in re.finditer(r"(?:^|\\n)(?=Error)", stderr)]      # made printable
-    start = max(starts, default=0)
+    start = min(starts, default=0)
     return re.sub(r"\b([0-9a-f]{12})[0-9a-f]{52}\b", r"\1", stderr[start:])[-1500:]
+
+
+def is_before(version, other):
+    """Whether a version is earlier than another one, such as 4.7; one that is unknown is not."""
+    first, second = ([int(number) for number in re.findall("[0-9]+", text)[:2]] for text in (version, other))
+    return bool(first) and first < second
 
 
 class ComposeDriver:
@@ -3656,6 +3765,7 @@ class ComposeDriver:
         self.engine, self.config = engine, config
         self.environ = os.environ if environ is None else environ
         self.claim = NOBODY                         # by what a container is ours, as of the last look
+        self.info = {}                              # see ask_info
         self.strangers = []                         # [Container] not ours that the last look has shown
         self.device_id, self.connection = child
         self.others = frozenset(others)             # devices whose containers are not ours, even here
@@ -3681,6 +3791,7 @@ class ComposeDriver:
         does not answer.
         """
         self.claim = claim or self.claim
+        self.info = {}
         form = "json"
         if self.engine != "podman":
             form = DOCKER_FORM % ",".join(f'"{name}":{{{{json (.Label "{name}")}}}}' for name in LABELS)
@@ -3778,14 +3889,33 @@ class ComposeDriver:
         except CommandError:
             return {}
 
+    def ask_info(self):
+        """{architecture, root, version, network: text} that the engine has said since the last look.
+
+        root: the folder of its images; "" for what it does not say.
+        """
+        if not self.info:
+            told = self.ask([self.engine, "info", "--format={{json .}}"])
+            host, store, version = (told.get(key) or {} for key in ("host", "store", "version"))
+            self.info = {"architecture": host.get("arch") or told.get("Architecture", ""),
+                         "root": store.get("graphRoot") or told.get("DockerRootDir", ""),
+                         "version": version.get("Version") or told.get("ServerVersion", ""),
+                         "network": host.get("networkBackend", "")}
+        return self.info
+
     def list_lacks(self):
-        """What podman's own helpers lack here, in words.
+        """What the engine lacks by its version, and podman's own helpers here, in words.
 
         ([why applications with a network fail or do not find each other], [why others fail]).
         """
-        if self.engine != "podman" or self.remote or self.ask(
-                ["podman", "info", "--format=json"]).get("host", {}).get("networkBackend") != "netavark":
-            return [], []
+        notes = [f"{self.engine} before {version}: {words}" for engine, version, words in LACKS
+                 if engine == self.engine and is_before(self.ask_info()["version"], version)]
+        network = self.ask_info()["network"]
+        if network == "cni":
+            return ["podman has its networks from CNI: services do not find each other by name; install"
+                    " netavark and aardvark-dns"], notes
+        if network != "netavark" or self.remote:
+            return [], notes
         everywhere = {"PATH": os.pathsep.join([*HELPER_FOLDERS, *list_folders(self.environ)])}
         wanted = self.environ.get("NETAVARK_FW")
         backend = find_program("netavark", everywhere)
@@ -3796,8 +3926,9 @@ class ComposeDriver:
         words = {"aardvark-dns": "services do not find each other by name"}
         lacks = [f"install {name}: without it {words.get(name, 'applications with a network fail')}"
                  for name in programs if not find_program(name, everywhere)]
-        init = find_program("catatonit", everywhere)
-        return lacks, [] if init else ["install catatonit: without it `init: true` fails"]
+        if not find_program("catatonit", everywhere):
+            notes.append("install catatonit: without it `init: true` fails")
+        return lacks, notes
 
     def resolve(self, workload, timeout, again=False, fetched=None, images=None):
         """The compose file read, checked and resolved, the images pulled.
@@ -3833,9 +3964,8 @@ class ComposeDriver:
         Raises ComponentError for an image that cannot run here, or lacks a health check that is awaited: both
         are found out before anything stops (K5, K18).
         """
-        form = "{{.Host.Arch}}" if self.engine == "podman" else "{{.Architecture}}"
-        words = self.run(["info", f"--format={form}"], 60).stdout.decode("utf-8", "replace").strip()
-        own = ARCHITECTURES.get(words, words)
+        own = self.ask_info()["architecture"]
+        own = ARCHITECTURES.get(own, own)
         checked = set()
         result = []
         for service in services:
@@ -3887,11 +4017,6 @@ class ComposeDriver:
             if self.remote and (service.files or any(mount.found for mount in service.mounts)):
                 raise make_fault(f"{where}: configs, secrets and bind mounts are files of the gateway, which"
                                  " a child device does not see")
-            for argument in () if self.remote else service.arguments:
-                option, _, path = argument.split(":")[0].partition("=")
-                # Docker would find that out when the old container is gone.
-                if option == "--device" and path.startswith("/") and not os.path.exists(path):
-                    raise make_fault(f"{where}.devices: this device has no {make_printable(path, 200)}")
             taken = [name for name in find_handed(service.environment) if name in self.environ]
             if taken:
                 raise make_fault(f"{where}.environment.{taken[0]}: the agent has a variable of this name, so"
@@ -3956,8 +4081,7 @@ class ComposeDriver:
         """
         if self.remote:
             return ""
-        form = "{{.Store.GraphRoot}}" if self.engine == "podman" else "{{.DockerRootDir}}"
-        root = self.run(["info", f"--format={form}"], 60).stdout.decode("utf-8", "replace").strip()
+        root = self.ask_info()["root"]
         if not os.path.isdir(root):
             return ""
         check_space(root, 0, f"image {image}")
@@ -4020,6 +4144,9 @@ class ComposeDriver:
         runs = {container.id for container in present if container.state == "running"}
         volumes = self.look_at_volumes(known, present)
         job = Job(workload, project, os.path.dirname(workload.folder), known, deadline, {}, runs, volumes)
+        check_rivals(project.services)
+        if not self.remote and runs <= {facts.get("id") for facts in known.values()}:   # else who holds what?
+            ask_ports(project.services, known)
         finished = self.carry_through(job, present)
         started = {container.id: container.started for container in self.look_up(workload)}
         seen = self.inspect(job.current.values())
@@ -4044,7 +4171,8 @@ class ComposeDriver:
             words = mask(output.stderr, job.workload.parameters.values())
             for name, container_id in job.current.items():
                 words = words.replace(container_id, name)
-            words = "; ".join([find_cause(words)] + self.list_lacks()[0] * (arguments[0] == "start"))
+            lacks = self.list_lacks()[0] if arguments[0] == "start" else []
+            words = "; ".join([find_cause(words), *lacks])
             raise ComponentError("INSTALL_FAILED", f"{self.engine} {arguments[0]} failed: {words}")
         return output
 
@@ -4065,10 +4193,18 @@ class ComposeDriver:
         first = self.ask_free(first, job.project.networks, leaving)
         job.current.update({name: container.id for name, container in changes.kept.items()})
         names = {name: container.name for name, container in changes.kept.items()}
+        self.create_shared(job, "volume", job.project.volumes)
+        self.try_networks(job, new, first)
+        if any(container.state not in AT_REST for container in leaving):
+            for service in changes.making:
+                self.rehearse(service, job)
         if not first:
             self.create_all(job, new, changes.making, leaving, names)
         try:
-            self.halt(job, changes.leaving)
+            stopped = job.deadline
+            for group in changes.leaving:
+                active = [container.id for container in group if container.state not in AT_REST]
+                stopped = self.stop(active, stopped) if active else stopped
             if first:
                 self.remove_containers(leaving, job.deadline)
                 leaving = []
@@ -4124,10 +4260,28 @@ class ComposeDriver:
                 free.append(name)
         return free
 
+    def try_networks(self, job, new, first):
+        """Raises ComponentError for a network that could not be made once the first have gone (K23).
+
+        It is made by another name and removed again, unless it may want addresses that those have still.
+        """
+        going = make_json([facts for _, _, facts in self.inspect_names("network", first)]).decode()
+        for name, arguments in new.items() if first else ():
+            subnets = find_subnets("\n".join(arguments))
+            meets = [one for one in subnets if any(map(one.overlaps, find_subnets(going)))]
+            if subnets and not meets:
+                self.carry_out(job, ["network", "create", *arguments, f"{name}-try"])
+                self.carry_out(job, ["network", "rm", f"{name}-try"])
+
     def create_shared(self, job, kind, items):
         """Networks or volumes that are not there yet; items: {name: create arguments, or None}."""
         for name, arguments in items.items():
-            if arguments is not None and not self.inspect_names(kind, [name]):
+            there = [] if arguments is None else self.inspect_names(kind, [name])
+            for _, _, facts in there:
+                kept = (facts.get("options") or {}).get("type", "") == "tmpfs"
+                if kind == "volume" and kept != ("--opt=type=tmpfs" in arguments):
+                    log("warning", "a volume is there with other driver_opts, and stays so", volume=name)
+            if arguments is not None and not there:
                 self.carry_out(job, [kind, "create"] + arguments + [name])
 
     def ask_external(self, project, services):
@@ -4159,7 +4313,6 @@ class ComposeDriver:
         name} of containers that are kept.  Nothing is stopped yet, so that this is no part of the outage.
         """
         self.create_shared(job, "network", networks)
-        self.create_shared(job, "volume", job.project.volumes)
         held = {container.name: container.id for container in leaving}
         for service in services:
             name = make_container_name(job.workload.project, service.name)
@@ -4202,6 +4355,29 @@ class ComposeDriver:
             self.carry_out(job, ["network", "connect"] + aliases + addresses + [network, name])
         return words[-1] if words else name
 
+    def rehearse(self, service, job):
+        """Raises ComponentError for what an engine finds out only when a container starts (K23).
+
+        One of the same settings, without a network, is brought to where its program would run: its user and
+        folders, devices, limits and the program are there by then, or not, while all that runs goes on.  What
+        ran here before need not be tried, nor what another service may have to lay out first in a volume.
+        """
+        others = [item for item in job.project.services if item != service]
+        mounts = [mount for item in others for mount in item.mounts]
+        written = {mount.source for mount in mounts if mount.source and "ro" not in mount.options}
+        known = job.known.get(service.name, {}).get("hash") == service.hash
+        if known or not written.isdisjoint(mount.source for mount in service.mounts):
+            return
+        name = make_container_name(job.workload.project, service.name) + f"-try-{os.urandom(4).hex()}"
+        container_id = self.create(make_trial(service, self.engine), job, name)
+        output = self.run(["init" if self.engine == "podman" else "start", container_id],
+                          job.deadline - time.monotonic())
+        self.run(["rm", "--force", container_id], 60, "REMOVE_FAILED")
+        if output.code and NO_PROGRAM not in output.stderr:     # else nothing lacks but that
+            words = mask(find_cause(output.stderr), job.workload.parameters.values())
+            raise ComponentError("INSTALL_FAILED",
+                                 f"service {service.name} could not be started: {self.engine}: {words}")
+
     def prepare_options(self, service, job):
         """The options of `create` for a service; its files are written, and its volumes made."""
         project = job.workload.project
@@ -4229,8 +4405,7 @@ class ComposeDriver:
 
     def ask_gateway(self, network):
         """The host's address as a container in this network sees it; from 4.7 on podman knows it itself."""
-        version = self.run(["info", "--format={{.Version.Version}}"], 60, "INSTALL_FAILED").stdout.decode()
-        if [int(number) for number in re.findall("[0-9]+", version)[:2]] >= [4, 7]:
+        if not is_before(self.ask_info()["version"], "4.7"):
             return "host-gateway"
         form = "--format={{range .Subnets}}{{.Gateway}} {{end}}"
         gateways = self.run(["network", "inspect", form, network], 60).stdout.decode().split()
@@ -4282,18 +4457,6 @@ class ComposeDriver:
                 self.carry_out(job, ["rm", "--force", job.current[item.name]])
             self.create_all(job, {}, again, [], {})
             self.carry_out(job, ["start", job.current[service.name]])
-
-    def halt(self, job, groups):
-        """Stops containers, group by group; what cannot be stopped is removed: none runs beside the new."""
-        deadline = job.deadline
-        ids = [container.id for group in groups for container in group]
-        for group in groups:
-            active = [container.id for container in group if container.state not in AT_REST]
-            deadline = self.stop(active, deadline) if active else deadline
-        there = self.look_up(job.workload) if ids else []
-        alive = [item.id for item in there if item.id in ids and item.state not in AT_REST]
-        if alive:
-            self.run(["rm", "--force"] + alive, 60, "INSTALL_FAILED")
 
     def write_environment(self, service, folder):
         """The environment by a file of mode 0600, never on a command line; what no line can hold, by name."""
@@ -4432,7 +4595,7 @@ class ComposeDriver:
         return f"; its log ends: {make_printable(text, 2048)}" if text else ""
 
     def stop(self, ids, deadline):
-        """Stops containers within their own grace period, or kills them once the time is over.
+        """Stops containers within their own grace period, or kills them once the time is over: none runs on.
 
         Returns the deadline for what follows.  One that is not there any more is passed over.
         """
@@ -4443,7 +4606,8 @@ class ComposeDriver:
             code = 1
         if code:
             log("warning", "killed, because it did not stop in time", containers=" ".join(ids))
-            self.run(["kill"] + ids, 60)
+            if self.run(["kill"] + ids, 60).code:
+                self.run(["rm", "--force"] + ids, 60, "INSTALL_FAILED")
             deadline = time.monotonic() + 60
         return deadline
 
@@ -4754,8 +4918,7 @@ def find_brace(text, position, variables, where):
     Each brace that opens inside is closed there, but of two in a row one counts.  Where they do not come in
     pairs it is the last of the line.  What is looked through is spent: many could look through each other.
     """
-    end = text.find("\n", position)
-    end = len(text) if end < 0 else end
+    end = re.compile("[^\n]*").match(text, position).end()
     depth = 1
     for match in re.compile(r"\{.?|}").finditer(text, position, end):
         depth += -1 if match.group() == "}" else 1
@@ -4792,16 +4955,15 @@ ENV_LINE = (r"(?:export[ \t]+)?([\w.-]+)[ \t\r]*(?:[=:](?:"
             r"[ \t]*(?:'([^'\\]*(?:\\.[^'\\]*)*)'|\"([^\"\\]*(?:\\.[^\"\\]*)*)\")[ \t\r]*(?:#[^\n]*)?|"
             r"(?![ \t]*['\"])([^\n]*)))?(?:\n|\Z)")
 BLANKS = " \t\v\f\r\x85\xa0"
-ENV_ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "a": "\a", "b": "\b", "f": "\f", "v": "\v", '"': '"',
-               "\\": "\\", "$": "$$"}
 
 
-def parse_env_file(text, variables, where):
+def parse_env_file(text, variables, where, earlier=None):
     """An env file to {NAME: text}: `NAME=value` or `NAME: value`, `export`, comments, and quotes.
 
-    A value may name the variables, and those of earlier lines.  A name alone takes the variable's value.
+    A value may name the variables, and those of earlier lines and files.  A name alone takes the variable's
+    value.  earlier: {NAME: text} of the files before, to which this one's are added.
     """
-    result = {}
+    result = {} if earlier is None else earlier
     variables.spend(len(text), where)
     variables.maps.append(result)
     for match in re.finditer(rf"\s+|#[^\n]*|{ENV_LINE}|(.)", text.lstrip("\ufeff"), re.S):
@@ -4826,7 +4988,7 @@ def parse_env_file(text, variables, where):
 
 def unescape_double(text):
     """What stands in double quotes of an env file, ready to be interpolated."""
-    return re.sub(r"\\(.)", lambda match: ENV_ESCAPES.get(match.group(1), match.group(0)), text, flags=re.S)
+    return re.sub(r'\\([abfnrtv"\\$])', lambda match: dict(ESCAPES, **{"$": "$$"})[match.group(1)], text)
 
 
 # Readers: each takes a value and its place, and returns what is meant or raises ComponentError of the place.
@@ -4867,14 +5029,8 @@ to_number = to_form(r"-?([0-9]+(\.[0-9]*)?|\.[0-9]+)", "a number")
 to_count = to_form("[0-9]{1,9}", "a whole number", int)
 to_name = to_form(r"[a-zA-Z0-9][\w.-]*", "a name of a container")
 to_one = to_form("1", "supported; only 1 is")
-
-
-def to_flag(value, where):
-    """true or false, also as text, by all words of YAML 1.1."""
-    word = scalar_text(value).lower() if isinstance(value, (bool, str)) else ""
-    if word not in ("true", "yes", "on", "y", "false", "no", "off", "n"):
-        raise make_fault(f"{where}: expected true or false")
-    return word in ("true", "yes", "on", "y")
+to_flag = to_form("(?i)true|yes|on|y|false|no|off|n", "true or false, nor a word for it in YAML 1.1",
+                  make=lambda text: text.lower() in ("true", "yes", "on", "y"))
 
 
 def to_list(value, where):
@@ -4941,6 +5097,7 @@ def to_hosts(value, where):
         pairs = sorted(value.items())
     else:
         pairs = [re.match("([^=:]*)[=:]?(.*)", item, re.S).groups() for item in to_list(value, where)]
+        pairs = [(name, text.split(",")) for name, text in pairs]
     return [f"{name}:{text.strip('[]')}" for name, item in pairs for text in to_list(item, f"{where}.{name}")]
 
 
@@ -4970,9 +5127,9 @@ def to_namespace(*words):
 def to_test(value, where):
     """`test` of a health check as [CMD, word …], [CMD-SHELL, text] or [NONE]."""
     words = to_list(value, where)
-    if not isinstance(value, list) and value != "NONE":
+    if not isinstance(value, list):
         words = ["CMD-SHELL"] + words
-    if not (words == ["NONE"] or words[:1] == ["CMD"] != words or words[:-1] == ["CMD-SHELL"]):
+    if words != ["NONE"] and (words[:1] != ["CMD"] and words[:-1] != ["CMD-SHELL"] or not "".join(words[1:])):
         raise make_fault(f"{where}: expected a text, [CMD, …], [CMD-SHELL, text] or [NONE]")
     return words
 
@@ -5014,6 +5171,13 @@ def to_limit(item, where):
     """One of `ulimits`: SOFT:HARD, or one number for both."""
     text = f"{item.soft}:{item.hard}" if isinstance(item, Settings) else item
     return to_form("-?[0-9]+(:-?[0-9]+)?", "a limit, or soft and hard")(text, where)
+
+
+def to_device(item, where):
+    """One of `devices` as HOST[:CONTAINER[:RIGHTS]]."""
+    if isinstance(item, Settings):
+        item = ":".join(filter(None, [item.source, item.target, item.permissions]))
+    return to_text(item, where)
 
 
 def to_source(item, where):
@@ -5083,7 +5247,9 @@ def to_mount(item, where):
         raise make_fault(f"{where}: expected source:target[:options]")
     if not colon:
         return Mount("volume", "", source, [])
-    return Mount("bind" if source[0] in "/.~" else "volume", source, target, make_words(options))
+    # compose drops these two, and an engine does not know the other
+    words = [word for word in make_words(options) if not re.fullmatch("[ug]id=[0-9]+|consistent", word)]
+    return Mount("bind" if source[0] in "/.~" else "volume", source, target, words)
 
 
 def to_word(word):
@@ -5107,7 +5273,8 @@ SERVICE_OPTIONS = dict(
     **make_form(to_size, "mem_limit memswap_limit mem_reservation shm_size"),
     **make_form(to_number, "mem_swappiness oom_score_adj cpus cpu_period cpu_quota cpu_shares pids_limit"),
     **make_form(to_flag, "init read_only privileged tty stdin_open"),
-    **make_form(to_list, "cap_add cap_drop devices device_cgroup_rules security_opt group_add dns dns_opt"),
+    **make_form(to_list, "cap_add cap_drop device_cgroup_rules security_opt group_add dns dns_opt"),
+    devices=[(make_form(to_text, "source target permissions"), to_device)],
     pid=to_namespace("private", "host"), ipc=to_namespace("private", "shareable", "none", "host"),
     userns_mode=to_form("|host|auto|nomap|keep-id(:[a-z]+=[0-9]+(,[a-z]+=[0-9]+)*)?",
                         "host, auto, nomap or keep-id"),
@@ -5126,10 +5293,13 @@ RENAMED = {"working_dir": "workdir", "mem_limit": "memory", "memswap_limit": "me
 
 CONTENT_FORM = {None: (make_form(to_text, "file content environment name"), to_source)}
 FILES_FORM = [(make_form(to_text, "source target", mode=to_mode, uid=to_count, gid=to_count), "source")]
+# What of `deploy` is for many devices: compose does not use it either.  It is noted.
+UNUSED = "endpoint_mode labels placement rollback_config update_config"
 DEPLOY_FORM = {
     "mode": to_form("replicated", "supported; only replicated is"), "replicas": to_one,
     "resources": {"limits": make_form(to_number, "cpus pids", memory=to_size),
                   "reservations": make_form(to_number, "cpus", memory=to_size)},
+    **make_form(lambda value, where: True, UNUSED),
     "restart_policy": make_form(to_text, "delay window", max_attempts=to_count,
                                 condition=to_form("none|on-failure|any", "none, on-failure or any"))}
 MOUNT_FORM = make_form(
@@ -5160,7 +5330,7 @@ NETWORK_FORM = make_form(
     ipam={"driver": to_form("default", "supported; only default is"),
           "config": [make_form(to_text, "subnet gateway ip_range")]})
 VOLUME_FORM = {"name": to_text, "external": to_external, "labels": to_labels, "driver_opts": to_values,
-               "driver": to_form("local", "supported; only local is")}
+               "driver": to_form("|local", "supported; only local is")}
 FILE_FORM = {"name": to_text, "version": to_text, "services": {None: SERVICE_FORM},
              "networks": {None: NETWORK_FORM}, "volumes": {None: VOLUME_FORM}, "configs": CONTENT_FORM,
              "secrets": CONTENT_FORM}
@@ -5171,6 +5341,9 @@ ADVICE = {"build": "nothing is built on a device; name what was built by `image`
           "include": "put everything into compose.yaml", "gpus": "name device files by `devices`",
           "runtime": "the engine's own is used",
           "volumes_from": "name the volumes themselves",
+          "annotations": "write them as `labels`", "cgroup_parent": "the engine's own is used",
+          "driver_opts": "leave it to the engine", "devices": "name device files by the service's `devices`",
+          "external": "use `file` or `environment`",
           "external_links": "join a network that is `external`",
           "domainname": "put it into `hostname`", "label_file": "write them as `labels`",
           "uts": "set `hostname`",
@@ -5223,8 +5396,10 @@ def read_value(value, form, where="", variables=None):
 
     result = read(value, form, where)
     check_keys(unknown)
-    if faults:
-        raise faults[0]
+    for error in faults[:1]:
+        names = ", ".join(sorted(variables.unset)[:5]) if variables else ""
+        words = names and f" (used in the file, and no parameter gives it: {names})"
+        raise ComponentError(error.code, error.message + words)
     return result
 
 
@@ -5438,6 +5613,13 @@ def make_health(check, engine):
     return make_options(dict(check, test=test), keys)
 
 
+def find_member(members, name, where, section):
+    """What a name means of those that stand at the top; raises ComponentError where there is none."""
+    if name not in members:
+        raise make_fault(f"{where}: {make_printable(name, 60)!r} is not among the top-level {section}")
+    return members[name]
+
+
 def make_mounts(service, reading, where):
     """[Mount] of a service, ready for the engine; of two at one path the later one counts.
 
@@ -5453,11 +5635,8 @@ def make_mounts(service, reading, where):
             found = reading.folder.look(mount.source)
             kept = [option for option in mount.options if option not in ("ro", "rw")]
             mount = mount._replace(found=found, options=["ro"] + kept if found.own else mount.options)
-        elif mount.source and mount.source not in reading.volumes:
-            raise make_fault(f"{place}: {make_printable(mount.source, 60)!r} is not among the top-level"
-                             " volumes")
         elif mount.source:
-            mount = mount._replace(source=reading.volumes[mount.source][0])
+            mount = mount._replace(source=find_member(reading.volumes, mount.source, place, "volumes")[0])
         check_mount(f"{where}.volumes", mount, reading.policy, reading.folder)
         mounts[mount.target.rstrip("/")] = mount
     return list(mounts.values())
@@ -5466,8 +5645,7 @@ def make_mounts(service, reading, where):
 def make_mount_argument(mount):
     """A Mount as the engine takes it."""
     source = mount.found.path if mount.found else mount.source
-    options = [option for option in mount.options if option != "consistent"]    # podman does not know it
-    parts = [part for part in (source, mount.target, ",".join(options)) if part]
+    parts = [part for part in (source, mount.target, ",".join(mount.options)) if part]
     return ("--tmpfs=" if mount.kind == "tmpfs" else "--volume=") + ":".join(parts)
 
 
@@ -5478,16 +5656,14 @@ def make_files(service, reading, where):
         for index, item in enumerate(service[section]):
             place = f"{where}.{section}[{index}]"
             name = item.source or ""
-            if name not in reading.contents[section]:
-                raise make_fault(f"{place}: {make_printable(name, 60)!r} is not among the top-level"
-                                 f" {section}")
+            text = find_member(reading.contents[section], name, place, section)
             target = item.target or name
             target = target if target.startswith("/") else root + target
             if ":" in target:
                 raise make_fault(f"{place}: {make_printable(target, 60)!r} is not a path")
             mode = 0o644 if item.mode is None else item.mode & 0o777
             owner = [-1 if number is None else number for number in (item.uid, item.gid)]
-            files[target] = Content(reading.contents[section][name], mode, *owner)
+            files[target] = Content(text, mode, *owner)
     return files
 
 
@@ -5503,10 +5679,7 @@ def make_attachments(name, service, reading, where):
     wanted = service.networks or read_value(["default"], SERVICE_FORM["networks"])
     joined = []
     for network, value in sorted(wanted.items(), key=lambda pair: -(pair[1].priority or 0)):
-        if network not in reading.networks:
-            raise make_fault(f"{where}.networks: {make_printable(network, 60)!r} is not among the top-level"
-                             " networks")
-        own, arguments = reading.networks[network]
+        own, arguments = find_member(reading.networks, network, f"{where}.networks", "networks")
         for address in filter(None, (value.ipv4_address, value.ipv6_address)):
             if not may_have_address(arguments, address, reading.engine):
                 raise make_fault(f"{where}.networks.{network}: {make_printable(address, 60)!r} lies in no"
@@ -5554,19 +5727,23 @@ def find_shared(service):
 def make_environment(service, reading, where):
     """The environment of a container: env files, then `environment`, then the device's own (C-185).
 
-    In `environment` a name alone takes the parameter of its name.
+    In `environment` a name alone takes the parameter of its name, and where there is none the container gets
+    none.  A value in an env file may name those of `environment`, which stand above its own.
     """
+    variables = reading.variables
+    given = {name: variables.get(name) if text is None else text
+             for name, text in (service.environment or {}).items()}
+    variables.maps.append({name: text for name, text in given.items() if text is not None})
     environment = {}
     for item in service.env_file:
         path = item.path or ""
         found = reading.folder.look(path)
         if item.required is not False or found.kind or not found.own:
-            environment.update(parse_env_file(read_inside(reading.folder, path, f"{where}.env_file"),
-                                              reading.variables, path))
-    given = {name: reading.variables.get(name) if text is None else text
-             for name, text in (service.environment or {}).items()}
-    environment.update({name: text for name, text in given.items() if text is not None},
-                       **reading.workload.environment)
+            text = read_inside(reading.folder, path, f"{where}.env_file")
+            parse_env_file(text, variables, path, environment)
+    variables.maps.pop()
+    environment.update(given, **reading.workload.environment)
+    environment = {name: text for name, text in environment.items() if text is not None}
     for name, text in environment.items():
         check_variable(name, to_text(text, f"{where}.environment.{make_printable(name, 60)}"),
                        f"{where}.environment")
@@ -5681,8 +5858,6 @@ def check_logging(where, logging, engine):
     for name in options:
         if name not in LOG_OPTIONS:
             deny(f"{where}.options.{make_printable(name, 60)}", f"only {', '.join(LOG_OPTIONS)} are allowed")
-    if engine == "podman" and driver != "journald" and "tag" in options:
-        raise make_fault(f"{where}.options.tag: podman takes it for the driver journald alone")
 
 
 def check_mount(where, mount, policy, folder):
@@ -5749,6 +5924,9 @@ def make_project(document, workload, policy, engine, folder=None):
     reading = Reading(workload, policy, engine, folder, variables, make_volumes(document, workload),
                       make_networks(document, workload), make_contents(document, variables, folder),
                       find_aliases(document.services, notes))
+    for name, service in document.services.items():
+        notes += [f"services.{name}.deploy.{key} is not used: there is one device" for key in UNUSED.split()
+                  if service.deploy[key]]
     services = {name: make_service(name, service, reading) for name, service in document.services.items()}
     check_ways(services.values())
     order = make_hashes(order_services(services))
@@ -5871,12 +6049,12 @@ def make_labels(workload, service, digest):
 
     None is left out for being empty: an image has labels of its own.
     """
-    theirs = {"project": workload.project, "service": service, "container-number": "1", "config-hash": digest,
-              "oneoff": "False"}
     return {LABEL_DEPLOYMENT: workload.deployment_id, LABEL_COMPONENT: workload.component,
             LABEL_PROJECT: workload.project, LABEL_SERVICE: service, LABEL_HASH: digest,
             LABEL_DEVICE: workload.device_id, LABEL_OWNER: workload.owner,
-            **{f"com.docker.compose.{key}": text for key, text in theirs.items()}}
+            "com.docker.compose.project": workload.project, "com.docker.compose.service": service,
+            "com.docker.compose.container-number": "1", "com.docker.compose.config-hash": digest,
+            "com.docker.compose.oneoff": "False"}
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -5908,13 +6086,7 @@ def parse_reference(repository, revision):
     """`oci://host[:port]/name` and a tag to a Reference; raises ComponentError (C-153)."""
     part = r"[a-z0-9]+(?:(?:[._]|__|-+)[a-z0-9]+)*"
     match = re.fullmatch(rf"oci://({REGISTRY_PATTERN})/({part}(?:/{part})*)", repository)
-    port = match and re.search(r":([0-9]+)\Z", match.group(1))
-    if (
-        not match
-        or port
-        and int(port.group(1)) > 65535
-        or not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}", revision)
-    ):
+    if not match or not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}", revision):
         raise ComponentError(
             "INVALID_DEPLOYMENT",
             f"{make_printable(repository)}:{make_printable(revision)} is not an OCI reference",
@@ -6166,7 +6338,7 @@ def parse_package_manifest(data, where, max_artifact, kind="compose"):
         digest = layer.get("digest")
         size = layer.get("size")
         check_shape(digest, DIGEST_PATTERN, "the layer's digest")
-        if not is_size(size):
+        if not isinstance(size, int) or size is True or size < 1:
             found = make_printable(str(size), 80)
             raise ValueError(f"the layer's size: found {found!r}, expected a number of bytes")
         if size > max_artifact:
@@ -6174,11 +6346,6 @@ def parse_package_manifest(data, where, max_artifact, kind="compose"):
     except ValueError as error:
         raise ComponentError("ARCHIVE_INVALID", f"{where}: {error}") from None
     return digest, size
-
-
-def is_size(value):
-    """Whether a value is a whole number of at least one byte."""
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 def find_layer(value, kind):
@@ -6459,15 +6626,28 @@ def get_temporary(state_dir, environ):
     return {"TMPDIR": os.path.join(state_dir, "tmp")} if os.geteuid() == 0 or os.path.isdir(runtime) else {}
 
 
+def make_limiter(limits):
+    """A function that bounds the process which calls it, by {a name of `resource`: the most}."""
+    import resource
+    kinds = {getattr(resource, name): most for name, most in limits.items()}
+
+    def limit():
+        for kind, most in kinds.items():
+            hard = resource.getrlimit(kind)[1]
+            most = most if hard < 0 else min(most, hard)
+            resource.setrlimit(kind, (most, most))
+    return limit
+
+
 def run_command(argv, timeout, env=None, cwd=None, limit=MAX_OUTPUT, data=b"", files=(), ends=False,
-                watch=None):
+                watch=None, limits=None):
     """The one door to other programs: Output(exit code, stdout bytes, the end of stderr as printable text).
 
     argv: list, never a shell.  The program runs in a process group of its own, which is killed whole after
     `timeout` seconds or when it prints more than `limit` bytes; ends: of more, the end of each stream is
     kept instead.  `data` is all that it reads, `files` are descriptors that it gets, too.  watch: a function
-    that is called time and again meanwhile.  A non-zero exit code is an answer.  Raises CommandMissing,
-    CommandTimeout, CommandError.
+    that is called time and again meanwhile.  limits: what it and each that it starts may take; see
+    make_limiter.  A non-zero exit code is an answer.  Raises CommandMissing, CommandTimeout, CommandError.
     """
     import subprocess
     try:
@@ -6475,7 +6655,8 @@ def run_command(argv, timeout, env=None, cwd=None, limit=MAX_OUTPUT, data=b"", f
                                    stdout=subprocess.PIPE,
                                    stderr=subprocess.PIPE,
                                    env=get_command_environment(os.environ if env is None else env), cwd=cwd,
-                                   start_new_session=True, pass_fds=files)
+                                   start_new_session=True, pass_fds=files,
+                                   preexec_fn=limits and make_limiter(limits))
     except FileNotFoundError:
         needed = NEEDED_BY.get(os.path.basename(argv[0]), "or correct the setting that names it")
         raise CommandMissing(f"{argv[0]} is not installed, or not on PATH; install it: {needed}") from None
@@ -6525,7 +6706,7 @@ def serve_pipes(process, data, timeout, limit, ends, watch):
             if ends:
                 del heard[pipe][:-limit // 2]
         if sum(map(len, heard.values())) > limit:
-            raise CommandError(f"{process.args[0]} printed more than {limit} bytes")
+            raise CommandError(f"{process.args[0]} printed more than {limit} bytes", "TOO_MUCH")
         if ended and not ready:
             break
         if watch:
@@ -6568,7 +6749,8 @@ Response = define("Response", "status headers body", "An HTTP answer: int, email
 # What TLS 1.2 may use, and with any TLS no short keys and no SHA-1; Python's own words from 3.10 on.
 CIPHERS = "@SECLEVEL=2:ECDH+AESGCM:ECDH+CHACHA20:ECDH+AES:DHE+AES:!aNULL:!eNULL:!aDSS:!SHA1:!AESCCM"
 Problem = define("Problem", "type title detail retryable retry_after strategy errors",
-    "RFC 9457 as Margo uses it; `type` is cut to its last part for Margo's own types (protocol 3.7).")
+    "RFC 9457 as Margo uses it; `type` is cut to its last part for Margo's own types (protocol 3.7).",
+    "", "", "", None, None, "", ())
 
 
 def make_tls_context(anchors=(), ca_file=None, min_tls="1.3"):
@@ -6902,16 +7084,18 @@ def check_response(response, where, accepted, now, denial="the WFM does not acce
     """
     if response.status in accepted:
         return response
-    problem = parse_problem(response.body) or Problem("", "", "", None, None, "", [])
+    problem = parse_problem(response.body) or Problem()
     known = problem.type in REFUSALS
     denied = problem.type in DENIALS
     verdict = find_verdict(response.status)
     name = "" if known or denied or problem.type == "about:blank" else problem.type
-    words = "; ".join(filter(None, [name, problem.title, problem.detail] + problem.errors[:5]))
+    words = "; ".join(filter(None, [name, problem.title, problem.detail, *problem.errors[:5]]))
     message = f"{where}: HTTP {response.status}" + (f" ({words})" if words else "")
     wait = parse_retry_after(response.headers.get("Retry-After"), now)
     facts = {"status": response.status, "strategy": problem.strategy,
              "retry_after": limit_wait(problem.retry_after, now) if wait is None else wait}
+    if facts["retry_after"]:
+        message += f"; it wants to be left alone until {make_time(now + facts['retry_after'])}"
     if denied or verdict is Untrusted and not known:
         raise Untrusted(f"{message}; {denial}", **facts)
     retryable = problem.retryable
@@ -6920,8 +7104,6 @@ def check_response(response, where, accepted, now, denial="the WFM does not acce
     if retryable:
         if response.status >= 500:
             message += "; that is the server's own trouble, see its operator"
-        if facts["retry_after"]:
-            message += f"; it wants to be left alone until {make_time(now + facts['retry_after'])}"
         raise Unreachable(message, **facts)
     if response.status in (301, 302, 303, 307, 308):
         message += ("; redirects are not followed: set wfm.url, or the setting this address came from,"
@@ -7508,8 +7690,15 @@ class Folder:
         self.path, self.environ, self.digests = path, environ, {}
 
     def resolve(self, name):
-        """A path, relative to the package, with all links followed."""
-        return os.path.realpath(os.path.join(self.path, name))
+        """A path, relative to the package, with all links followed.
+
+        Raises ComponentError where one of them may not be read, such as /proc/1/root.
+        """
+        try:
+            return os.path.realpath(os.path.join(self.path, name))
+        except OSError as error:
+            words = f"{make_printable(name, 200)} cannot be looked up ({error.strerror})"
+            raise ComponentError("POLICY_DENIED", f"compose.yaml: {words}") from None
 
     def read(self, name):
         """The bytes of a file of the package of at most 1 MiB; None where it is none."""
@@ -7753,9 +7942,13 @@ def make_spread(device_id, spread):
     return int(sha256_digest(device_id.encode())[7:15], 16) / 2 ** 32 * spread
 
 
-def list_waits(state, clock):
-    """[{until, reason}] of what is held back: requests to the WFM, and reports that it has not taken."""
+def list_waits(state, clock, *failed):
+    """[{until, reason}] of what is held back: requests to the WFM, reports that it has not taken, and
+    attempts at what has `failed`, as far as its records are given.
+    """
     found = {"the WFM or a back-off asks to wait": state["patience"]}
+    found.update((f"{record['deploymentId']} has failed and is not tried again", record["retry"])
+                 for record in failed if not record["refused"])
     found.update((f"{key} is not reported again", record) for key, record in state["waits"].items())
     left = {reason: find_wait(record, clock) for reason, record in found.items()}
     return [{"until": make_time(clock.now + seconds), "reason": reason}
@@ -7842,7 +8035,7 @@ def is_within(windows, local):
 def is_within_whole(windows, start, end):
     """Whether all the time between two moments (Unix seconds, by the minute) lies in windows."""
     moments = range(int(start), int(max(start, end)) + 1, 60)
-    return bool(windows) and all(is_within(windows, time.localtime(moment)) for moment in moments)
+    return all(is_within(windows, time.localtime(moment)) for moment in moments)
 
 
 def make_clock_fault(now, stored):
@@ -7955,11 +8148,8 @@ def is_uri(key):
     return bool(re.match(r"[a-z][a-z0-9+.-]+:", key))
 
 
-HOST_PATTERN = r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(:[0-9]{1,5})?"
+HOST_PATTERN = rf"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)({PORT_PATTERN})?"
 PINS = "a list of base64 SHA-256 digests of public keys, 44 characters each"
-DURATION = (
-    "a duration greater than zero: seconds, or a number with s, m, h or d, such as 30s, and at most 3650d"
-)
 
 read_text = scalar("text")
 read_name = checked("text", lambda value: isinstance(value, str) and value)
@@ -7975,7 +8165,9 @@ read_folders = list_of(scalar(FOLDERS, r"(?s)/.*"), FOLDERS)
 read_devices = list_of(scalar(FILES, r"/dev/[\w./:+@*-]+"), FILES)
 read_pins = list_of(scalar(PINS, r"[A-Za-z0-9+/]{42}[AEIMQUYcgkosw048]="), PINS)
 read_pause = scalar("a duration", make=parse_duration)
-read_duration = scalar(DURATION, r".*[1-9].*", parse_duration)
+read_duration = scalar(
+    "a duration greater than zero: seconds, or a number with s, m, h or d, such as 30s, and at most 3650d",
+    r".*[1-9].*", parse_duration)
 read_size = scalar("a size", make=parse_size)
 read_count = scalar("a whole number", "[0-9]{1,18}", int)
 read_share = scalar("a share from 0% to 100%", r"([0-9]{1,2}|100)%", lambda text: int(text[:-1]) / 100)
@@ -8142,7 +8334,8 @@ DEVICE_SCHEMA = {
 }
 CHILD_SCHEMA = dict(DEVICE_SCHEMA, connection=(read_environment, {}, "variables that lead to its engine"))
 REGISTRY_SCHEMA = {
-    "mirror": (read_text, None, "host:port that is asked in place of this registry"),
+    "mirror": (scalar("a host, with or without a port", rf"(https?://)?{REGISTRY_PATTERN}/?"), None,
+               "host:port that is asked in place of this registry"),
     "username": (read_text, None, "who signs in there"),
     "password_file": (read_path, None, "file of the password, mode 0600"),
     "ca": (read_path, None, "CA certificates of this registry; without it the system's"),
@@ -8450,7 +8643,7 @@ def parse_certificate(der):
         extensions = parse_extensions(fields[6:], 0xA3)
         names = parse_der(open_extension(extensions, OID_SUBJECT_ALT_NAME) or b"")
         constraints = parse_der(open_extension(extensions, OID_BASIC_CONSTRAINTS) or b"")
-        uris = [name.decode("ascii") for tag, name, _ in names if tag == 0x86]
+        uris = [name.decode("ascii") for tag, name, _ in names if tag in (0x86, 0xA6)]     # A6: of parts
         is_ca = any(tag == 0x01 and flag != b"\0" for tag, flag, _ in constraints)
         usage = open_extension(extensions, OID_KEY_USAGE)
         if usage is not None:
@@ -8479,8 +8672,14 @@ def parse_extensions(fields, wanted):
 
 
 def open_extension(extensions, oid):
-    """What the one element in an extension's value holds, None where there is no such extension."""
-    return parse_der(extensions[oid][1])[0][1] if oid in extensions else None
+    """What the one element in an extension's value holds, None where there is no such extension.
+
+    Raises ValueError.
+    """
+    if oid not in extensions:
+        return None
+    (_, value, _), = parse_der(extensions[oid][1])
+    return value
 
 
 def find_issuer_key(extensions):
@@ -8553,9 +8752,8 @@ FLOAT_PATTERN = (
 CONSTANTS = {"": None, "~": None, "null": None, "Null": None, "NULL": None, "true": True, "True": True,
              "TRUE": True,
              "false": False, "False": False, "FALSE": False}
-ESCAPES = {"0": "\0", "a": "\a", "b": "\b", "t": "\t", "\t": "\t", "n": "\n", "v": "\v", "f": "\f", "r": "\r",
-           "e": "\x1b", " ": " ",
-           '"': '"', "/": "/", "\\": "\\", "N": "\x85", "_": "\xa0", "L": "\u2028", "P": "\u2029"}
+# what stands behind a backslash, and what each of these means
+ESCAPES = dict(zip('0abt\tnvfre "/\\N_LP', '\0\a\b\t\t\n\v\f\r\x1b "/\\\x85\xa0\u2028\u2029'))
 TAGS = ("!", "str", "int", "float", "bool", "null", "map", "seq")
 
 
@@ -9455,10 +9653,7 @@ def parse_ecdsa(der, size):
 
 
 def run_signature(data, signer):
-    """The signature over bytes by openssl, which alone sees the key.
-
-    Raises Untrusted, or ConfigError without openssl.
-    """
+    """The signature over bytes by openssl, which alone sees the key; raises Untrusted, ConfigError."""
     arguments, size = SIGNING[signer.algorithm]
     try:
         if arguments:
@@ -9469,8 +9664,6 @@ def run_signature(data, signer):
         if not found:
             raise ValueError("it printed no signature")
         return parse_ecdsa(found, size) if size else found
-    except CommandMissing as error:
-        raise ConfigError(error.message) from None
     except (ValueError, OverflowError, CommandError) as error:
         reason = make_printable(str(error), 300)
         raise Untrusted(f"identity.key {signer.key}: openssl cannot sign by it: {reason}") from None
@@ -9887,6 +10080,9 @@ FETCHERS["https"] = fetch_older
 
 PUSH_ATTEMPTS = 5                   # how often a status is put on top of what others pushed meanwhile
 MAX_PACKS = 50                      # fetches after which the copy of a repository is begun anew (P-21)
+MAX_PATH = 4096                     # characters of a path, as of a file system's
+MAX_LISTING = 16 * MIB              # that git may print, of a commit some 200,000 paths
+GIT_MEMORY = 16 * MIB               # for each git, beside what it needs for its objects
 
 BRANCH_PATTERN = (r"(?!.*(\.\.|\.(lock)?(/|$)))[A-Za-z0-9_][A-Za-z0-9_.+@-]*"       # as git allows it
                   r"(/[A-Za-z0-9_+@][A-Za-z0-9_.+@-]*)*")
@@ -9894,7 +10090,7 @@ BRANCH_PATTERN = (r"(?!.*(\.\.|\.(lock)?(/|$)))[A-Za-z0-9_][A-Za-z0-9_.+@-]*"   
 
 GIT_HOST = r"([A-Za-z0-9_][A-Za-z0-9._-]*@)?(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9_][A-Za-z0-9._-]*)"
 # A repository's address that git never takes for an option or a helper, and that holds no password.
-GIT_ADDRESS = (r"file:///[^\x00-\x1f\x7f]*|" rf"ssh://{GIT_HOST}(:[0-9]{{1,5}})?/[!-~]+|"
+GIT_ADDRESS = (r"file:///[^\x00-\x1f\x7f]*|" rf"ssh://{GIT_HOST}({PORT_PATTERN})?/[!-~]+|"
                rf"{GIT_HOST}:(?!//)[A-Za-z0-9_~./][!-~]*")
 read_address = scalar("an absolute https URL, or for profile git also ssh, file, or host:path", GIT_ADDRESS)
 
@@ -9966,13 +10162,18 @@ class GitSource:
         self.repository = os.path.join(home, "repository")
         self.env = make_git_environment(config, home, os.environ)
         self.secret = save_secret(header) if header else None
-        self.heads, self.reporter = {}, None
+        self.heads, self.reporter, self.context = {}, None, None
+        if self.url.startswith("https:"):
+            self.context = make_tls_context((), config.identity.ca, config.wfm.min_tls)
 
-    def git(self, command, *arguments, timeout=60, codes=(0,), env=None, **options):
+    def git(self, command, *arguments, timeout=60, codes=(0,), env=None, limit=MAX_LISTING, **options):
         """One git command on the repository: its Output.
 
-        Raises CommandError unless it ends with one of `codes` (None: any).
+        It has bounds of memory and of what it writes, and raises Refused where it wants more than these or
+        prints more than `limit` bytes.  Raises CommandError unless it ends with one of `codes` (None: any).
         """
+        most = GIT_MEMORY + self.config.policy.max_unpacked // DOCUMENTS
+        bounds = {"RLIMIT_DATA": most, "RLIMIT_FSIZE": self.config.policy.max_unpacked}
         folder = self.repository
         if command == "ls-remote":
             folder = os.path.join(self.home, "none")                    # what is spoilt stops no poll (P-14)
@@ -9983,26 +10184,42 @@ class GitSource:
             for number in files:
                 command_line += ["-c", f"include.path=/proc/self/fd/{number}"]
             output = run_command([*command_line, command, *arguments], timeout, env or self.env, self.home,
-                                 files=files, **options)
+                                 limit, files=files, limits=bounds, **options)
         except CommandMissing as error:
             raise ConfigError(error.message) from None
+        except CommandError as error:
+            if error.code == "TOO_MUCH":
+                self.refuse(command, f"prints more than {limit} bytes")
+            raise
         finally:
             os.umask(before)
+        # git has no code of its own for it, nor other words in any language but this one (LC_ALL)
+        if output.code and re.search("[Oo]ut of memory", output.stderr):
+            self.refuse(command, f"takes more than {most} bytes of memory")
         if codes and output.code not in codes:
             raise CommandError(f"git {command}: {output.stderr or f'exit code {output.code}'}")
         return output
 
+    def refuse(self, command, words):
+        """Raises Refused for a git command that wants more than it may have."""
+        raise Refused(f"{self.url}: git {command} {words}, all that it may; keep less in the repository, set"
+                      " git.path, or see policy.max_unpacked") from None
+
     def fetch_head(self, ref):
         """The commit at which a ref stands at the server now, None where there is none; no object is fetched.
 
-        Raises what `ask_reason` says.
+        Raises what `ask_reason` says.  Of an https server the certificate is looked at first, because git's
+        library takes one that has its name in the subject alone, or is for clients (RFC 9525).
         """
+        wait = self.config.wfm.timeout
         try:
-            output = self.git("ls-remote", "--", self.url, ref, timeout=4 * self.config.wfm.timeout)
-        except CommandError as error:
+            if self.context and not self.heads and not ask_proxy(self.url):     # git itself asks no proxy
+                fetch_chain(self.url, self.context, wait)
+            output = self.git("ls-remote", "--", self.url, ref, timeout=4 * wait)
+        except (CommandError, Untrusted, Unreachable) as error:
             raise self.ask_reason(error, "git-upload-pack") from None
-        lines = output.stdout.decode("ascii", "replace")
-        found = re.search(rf"^([0-9a-f]{{40}}|[0-9a-f]{{64}})\t{re.escape(ref)}$", lines, re.M)
+        found = re.search(rf"^([0-9a-f]{{40}}|[0-9a-f]{{64}})\t{re.escape(ref)}$",
+                          output.stdout.decode("ascii", "replace"), re.M)
         self.heads[ref] = found.group(1) if found else None
         return self.heads[ref]
 
@@ -10014,13 +10231,12 @@ class GitSource:
         """
         wfm = self.config.wfm
         headers = {"Git-Protocol": "version=2"}
-        if self.url.startswith("https://"):
+        if self.context:
             try:
-                context = make_tls_context((), self.config.identity.ca, wfm.min_tls)
                 if self.header:
                     headers["Authorization"] = self.header
                 where = f"{self.url}/info/refs?service={service}"
-                answer = request("GET", where, headers, None, context, wfm.timeout, MAX_ANSWER)
+                answer = request("GET", where, headers, None, self.context, wfm.timeout, MAX_ANSWER)
                 denial = "set git.token_file"
                 if self.header:
                     denial = "mend the token in git.token_file, which is refused"
@@ -10035,19 +10251,26 @@ class GitSource:
         return Unreachable(f"{self.url}: {error.message}")
 
     def fetch_desired(self, accepted, load_artifact):
-        """None where the branch still stands at the accepted commit, else a Desired; see HttpSource."""
+        """None where the branch still stands at the accepted commit, and is read as it was then, else a
+        Desired; see HttpSource.
+        """
         head = self.fetch_head(self.branch)
         if head is None:
             raise Refused(f"{self.url} has no branch {self.config.git.branch}; mend git.branch (nothing is"
                           " removed for that)")
-        if accepted and accepted["version"] == head and not accepted.get("incomplete"):
+        if accepted and accepted["digest"] == self.make_digest(head) and not accepted.get("incomplete"):
             return None
         base = accepted["version"] if accepted else None
         head, (entries, documents, ignored) = self.work(lambda: self.fetch_files(base))
-        for name in ignored:
+        for name in ignored[:MAX_NAMED]:
             log("info", "ignored: not an ApplicationDeployment", name=name)
         new = {digest: data for digest, data in documents.items() if load_artifact(digest) is None}
-        return Desired(head, None, sha256_digest(head.encode()), entries, new)
+        return Desired(head, None, self.make_digest(head), entries, new)
+
+    def make_digest(self, head):
+        """The digest of a commit and of the settings by which it is read."""
+        return sha256_digest(f"{head} {self.config.git.path}"
+                             f" {self.config.git.verify_signatures}".encode())
 
     def work(self, act):
         """What `act` returns.
@@ -10077,20 +10300,19 @@ class GitSource:
             self.fetch(f"{base}:refs/margo/base", "--depth=1", codes=(0, 1, 128))
         elif base:
             self.git("update-ref", "refs/margo/base", base)
-        known = base
         self.fetch(f"+{self.branch}:refs/margo/head", *([] if base else ["--depth=1"]))
         head = self.git("rev-parse", "--verify", "refs/margo/head").stdout.decode().strip()
         if self.config.git.verify_signatures:
             self.ask_signature(head)
-        base = base if base and self.has(base) else None
-        if known and not (base and self.follows(base, head)):
-            words = f"commit {head} does not descend from the accepted {known}:"
-            words += " history was rewritten, or set back"
+        there = base if base and self.has(base) else None
+        if base and not (there and self.follows(there, head)):
+            words = (f"commit {head} does not descend from the accepted {base}: history was rewritten, or"
+                     " set back")
             if not self.config.git.allow_rewrite:
                 raise Refused(f"security: {words}; revert by a new commit instead, or see git.allow_rewrite")
             log("warning", f"{words}; accepted, because it is signed and git.allow_rewrite is set")
         try:
-            return head, self.read_files(head, base)
+            return head, self.read_files(head, there)
         except Refused as error:
             raise Refused(f"commit {head[:12]}: {error.message}; mend that by a new commit") from None
 
@@ -10120,18 +10342,16 @@ class GitSource:
         """
         limit = self.config.policy.max_unpacked
         packs = os.path.join(self.repository, "objects", "pack")
-        before = limit_files(limit)
         try:
             output = self.git("fetch", "--quiet", "--no-tags", "--no-recurse-submodules", *options, "--",
-                              self.url, refspec,
-                              timeout=PULL_TIMEOUT, codes=None)
-        finally:
-            limit_files(before)
-        paths = [os.path.join(packs, name) for name in os.listdir(packs)] if os.path.isdir(packs) else []
-        if output.code and max(map(os.path.getsize, paths), default=0) >= limit:
-            remove_folder(self.repository)
-            raise Refused(f"{self.url}: more than {limit} bytes to fetch; keep large files elsewhere, or see"
-                          " policy.max_unpacked")
+                              self.url, refspec, timeout=PULL_TIMEOUT, codes=None)
+            paths = [os.path.join(packs, name) for name in os.listdir(packs)] if os.path.isdir(packs) else []
+            if output.code and max(map(os.path.getsize, paths), default=0) >= limit:
+                raise Refused(f"{self.url}: more than {limit} bytes to fetch; keep large files elsewhere, or"
+                              " see policy.max_unpacked")
+        except Refused:
+            remove_folder(self.repository)          # with the piece of a pack that it left
+            raise
         if output.code not in codes:
             raise CommandError(f"git fetch: {output.stderr}")
 
@@ -10166,12 +10386,12 @@ class GitSource:
         if self.config.git.path and not listing:
             raise Refused(f"it has no folder {self.config.git.path} (git.path); nothing is removed for that")
         blobs, ignored = find_blobs(listing, policy.max_document)
-        for name in ignored:
+        for name in ignored[:MAX_NAMED]:
             log("info", "ignored: not a file", name=name)
         total = sum(size for _, _, size in blobs)
-        if len(blobs) > MAX_DEPLOYMENTS or total > policy.max_unpacked // DOCUMENTS:
+        if total > policy.max_unpacked // DOCUMENTS:
             raise Refused(f"{len(blobs)} documents of {total} bytes are more than"
-                          f" {MAX_DEPLOYMENTS} or 1/{DOCUMENTS} of policy.max_unpacked")
+                          f" 1/{DOCUMENTS} of policy.max_unpacked")
         found = parse_files(self.read_blobs(blobs))
         suspects = find_suspects(self.list_tree(base), listing, {*found[2]}) if base else []
         for name, data in self.read_blobs(suspects):
@@ -10215,8 +10435,8 @@ class GitSource:
         if self.config.wfm.status_url:
             report["adoptedManifestVersion"] = int(commit[:12], 16) or 1
             return self.connect_wfm().post_status(deployment_id, report)
-        words = f"{deployment_id}: {document['status']['state']}"
-        self.push_file(document["deviceId"], f"deployments/{deployment_id}.json", report, words)
+        self.push_file(document["deviceId"], f"deployments/{deployment_id}.json", report,
+                       f"{deployment_id}: {document['status']['state']}")
 
     def connect_wfm(self):
         """The WFM at wfm.status_url, connected when there is something to report."""
@@ -10264,31 +10484,20 @@ class GitSource:
         if base:
             if not self.has(base):
                 self.fetch(f"+{ref}:refs/margo/status", "--depth=1")
-            found = self.git("cat-file", "blob", f"{base}:{path}", codes=(0, 128), limit=MAX_OUTPUT)
+            found = self.git("cat-file", "blob", f"{base}:{path}", codes=(0, 128))
             old = None if found.code else found.stdout
             parent = [b"from " + base.encode()]
         if old == content:
             return None
-        author = f"committer margo-agent <margo-agent@localhost> {int(time.time())} +0000"
         change = [b"D " + path.encode()]
         if content is not None:
             change = [f"M 100644 inline {path}\ndata {len(content)}".encode(), content]
-        stream = [b"commit refs/margo/next\nmark :1", author.encode(),
+        stream = [b"commit refs/margo/next\nmark :1",
+                  f"committer margo-agent <margo-agent@localhost> {int(time.time())} +0000".encode(),
                   b"data %d\n%s" % (len(message), message.encode())]
         stream += parent + change + [b"get-mark :1", b"done", b""]
         made = self.git("fast-import", "--quiet", "--force", "--done", data=b"\n".join(stream))
         return made.stdout.decode().strip()
-
-
-def limit_files(size):
-    """How large a file may become that this process or one that it starts writes, -1: as large as it likes.
-
-    Returns what held before.
-    """
-    import resource
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size if hard < 0 or 0 <= size < hard else hard, hard))
-    return soft
 
 
 def ask_ssh(address, timeout):
@@ -10338,6 +10547,13 @@ GIT_CONFIG = """\
 	hooksPath = /dev/null
 	attributesFile = /dev/null
 	bigFileThreshold = 8m
+	deltaBaseCacheLimit = 4m
+	packedGitLimit = 16m
+	packedGitWindowSize = 1m
+[pack]
+	threads = 1
+	windowMemory = 8m
+	deltaCacheSize = 4m
 [gc]
 	auto = 0
 [maintenance]
@@ -10410,19 +10626,21 @@ def make_ref_path(device_id):
 
 
 def parse_listing(listing):
-    """[(name, whether it is a file, blob, size)] of what `git ls-tree -r -z -l` prints.
+    """Yields (name, whether it is a file, blob, size) of what `git ls-tree -r -z -l` prints.
 
-    Names are as those of a file system.  Raises CommandError for what git never prints.
+    Names are as those of a file system.  Raises Refused for a name that none takes, CommandError for what git
+    never prints.
     """
-    found = []
-    for line in listing.split(b"\0")[:-1]:
-        match = re.fullmatch(rb"([0-7]{6}) ([a-z]+) ([0-9a-f]+) +(-|[0-9]{1,18})\t(.+)", line, re.S)
+    for line in re.finditer(rb"[^\0]+", listing):
+        pattern = rb"([0-7]{6}) ([a-z]+) ([0-9a-f]+) +(-|[0-9]{1,18})\t(.+)"
+        match = re.fullmatch(pattern, line.group(), re.S)
         if not match:
-            raise CommandError(f"git ls-tree printed {make_printable(repr(line), 200)}")
+            raise CommandError(f"git ls-tree printed {make_printable(repr(line.group()), 200)}")
         mode, kind, blob, size, name = [part.decode("utf-8", "surrogateescape") for part in match.groups()]
+        if len(name) > MAX_PATH:
+            raise Refused(f"{make_printable(name, 200)} is a path of more than {MAX_PATH} characters")
         is_file = kind == "blob" and mode.startswith("100") and size != "-"
-        found.append((name, is_file, blob, int(size) if is_file else 0))
-    return found
+        yield name, is_file, blob, int(size) if is_file else 0
 
 
 def find_blobs(listing, max_document):
@@ -10434,13 +10652,15 @@ def find_blobs(listing, max_document):
     for name, is_file, blob, size in parse_listing(listing):
         if not name.lower().endswith((".yaml", ".yml")):
             continue
-        if not is_file:
-            ignored.append(name)
-        elif size > max_document:
+        if size > max_document:
             raise Refused(f"{make_printable(name, 200)}: {size} bytes are more than policy.max_document"
                           f" ({max_document})")
-        else:
+        if is_file:
             blobs.append((name, blob, size))
+        else:
+            ignored.append(name)
+        if len(blobs) + len(ignored) > MAX_DEPLOYMENTS:
+            raise Refused(f"there are more than {MAX_DEPLOYMENTS} YAML files; set git.path")
     return blobs, ignored
 
 
@@ -10451,17 +10671,20 @@ def find_suspects(before, after, others):
     Something else is one of those, a link, a submodule, a folder of that name, or any of them in place of a
     folder above.
     """
-    files = {name: is_file for name, is_file, _, _ in parse_listing(after)}
-    folders = {parent for name in files for parent in list_parents(name)}
-    blobs, _ = find_blobs(before, float("inf"))
-    return [item for item in blobs if item[0] in others or item[0] in folders or not files.get(item[0], True)
-            or any(parent in files for parent in list_parents(item[0]))]
-
-
-def list_parents(name):
-    """The folders above a path: of a/b/c these are a and a/b."""
-    parts = name.split("/")
-    return ["/".join(parts[:count]) for count in range(1, len(parts))]
+    from bisect import bisect_right
+    blobs = {blob[0] + "/": blob for blob in find_blobs(before, float("inf"))[0]}
+    keys = sorted(blobs)
+    found = {name + "/" for name in others}
+    for name, is_file, _, _ in parse_listing(after):
+        key = name + "/"
+        place = bisect_right(keys, key)
+        above = keys[place - 1] if place else key
+        if key.startswith(above) and not (key == above and is_file):
+            found.add(above)
+        while place < len(keys) and keys[place].startswith(key):
+            found.add(keys[place])
+            place += 1
+    return [blobs[key] for key in keys if key in found]
 
 
 def split_blobs(data, blobs):
@@ -11259,19 +11482,17 @@ def fetch_crl(config, store, state, url, source, now):
 def load_issuers(config, store, source):
     """The Certificates that may have signed a list: anchors, the own chain and the WFM's (E-084).
 
-    Where the WFM's was not seen yet, it is looked at.  Before Python 3.10 openssl shows what is above the
-    leaf, and what did not sign the leaf does not count, because nobody has verified it.
+    Where what is above the WFM's leaf was not seen yet, it is looked at.  Only what signed the leaf counts,
+    because a chain may not have been verified.
     """
     held = load_trust_bundle(config, store)
     own = read_file(config.identity.certificate, MAX_CERTIFICATES) or b""
     ders = (held.anchors if held else []) + parse_pem(own.decode("ascii", "replace"))
     if source:
-        chain = source.chain or fetch_chain(source.url, source.context, config.wfm.timeout)
-        above = chain[1:]
-        if sys.version_info < (3, 10):
-            shown = ask_chain(source.url, config.wfm.timeout)
-            above = [der for der in shown if ask_issuer(chain[0], der)]
-        ders += above
+        chain = source.chain
+        if len(chain) < 2:
+            chain = ask_chain(source.url, source.context, config.wfm.timeout)
+        ders += [der for der in chain[1:] if ask_issuer(chain[0], der)]
     return [parse_certificate(der) for der in ders]
 
 
@@ -11281,8 +11502,6 @@ def ask_issuer(der, issuer):
         command = ["verify", "-partial_chain", "-trusted", "/dev/stdin", file.name]
         try:
             run_openssl(command, make_pem([issuer]).encode())
-        except CommandMissing:
-            raise
         except CommandError:
             return False
     return True
@@ -11304,8 +11523,6 @@ def ask_signer(der, crl, issuers):
                 # its exit code says it in no old version
                 run_openssl(command, make_pem([item.der]).encode(), b"verify OK")
                 return item
-            except CommandMissing:
-                raise
             except CommandError:
                 pass                                # it is by another one
     raise ValueError("no issuer that is known, and may sign lists, has signed it")
@@ -11961,12 +12178,10 @@ def parse_payload(data):
 
 
 def run_verification(key, payload, signature):
-    """Whether openssl finds that a payload is signed by a public key; CommandMissing where there is none."""
+    """Whether openssl finds that a payload is signed by a public key; ConfigError without openssl."""
     try:
         with lend_file(parse_base64(signature)) as file:
             run_openssl(["dgst", "-sha256", "-verify", key, "-signature", file.name], payload, b"Verified OK")
-    except CommandMissing:
-        raise
     except (ValueError, CommandError):
         return False
     return True
@@ -11979,8 +12194,6 @@ def examine_images(agent):
         return "ok", ""
     try:
         run_openssl(["pkey", "-pubin", "-in", key, "-noout"])
-    except CommandMissing:
-        raise
     except CommandError as error:
         raise ConfigError(f"policy.images.cosign_key: {key} is no public key ({error.message})") from None
     return "ok", f"images have to be signed by {key}"
@@ -12290,8 +12503,7 @@ def command_describe(config, options):
     for fault in seen.silent.values():
         print_row("containers", fault.message)
     if report["attempts"]:
-        print_row("attempts", f"{report['attempts']} failed; the next one is due"
-                  f" {report['nextAttempt'] or 'with the next run'}, `retry {report['name']}` tries at once")
+        print_row("attempts", f"{report['attempts']} failed; {make_due(record, get_clock())}")
     if report["before"]:
         runs = "runs in its place" if record["fallback"] else "is kept to go back to"
         print_row("before", f"the version of document {report['before']} {runs}")
@@ -12721,6 +12933,8 @@ def command_enroll(config, options):
     """Makes this device known to the WFM: checks its identity and reports its capabilities.
 
     It may be repeated at any time.  `--fetch-ca FILE` first downloads the WFM's root CA (profile signed).
+
+    Example: margo_agent.py enroll
     """
     for name, (_, act) in OPTIONS["enroll"].items():
         if name in options:
@@ -12745,6 +12959,8 @@ def command_unenroll(config, options):
     """Deregisters this device at the WFM and forgets what was agreed.
 
     Workloads are left running.  `--purge` removes them first, but never their volumes.
+
+    Example: margo_agent.py unenroll --purge
     """
     with Agent(config) as agent:
         state = agent.state
@@ -12794,7 +13010,10 @@ def purge(agent):
 
 
 def command_plan(config, options):
-    """Shows what `run --once` would do, and changes nothing: neither here nor at the WFM."""
+    """Shows what `run --once` would do, and changes nothing: neither here nor at the WFM.
+
+    Example: margo_agent.py plan --json
+    """
     agent = Agent(config)
     agent.state = agent.store.load_state()
     accepted, documents = fetch_accepted(agent)
@@ -12869,7 +13088,10 @@ def fetch_accepted(agent):
 
 
 def command_status(config, options):
-    """Prints what the device knows, without asking anybody."""
+    """Prints what the device knows, without asking anybody.
+
+    Example: margo_agent.py status --json
+    """
     document = status(config)
     if "--json" in options:
         return print_json(document)
@@ -12940,12 +13162,15 @@ def make_status_report(config, state, memo, clock):
         "deployments": [make_deployment_report(record) for _, record in sorted(state["deployments"].items())],
         "dropped": [dict(refused, deploymentId=key) for key, refused in state["dropped"].items()],
         "others": memo.get("others", []),
-        "waits": list_waits(state, clock),
+        "waits": list_waits(state, clock, *state["deployments"].values()),
     }
 
 
 def command_history(config, options):
-    """Prints the last accepted desired states, newest first: when, version, what changed, what came of it."""
+    """Prints the last accepted desired states, newest first: when, version, what changed, what came of it.
+
+    Example: margo_agent.py history --json
+    """
     state = Store(config.state_dir).load_state()
     history = state["history"][::-1]
     if "--json" in options:
@@ -12965,7 +13190,10 @@ def command_history(config, options):
 
 
 def command_capabilities(config, options):
-    """Prints the capabilities document that would be reported."""
+    """Prints the capabilities document that would be reported.
+
+    Example: margo_agent.py capabilities > capabilities.json
+    """
     agent = Agent(config)
     profile = PROFILES[config.wfm.profile](config, agent.store, agent.store.load_state())
     documents = list(map(profile.translate, load_capabilities(agent.devices, config).values()))
@@ -12973,7 +13201,10 @@ def command_capabilities(config, options):
 
 
 def command_csr(config, options):
-    """Makes a private key if there is none, and prints a certificate signing request for it."""
+    """Makes a private key if there is none, and prints a certificate signing request for it.
+
+    Example: margo_agent.py csr --out device.csr
+    """
     if not config.identity.key:
         raise ConfigError("identity.key: not set; it says where the key is kept")
     if config.identity.get("enrollment") == "est":
@@ -12984,8 +13215,6 @@ def command_csr(config, options):
     try:
         obtain_key(config.identity.key, config.identity.get("algorithm"))
         request_pem = run_csr(config.identity.key)
-    except CommandMissing as error:
-        raise ConfigError(error.message) from None
     except CommandError as error:
         raise Untrusted(f"identity.key {config.identity.key}: {error.message}") from None
     if "--out" in options:
@@ -12998,6 +13227,8 @@ def command_retry(config, options):
     """Lets the next run try failed deployments at once.
 
     Without a name it tries all of them, and no longer waits as the WFM or an identity service has asked.
+
+    Example: margo_agent.py retry hello
     """
     with Agent(config) as agent:
         state = agent.state
@@ -13029,7 +13260,10 @@ def find_record(state, word):
 
 
 def command_version(config, options):
-    """Prints the version and the supported profiles."""
+    """Prints the version and the supported profiles.
+
+    Example: margo_agent.py version --json
+    """
     if "--json" in options:
         return print_json({"version": __version__, "profiles": list(PROFILES)})
     print(f"margo_agent {__version__} (profiles: {', '.join(PROFILES)})")

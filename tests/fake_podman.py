@@ -2,7 +2,7 @@
 
 held.json: containers {name: {id, image, labels, state, code, restarts, argv, env}}, networks {name: labels}, volumes {name: labels}, images [name],
            external {name: id}: what storage alone holds, declared {image: [path]}: its volumes, checked {image: its health check}, made_for {image: architecture}, unstartable [id],
-           exits {service: code}: such a service has ended with this code as soon as it is started,
+           exits {service: code}: such a service has ended with this code as soon as it is started, unready [service]: it cannot be brought up to its start,
            unhealthy [service], restless [service] (restarted between any two looks), unpullable [image], deaf (true: every command
            fails), logless (true: no log can be had), stubborn (true: nothing can be removed), uncreatable (true: no container can be made), lethal (a command, at which
            the agent is killed before it is carried out), slow (a file beside it): names of commands that hang, gate (another): the path
@@ -53,7 +53,7 @@ class Engine:
     def __init__(self, held):
         self.held, self.lines = held, []
         for key, value in (("containers", {}), ("networks", {}), ("volumes", {}), ("images", []), ("exits", {}), ("unhealthy", []),
-                           ("unpullable", []), ("restless", []), ("external", {}), ("declared", {}), ("unstartable", []), ("damaged", []), ("checked", {}), ("made_for", {}),
+                           ("unpullable", []), ("restless", []), ("external", {}), ("declared", {}), ("unstartable", []), ("damaged", []), ("unready", []), ("checked", {}), ("made_for", {}),
                            ("count", 0)):
             held.setdefault(key, value)
 
@@ -90,7 +90,7 @@ class Engine:
                                    **c.get("shown", {})) for key, c in found]))
 
     def info(self, arguments):
-        self.say("amd64" if "Arch" in arguments[0] else "/nowhere")
+        self.say(json.dumps({"host": {"arch": "amd64", "networkBackend": "netavark"}, "store": {"graphRoot": "/nowhere"}, "version": {"Version": "4.3.1"}}))
 
     def image(self, arguments):
         _, names = split(arguments[1:])
@@ -194,6 +194,12 @@ class Engine:
                 fail(f"unable to start container {container['id']}: mounting storage: no such file or directory")
             ended = service in self.held["exits"]
             container.update(state="exited" if ended else "running", code=self.held["exits"].get(service, 0))
+
+    def init(self, arguments):
+        _, container = self.find(arguments[0])
+        if container["labels"]["org.margo.service"] in self.held["unready"]:
+            fail(f"unable to find user ghost: no matching entries in passwd file: {container['env']}")
+        container.update(state="initialized")
 
     def rename(self, arguments):
         name, _ = self.find(arguments[0])

@@ -33,7 +33,7 @@ def end_config(process):
 def unescape(value):
     """What `config` prints, with its `$$` made `$` again."""
     if isinstance(value, dict):
-        return {key: unescape(item) for key, item in value.items()}
+        return {unescape(key): unescape(item) for key, item in value.items()}
     if isinstance(value, list):
         return [unescape(item) for item in value]
     return value.replace("$$", "$") if isinstance(value, str) else value
@@ -76,7 +76,7 @@ def to_host(text):
 def to_device(item):
     """A device, given as a mapping or as HOST[:CONTAINER[:RIGHTS]]."""
     if isinstance(item, dict):
-        return item["source"], item["target"], item["permissions"]
+        return item["source"], item["target"], item.get("permissions", "rwm")
     parts = item.split(":")
     return parts[0], (parts[1:] or parts)[0], (parts[2:] or ["rwm"])[0]
 
@@ -220,7 +220,7 @@ def read_compose_service(service, answer, project, folder, aliases, variables):
     for key, (_, form) in SCALARS.items():
         value = service.get(key)
         value = f"container:{project}-{value[8:]}-1" if str(value).startswith("service:") else value
-        fields[key] = ABSENT if value in (None, 0, "0") and key != "oom_score_adj" else ABSENT if value is None else form(str(value))
+        fields[key] = ABSENT if value is None or value in (0, "0") and key not in ("user", "oom_score_adj") else form(str(value))
     for key, (_, form) in LISTS.items():
         fields[key] = sorted(map(form, service.get(key) or ()))
     for key in PAIRS:

@@ -1,8 +1,8 @@
 """Runs the tests in several processes, a class at a time, and reports them as if they had run in this one.
 
 `python3 -m unittest` comes here by tests/__init__.py; single tests or modules that are named on the command line run as ever.
-MARGO_TEST_SHARDS says how many processes (default: one for each core, 1: none but this); MARGO_TEST_TIMES names a file that gets
-what each test has taken, in seconds and in seconds of work.  As root, each process has a network of its own, so that ports and
+MARGO_TEST_SHARDS says how many processes (default: one more than there are cores, because tests also wait; 1: none but this);
+MARGO_TEST_TIMES names a file that gets what each test has taken, in seconds and in seconds of work.  As root, each process has a network of its own, so that ports and
 bridges of real engines cannot meet.
 """
 import atexit
@@ -46,7 +46,7 @@ class Part(unittest.suite._ErrorHolder):
 def count_shards():
     """How many processes to use."""
     wanted = os.environ.get("MARGO_TEST_SHARDS")
-    return int(wanted) if wanted else len(os.sched_getaffinity(0))
+    return int(wanted) if wanted else len(os.sched_getaffinity(0)) + 1
 
 
 def make_prefix():
@@ -229,11 +229,16 @@ class Teller(unittest.TestResult):
 
     def __init__(self, stream):
         super().__init__()
-        self.stream, self.since, self.work, self.known = stream, 0, 0, True
+        self.stream, self.known = stream, True
+        self.begin()
+
+    def begin(self):
+        """Starts the count of seconds; before the first test this is what is set up for the class."""
+        self.since, self.work = time.monotonic(), sum(os.times()[:4])
 
     def startTest(self, test):
         super().startTest(test)
-        self.since, self.work = time.monotonic(), sum(os.times()[:4])
+        self.begin()
         self.known = False
 
     def send(self, kind, test, text=""):

@@ -34,6 +34,7 @@ CLIENT_ID = f"{WFM_ID}/client/line-4-cell-2"
 DEVICE = "line-4-cell-2"
 HELLO = "3f1d6f0e-5c35-4c9f-9b43-2f6f6c1f7a10"
 IMAGE = "localhost/margo-test:1"
+LIMIT = 180                         # seconds after which something hangs: only there to end it, however busy the machine is
 
 
 # Parts that may be missing
@@ -161,7 +162,7 @@ def read_json(path, default=None):
         return default
 
 
-def wait_for(condition, seconds=30, what="it"):
+def wait_for(condition, seconds=LIMIT, what="it"):
     """The first true answer of `condition`; fails after some seconds."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
@@ -180,7 +181,26 @@ def fetch(port):
                 return answer.read().decode().strip()
         except OSError:
             return None
-    return wait_for(ask, 20, f"an answer on port {port}")
+    return wait_for(ask, what=f"an answer on port {port}")
+
+
+def check_growth(test, act, count, times=8):
+    """Fails where `act` of so many times as much takes far more than so many times as long, whatever the machine."""
+    seconds = []
+    for size in (count, count * times):
+        begun = time.process_time()
+        act(size)
+        seconds.append(time.process_time() - begun)
+    test.assertLess(seconds[1], seconds[0] * times * times / 2, "its cost grows with the square")
+
+
+def wait_for_handler(process, number):
+    """Waits until a process that was just started has a handler of its own for a signal."""
+    def look():
+        with open(f"/proc/{process.pid}/status") as file:
+            caught = next(line.split()[1] for line in file if line.startswith("SigCgt:"))
+        return int(caught, 16) >> (number - 1) & 1
+    wait_for(look, what=f"a handler for signal {number}")
 
 
 def free_port():
@@ -521,7 +541,7 @@ class Device:
         """The command line of the agent."""
         return start(AGENT) + ["-c", self.config_file] + list(arguments)
 
-    def run(self, *arguments, env=None, timeout=120):
+    def run(self, *arguments, env=None, timeout=LIMIT):
         """Runs the agent; the CompletedProcess has its output as text."""
         return subprocess.run(self.command(*arguments), env=dict(self.env, **(env or {})), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                               universal_newlines=True, timeout=timeout, stdin=subprocess.DEVNULL)
@@ -705,7 +725,7 @@ class Docker(Engine):
                  "--ip6tables=false", "--default-address-pool=base=10.213.0.0/16,size=24"], stdin=subprocess.DEVNULL, stdout=log, stderr=log,
                 env=dict(os.environ, PATH=os.environ["PATH"] + ":/usr/sbin:/sbin"), start_new_session=True)
         try:
-            wait_for(self.answers, 60, "an answer of the Docker daemon")
+            wait_for(self.answers, what="an answer of the Docker daemon")
             self.make_image(IMAGE)
         except BaseException as error:
             self.close()

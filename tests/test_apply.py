@@ -363,6 +363,23 @@ class Failure(ApplyCase):
         self.device.cycle(0)
         self.assertEqual((self.wfm.statuses()[-1], self.engine.containers()), ("removed", {}))
 
+    def test_what_is_wanted_again_after_its_removal_failed_is_there_at_once(self):
+        """Contract, Failure: attempts wait until the digest changes; a removal was never an attempt at it."""
+        self.wfm.add_package(support.make_compose())
+        self.publish()
+        self.device.cycle()
+        self.engine.change(stubborn=True)
+        self.wfm.withdraw()
+        self.device.cycle(1)
+        self.engine.change(stubborn=False)
+        self.publish()
+        self.device.cycle(0)
+        self.assertEqual([container["state"] for container in self.engine.containers().values()], ["running"])
+        self.engine.change(stubborn=True)
+        self.device.run("unenroll", "--purge")                          # and nothing new was accepted
+        self.device.cycle(0)
+        self.assertEqual(self.wfm.statuses()[-1], "installed")
+
     def test_an_engine_that_does_not_answer_changes_nothing_and_loses_nothing(self):
         """D-16, D-30"""
         self.wfm.add_package(support.make_compose())

@@ -4,7 +4,6 @@ import io
 import os
 import stat
 import tarfile
-import time
 import unittest
 
 import margo_agent
@@ -149,7 +148,6 @@ class Archives(unittest.TestCase):
         before = self.look()
         for name, (data, harmless) in kinds.items():
             with self.subTest(name):
-                start = time.process_time()
                 try:
                     top = margo_agent.unpack_package(data, margo_agent.sha256_digest(data), self.home, MIB)
                 except margo_agent.ComponentError as error:
@@ -162,7 +160,6 @@ class Archives(unittest.TestCase):
                     self.assertEqual(margo_agent.unpack_package(data, margo_agent.sha256_digest(data), self.home, MIB), top)
                     margo_agent.remove_folder(top)
                 self.assertEqual(self.look(), before)
-                self.assertLess(time.process_time() - start, 5)
 
 
 if __name__ == "__main__":

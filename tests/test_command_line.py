@@ -18,7 +18,7 @@ COMMANDS = ("enroll", "run", "plan", "status", "logs", "history", "doctor", "cap
 
 def run(*arguments, **env):
     return subprocess.run([sys.executable, support.AGENT] + list(arguments), env=dict({"PATH": os.environ["PATH"]}, **env),
-                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True, timeout=60, stdin=subprocess.DEVNULL)
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True, timeout=support.LIMIT, stdin=subprocess.DEVNULL)
 
 
 class Arguments(unittest.TestCase):
@@ -45,7 +45,7 @@ class Arguments(unittest.TestCase):
         """In a line of its own form, not as an event of the log; nobody needs to take it."""
         self.assertEqual(run("statsu").stderr, "margo-agent: statsu: unknown command; did you mean status?\n")
         self.assertEqual(json.loads(run("--log-format", "json", "plan", "x").stderr)["code"], "CONFIGURATION")
-        done = subprocess.run(["sh", "-c", f"{sys.executable} {support.AGENT} statsu 2>/dev/full"], timeout=60)
+        done = subprocess.run(["sh", "-c", f"{sys.executable} {support.AGENT} statsu 2>/dev/full"], timeout=support.LIMIT)
         self.assertEqual(done.returncode, 2)
 
     def test_options_may_stand_on_either_side_of_the_command(self):
@@ -73,6 +73,9 @@ class Arguments(unittest.TestCase):
         for command in ("help",) + COMMANDS:
             done = run("help", command)
             self.assertEqual((done.returncode, done.stderr), (0, ""))
+            self.assertLess(max(map(len, done.stdout.split("\n"))), 111)
+        for command in COMMANDS:                    # the contract: "explains one command, with an example"
+            self.assertRegex(run(command, "--help").stdout, rf"\n\nExample: margo_agent.py {command}\b")
             self.assertLess(max(map(len, done.stdout.split("\n"))), 111)
         self.assertLess(max(map(len, run("help").stdout.split("\n"))), 80)
 
@@ -167,7 +170,7 @@ class Output(support.DeviceCase):
 
     def test_a_reader_that_has_seen_enough_is_no_fault(self):
         argv = " ".join(self.device.command("capabilities"))
-        done = subprocess.run(["sh", "-c", f"{argv} | true"], env=self.device.env, stderr=subprocess.PIPE, timeout=60)
+        done = subprocess.run(["sh", "-c", f"{argv} | true"], env=self.device.env, stderr=subprocess.PIPE, timeout=support.LIMIT)
         self.assertEqual(done.stderr, b"")
 
     def test_streams_that_are_closed_or_full_change_nothing_else(self):
@@ -175,7 +178,7 @@ class Output(support.DeviceCase):
         argv = " ".join(self.device.command())
         for command, redirect, code in (("status", "<&- >&- 2>&-", 0), ("run --once", "<&- >&- 2>&-", 0), ("status", ">&-", 0),
                                         ("status", ">/dev/full", 3), ("capabilities", ">/dev/full", 3), ("run --once", "2>/dev/full", 0)):
-            done = subprocess.run(["sh", "-c", f"exec 3>&2; {argv} {command} {redirect}"], env=self.device.env, stderr=subprocess.PIPE, timeout=60)
+            done = subprocess.run(["sh", "-c", f"exec 3>&2; {argv} {command} {redirect}"], env=self.device.env, stderr=subprocess.PIPE, timeout=support.LIMIT)
             self.assertEqual((done.returncode, b"bug" in done.stderr), (code, False), (command, redirect, done.stderr))
         self.assertEqual(self.device.state()["deployments"][HELLO]["state"], "installed")
 
@@ -260,10 +263,19 @@ class People(support.DeviceCase):
         self.wfm.publish(support.make_deployment(registry=self.wfm.registry, components=(("web", "2.0.0"),), parameters={"GREETING": "other"}))
         self.device.cycle(1)
         text = self.device.run("status", "hello").stdout
-        self.assertRegex(text, r"attempts +1 failed; the next one is due 20\S+Z, `retry hello` tries at once\n")
+        self.assertRegex(text, r"attempts +1 failed; next attempt at 20\S+Z, `retry hello` tries at once\n")
         self.assertRegex(text, rf"before +the version of document {before} runs in its place\n")
         self.assertIn("web 2.0.0", text)
         self.assertIn("exited with code 4", text)
+
+    def test_status_names_every_wait_and_until_when(self):
+        """Contract, `status`: "waits and until when"; what has failed waits, too."""
+        self.engine.change(exits={"front": 4})
+        self.wfm.publish(support.make_deployment(registry=self.wfm.registry, parameters={"GREETING": "other"}))
+        self.device.cycle(1)
+        (wait,) = self.device.status()["waits"]
+        self.assertEqual(wait["reason"], f"{HELLO} has failed and is not tried again")
+        self.assertIn(f"until {wait['until']}", self.device.run("status").stdout)
 
     def test_status_of_one_says_so_where_the_engine_does_not_answer(self):
         self.device.cycle()
@@ -565,7 +577,7 @@ class Module(unittest.TestCase):
         code = ("import sys; before = set(sys.modules); import margo_agent; "
                 "print(sorted(m for m in set(sys.modules) - before if m in ('ssl', 'subprocess', 'json', 'socket', 'logging', 'tarfile')))")
         done = subprocess.run([sys.executable, "-I", "-S", "-c", f"import sys; sys.path.insert(0, {support.ROOT!r}); {code}"],
-                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=60)
+                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=support.LIMIT)
         self.assertEqual(done.stdout, b"[]\n")
 
     def test_what_is_stable_is_exported(self):
@@ -584,7 +596,7 @@ class Module(unittest.TestCase):
         code = f"import sys; sys.path.insert(0, {support.ROOT!r}); import margo_agent; margo_agent.load_config = None; " \
                "sys.exit(margo_agent.main(sys.argv[1:]))"
         for options, lines in (([], 1), (["-v"], None)):
-            done = subprocess.run([sys.executable, "-c", code] + options + ["status"], stderr=subprocess.PIPE, timeout=60)
+            done = subprocess.run([sys.executable, "-c", code] + options + ["status"], stderr=subprocess.PIPE, timeout=support.LIMIT)
             self.assertEqual(done.returncode, 70)
             self.assertIn(b"bug: TypeError", done.stderr)
             if lines:

@@ -3,6 +3,7 @@ import hashlib
 import json
 import os
 import re
+import socket
 import stat
 import time
 import unittest
@@ -269,12 +270,12 @@ class CommandLines(DriverCase):
         calls, mine = self.changes(), self.ids()["main"]
         config = next(argument for argument in calls[4] if re.match("--volume=.*:/app:ro$", argument))
         mark = f"--label=org.margo.project={PROJECT}"
-        for call in calls[:3]:
+        for call in calls[1:4]:
             self.assertRegex(call.pop(-2), "^--label=org.margo.hash=[0-9a-f]{32}$")
         self.assertEqual(calls, [
+            ["volume", "create", "--label=a=b", *MARKS, f"{PROJECT}_data"],
             ["network", "create", *MARKS, f"{PROJECT}_default"], ["network", "create", *MARKS, f"{PROJECT}_front"],
             ["network", "create", *MARKS, "--internal", f"{PROJECT}_back"],
-            ["volume", "create", "--label=a=b", *MARKS, f"{PROJECT}_data"],
             ["create", f"--name={name}", f"--label=org.margo.deployment={support.HELLO}",
              "--label=org.margo.component=web", mark,
              "--label=org.margo.service=main", f"--label=org.margo.hash={service.hash}", "--label=org.margo.device=",
@@ -794,7 +795,9 @@ class Handover(DriverCase):
         before = self.ids()
         self.engine.forget_calls()
         self.apply({"services": {"new": {"image": IMAGE}, "b": {"image": IMAGE, "command": ["x"]}, "c": {"image": IMAGE}}})
-        calls = [call for call in self.changes() if call[0] in ("create", "stop", "start", "rm")]
+        calls = [call for call in self.changes() if call[0] in ("create", "init", "stop", "start", "rm")]
+        self.assertEqual([call[0] for call in calls[:6]], ["create", "init", "rm"] * 2, "K23: all that is new is tried")
+        del calls[:6]
         self.assertEqual([call[0] for call in calls], ["create", "create", "stop", "start", "start", "rm"])
         kinds = [call[0] for call in self.changes()]
         self.assertLess(len(kinds) - 1 - kinds[::-1].index("rename"), kinds.index("stop"), "names change hands before the outage")
@@ -850,6 +853,72 @@ class Handover(DriverCase):
         self.apply(document)
         self.assertEqual(self.ids(), before)
 
+    def test_what_could_not_be_started_touches_nothing(self):
+        """K23, D-35: it is tried without what belongs to others, and what the engine says of it is masked."""
+        self.apply({"services": {"a": {"image": IMAGE}, "b": {"image": IMAGE}}})
+        before = {name: item["state"] for name, item in self.engine.containers().items()}
+        self.engine.change(unready=["b"])
+        self.engine.forget_calls()
+        document = {"services": {
+            "a": {"image": IMAGE, "command": ["x"]},
+            "b": {"image": IMAGE, "init": True, "restart": "always", "ports": ["18080:80"], "dns": ["10.0.0.1"],
+                  "environment": ["PASS"], "healthcheck": {"test": "true"}, "pid": "service:a", "sysctls": {
+                      "net.ipv4.conf.eth0.forwarding": "1", "net.core.somaxconn": "9"}, "volumes": ["x:/z:ro,Z", "y:/Z:z"]}},
+            "volumes": {"x": {}, "y": {}}}
+        for on_failure in ("rollback", "keep"):
+            self.config.runtime["on_failure"] = on_failure
+            words = self.assertFails("INSTALL_FAILED", lambda: self.apply(document, parameters={"PASS": "s3cret"}),
+                                     "service b could not be started", "unable to find user ghost")
+            self.assertNotIn("s3cret", words)
+            self.assertEqual({name: item["state"] for name, item in self.engine.containers().items()}, before)
+        tried = [call for call in self.engine.calls() if call[0] == "create"][1]
+        self.assertEqual([item for item in tried if not item.startswith(("--label", "--env", "--name"))],
+                         ["create", "--http-proxy=false", "--sysctl=net.core.somaxconn=9", f"--volume={PROJECT}_x:/z:ro",
+                          f"--volume={PROJECT}_y:/Z", "--network=none", IMAGE])
+        self.assertNotIn("stop", [call[0] for call in self.changes()])
+
+    def test_what_ran_before_is_not_tried_nor_what_another_one_has_to_lay_out_first(self):
+        """K23: the way back is short, and a program that a task puts into a volume need not be there yet."""
+        def make(value, **members):
+            return {"services": {"setup": {"image": IMAGE, "command": [value], "volumes": ["x:/x"]},
+                                 "main": dict({"image": IMAGE, "command": [value], "volumes": ["x:/x"]}, **members)}, "volumes": {"x": {}}}
+        known = self.apply(make("1"))
+        self.engine.forget_calls()
+        self.apply(make("2"))
+        self.assertEqual({item["labels"]["org.margo.service"] for item in self.engine.containers().values()}, {"setup", "main"})
+        self.apply(make("1"), known)
+        self.assertNotIn("init", [call[0] for call in self.engine.calls()])
+
+    def test_a_port_that_cannot_be_had_is_found_before_anything_stops(self):
+        """K23: not one that what runs will give up, nor one of somebody who will have ended."""
+        service = margo_agent.Service("a", IMAGE, [], [], {}, {}, [], {}, "missing", "", [])
+
+        def ask(*ports, held=(), depends_on=()):
+            services = [service._replace(name=name, ports=[port]) for name, port in zip("abc", ports)]
+            services[-1] = services[-1]._replace(depends_on=dict.fromkeys(depends_on, ("service_completed_successfully", True)))
+            margo_agent.check_rivals(services)
+            margo_agent.ask_ports(services, {"x": {"ports": [["", *port] for port in held]}})
+
+        for protocol, kind in (("tcp", socket.SOCK_STREAM), ("udp", socket.SOCK_DGRAM)):
+            with self.subTest(protocol), socket.socket(socket.AF_INET, kind) as taken:
+                taken.bind(("127.0.0.1", 0))
+                if protocol == "tcp":
+                    taken.listen(1)
+                number = taken.getsockname()[1]
+                for address in ("", "127.0.0.1"):
+                    port = [address, number, protocol]
+                    self.assertFails("PORT_IN_USE", lambda: ask(port), "service a cannot have the host's port", f":{number}/{protocol}: Address already in use")
+                    ask(port, held=[(number, protocol)])
+        ask(["", number, "sctp"])
+        self.assertFails("PORT_IN_USE", lambda: ask(["192.0.2.7", number, "tcp"]), ": Cannot assign requested address")
+        for first, second in (("", ""), ("", "127.0.0.1"), ("127.0.0.1", ""), ("127.0.0.1", "127.0.0.1")):
+            ports = [[first, number, "tcp"], [second, number, "tcp"]]
+            self.assertFails("INVALID_DEPLOYMENT", lambda: ask(*ports), f"services.b: it cannot have {number} tcp beside service a")
+            ask(*ports, depends_on=["a"])
+        ask(["127.0.0.1", number, "tcp"], ["127.0.0.2", number, "tcp"], ["", number, "udp"])
+        network = margo_agent.Attachment("n", [], ["--ip=10.0.0.9"])
+        services = [service._replace(name=name, networks=[network]) for name in "ab"]
+        self.assertFails("INVALID_DEPLOYMENT", lambda: margo_agent.check_rivals(services), "services.b: it cannot have n ip=10.0.0.9 beside service a")
 
     def test_who_shares_a_namespace_gets_that_of_the_container_that_is_made(self):
         """K30: while it is made, another container still has the name."""

@@ -16,7 +16,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
 import unittest
 from unittest import mock
 
@@ -216,16 +215,15 @@ class Interpolation(FileCase):
         """4, rule (d): each `${` could look through all that follow, and ranges of ports are many ports."""
         for keys in ({"hostname": "${A:-{}}" * 20000 + "${A:-{}" * 60000},
                      {"ports": [f"127.0.{number}.1:1-65535:1-65535" for number in range(200)]}):
-            begun = time.process_time()
             self.assertRefused(make_document(keys), "bring more than 8388608 characters")
-            self.assertLess(time.process_time() - begun, 10)
         self.settle(make_document({"ports": ["10000-20000:10000-20000/udp"]}))
 
     def test_many_links_cost_as_much_as_they_are(self):
-        links = [f"a:x{number}" for number in range(30000)]
-        begun = time.process_time()
-        self.settle({"services": {"a": {"image": IMAGE}, "main": {"image": IMAGE, "links": links}}})
-        self.assertLess(time.process_time() - begun, 10)
+        def settle(count):
+            links = [f"a:x{number}" for number in range(count)]
+            self.settle({"services": {"a": {"image": IMAGE}, "main": {"image": IMAGE, "links": links}}})
+
+        support.check_growth(self, settle, 3000)
 
     def test_what_an_engine_shows_of_a_service_has_an_end(self):
         """A list of containers with long labels or commands is more than the agent takes from an engine: it would be blind."""
@@ -385,10 +383,15 @@ class Bench(FileCase):
         for name, keys in {"good": {"environment": ["A=1"], "env_file": "absent.env"}, "keys": {"runtime": "x", "gpus": "all"}, "denied": {"privileged": True},
                            "lacks": {"volumes": ["./absent:/x"]}, "form": {"deploy": {"replicas": 2}}, "theirs": {"imagee": "x"}}.items():
             self.add_file(f"{name}/docker-compose.yml", json.dumps(make_document(keys)))
+        self.add_file("built/compose.yaml", json.dumps({"services": {"main": {"build": "."}}}))
         kinds, keys, misread, lines = compose.measure(self.archive)
-        self.assertEqual(dict(kinds), {"valid": 5, "accepted": 1, "refused for a key": 1, "refused by policy": 1, "refused for a file that is not there": 1,
-                                       "refused for a form": 1, "readable": 3, "refused by docker-compose": 1, "misread": 0})
-        self.assertEqual((dict(keys), dict(misread), len(lines)), ({"runtime": 1, "gpus": 1}, {}, 1))
+        default = {"accepted": 1, "refused for a key": 1, "refused by policy": 1, "refused for a file that is not there": 1, "refused for a form": 1}
+        apart = {"readable": 3, "refused for a key": 1, "refused for a form": 1, "to be built first": 1}
+        expected = {"valid": 6, "refused by docker-compose": 1, "  misread": 0}
+        expected.update({f"  by default: {kind}": count for kind, count in dict(default, **{"refused for a key": 2}).items()},
+                        **{f"  apart from policy: {kind}": count for kind, count in apart.items()})
+        self.assertEqual(dict(kinds), expected)
+        self.assertEqual((dict(keys), dict(misread), len(lines)), ({"runtime": 1, "gpus": 1, "build": 1}, {}, 2))
 
     def test_what_is_misread_is_told_with_both_values(self):
         support.require("docker-compose")
@@ -541,6 +544,10 @@ class ServiceKeys(FileCase):
         project = self.settle(make_document({"build": {"context": ".", "args": {"A": "${B:-}"}}}))
         self.assertEqual((project.notes, project.services[0].arguments), (["services.main.build is not used: the image is pulled"], []))
 
+    def test_what_is_for_many_devices_is_noted(self):
+        project = self.settle(make_document({"deploy": {"placement": {"constraints": ["a"]}, "update_config": {}}}))
+        self.assertEqual(project.notes, [f"services.main.deploy.{key} is not used: there is one device" for key in ("placement", "update_config")])
+
     def test_every_other_key_of_the_file_is_refused_and_named(self):
         for key in ("include", "models", "service"):
             with self.subTest(key=key):
@@ -548,7 +555,7 @@ class ServiceKeys(FileCase):
 
     def test_every_other_key_inside_a_key_is_refused_and_named(self):
         cases = [
-            ({"deploy": {"placement": {}}}, {}, "services.main.deploy.placement"),
+            ({"deploy": {"placements": {}}}, {}, "services.main.deploy.placements"),
             ({"deploy": {"resources": {"reservations": {"devices": []}}}}, {}, "services.main.deploy.resources.reservations.devices"),
             ({"deploy": {"resources": {"limits": {"devices": []}}}}, {},
              "services.main.deploy.resources.limits.devices"),
@@ -602,6 +609,7 @@ class ServiceKeys(FileCase):
             ({"healthcheck": {"test": []}}, {}, "services.main.healthcheck"),
             ({"healthcheck": {"test": ["CMD-SHELL", "a", "b"]}}, {}, "services.main.healthcheck"),
             ({"healthcheck": {"test": ["NONE", "a"]}}, {}, "services.main.healthcheck"),
+            ({"healthcheck": {"test": ""}}, {}, "services.main.healthcheck"), ({"healthcheck": {"test": ["CMD-SHELL", ""]}}, {}, "services.main.healthcheck"),
             ({"command": {}}, {}, "services.main.command"), ({"command": [None]}, {}, "services.main.command"),
             ({"command": "a\0b"}, {}, "services.main.command"), ({"hostname": "a\0b"}, {}, "services.main.hostname"),
             ({"labels": {"a": "b\0"}}, {}, "services.main.labels"),
@@ -727,8 +735,7 @@ class Readers(unittest.TestCase):
                                 ("ON", True), ("off", False), ("y", True), ("n", False), ("True", True)):
             self.assertIs(margo_agent.to_flag(value, "here"), expected)
         for value in ("maybe", 1, 0, None, "", "truee", []):
-            self.assertFault(lambda: margo_agent.to_flag(value, "services.main.init"),
-                             "services.main.init: expected true or false")
+            self.assertFault(lambda: margo_agent.to_flag(value, "services.main.init"), "services.main.init: ")
 
     def test_one_text_is_a_list_too(self):
         self.assertEqual(margo_agent.to_list("a", "here"), ["a"])
@@ -1105,7 +1112,7 @@ class Shared(FileCase):
                 ({"logging": {"options": {"max-size": "1m,path=/etc/cron.d/x"}}}, "--log-opt", "max-size=1m,path=/etc/cron.d/x"),
                 ({"logging": {"options": {"labels": "a,b"}}}, "--log-opt", "labels=a,b"),
                 ({"sysctls": {"net.a": "1\n2,x=3"}}, "--sysctl", "net.a=1\n2,x=3"),
-                ({"extra_hosts": ["a:10.0.0.1,b:10.0.0.2"]}, "--add-host", "a:10.0.0.1,b:10.0.0.2")):
+                ({"extra_hosts": {"a": "10.0.0.1,b:10.0.0.2"}}, "--add-host", "a:10.0.0.1,b:10.0.0.2")):
             with self.subTest(keys=keys):
                 self.assertIn(f"{option}={value}", self.settle(make_document(keys), engine="docker").services[0].arguments)
                 found = [argument[len(option) + 1:] for argument in self.settle_service(keys).arguments
@@ -1466,9 +1473,9 @@ class PackageFiles(FileCase):
     def test_a_folder_that_is_mounted_a_hundred_times_is_read_once(self):
         with open(os.path.join(self.archive, "big"), "wb") as file:
             file.truncate(64 * 1024 * 1024)
-        begun = time.process_time()
-        self.settle_service({"volumes": [f"./:/{number}" for number in range(100)]})
-        self.assertLess(time.process_time() - begun, 5)
+        with mock.patch.object(margo_agent, "load_digest", wraps=margo_agent.load_digest) as load:
+            self.settle_service({"volumes": [f"./:/{number}" for number in range(100)]})
+        self.assertEqual(load.call_count, 1)
 
     def test_a_single_file_is_mounted_by_its_content_too(self):
         source = self.settle_in("one", {"app.ini": "x"}, "./app.ini:/etc/app.ini").arguments[0][len("--volume="):].split(":")[0]

@@ -6,6 +6,7 @@ import glob
 import json
 import os
 import re
+import socket
 import time
 import unittest
 
@@ -162,8 +163,9 @@ class OnPodman(unittest.TestCase):
         text = json.dumps(dict(MEMBERS, services=services)).replace("SUBNET", cls.subnet)
         for name, content in dict(FILES, **{"compose.yaml": text}).items():
             support.write(os.path.join(folder, "archive", name), content)
-        config = make_config(policy__privileged="allow", policy__host_network="allow", runtime__engine=cls.engine.kind)
-        driver = margo_agent.ComposeDriver(cls.engine.kind, config, dict(os.environ, **cls.engine.env))
+        config = make_config(policy__privileged="allow", policy__host_network="allow", policy__host_paths=["/etc"], runtime__engine=cls.engine.kind)
+        cls.driver = driver = margo_agent.ComposeDriver(cls.engine.kind, config, dict(os.environ, **cls.engine.env))
+        driver.claim = margo_agent.Claim("x#x", frozenset(), frozenset(), frozenset())
         workload = margo_agent.Workload(HELLO, "web", PROJECT, os.path.join(folder, "archive"), PARAMETERS, {}, True, owner="x#x")
         cls.prepared = driver.resolve(workload, 60)
         driver.apply(cls.prepared, [], {}, time.monotonic() + 120)
@@ -216,8 +218,49 @@ class OnPodman(unittest.TestCase):
         self.assertEqual(json.loads(self.engine.podman("volume", "inspect", f"{PROJECT}_data"))[0]["Labels"]["com.example.v"], "1")
 
 
+    def apply(self, known=None, **document):
+        """A deployment of another name, by the driver alone; what it returns."""
+        folder = support.make_folder(self)
+        support.write(os.path.join(folder, "archive", "compose.yaml"), json.dumps(document))
+        workload = margo_agent.Workload("2" + HELLO[1:], "web", "refusals", os.path.join(folder, "archive"), {}, {}, True, owner="x#x")
+        return self.driver.apply(self.driver.resolve(workload, 60), [], known or {}, time.monotonic() + 120)
+
+    def look(self):
+        """[(id, since when it runs)] of what runs of that deployment."""
+        ids = self.engine.podman("ps", "--quiet", "--no-trunc", "--filter=label=org.margo.project=refusals").split()
+        return [(container_id, self.engine.facts(container_id, "{{.State.StartedAt}}")) for container_id in ids]
+
+    def test_what_the_engine_will_refuse_is_found_out_before_anything_stops(self):
+        """K23: with what only a start would show, and networks that are made anew."""
+        known = self.apply(services={"main": sleep(init=True)})
+        before, subnet = self.look(), f"{self.subnet}.0/25"
+        with socket.socket() as taken:
+            taken.bind(("127.0.0.1", 0))
+            taken.listen(1)
+            cases = self.REFUSED + [
+                (dict(ports=[f"127.0.0.1:{taken.getsockname()[1]}:80"]), {}, "Address already in use"), (dict(ports=["192.0.2.7:18080:80"]), {}, "Cannot assign"),
+                (dict(user="ghost"), {}, "unable to find user ghost"), (dict(group_add=["ghosts"]), {}, "(?i)unable to find group ghosts"),
+                (dict(sysctls={"net.no.such": "1"}), {}, "/proc/sys/net/no/such"), (dict(volumes=["/etc/hostname:/bin"]), {}, "(?i)not a directory"),
+                (dict(cap_add=["NO_SUCH"]), {}, "CAP_NO_SUCH"), ({}, {"networks": {"default": {"ipam": {"config": [{"subnet": "10.77.99.0/99"}]}}}}, "is no subnet"),
+                ({}, {"networks": {"default": {"ipam": {"config": [{"subnet": subnet}]}}}}, "(?i)already used|overlaps")]
+            for settings, members, words in cases:
+                with self.subTest(settings=settings, members=members):
+                    with self.assertRaisesRegex(margo_agent.ComponentError, words):
+                        self.apply(known, services={"main": sleep(init=True, **settings)}, **members)
+                    self.assertEqual(self.look(), before)
+        self.apply(known, services={"main": sleep(init=True, user="0:0", working_dir="/tmp")})
+        self.assertEqual(len(self.look()), 1)
+        self.assertNotEqual(self.look(), before)
+
+    # Of this engine alone: what docker makes of a working_dir, and looks up too late of a program.
+    REFUSED = [(dict(working_dir="/nowhere"), {}, "/nowhere"), (dict(command=["/nothing"]), {}, "/nothing"), (dict(entrypoint=["nothing"]), {}, "nothing"),
+               (dict(entrypoint=["/tmp"]), {}, "permission denied"), (dict(mem_limit="1k"), {}, "memory limit"), (dict(ulimits={"nofile": 2073741816}), {}, "rlimit"),
+               (dict(volumes=["t:/t"]), {"volumes": {"t": {"driver_opts": {"type": "tmpfs", "device": "tmpfs", "o": "size=1m"}}}}, "Project Quota")]
+
+
 class OnDocker(OnPodman):
     engine_class = support.Docker
+    REFUSED = [(dict(logging={"driver": "json-file", "options": {"compress": "true"}}), {}, "max-size"), (dict(logging={"driver": "syslog"}), {}, "syslog")]
 
 
 class Complete(unittest.TestCase):

@@ -60,6 +60,17 @@ class Reading(unittest.TestCase):
         """C-051: port 443 is the default, any other is configuration, as is a path prefix."""
         self.assertEqual(make(wfm={"url": "https://[::1]:8082/v1alpha2/margo/"}).wfm.url, "https://[::1]:8082/v1alpha2/margo")
 
+    def test_a_port_is_one_that_there_is(self):
+        """Contract, exit code 2: a port beyond 65535 would be dialled modulo 65536."""
+        for port, fits in (("1", True), ("443", True), ("59999", True), ("65535", True), ("65536", False), ("65600", False),
+                           ("66000", False), ("70000", False), ("99999", False)):
+            found = faults(wfm={"url": f"https://w:{port}"}, registries={f"r:{port}": {"mirror": f"m:{port}"}})
+            for key in ("wfm.url", f"registries.r:{port}:", "mirror"):
+                self.assertEqual(key in found, not fits, found)
+        for mirror in ("m", "https://m:5000/", "[::1]:5000"):
+            self.assertEqual(faults(registries={"r": {"mirror": mirror}}), "")
+        self.assertIn("registries.r.mirror: found 'm/p', expected a host", faults(registries={"r": {"mirror": "m/p"}}))
+
     def test_numbers_keep_their_spelling_where_text_is_meant(self):
         document = margo_agent.load_yaml("wfm: {url: 'https://w', min_tls: 1.3}\nidentity: {certificate: c, key: k, trust_bundle: b}\n"
                                          "device: {serialNumber: 0042, modelNumber: 1.10}\n")

@@ -44,7 +44,7 @@ class Prism(support.Service):
 
     def judge(self, method, path, headers, body):
         """(status, text) that prism gives a request."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=support.LIMIT)
         try:
             connection.request(method, path, body or None, headers)
             with connection.getresponse() as answer:
@@ -99,7 +99,7 @@ class Front(socketserver.ThreadingMixIn, http.server.HTTPServer):
 
     def ask(self, method, path, headers, body):
         """(status, [(name, value)], bytes) of the server behind."""
-        connection = http.client.HTTPSConnection(self.upstream, context=self.inside, timeout=30)
+        connection = http.client.HTTPSConnection(self.upstream, context=self.inside, timeout=support.LIMIT)
         try:
             connection.request(method, path, body or None, headers)
             with connection.getresponse() as answer:
@@ -202,7 +202,7 @@ class ContractCase(support.SharedCase):
         require_validators()
         cls.prisms = {name: Prism(cls.shared, name) for name in ("workload-management", "trust-bundle")}
         for name, prism in cls.prisms.items():
-            support.wait_for(prism.is_up, 60, f"prism with {name}")
+            support.wait_for(prism.is_up, what=f"prism with {name}")
 
     def setUp(self):
         self.wfm = support.Wfm(self, self.pki, "--mis", "127.0.0.1:0")

@@ -68,7 +68,7 @@ class Stop(DaemonCase):
             process = self.start("run", "--once", hasty=True)
             support.wait_for(lambda: len(self.helpers()) > 1, what=f"podman {command}")
             process.send_signal(signal.SIGTERM)
-            self.assertEqual(process.wait(30), 3, self.errors())
+            self.assertEqual(process.wait(support.LIMIT), 3, self.errors())
             self.assertNotIn("bug:", self.errors())
             support.wait_for(lambda: not self.helpers(), what="the end of the helpers")
             self.hang()
@@ -82,7 +82,7 @@ class Stop(DaemonCase):
         (child,) = [int(pid) for pid in filter(str.isdigit, os.listdir("/proc")) if parent_of(pid) == process.pid]
         process.send_signal(signal.SIGTERM)
         os.kill(child, signal.SIGALRM)              # the grace is over
-        self.assertEqual(process.wait(40), 0)
+        self.assertEqual(process.wait(support.LIMIT), 0)
         self.hang()
         self.device.cycle(0)
 
@@ -208,7 +208,7 @@ class Parent(DaemonCase):
         self.hang()
         for pid in self.helpers():
             os.kill(pid, signal.SIGKILL)
-        support.wait_for(lambda: "installed" in self.wfm.statuses(), 60, "the next cycle's work")
+        support.wait_for(lambda: "installed" in self.wfm.statuses(), what="the next cycle's work")
         self.assertIn("the cycle has not moved for 12 s, and is killed", self.errors())
         self.assertIsNone(process.poll())
 
@@ -219,7 +219,7 @@ class Parent(DaemonCase):
         support.wait_for(lambda: len(self.helpers()) > 1, what="podman create")
         os.kill(self.find_child(process), signal.SIGSTOP)
         process.send_signal(signal.SIGTERM)
-        self.assertEqual(process.wait(20), 1)
+        self.assertEqual(process.wait(support.LIMIT), 1)
         self.assertIn("did not end within 2 s, and is killed", self.errors())
 
     def test_one_that_can_start_no_cycle_says_why_and_ends(self):
@@ -232,7 +232,7 @@ class Parent(DaemonCase):
         os.remove(python)
         support.wait_for(lambda: "cannot be started" in self.errors(), what="a cycle that cannot be started")
         self.assertLess(self.count_beats(0.5), 2)
-        self.assertEqual(process.wait(60), 1, self.errors())
+        self.assertEqual(process.wait(support.LIMIT), 1, self.errors())
         self.assertEqual(self.errors().count("python cannot be started (No such file or directory)"), 5)
         self.assertIn("five cycles in a row could not be started", self.errors())
 
@@ -244,7 +244,7 @@ class Parent(DaemonCase):
         support.wait_for(lambda: "installed" in self.wfm.statuses(), what="the first installation")
         os.remove(os.path.join(folder, "margo_agent.py"))
         process.send_signal(signal.SIGHUP)
-        self.assertEqual(process.wait(60), 1, self.errors())
+        self.assertEqual(process.wait(support.LIMIT), 1, self.errors())
         self.assertIn("No module named 'margo_agent'", self.errors())
 
     def test_the_compiled_form_alone_is_enough(self):
@@ -259,7 +259,7 @@ class Parent(DaemonCase):
                 count = len(self.wfm.requests())
                 support.wait_for(lambda: len(self.wfm.requests()) > count, what="a poll")
                 process.send_signal(signal.SIGTERM)
-                self.assertEqual(process.wait(30), 0, self.errors())
+                self.assertEqual(process.wait(support.LIMIT), 0, self.errors())
                 for command in ("help", "version"):
                     done = subprocess.run([sys.executable, compiled, command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
                     self.assertEqual(done.returncode, 0, done.stdout)

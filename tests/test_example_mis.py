@@ -56,7 +56,7 @@ class MisCase(unittest.TestCase):
         body = base64.encodebytes(body) if isinstance(body, bytes) else None if body is None else body.encode()
         message = urllib.request.Request(self.mis.url + path, data=body, headers=headers)
         try:
-            with urllib.request.urlopen(message, context=context, timeout=20) as answer:
+            with urllib.request.urlopen(message, context=context, timeout=support.LIMIT) as answer:
                 return answer.status, answer.headers, answer.read()
         except urllib.error.HTTPError as error:
             with error:
@@ -105,7 +105,7 @@ class Read(MisCase):
 
 
 class Enroll(MisCase):
-    options = ("--replay", "3")
+    options = ("--replay", "600")
 
     def test_an_svid_is_what_spiffe_asks_for(self):
         support.require("cryptography")
@@ -127,7 +127,8 @@ class Enroll(MisCase):
         self.assertEqual(self.enroll()[0], 200)
         self.assertEqual(self.enroll()[0], 200)
         self.assertEqual(self.enroll(key="other.key")[0], 401)
-        time.sleep(3.1)                             # --replay
+        used = {token: dict(record, first=record["first"] - 601) for token, record in support.read_json(self.mis.path("used.json")).items()}
+        support.write(self.mis.path("used.json"), json.dumps(used))
         self.assertEqual(self.enroll()[0], 401)
         self.assertEqual(self.enroll("nobody:knows")[0], 401)
         self.assertEqual([item["how"] for item in self.mis.issued()], ["token", "token"])
@@ -220,7 +221,7 @@ class StrongSwan(MisCase):
 
     def run_pki(self, *arguments):
         """One `pki` command: (exit code, stdout bytes, stderr text)."""
-        done = subprocess.run(["pki"] + list(arguments), cwd=self.pki.folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=60)
+        done = subprocess.run(["pki"] + list(arguments), cwd=self.pki.folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=support.LIMIT)
         return done.returncode, done.stdout, done.stderr.decode()
 
     def test_it_fetches_authorities_enrolls_and_renews(self):

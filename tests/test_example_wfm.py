@@ -92,7 +92,7 @@ class Client:
     def keep_alive(self):
         """From now on all goes over one connection, which urllib cannot do; returns what to close in the end."""
         self.kept = http.client.HTTPSConnection(urllib.parse.urlsplit(self.url).netloc, context=self.context,
-                                                timeout=20)
+                                                timeout=support.LIMIT)
         return self.kept
 
     def call(self, method, path, body=None, **headers):
@@ -108,7 +108,7 @@ class Client:
                 return Answer(reply.status, reply.headers, reply.read())
         url = path if path.startswith("https://") else self.url + path
         try:
-            reply = self.opener.open(urllib.request.Request(url, body, headers, method=method), timeout=20)
+            reply = self.opener.open(urllib.request.Request(url, body, headers, method=method), timeout=support.LIMIT)
         except urllib.error.HTTPError as error:         # urllib's view of 304, 4xx and 5xx
             reply = error
         with reply:
@@ -121,7 +121,7 @@ class Client:
     def connect(self):
         """A TLS connection to write on by hand."""
         address = urllib.parse.urlsplit(self.url)
-        return self.context.wrap_socket(socket.create_connection((address.hostname, address.port), timeout=20))
+        return self.context.wrap_socket(socket.create_connection((address.hostname, address.port), timeout=support.LIMIT))
 
     def talk(self, text):
         """What the server says to this text up to the end of the first JSON object, or at all."""
@@ -1008,7 +1008,7 @@ class Bodies(WfmCase):
     def test_one_connection_carries_several_requests_also_after_a_refusal(self):
         """C-051: HTTP/1.1."""
         address = urllib.parse.urlsplit(self.wfm.url).netloc
-        connection = http.client.HTTPSConnection(address, context=self.client.context, timeout=20)
+        connection = http.client.HTTPSConnection(address, context=self.client.context, timeout=support.LIMIT)
         self.addCleanup(connection.close)
         answers, sockets = [], set()
         for method, path in (("GET", "/api/v1/deployments"), ("PUT", "/api/v1/capabilities/plc"), ("GET", "/nothing"),
@@ -1023,7 +1023,7 @@ class Bodies(WfmCase):
     def test_a_connection_ends_with_the_goodbye_of_tls(self):
         """C-013: without close_notify a peer cannot tell the end from an attack."""
         address = urllib.parse.urlsplit(self.wfm.url)
-        plain = socket.create_connection((address.hostname, address.port), timeout=20)
+        plain = socket.create_connection((address.hostname, address.port), timeout=support.LIMIT)
         with self.client.context.wrap_socket(plain, suppress_ragged_eofs=False) as connection:
             connection.sendall(b"GET /api/v1/deployments HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
             said = b"".join(iter(lambda: connection.recv(65536), b""))
@@ -1546,7 +1546,7 @@ class Running(WfmCase):
             self.addCleanup(support.end, process)
         for process, (options, word) in zip(processes, table):
             with self.subTest(options):
-                output, errors = process.communicate(timeout=20)
+                output, errors = process.communicate(timeout=support.LIMIT)
                 self.assertEqual((process.returncode, output), (2, ""))
                 self.assertIn(word, errors)
                 self.assertNotIn("Traceback", errors)

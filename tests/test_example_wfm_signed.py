@@ -91,7 +91,7 @@ class Client:
     def send(self, method, path, body=b"", headers=None):
         """(status, headers, body) of a request as it is."""
         address = urllib.parse.urlsplit(self.wfm.url)
-        connection = http.client.HTTPSConnection(address.hostname, address.port, context=self.context, timeout=20)
+        connection = http.client.HTTPSConnection(address.hostname, address.port, context=self.context, timeout=support.LIMIT)
         with contextlib.closing(connection):
             connection.request(method, path, body or None, headers or {})
             answer = connection.getresponse()
@@ -398,7 +398,7 @@ class Packages(unittest.TestCase):
         wfm.add_package(support.make_compose(), "web", "1.0.0")
         context = ssl.create_default_context(cafile=pki.path("site-ca.pem"))
         host, _, port = wfm.registry.partition(":")
-        connection = http.client.HTTPSConnection(host, int(port), context=context, timeout=20)
+        connection = http.client.HTTPSConnection(host, int(port), context=context, timeout=support.LIMIT)
         with contextlib.closing(connection):
             for path, expected in (("/files/web/1.0.0.tar.gz", 200), ("/files/web/2.0.0.tar.gz", 404), ("/files/../x/1.tar.gz", 404)):
                 connection.request("GET", path)

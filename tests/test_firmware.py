@@ -190,7 +190,7 @@ class Whole(unittest.TestCase):
             self.assertEqual([line for line in done.stdout.split("\n") if "undefined" in line or "redefinition" in line], [])
         for arguments, word in ((["--help"], "run --once"), (["version"], "margo_agent ")):
             done = subprocess.run([sys.executable, "-I", "-S", path] + arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                                  universal_newlines=True, timeout=60)
+                                  universal_newlines=True, timeout=support.LIMIT)
             self.assertEqual((done.returncode, word in done.stdout), (0, True), done.stdout)
 
     def run_tests(self, path, *names):
@@ -214,7 +214,7 @@ class Whole(unittest.TestCase):
 
     def test_what_is_not_in_it_is_refused_by_name(self):
         path = self.make("none", "--only", "mtls")
-        done = subprocess.run([sys.executable, "-I", "-S", path, "doctor"], stderr=subprocess.PIPE, universal_newlines=True, timeout=60)
+        done = subprocess.run([sys.executable, "-I", "-S", path, "doctor"], stderr=subprocess.PIPE, universal_newlines=True, timeout=support.LIMIT)
         self.assertEqual(done.returncode, 2)
         self.assertIn("doctor: unknown command; one of", done.stderr)
 

@@ -98,13 +98,13 @@ class FleetPage(unittest.TestCase):
         done = subprocess.run(
             [shutil.which("chromium"), "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run",
              "--disable-background-networking", "--window-size=1280,500", f"--user-data-dir={support.make_folder(self)}"]
-            + list(options) + [self.page + "/"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=90)
+            + list(options) + [self.page + "/"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=support.LIMIT)
         self.assertEqual(done.returncode, 0, done.stderr.decode()[-2000:])
         return done.stdout.decode()
 
     def ask(self, method="GET", path="/", **headers):
         """(status, headers, text) without a browser."""
-        connection = http.client.HTTPConnection(self.page.partition("//")[2], timeout=20)
+        connection = http.client.HTTPConnection(self.page.partition("//")[2], timeout=support.LIMIT)
         self.addCleanup(connection.close)
         connection.request(method, path, headers=headers)
         with connection.getresponse() as answer:
@@ -181,7 +181,7 @@ class FleetPage(unittest.TestCase):
                 [sys.executable, os.path.join(support.EXAMPLES, "wfm.py"), "--page", address, "--certificate",
                  self.pki.path("wfm.pem"), "--key", self.pki.path("wfm.key"), "--trust-bundle", self.pki.path("bundle.json"),
                  "--deployments", self.wfm.path("deployments"), "--state", support.make_folder(self)],
-                stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True, timeout=30)
+                stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True, timeout=support.LIMIT)
             self.assertEqual((done.returncode, done.stdout), (2, ""), address)
             self.assertIn("for this machine alone", done.stderr)
 
@@ -211,7 +211,7 @@ class Start(unittest.TestCase):
         context.check_hostname = False
         context.load_verify_locations(pki.path("ca.pem"))
         context.load_cert_chain(pki.path("client.pem"), pki.path("client.key"))
-        connection = http.client.HTTPSConnection(wfm.url.partition("//")[2], context=context, timeout=20)
+        connection = http.client.HTTPSConnection(wfm.url.partition("//")[2], context=context, timeout=support.LIMIT)
         self.addCleanup(connection.close)
         properties = {"id": support.DEVICE, "vendor": "v", "modelNumber": "m", "serialNumber": "s", "memory": "8GB"}
         connection.request("PUT", f"/api/v1/capabilities/{support.DEVICE}", json.dumps({"properties": properties}),

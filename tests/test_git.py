@@ -6,11 +6,13 @@ import re
 import shutil
 import signal
 import subprocess
+import time
 import types
 import unittest
 
 import margo_agent
-from tests import git_server, support
+from tests import git_bombs, git_server, support
+from tests.bench import costs
 from tests.support import DEVICE, HELLO
 
 IDS = [HELLO[:-2] + f"{number:02d}" for number in range(300)]
@@ -227,6 +229,19 @@ class Refusal(GitCase):
         self.repository.commit({"apps/hello.yaml": None, "elsewhere/hello.yaml": "a: 1"})
         self.check(4, "has no folder apps")
 
+    def test_another_folder_counts_although_no_commit_came(self):
+        """Contract, Profile git: the desired state is what is under `git.path`, not what was there at the last commit."""
+        self.device.set("git.path", "nowhere")
+        self.check(4, "has no folder nowhere")
+        self.device.set("git.path", "apps")
+        self.device.cycle()
+        other = self.publish("other", name="others/hello.yaml")
+        self.device.cycle()
+        self.device.set("git.path", "others")
+        self.device.cycle()
+        self.assertEqual((self.running(), self.device.state()["accepted"]["version"]), ([["GREETING=other"]], other))
+        self.assertEqual(self.device.cycle(), "")
+
     def test_documents_that_nobody_can_read(self):
         """C-116: YAML that is none, two documents, no id, an id twice, too long: the commit is refused and the file named."""
         good, document = support.make_deployment(registry=self.wfm.registry), json.loads(support.make_deployment())
@@ -402,6 +417,20 @@ class Trust(GitCase):
         self.assertEqual(self.running(), [])
         self.repository.push("--force")
         device.cycle()
+        self.assertEqual(self.running(), [["GREETING=signed"]])
+
+    def test_a_head_that_was_accepted_unsigned_is_not_taken_for_a_signed_one(self):
+        """Contract, Profile git: "an unsigned head with `verify_signatures` is 5", whenever that is set; what runs stays."""
+        self.publish("unsigned")
+        self.device.cycle()
+        key, line = self.make_signer()
+        self.device.set("git.verify_signatures", True)
+        self.device.set("git.allowed_signers", support.write(os.path.join(self.repository.folder, "signers"), line))
+        self.assertIn("is not signed", self.device.cycle(5))
+        self.assertEqual(self.running(), [["GREETING=unsigned"]])
+        self.sign_by_ssh(key)
+        self.publish("signed")
+        self.device.cycle()
         self.assertEqual(self.running(), [["GREETING=signed"]])
 
     def test_signers_may_rewrite_where_that_is_allowed(self):
@@ -742,6 +771,62 @@ class Hostile(GitCase):
         entries, documents, ignored = margo_agent.parse_files(files)
         self.assertEqual([entry.deployment_id for entry in entries], IDS[:len(files)])
         self.assertEqual((documents, ignored), ({support.digest(data): data for _, data in files}, []))
+
+
+class Bombs(GitCase):
+    """Security 4.15, 4.16: what is small on the wire and large in memory ends a git, not the device."""
+
+    def test_a_bomb_takes_no_more_memory_than_the_device_has(self):
+        """Agent and helpers together; each row is refused by words, or read within the limit."""
+        support.require("cryptography")
+        for kind, words in (("git: one delta of 64 MiB", "git fetch takes more than 50331648 bytes of memory"), ("git: 1,000,000 refs", "git ls-remote takes"),
+                            ("git: trees of 10 ** 12 paths", "git ls-tree prints more than 16777216 bytes"),
+                            ("git: one blob of 255 MiB", "0 deployments")):
+            with self.subTest(kind):
+                _, _, peak, _, said = costs.run(kind)
+                self.assertIn(words, said)
+                self.assertLess(peak, costs.LIMIT)
+
+    def test_a_refused_bomb_leaves_nothing_behind_and_what_runs_stays(self):
+        """Poll by poll, pieces of packs would fill the disk."""
+        self.publish("one")
+        server = git_bombs.BombServer(self, self.pki, self.repository.served)
+        device = self.make_device(server.url + "/fleet.git", identity_ca=self.pki.path("site-ca.pem"))
+        device.cycle()
+        server.bomb = git_bombs.BOMBS["one delta of 64 MiB"]()
+        for _ in range(2):
+            self.assertIn("bytes of memory", device.cycle(4))
+        self.assertFalse(os.path.exists(os.path.join(device.state_dir, "git", "repository")))
+        self.assertEqual(self.running(), [["GREETING=one"]])
+        server.bomb = None
+        self.publish("two")
+        device.cycle()
+        self.assertEqual(self.running(), [["GREETING=two"]])
+
+    def test_every_git_has_bounds_of_memory_and_of_what_it_writes(self):
+        """They hold for what git itself starts, and not for the agent."""
+        folder = support.make_folder(self)
+        support.write(os.path.join(folder, "git"), f"#!/bin/sh\necho $2 $3 $4 $(ulimit -d) $(ulimit -f) >> {folder}/notes\nexec {shutil.which('git')} \"$@\"\n", 0o755)
+        self.device.env["PATH"] = f"{folder}:{self.device.env['PATH']}"
+        self.publish("one")
+        self.device.cycle()
+        with open(os.path.join(folder, "notes")) as file:
+            lines = [line.split() for line in file if not line.startswith("version")]
+        self.assertLessEqual({"fetch", "ls-tree", "fast-import", "push"}, {line[0] for line in lines})
+        self.assertEqual({tuple(line[-2:]) for line in lines}, {("49152", "524288")})
+
+    def test_a_million_paths_that_lie_deep_are_compared_in_no_time(self):
+        """Neither long paths nor many folders are taken apart for it."""
+        deep = b"".join(b"100644 blob %s 5\t%d/%sx.yaml\0" % (b"1" * 40, number, b"f.yaml/" * 500) for number in range(4000))
+        began = time.process_time()
+        self.assertEqual(margo_agent.find_suspects(deep, deep, set()), [])
+        self.assertLess(time.process_time() - began, 10)
+        long = b"100644 blob %s 5\t%sx.yaml\0" % (b"1" * 40, b"a/" * 3000)
+        with self.assertRaisesRegex(margo_agent.Refused, "a path of more than 4096 characters"):
+            margo_agent.find_blobs(long, 10)
+        many = b"".join(b"120000 blob %s 5\t%d.yaml\0" % (b"1" * 40, number) for number in range(10001))
+        with self.assertRaisesRegex(margo_agent.Refused, "more than 10000 YAML files"):
+            margo_agent.find_blobs(many, 10)
 
 
 class Reports(GitCase):

@@ -215,7 +215,7 @@ class HelmCase:
     def helm(self, *arguments, tool=None):
         """One command of the tool itself; its output."""
         env = dict(os.environ, KUBECONFIG=self.kubeconfig, HOME=self.folder)
-        done = subprocess.run([tool or self.tool] + list(arguments), env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=60,
+        done = subprocess.run([tool or self.tool] + list(arguments), env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=support.LIMIT,
                               universal_newlines=True)
         self.assertEqual(done.returncode, 0, done.stderr)
         return done.stdout

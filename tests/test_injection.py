@@ -91,7 +91,7 @@ class Terminal(support.DeviceCase):
                 "reader, writer = os.pipe()\n"
                 "if not os.fork():\n    os.dup2(writer, 1)\n    os.execv(sys.argv[2], ['podman'])\n"
                 "os.close(writer)\nsys.exit(m.show_lines(reader))")
-        done = subprocess.run([sys.executable, "-c", code, support.ROOT, script], stdout=terminal, timeout=60)
+        done = subprocess.run([sys.executable, "-c", code, support.ROOT, script], stdout=terminal, timeout=support.LIMIT)
         os.close(terminal)
         text = os.read(main, 4096).decode()
         os.close(main)

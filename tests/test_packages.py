@@ -1580,7 +1580,7 @@ class DockerRegistry(support.Service):
         handlers = [urllib.request.ProxyHandler({})]
         if self.context:
             handlers.append(urllib.request.HTTPSHandler(context=self.context))
-        with urllib.request.build_opener(*handlers).open(message, timeout=20) as response:
+        with urllib.request.build_opener(*handlers).open(message, timeout=support.LIMIT) as response:
             response.read()
             return response
 
@@ -1669,7 +1669,7 @@ class RealRegistry(RegistryCase):
         done = subprocess.run(
             ["skopeo", "--insecure-policy", "copy", "--preserve-digests", "--dest-tls-verify=false",
              f"oci:{layout}:1.0.0",
-             f"docker://{registry.host}/web:1.0.0"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=60)
+             f"docker://{registry.host}/web:1.0.0"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=support.LIMIT)
         self.assertEqual(done.returncode, 0, done.stdout.decode())
         self.assertEqual(self.fetch(registry.host), (digest(PACKAGE), PACKAGE))
 

@@ -261,7 +261,7 @@ class OpenWrt(support.DeviceCase):
         self.addCleanup(support.end, process)
         support.wait_for(lambda: "installed" in self.wfm.statuses(), what="the installation")
         process.terminate()
-        self.assertEqual(process.wait(30), 0, process.stdout.read())
+        self.assertEqual(process.wait(support.LIMIT), 0, process.stdout.read())
 
     def test_its_control_file_names_the_agents_version_and_pythons(self):
         version = run(sys.executable, support.AGENT, "version").stdout.split()[1]

@@ -101,7 +101,7 @@ class Actions(unittest.TestCase):
     def test_documents_are_read_only_where_deciding_takes_them(self):
         entry = margo_agent.ManifestEntry(HELLO, digest(b"one"), None)
         for record, expected in ((None, True), (make_record(), False), (make_record(b"two"), True), (make_record(state="failed"), False),
-                                 (make_record(state="installing"), True)):
+                                 (make_record(state="installing"), True), (make_record(refused=True), True), (make_record(state="failed", refused=True), True)):
             self.assertIs(margo_agent.needs_document(entry, record), expected)
 
 
@@ -148,6 +148,11 @@ class Stability(unittest.TestCase):
         self.assertEqual(margo_agent.count_repair(record, margo_agent.Clock(now + 3600, "", 0))["repair"]["failures"], 1)      # an hour of rest after the pause
         self.assertEqual(self.act(record, [make_container()], now - 1).verb, "keep")
 
+    def test_a_first_repair_is_counted_by_any_clock(self):
+        """P-2: also in the first hour of 1970."""
+        for now in (0, 100, 10 ** 10):
+            self.assertEqual(margo_agent.count_repair(make_record(), margo_agent.Clock(now, "", 0))["repair"]["failures"], 1)
+
     def test_a_new_revision_starts_with_a_clean_sheet(self):
         record = dict(make_record(), repair=WAIT, retry=WAIT)
         begun = margo_agent.begin_record(record, make_target(b"two"))
@@ -182,7 +187,115 @@ class Stability(unittest.TestCase):
         record, mark = make_record(), margo_agent.make_mark({"A": "1"})
         record["running"]["mark"] = mark
         self.assertEqual(self.act(record, [make_container()], mark=mark).verb, "keep")
-        self.assertEqual(self.act(record, [make_container()], mark="").reason, "runtime.environment has changed")
+        action = self.act(record, [make_container()], mark="")
+        self.assertEqual((action.verb, action.reason), ("update", "runtime.environment has changed"))
+        self.assertEqual(self.act(dict(record, type="helm"), [make_container()], mark="").verb, "keep")
+        action = self.act(record, [make_container(state="exited")], mark="")
+        self.assertEqual(action.reason, "drift: web/main is exited")                 # what is broken is said first
+
+    def test_the_words_say_what_is_done_and_why(self):
+        restless = make_record()
+        restless["components"][0]["services"]["main"]["started"] = 100
+        seen = make_container()._replace(started=NOW - 3)
+        vain = f"web/main has no container although it was repaired 9 times; next attempt at {margo_agent.make_time(NOW + 600)}"
+        for record, containers, reason in (
+                (dict(make_record(), repair=WAIT), [], vain), (restless, [seen], "drift: web/main is being restarted over and over"),
+                (make_record(state="pending", running=None), [], "new"), (make_record(state="removed", running=None), [], "new"),
+                (make_record(state="installing", running=None), [], "was interrupted while installing"),
+                (make_record(state="failed", refused=True, running=None), [], "was refused before, and can be carried out now")):
+            self.assertEqual(self.act(record, containers, settle=10).reason, reason)
+
+    def test_a_look_at_the_very_moment_of_a_start_sees_a_restart(self):
+        record = make_record()
+        record["components"][0]["services"]["main"]["started"] = 100
+        for started, verb in ((NOW, "update"), (NOW - 10, "keep"), (NOW + 1, "keep")):
+            self.assertEqual(self.act(record, [make_container()._replace(started=started)], settle=10).verb, verb)
+        for started, verb in ((98, "keep"), (102, "keep"), (97, "update"), (103, "update")):       # docker rounds it by a second or two
+            self.assertEqual(self.act(record, [make_container()._replace(started=started)], now=104, settle=10).verb, verb)
+
+    def test_only_a_failed_one_is_restored_and_only_while_nothing_else_is_done(self):
+        failed = self.make_failed()
+        self.assertEqual(self.act(dict(failed, state="installing")).verb, "update")
+        self.assertEqual(self.act(dict(failed, adopted={"digest": digest(b"three"), "version": 3})).verb, "update")
+        error = margo_agent.ComponentError("NOT_ELIGIBLE", "m")
+        self.assertEqual(self.act(dict(failed, retry={}), error=error).verb, "restore")
+
+
+class Downtime(unittest.TestCase):
+    """What is done of a plan while nobody may be asked: nothing that has to be fetched (protocol 10)."""
+
+    def hold(self, record, target, containers=(), verb="update"):
+        action = margo_agent.Action(HELLO, verb, "r", target, "device")
+        return margo_agent.hold_quiet(action, record, list(containers), margo_agent.Clock(NOW, "", 0))
+
+    def test_what_is_at_hand_is_done(self):
+        """Drift is mended, a version that is or was there started; what changes nothing stays what it is."""
+        before = {"digest": digest(b"two"), "packages": {}, "images": [], "services": {}}
+        record = make_record(previous=before)
+        for verb, content in (("update", b"one"), ("update", b"two"), ("keep", b"three"), ("remove", b"three")):
+            self.assertEqual(self.hold(record, make_target(content), verb=verb), (verb, record))
+
+    def test_another_revision_is_adopted_and_the_version_before_goes_on(self):
+        """E-112: pending, with nothing fetched; where the version before is broken, it is mended."""
+        verb, record = self.hold(make_record(previous=None), make_target(b"two"), [make_container()])
+        self.assertEqual((verb, record["state"], record["adopted"]["digest"], record["fallback"]), ("keep", "pending", digest(b"two"), True))
+        other = make_container(OTHER)
+        for containers in ([], [make_container(state="exited")], [other]):
+            self.assertEqual(self.hold(make_record(previous=None), make_target(b"two"), containers)[0], "restore")
+        self.assertEqual(self.hold(make_record(previous=None), make_target(b"two"), [make_container(), other])[0], "keep")
+
+    def test_what_is_mended_in_vain_and_what_never_ran_is_left_alone(self):
+        waits = make_record(b"two", state="failed", repair=WAIT, previous=None, fallback=True)
+        waits["running"]["digest"] = digest(b"one")
+        self.assertEqual(self.hold(waits, make_target(b"three"))[0], "restore")           # another revision, another count
+        self.assertEqual(self.hold(waits, make_target(b"two"))[0], "keep")
+        self.assertEqual(self.hold(dict(waits, repair={}), make_target(b"two"))[0], "restore")
+        self.assertEqual(self.hold(make_record(running=None, previous=None), make_target(b"two"), [make_container(label="x")])[0], "keep")
+
+
+class Places(unittest.TestCase):
+    """One plan for a gateway and its children: where each deployment is at home, and what is left of it elsewhere."""
+
+    def plan(self, targets, records, containers):
+        """[(verb as it is carried out, device, reason)]; containers: {device: [deployment id]}."""
+        records = {record["deploymentId"]: record for record in records}
+        shares, homes = [], {target.key: target.device_id for target in targets}
+        for name in ("gw", "gw/a"):
+            own = {key: record for key, record in records.items() if record["deviceId"] == homes.get(key, name) == name}
+            mine = [target for target in targets if target.device_id == name]
+            shares.append(margo_agent.Share(margo_agent.Device(name, None, {}), mine, own, {}))
+        there = {name: [make_container(item) for item in containers.get(name, ())] for name in ("gw", "gw/a")}
+        actions = margo_agent.make_actions(shares, records, there, margo_agent.Clock(NOW, "", 0))
+        return [(action.verb, action.device_id, action.reason) for action in actions]
+
+    def test_what_moves_is_made_at_its_new_home_and_cleared_at_the_old_one(self):
+        target, record = make_target()._replace(device_id="gw/a"), make_record(deviceId="gw")
+        self.assertEqual(self.plan([target], [record], {"gw": [HELLO]}),
+                         [("clear", "gw", "belongs on gw/a"), ("install", "gw/a", "moves here from gw")])
+        self.assertEqual(self.plan([target], [], {"gw": [HELLO]}), [("clear", "gw", "belongs on gw/a"), ("install", "gw/a", "new")])    # a lost state
+        self.assertEqual(self.plan([make_target(b"two")._replace(device_id="gw")], [record], {}), [("update", "gw", "another revision")])
+        never = dict(record, running=None, state="failed")
+        self.assertEqual(self.plan([target], [never], {}), [("install", "gw/a", "new")])
+
+    def test_what_is_left_elsewhere_stays_until_its_home_is_sure(self):
+        """Nothing is taken away for what cannot be carried out where it belongs."""
+        target = make_target()._replace(device_id="gw/a")
+        refused = target._replace(error=margo_agent.ComponentError("NOT_ELIGIBLE", "m"))
+        self.assertEqual([step[:2] for step in self.plan([refused], [make_record(deviceId="gw/a")], {"gw": [HELLO]})], [("refuse", "gw/a")])
+        failed = make_record(deviceId="gw/a", state="failed", retry={"failures": 1, "at": NOW, "delay": 60}, error={"code": "X"})
+        self.assertEqual([step[:2] for step in self.plan([target], [failed], {"gw": [HELLO]})], [("keep", "gw/a")])
+        installed = make_record(deviceId="gw/a")
+        self.assertEqual([step[:2] for step in self.plan([target], [installed], {"gw": [HELLO], "gw/a": [HELLO]})],
+                         [("clear", "gw"), ("keep", "gw/a")])
+
+    def test_what_nobody_wants_is_removed_at_home_and_cleared_elsewhere(self):
+        found = self.plan([], [make_record(deviceId="gw")], {"gw": [HELLO], "gw/a": [HELLO, OTHER]})
+        self.assertEqual([step[:2] for step in found], [("remove", "gw"), ("remove", "gw/a"), ("clear", "gw/a")])
+        self.assertEqual({step[2] for step in found}, {"not in the desired state"})
+
+    def test_removals_come_before_all_else_on_every_device(self):
+        target = make_target()._replace(device_id="gw")
+        self.assertEqual([step[:2] for step in self.plan([target], [], {"gw/a": [OTHER]})], [("remove", "gw/a"), ("install", "gw")])
 
 
 class Turns(unittest.TestCase):
@@ -269,6 +382,17 @@ class Turns(unittest.TestCase):
             ("4", "keep", b"one"))]
         groups = [[action.deployment_id for action in group] for group in margo_agent.make_groups(actions, records)]
         self.assertEqual(groups, [["5"], ["2"], ["4"], ["1", "3"], ["0"]])
+
+    def test_what_is_cleared_because_it_moves_is_left_to_the_step_by_which_it_moves(self):
+        """Also the order within a move: made ready there, cleared here, started there."""
+        def group(*items):
+            actions = [margo_agent.Action(key, verb, "", make_target(), device) for key, verb, device in items]
+            return [[(action.verb, action.deployment_id) for action in found] for found in margo_agent.make_groups(actions, records)]
+
+        records = {"a": dict(make_record(), deviceId="gw")}
+        self.assertEqual(group(("a", "clear", "gw"), ("b", "clear", "gw"), ("a", "update", "gw/a")), [[("clear", "b")], [("update", "a")]])
+        self.assertEqual(group(("a", "clear", "gw/a"), ("a", "keep", "gw")), [[("clear", "a")], [("keep", "a")], []])
+        self.assertEqual(group(("c", "refuse", "gw"), ("c", "remove", "gw")), [[("refuse", "c")], [("remove", "c")], []])
 
 
 class Convergence(unittest.TestCase):

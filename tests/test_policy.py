@@ -181,6 +181,17 @@ class HostPaths(PolicyCase):
         self.config = make_config(policy__host_paths=[link])
         self.assertEqual(self.settle_service({"volumes": [f"{link}/data:/x"]}).arguments, [f"--volume={real}/data:/x"])
 
+    def test_a_link_that_the_agent_may_not_follow_is_denied(self):
+        """Without root, or in a container, these cannot even be looked up: one file would have ended the agent with a traceback."""
+        os.symlink("/proc/1/root", os.path.join(self.archive, "root"))
+        for name in ("/proc/1/root", "/proc/1/cwd/etc", "/proc/1/exe", "./root", "./root/etc"):
+            for keys in ({"volumes": [f"{name}:/x"]}, {"volumes": [{"type": "bind", "source": name, "target": "/x"}]}):
+                self.assertRefused(make_document(keys), name, code="POLICY_DENIED")
+            for document in (make_document({"env_file": [name]}), make_document({"env_file": [{"path": name, "required": False}]}),
+                             make_document({"secrets": ["a"]}, secrets={"a": {"file": name}})):
+                with self.assertRaises(margo_agent.ComponentError):
+                    self.settle(document)
+
     def test_the_home_folder_is_not_part_of_the_archive(self):
         """Docker Compose mounts $HOME for `~`, so it is never taken for a folder of that name in the archive."""
         for item in ("~/.ssh:/keys", "~:/home", {"type": "bind", "source": "~/.ssh", "target": "/keys"}):

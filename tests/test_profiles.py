@@ -212,7 +212,7 @@ class Scenarios:
                 self.road.publish(deployment_id, name=f"app-{number}")
                 process = subprocess.Popen(self.device.command("run", "--once"), env=self.device.env, stderr=subprocess.DEVNULL)
                 with contextlib.suppress(AssertionError):               # a moment that is over already does as well
-                    support.wait_for(lambda: process.poll() is not None or moment(), seconds=20)
+                    support.wait_for(lambda: process.poll() is not None or moment())
                 support.end(process)
                 self.forget_patience() if self.device.state() else None
                 self.device.cycle()

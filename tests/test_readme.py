@@ -144,11 +144,11 @@ class Embedding(support.DeviceCase):
     def test_the_supervisor_polls_and_tells_what_changes(self):
         program = os.path.join(support.EXAMPLES, "embedding", "supervisor.py")
         done = subprocess.run([sys.executable, program, self.device.config_file, "1"], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                              env=dict(self.device.env), universal_newlines=True, timeout=60)
+                              env=dict(self.device.env), universal_newlines=True, timeout=support.LIMIT)
         self.assertEqual((done.returncode, done.stdout), (0, "hello installed \n"), done.stderr)
         self.assertRegex(done.stderr, r"(?m)^INFO desired state accepted version=1 deployments=1$")
         self.device.set("poll.intervall", "1s")
-        done = subprocess.run([sys.executable, program, self.device.config_file, "1"], stderr=subprocess.PIPE, universal_newlines=True, timeout=60)
+        done = subprocess.run([sys.executable, program, self.device.config_file, "1"], stderr=subprocess.PIPE, universal_newlines=True, timeout=support.LIMIT)
         self.assertEqual(done.returncode, 2)
         self.assertIn("did you mean poll.interval?", done.stderr)
 
@@ -220,7 +220,7 @@ class Newcomer(unittest.TestCase):
         self.assertEqual(page, "Good evening")
         for command, words in (("status tally", r"(?m)^running +tally-\S+-web-1 since 20\S+Z  docker.io/library/busybox:1.36  ports 127.0.0.1:8080/tcp$"),
                                ("history", r"\A20\S+Z  version 3  changed tally  applied\n20\S+Z  version 2  added tally  applied\n")):
-            shown = subprocess.run([f"{folder}/bin/margo-agent", *command.split()], env=env, stdout=subprocess.PIPE, universal_newlines=True, timeout=60).stdout
+            shown = subprocess.run([f"{folder}/bin/margo-agent", *command.split()], env=env, stdout=subprocess.PIPE, universal_newlines=True, timeout=support.LIMIT).stdout
             self.assertRegex(shown, words)
         sys.__stderr__.write(f"\nnewcomer: {time.monotonic() - start:.0f} s from an empty folder to an application with a parameter\n")
 

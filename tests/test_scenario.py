@@ -218,9 +218,9 @@ class Scenario:
 
         def count():
             return int(self.engine.facts(self.name("main"), "{{.RestartCount}}"))
-        support.wait_for(lambda: count() > 0, 30, "a restart")
+        support.wait_for(lambda: count() > 0, what="a restart")
         before = count()
-        support.wait_for(lambda: count() > before, 30, "another restart")
+        support.wait_for(lambda: count() > before, what="another restart")
         (reason,) = [reason for _, reason in self.device.plan().values()]
         self.assertRegex(reason, "web/main is (being restarted over and over|restarting|initialized)")
 
@@ -231,7 +231,7 @@ class Scenario:
         self.publish({"main": service(healthcheck=check)})
 
         def harm():
-            support.wait_for(lambda: self.states().get("main") == "running", 60, "the start")
+            support.wait_for(lambda: self.states().get("main") == "running", what="the start")
             self.engine.podman("rm", "--force", self.name("main"))
         thread = threading.Thread(target=harm)
         thread.start()

@@ -5,7 +5,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 import unittest
+from unittest import mock
 
 from tests import support
 
@@ -122,11 +124,24 @@ class Shards(unittest.TestCase):
         code, words = self.run_suite(2, "-k", "test_good", "-k", "test_loopback*", mixed=MIXED, good=GOOD)
         self.assertEqual((code, words.strip().split("\n")[-1]), (0, "2 passed, 0 failed, 0 skipped"), words)
 
+    def test_what_each_test_took_is_written_where_it_is_asked_for(self):
+        """Also what is set up for a class, from its own beginning."""
+        path, began = os.path.join(self.folder, "times"), time.monotonic()
+        with mock.patch.dict(os.environ, MARGO_TEST_TIMES=path):
+            self.run_suite(2, mixed=MIXED, good=GOOD)
+        took = time.monotonic() - began
+        with open(path) as file:
+            rows = [line.split(None, 2) for line in file]
+        self.assertIn("tests.test_good.Good.test_loopback_is_up", [name.strip() for _, _, name in rows])
+        self.assertTrue(any(name.startswith("setUpClass (") for _, _, name in rows), rows)
+        for seconds, _, name in rows:
+            self.assertTrue(0 <= float(seconds) <= took, name)
+
     def test_ctrl_c_ends_all(self):
         process = self.start(2, slow=SLOW, good=GOOD)
         support.wait_for(lambda: os.path.exists(os.path.join(self.folder, "started")), what="the slow test")
         os.killpg(process.pid, signal.SIGINT)       # as a terminal does
-        _, words = process.communicate(timeout=30)
+        _, words = process.communicate(timeout=support.LIMIT)
         self.assertNotEqual(process.returncode, 0)
         self.assertIn("KeyboardInterrupt", words)
         with self.assertRaises(ProcessLookupError):

@@ -284,10 +284,10 @@ class Patience(SourceCase):
         """C-056, C-057, D-7: cron every minute does not hammer a WFM that asked for an hour."""
         self.device.cycle()
         self.wfm.fault({"path": MANIFEST[1], "status": 503, "headers": {"Retry-After": "3600"}})
-        self.assertNotIn("retryAfter", self.device.cycle(3))
+        self.device.cycle(3)
         self.wfm.fault({"path": MANIFEST[1], "status": 503, "headers": {"Retry-After": "3601"}})
         support.write(os.path.join(self.device.state_dir, "state.json"), json.dumps(dict(self.device.state(), patience={}, waits={})))
-        self.assertRegex(self.device.cycle(3), r'HTTP 503 \(Service Unavailable\); .* code=UNREACHABLE retryAfter="3601 s"')  # so long is told
+        self.assertRegex(self.device.cycle(3), r"HTTP 503 \(Service Unavailable\); .*alone until 20\S+Z; .* code=UNREACHABLE\n")
         count = len(self.wfm.requests())
         self.device.cycle(3)
         self.device.cycle(3)

@@ -48,7 +48,7 @@ class Server:
             except OSError:
                 return
             self.connections += 1
-            connection.settimeout(20)
+            connection.settimeout(support.LIMIT)
             with contextlib.suppress(OSError), connection:          # what the client breaks off is its own affair
                 self.talk(connection)
 
@@ -286,7 +286,7 @@ class Limits(TransportCase):
                     return
                 connection.sendall(b"x")
             connection.sendall(bytes(100))                 # a client that is still there has it all
-        self.refuse(Unreachable, serve, "given up at", "bytes after", timeout=0.1)
+        self.refuse(Unreachable, serve, "given up at", "bytes after", timeout=0.5)
 
     def test_a_head_that_breaks_off_is_no_empty_answer(self):
         """P-12: the length was still to come; nothing half is accepted, and nothing refused that was never said."""
@@ -312,15 +312,16 @@ class Limits(TransportCase):
 
     def test_interim_answers_without_end_are_given_up(self):
         """F-10, P-15: each is passed over, fast or slowly, but not for ever; 101 would change the protocol and is an answer."""
-        for code, pause in ((100, 0), (103, 0), (102, 0.05), (199, 0.05)):
-            def serve(connection, over, code=code, pause=pause):
+        for code, pause, count in ((100, 0, 50000), (103, 0, 50000), (102, 0.05, 500), (199, 0.05, 500)):
+            def serve(connection, over, code=code, pause=pause, count=count):
                 with contextlib.suppress(OSError):
-                    while not over.wait(pause):
+                    for _ in range(count):
+                        if over.wait(pause):
+                            return
                         connection.sendall(f"HTTP/1.1 {code} Not yet\r\nLink: <x>\r\n\r\n".encode())
+                    connection.sendall(answer("200 OK", b"late"))       # for a client that is still there
             with self.subTest(code=code):
-                start = time.monotonic()
                 self.refuse(Unreachable, serve, timeout=0.2)
-                self.assertLess(time.monotonic() - start, 10)
         self.assertEqual(self.fetch(b"HTTP/1.1 101 Switching Protocols\r\n\r\n").status, 101)
 
     def test_interim_answers_to_every_method_are_passed_over(self):
@@ -395,16 +396,16 @@ class Network(TransportCase):
         for first in (self.make_silence(), closed):
             self.resolve(first, good)
             start = time.monotonic()
-            self.assertEqual(self.get("http://wfm.test:1").body, b"here")
-            self.assertLess(time.monotonic() - start, 5)
+            self.assertEqual(self.get("http://wfm.test:1", timeout=support.LIMIT).body, b"here")
+            self.assertLess(time.monotonic() - start, support.LIMIT / 2)
 
     def test_only_dead_addresses_are_unreachable_within_one_time_out(self):
         """F-12: however many there are, and the words are those of the last."""
         silent, closed = self.make_silence(), ("127.0.0.1", support.free_port())
-        self.resolve(silent, silent, silent)
+        self.resolve(*[silent] * 100)
         start = time.monotonic()
         self.refuse(Unreachable, "http://wfm.test:1", "timed out", timeout=1)
-        self.assertLess(time.monotonic() - start, 3)
+        self.assertLess(time.monotonic() - start, 90)
         self.resolve(closed, closed)
         self.refuse(Unreachable, "http://wfm.test:1", "refused")
 
@@ -608,7 +609,7 @@ class Problems(unittest.TestCase):
             ["properties.id: is missing", "labels: must be an object"]))
 
     def test_an_empty_object_says_nothing(self):
-        self.assertEqual(self.parse({}), margo_agent.Problem("", "", "", None, None, "", []))
+        self.assertEqual(self.parse({}), margo_agent.Problem(errors=[]))
 
     def test_the_older_error_object_is_read(self):
         """C-054: protocol 2.1, error and message."""

@@ -45,12 +45,13 @@ class Certificate:
     issuer: a Certificate, None for one signed by itself.  uris, names, addresses: the subjectAltName.  raw: its value instead, DER.
     ca, length: basicConstraints, None for none.  usage, purposes: keyUsage and extendedKeyUsage, None for none.
     permitted, excluded: name constraints.  start, end: seconds from now.  signer: a key to sign by that is not the issuer's.
-    odd: whether an unknown extension is critical; None for none.  twice: whether the subjectAltName occurs twice.
+    odd: whether an unknown extension is critical; None for none.  more: [(OID, whether it is critical, DER)] of further extensions.
+    twice: the OID (DER) of an extension that occurs twice.  plain: whether it is of version 1, without extensions.
     """
 
     def __init__(self, name, issuer=None, uris=(), names=(), addresses=(), raw=None, ca=None, length=None, usage=("digital_signature",),
                  purposes=None, permitted=None, excluded=None, start=-DAY, end=DAY, kind="P-256", number=0, digest="SHA256", signer=None,
-                 odd=None, damaged=False, subject=None, mails=()):
+                 odd=None, damaged=False, subject=None, mails=(), more=(), twice=None, plain=False):
         from cryptography import x509
         from cryptography.hazmat.primitives import hashes
         from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
@@ -67,14 +68,19 @@ class Certificate:
             builder = builder.add_extension(x509.UnrecognizedExtension(x509.ObjectIdentifier("2.5.29.17"), raw), False)
         if odd is not None:
             builder = builder.add_extension(x509.UnrecognizedExtension(x509.ObjectIdentifier("1.3.6.1.4.1.55555.1"), b"\x05\0"), odd)
+        for oid, critical, value in more:
+            builder = builder.add_extension(x509.UnrecognizedExtension(x509.ObjectIdentifier(oid), value), critical)
         by = signer or (issuer.key if issuer else self.key)
         if issuer:
             builder = builder.add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(issuer.key.public_key()), False)
         algorithm = None if "25519" in type(by).__name__ else getattr(hashes, digest.replace("SHA1", "SHA256"))()
         self.der = builder.sign(by, algorithm).public_bytes(Encoding.DER)
         self.key_pem = self.key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()).decode()
+        private = by.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
         if digest == "SHA1":
-            self.der = sign_weakly(self.der, by.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+            self.der = sign_anew(self.der, private, "-sha1", bytes.fromhex("06072a8648ce3d0401"))
+        if twice or plain:
+            self.der = sign_anew(self.der, private, "-sha256", bytes.fromhex("06082a8648ce3d040302"), twice, plain)
         if damaged:
             self.der = self.der[:-1] + bytes([self.der[-1] ^ 1])
         self.pem = margo_agent.make_pem([self.der])
@@ -100,16 +106,26 @@ class Certificate:
         yield x509.SubjectKeyIdentifier.from_public_key(self.key.public_key()), False
 
 
-def sign_weakly(der, key):
-    """A certificate that is signed by ECDSA with SHA-256, signed by SHA-1 instead; libraries refuse to make one."""
-    weak = margo_agent.make_der(0x30, bytes.fromhex("06072a8648ce3d0401"))
-    parts = margo_agent.parse_der(margo_agent.parse_der(margo_agent.parse_der(der)[0][1])[0][1])
-    content = margo_agent.make_der(0x30, *(weak if index == 2 else part[2] for index, part in enumerate(parts)))
+def sign_anew(der, key, digest, algorithm, twice=None, plain=False):
+    """A certificate signed by ECDSA once more: by another digest, with an extension that occurs twice, or of version 1 without extensions.
+
+    Libraries refuse to make such ones.
+    """
+    make, parse = margo_agent.make_der, margo_agent.parse_der
+    algorithm = make(0x30, algorithm)
+    parts = [part[2] for part in parse(parse(parse(der)[0][1])[0][1])]
+    parts[2] = algorithm
+    if plain:
+        parts = [part for part in parts if part[0] not in (0xA0, 0xA3)]
+    if twice:
+        extensions = [item[2] for item in parse(parse(parse(parts[-1])[0][1])[0][1])]
+        parts[-1] = make(0xA3, make(0x30, *extensions, *[item for item in extensions if twice in item]))
+    content = make(0x30, *parts)
     with tempfile.NamedTemporaryFile() as file:
         file.write(key)
         file.flush()
-        done = subprocess.run(["openssl", "dgst", "-sha1", "-sign", file.name], input=content, stdout=subprocess.PIPE, check=True)
-    return margo_agent.make_der(0x30, content, weak, margo_agent.make_der(0x03, b"\0", done.stdout))
+        done = subprocess.run(["openssl", "dgst", digest, "-sign", file.name], input=content, stdout=subprocess.PIPE, check=True)
+    return make(0x30, content, algorithm, make(0x03, b"\0", done.stdout))
 
 
 SIGNS = ("key_cert_sign", "crl_sign")
@@ -282,10 +298,62 @@ class WfmIds(TrustCase):
         self.try_all(cases)
 
 
+    def test_an_id_in_an_odd_spelling_is_another_id(self):
+        encoded, fullwidth = WFM.replace(DOMAIN, "factory%2Eexample"), WFM.replace(DOMAIN, "factory\uff0eexample")
+        wrong = [encoded, WFM.replace(DOMAIN, DOMAIN + ":"), WFM.replace(DOMAIN, "@" + DOMAIN), WFM.replace(DOMAIN, "factory_example"),
+                 WFM.replace(DOMAIN, "xn--factory-9ta.example"), WFM.replace(DOMAIN, "." + DOMAIN), WFM.replace(DOMAIN, "factory..example"),
+                 WFM.replace(DOMAIN, f"[{DOMAIN}]"), WFM.replace("/margo", "\\margo"), WFM.replace("://", ":\\\\"), WFM.replace("main", "%2e%2e/main"),
+                 WFM + ";x=y", WFM + ",x", WFM.replace("main", "main\r\n"), WFM.replace("main", "ma in"), WFM.replace("main", "main%00"),
+                 WFM.replace("main", "main+"), WFM.replace("main", "*"), WFM.replace("/wfm/main", "/wfm/"), WFM.replace("/wfm/main", "/wfm"),
+                 WFM.replace("/main", "/main/client"), WFM.replace("spiffe", "spiffe+x"), WFM.replace("spiffe://", "spiffe:/"), WFM.replace("spiffe:", "")]
+        cases = [(repr(uri), {"leaf": {"uris": [uri]}}, {}) for uri in wrong]
+        cases.append((fullwidth, {"leaf": {"uris": [], "raw": raw_names((0x86, fullwidth.encode()))}}, {}))
+        self.try_all(cases)
+
+    def test_the_names_of_a_leaf_are_read_whole(self):
+        """What is read here is all that stands there: no second id hides behind an odd encoding."""
+        good = (0x86, WFM.encode())
+        right = {"leaf": {"uris": [], "raw": raw_names(good)}}
+        make = margo_agent.make_der
+        self.try_all([
+            ("bytes behind the names", {"leaf": {"uris": [], "raw": raw_names(good) + raw_names((0x86, b"spiffe://x/y"))}}, right),
+            ("no names", {"leaf": {"uris": [], "raw": raw_names()}}, right),
+            ("an id of several parts", {"leaf": {"uris": [], "raw": make(0x30, make(0xA6, make(0x16, good[1])))}}, right),
+            ("a second id of several parts", {"leaf": {"uris": [], "raw": raw_names(good, (0xA6, make(0x16, good[1])))}}, right),
+            ("no extensions at all", {"leaf": {"plain": True}}, {})])
+
+
 class WfmChains(WfmIds):
     """Chains of the WFM: C-005 to C-008, C-011."""
 
     test_only_the_wfm_that_the_own_id_names_is_spoken_to = test_the_id_is_the_one_uri_of_the_leaf = None
+    test_an_id_in_an_odd_spelling_is_another_id = test_the_names_of_a_leaf_are_read_whole = None
+
+    def test_odd_ends_of_a_chain(self):
+        good = {"via": [{}]}
+        self.try_all([
+            ("for anything, by the word for that", {"leaf": {"purposes": ["ANY_EXTENDED_KEY_USAGE"]}},
+             {"leaf": {"purposes": ["ANY_EXTENDED_KEY_USAGE", "SERVER_AUTH"]}}),
+            ("for timestamps", {"leaf": {"purposes": ["TIME_STAMPING"]}}, {"leaf": {"purposes": ["SERVER_AUTH", "TIME_STAMPING"]}}),
+            ("for clients by Netscape's word", {"leaf": {"more": [("2.16.840.1.113730.1.1", False, b"\x03\x02\x07\x80")]}},
+             {"leaf": {"more": [("2.16.840.1.113730.1.1", False, b"\x03\x02\x06\x40")]}}),
+            ("it begins in a minute", {"leaf": {"start": 60}}, {"leaf": {"start": -1}}),
+            ("it ended a second ago", {"leaf": {"end": -1}}, {"leaf": {"end": 60}}),
+            ("a time that never was", {"leaf": {"start": -DAY, "end": -DAY + 1}}, {"leaf": {"end": 250 * 366 * DAY}}),
+            ("a short RSA key of the anchor", {"root": {"kind": "RSA-1024"}}, {"root": {"kind": "RSA-3072"}}),
+            ("an authority of version 1", {"via": [{"plain": True}]}, good),
+            ("an authority whose constraints come twice", {"via": [{"twice": b"\x55\x1d\x13"}]}, good),
+            ("a critical extension at the anchor", dict(good, root={"odd": True}), dict(good, root={"odd": False})),
+            ("the identifier of another key above it", {"send": lambda made: [self.misname(made)]}, {}),
+            ("nine authorities, and one of them is none", {"via": [{}] * 4 + [{"ca": False}] + [{}] * 4}, {"via": [{}] * 9}),
+            ("only its namesake's key is an anchor", dict(good, anchors=lambda made: [make_ca("issuer-0", number=3)]), good),
+            ("a path of none below the anchor that issues", dict(good, root={"length": 0}), {"root": {"length": 0}})])
+
+    def misname(self, made):
+        """The leaf with the key identifier of a stranger as its issuer's."""
+        stranger = make_ca("root", number=11)
+        other = Certificate("leaf", stranger, uris=[WFM], signer=made[-1].key)
+        return other
 
     def test_what_a_leaf_may_be(self):
         self.try_all([
@@ -470,14 +538,28 @@ class Addresses(Hosts):
             ("a wildcard", {"leaf": {"addresses": [], "names": ["*.0.0.1"]}}, {})]
 
 
+class Wildcards(Hosts):
+    """C-032: a name with a star stands for one label, at the front, and never for a whole domain's; resolved to loopback here."""
+
+    leaf = {"names": ["registry.factory.example"]}
+    host = "registry.factory.example"
+
+    def setUp(self):
+        super().setUp()
+        resolve = socket.getaddrinfo
+        patch = mock.patch("socket.getaddrinfo", lambda host, *rest, **options: resolve("127.0.0.1", *rest, **options))
+        patch.start()
+        self.addCleanup(patch.stop)
+
+    def list_cases(self):
+        wrong = ["*.example", "*", "*.", "registry.*.example", "reg*.factory.example", "*istry.factory.example", "*.*.example", "**.factory.example",
+                 "*.registry.factory.example", "*factory.example", "registry.factory.*", ".factory.example", "factory.example", "registry",
+                 "registry.factory.example.", "registry.factory.example.evil.example", "xn--*.factory.example", "registry%2Efactory.example"]
+        return [(name, {"leaf": {"names": [name]}}, {"leaf": {"names": ["*.factory.example"]}}) for name in wrong]
+
+
 class Repositories(Hosts):
-    """Git over https, whose own library judges.
-
-    Without subjectAltName that goes by the subject, and with GnuTLS it minds neither a short key nor what a certificate is for; git has
-    no setting that forbids it.  Whoever can get such a certificate by identity.ca is left to the signatures of commits.
-    """
-
-    LAX = ("the name as the subject alone", "the name as the subject, beside an address", "for clients alone", "a short RSA key")
+    """Git over https: its own library takes more, so the agent looks at the server's certificate first."""
 
     def ask(self, peer, anchors):
         support.require("git")
@@ -488,13 +570,10 @@ class Repositories(Hosts):
             file.write(margo_agent.make_git_config(config, home))
         source = margo_agent.GitSource(config, home, "", None)
         try:
-            source.git("ls-remote", config.wfm.url)
-        except margo_agent.CommandError:
+            source.fetch_head("refs/heads/main")
+        except MargoError:
             if not peer.heard:                      # what was heard is no repository, which is another matter
                 raise
-
-    def list_cases(self):
-        return [case for case in super().list_cases() if case[0] not in self.LAX]
 
 
 class Redirects(Hosts):
@@ -600,6 +679,7 @@ class Order(WfmIds):
     """
 
     test_only_the_wfm_that_the_own_id_names_is_spoken_to = test_the_id_is_the_one_uri_of_the_leaf = None
+    test_an_id_in_an_odd_spelling_is_another_id = test_the_names_of_a_leaf_are_read_whole = None
 
     def setUp(self):
         super().setUp()

@@ -11,7 +11,6 @@ import ssl
 import struct
 import sys
 import threading
-import time
 import unittest
 
 import margo_agent
@@ -61,7 +60,7 @@ class Relay:
         with contextlib.suppress(OSError), client:
             if self.greet and not self.greet(client):
                 return
-            with socket.create_connection(self.target, timeout=20) as server:
+            with socket.create_connection(self.target, timeout=support.LIMIT) as server:
                 pump = threading.Thread(target=self.pump, args=(client, server), daemon=True)
                 pump.start()
                 self.serve(client, server)
@@ -92,7 +91,7 @@ class Relay:
             self.counts[place] += len(data)
             if self.counts[place] >= limit:
                 if self.cut is None:
-                    self.over.wait(60)
+                    self.over.wait(support.LIMIT)
                 if not self.gently:
                     client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
                 return
@@ -129,11 +128,9 @@ class WireCase(support.DeviceCase):
             state = margo_agent.parse_state(file.read(), path)
         support.write(path, margo_agent.make_state_data(dict(state, patience={}, waits={})), 0o600)
 
-    def check(self, code, *words, env=None, most=15):
-        """One cycle ends with the code and the words, in time, and changed nothing."""
-        start = time.monotonic()
+    def check(self, code, *words, env=None):
+        """One cycle ends with the code and the words, and changed nothing."""
         done = self.device.run("run", "--once", env=env)
-        self.assertLess(time.monotonic() - start, most)
         self.assertEqual(done.returncode, code, done.stderr)
         self.assertNotIn("bug:", done.stderr)
         for word in words:
@@ -199,7 +196,7 @@ class Stalls(WireCase):
 class Elsewhere(WireCase):
     def test_a_name_that_does_not_exist(self):
         self.device.set("wfm.url", "https://wfm.invalid:8443")
-        self.check(3, "wfm.invalid", most=60)
+        self.check(3, "wfm.invalid")
 
     def test_nobody_listens(self):
         self.device.set("wfm.url", f"https://127.0.0.1:{support.free_port()}")
@@ -265,7 +262,7 @@ class Proxies(WireCase):
             if answer[0]:
                 client.sendall(answer[0] + b"\r\n\r\n")
             elif answer[0] is None:
-                proxy.over.wait(60)
+                proxy.over.wait(support.LIMIT)
             return answer[0].startswith(b"HTTP/1.1 200") if answer[0] else False
 
         asked, answer = [], [b"HTTP/1.1 407 Proxy Authentication Required"]

@@ -4,15 +4,20 @@
 
 A kind is a row of KINDS: what makes the input, and what reads it.  Each is read in a process of its own.  `start` is the memory of a
 process that has only imported the agent; the limit that tests/test_small_devices.py holds is LIMIT for each of them.
+A row of SERVED is a server and what asks it: the peak is that of the agent and its helpers together, each page counted once, `s` is the
+time that passed.
 """
+import contextlib
 import gzip
 import io
 import json
 import os
+import socket
 import subprocess
 import sys
 import tarfile
 import tempfile
+import threading
 import time
 
 import margo_agent
@@ -136,6 +141,191 @@ KINDS.update({
 })
 
 
+class Answers:
+    """A plain HTTP server that sends the pieces which a function yields, and closes."""
+
+    def __init__(self, test, pieces):
+        self.listener = socket.socket()
+        self.listener.bind(("127.0.0.1", 0))
+        self.listener.listen(20)
+        self.url = f"http://127.0.0.1:{self.listener.getsockname()[1]}"
+        threading.Thread(target=self.serve, args=(pieces,), daemon=True).start()
+        test.addCleanup(self.listener.close)
+
+    def serve(self, pieces):
+        """Answers one after the other until it is closed."""
+        with contextlib.suppress(OSError):
+            while True:
+                peer, _ = self.listener.accept()
+                with peer, contextlib.suppress(OSError):
+                    peer.recv(65536)
+                    for piece in pieces():
+                        peer.sendall(piece)
+
+
+def repeat(start, piece, pause=0.0):
+    """The pieces of an answer that never ends: its start, then the same over and over."""
+    def pieces():
+        yield start
+        while True:
+            time.sleep(pause)
+            yield piece
+    return pieces
+
+
+OK, CHUNKED = b"HTTP/1.1 200 OK\r\n", b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+HEADERS = b"".join(b"X-%03d: %s\r\n" % (number, b"x" * 65000) for number in range(98))
+ANSWERS = {
+    "a head that drips": repeat(OK, b"X", 0.05), "headers that drip": repeat(OK, b"X: y\r\n", 0.05),
+    "a status line without end": repeat(b"HTTP/1.1 200 ", b"x" * 65536), "a header without end": repeat(OK + b"X: ", b"x" * 65536),
+    "headers without end": repeat(OK, b"X: y\r\n" * 1000), "98 headers of 64 KiB": lambda: [OK + HEADERS + b"\r\nabc"],
+    "a body that drips": repeat(OK + b"\r\n", b"x" * 40, 0.05), "a body without end": repeat(OK + b"\r\n", b"x" * 65536),
+    "a body of a length that lies": lambda: [OK + b"Content-Length: 999999999999\r\n\r\nabc"],
+    "a body of the longest kind": lambda: [OK + b"Content-Length: %d\r\n\r\n" % DOCUMENT, bytes(DOCUMENT)],
+    "chunks of 16 bytes": repeat(CHUNKED, (b"10\r\n" + b"x" * 16 + b"\r\n") * 3000), "chunks that drip": repeat(CHUNKED, b"0", 0.05),
+    "chunk extensions without end": repeat(CHUNKED + b"1;", b"x" * 65536),
+    "chunks with extensions of 60 KiB": repeat(CHUNKED, b"1;" + b"x" * 61440 + b"\r\nx\r\n"),
+    "a chunk of 2 ** 64": repeat(CHUNKED + b"ffffffffffffffff\r\n", b"x" * 65536), "trailers without end": repeat(CHUNKED + b"0\r\n", b"A: b\r\n" * 1000),
+    "interim answers without end": repeat(b"", b"HTTP/1.1 103 Early Hints\r\nLink: a\r\n\r\n" * 100),
+    "interim answers that drip": repeat(b"", b"HTTP/1.1 102 Processing\r\n\r\n", 0.05),
+    "interim answers with large heads": repeat(b"", b"HTTP/1.1 103 Early Hints\r\n" + HEADERS + b"\r\n"),
+    "redirects in a circle": lambda: [b"HTTP/1.1 307 X\r\nLocation: /v2/x/manifests/1\r\nContent-Length: 0\r\n\r\n"],
+    "redirects with large heads": lambda: [b"HTTP/1.1 307 X\r\nLocation: /v2/x/manifests/1\r\n" + HEADERS + b"\r\n"],
+    "a login that is asked for again and again": lambda: [b"HTTP/1.1 401 X\r\nWWW-Authenticate: Bearer realm=\"http://127.0.0.1:1/\"\r\n\r\n"],
+    "a challenge of 64 KiB": lambda: [b"HTTP/1.1 401 X\r\nWWW-Authenticate: " + b"a b=," * 13000 + b"\r\n\r\n"],
+}
+TIMEOUT = 1                         # seconds of wfm.timeout where an answer is measured
+
+
+def ask_http(url, folder):
+    """One answer, as of a WFM."""
+    return f"HTTP {margo_agent.request('GET', url, {}, None, None, TIMEOUT, DOCUMENT).status}"
+
+
+def make_config(folder, **settings):
+    """A configuration of the agent in a folder."""
+    path = os.path.join(folder, "agent.yaml")
+    with open(path, "w") as file:
+        json.dump(dict({"state_dir": os.path.join(folder, "state")}, **settings), file)
+    return margo_agent.load_config(path, os.environ)
+
+
+def ask_registry(url, folder):
+    """One answer, as of a registry that may redirect and ask for a login."""
+    host = url.split("/")[2]
+    config = make_config(folder, wfm={"url": "https://wfm.example", "timeout": TIMEOUT}, registries={host: {"insecure": True}},
+                         identity={"certificate": "a", "key": "b", "trust_bundle": "c"})
+    return margo_agent.Registry(host, config).get("x", "manifests/1", "*/*", DOCUMENT).status
+
+
+def ask_git(url, folder):
+    """The desired state of a repository, for the first time."""
+    config = make_config(folder, wfm={"url": url + "/fleet.git", "timeout": "10s", "profile": "git"}, identity={"ca": os.environ["MARGO_CA"]})
+    store = margo_agent.Store(config.state_dir)
+    desired = margo_agent.Git(config, store, margo_agent.make_state()).connect().fetch_desired(None, store.load_artifact)
+    return f"{len(desired.entries)} deployments"
+
+
+def serve_bomb(name):
+    """A function that starts a server of a bomb; it needs a PKI."""
+    def start(test, pki):
+        from tests import git_bombs
+        server = git_bombs.BombServer(test, pki, "/nonexistent")
+        server.bomb = git_bombs.BOMBS[name]()
+        return server.url
+    return start
+
+
+def serve_repository(fill):
+    """A function that starts a server of a real repository, which `fill` has filled."""
+    def start(test, pki):
+        from tests import git_server
+        repository = git_server.Repository(test)
+        fill(repository)
+        return git_server.GitServer(test, pki, repository.served).url
+    return start
+
+
+def make_documents(repository, size, piece, before, after, count=1):
+    """Commits documents of a size."""
+    data = fill(piece, size, before, after).decode()
+    repository.commit({f"{number}.yaml": data + "\n" * number for number in range(count)})
+
+
+def fill_packs(repository):
+    """Many branches, each with a pack of its own."""
+    head = repository.commit({"a.yaml": "a: 1\n"})
+    from tests import support
+    lines = [f"{head} refs/heads/{number:07}" for number in range(1000000)]
+    support.write(os.path.join(repository.bare, "packed-refs"), "# pack-refs with: peeled fully-peeled sorted\n" + "\n".join(lines) + f"\n{head} refs/heads/main\n")
+
+
+SERVED = {f"HTTP: {name}": (lambda test, pki, pieces=pieces: Answers(test, pieces).url,
+                            ask_registry if "redirect" in name or "login" in name or "challenge" in name else ask_http)
+          for name, pieces in ANSWERS.items()}
+BOMBS = ["one delta of 64 MiB", "one delta of 255 MiB", "one blob of 255 MiB", "one document of 255 MiB", "a message of 200 MiB", "a message of 30 MiB",
+         "a tree of 1,000,000", "a tree of 100,000", "a tree of 10,000 documents", "trees of 10 ** 12 paths", "100,000 levels", "3,000 levels",
+         "1,000,000 objects", "100,000 objects", "a pack that says 4 billion objects", "1,000,000 refs", "1,000,000 refs that match", "endless refs"]
+SERVED.update({f"git: {name}": (serve_bomb(name), ask_git) for name in BOMBS})
+SERVED.update({
+    "git: real, 4 documents of 8 MiB": (serve_repository(lambda home: make_documents(home, DOCUMENT - 10, "\\a", 'a: "', '"\n', 4)), ask_git),
+    "git: real, 5 documents of 8 MiB": (serve_repository(lambda home: make_documents(home, DOCUMENT - 10, "\\a", 'a: "', '"\n', 5)), ask_git),
+    "git: real, 1,000,000 refs": (serve_repository(fill_packs), ask_git),
+})
+
+
+def find_tree(root):
+    """The process ids of a process and all below it."""
+    below = {}
+    for name in filter(str.isdigit, os.listdir("/proc")):
+        with contextlib.suppress(OSError):
+            with open(f"/proc/{name}/stat") as file:
+                below.setdefault(int(file.read().rpartition(")")[2].split()[1]), []).append(int(name))
+    found = [root]
+    for item in found:
+        found += below.get(item, [])
+    return found
+
+
+def read_share(process):
+    """The memory of a process in MiB, a page that several have counted in parts; 0 where it has gone."""
+    with contextlib.suppress(OSError, StopIteration):
+        with open(f"/proc/{process}/smaps_rollup") as file:
+            return next(int(line.split()[1]) for line in file if line.startswith("Pss:")) / KIB
+    return 0.0
+
+
+def run_served(kind):
+    """As `run`, of a row of SERVED."""
+    from tests import support
+    from tests.bench.poll import Cleanups
+    test = Cleanups()
+    try:
+        pki = support.Pki(test)
+        url = SERVED[kind][0](test, pki)
+        peak = 0.0
+        env = dict(os.environ, MARGO_CA=pki.path("site-ca.pem"), no_proxy="*")
+        child = subprocess.Popen([sys.executable, "-m", "tests.bench.costs", "ask", kind, url], cwd=ROOT, env=env, stdout=subprocess.PIPE)
+        while child.poll() is None:
+            peak = max(peak, sum(map(read_share, find_tree(child.pid))))
+            time.sleep(0.01)
+        began, start, words = json.loads(child.communicate()[0])
+        return 0, start, max(peak, start), time.time() - began, words
+    finally:
+        test.close()
+
+
+def ask(kind, url):
+    """Prints when a row of SERVED was begun, MiB at start, and what came of it."""
+    began, start = time.time(), read_peak()
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            words = SERVED[kind][1](url, folder)
+        except margo_agent.MargoError as error:
+            words = f"{error.code}: {error.message}"
+    print(json.dumps([began, start, words.replace(url, "")[:110]]))
+
+
 def read_peak():
     """The peak memory of this program in MiB.
 
@@ -163,6 +353,8 @@ def measure(kind, path):
 
 def run(kind):
     """(bytes of the input, MiB at start, MiB at the peak, seconds, words) of a kind, read in a process of its own."""
+    if kind in SERVED:
+        return run_served(kind)
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "input")
         for step in ("make", "read"):
@@ -176,11 +368,13 @@ def main(arguments):
             file.write(KINDS[arguments[1]][0]())
     elif arguments[:1] == ["read"]:
         measure(*arguments[1:])
+    elif arguments[:1] == ["ask"]:
+        ask(*arguments[1:])
     else:
-        print(f"{'input':34} {'KiB':>8} {'start':>6} {'peak':>6} {'s':>6}")
-        for kind in arguments or KINDS:
+        print(f"{'input':40} {'KiB':>8} {'start':>6} {'peak':>6} {'s':>6}")
+        for kind in arguments or [*KINDS, *SERVED]:
             size, start, peak, seconds, words = run(kind)
-            print(f"{kind:34} {size // KIB:8} {start:6.0f} {peak:6.0f} {seconds:6.1f}{' !' if peak > LIMIT else '  '} {words}", flush=True)
+            print(f"{kind:40} {size // KIB:8} {start:6.0f} {peak:6.0f} {seconds:6.1f}{' !' if peak > LIMIT else '  '} {words}", flush=True)
 
 
 if __name__ == "__main__":
