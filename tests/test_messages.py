@@ -50,7 +50,7 @@ class Site:
 
     def run(self, *arguments):
         """The agent as this site has it run: what it has said, and its exit code."""
-        done = subprocess.run(self.prefix + self.device.command(*arguments), env=dict(self.device.env, **self.env), timeout=120,
+        done = subprocess.run(self.prefix + self.device.command(*arguments), env=dict(self.device.env, **self.env), timeout=support.LIMIT,
                               stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True)
         return done.stdout + done.stderr, done.returncode
 
