@@ -2507,8 +2507,8 @@ def load_own(config, make):
         chain = parse_pem(data.decode("ascii", "replace"))
         if not chain:
             other = re.search(rb"-----BEGIN ([A-Z ]+)-----", data)
-            found = f"a {other.group(1).decode().lower()}" if other else "no PEM"
-            raise ValueError(f"it holds {found} and no certificate; name the file that begins with"
+            found = f"a {other.group(1).decode().lower()} and " if other else ""
+            raise ValueError(f"it holds {found}no certificate in PEM; name the file that begins with"
                              " -----BEGIN CERTIFICATE-----")
         return make(parse_certificate(chain[0]))
     except (StorageError, ValueError) as error:
@@ -2595,8 +2595,8 @@ def check_wfm(der, identity, now):
     except ValueError as error:
         raise Untrusted(f"the WFM's certificate is no X.509-SVID: {error}") from None
     if peer.text != identity.wfm_id:
-        raise Untrusted(f"the peer is {peer.text}, and identity.certificate is for {identity.wfm_id}: name"
-                        " that one by wfm.url, or have a certificate made for this one")
+        raise Untrusted(f"the peer is {peer.text}, this client's WFM is {identity.wfm_id}: name that one by"
+                        " wfm.url, or have a certificate made for this one")
     return leaf
 
 
@@ -2671,11 +2671,11 @@ def judge_own_chain(identity, bundle, store, state):
     try:
         run_own_handshake(identity.certificate_file, identity.key_file, bundle.anchors)
     except ValueError as error:
-        message = (f"identity.certificate {identity.certificate_file}: it is certified by"
-                   f" {make_name(identity.leaf.issuer)}, which does not lead to the trust bundle ({error});"
-                   " ask whoever runs the WFM for a certificate and a bundle that belong together")
+        message = (f"identity.certificate {identity.certificate_file}: its chain does not lead to the trust"
+                   f" bundle ({error})")
         if state["identity"] != leaf:
-            raise Untrusted(message) from None
+            raise Untrusted(f"{message}: it is certified by {make_name(identity.leaf.issuer)}; ask whoever"
+                            " runs the WFM for a certificate and a bundle that belong together") from None
         log("error", f"{message} any more; have it issued anew")
         state["trust"]["strays"] = leaf
         return

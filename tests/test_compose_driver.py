@@ -1171,7 +1171,7 @@ class Startup(DriverCase):
         self.engine.change(unhealthy=["main"])
         document = make_document({"healthcheck": {"test": "true", "interval": "1h"}})
         self.assertFails("INSTALL_TIMEOUT", lambda: self.apply(document, wait=True, patience=1),
-                         "not up in time: main is not healthy yet", "last words")
+                         "s: main is not healthy yet", "last words")
 
     def starts(self):
         """The services whose containers were started, in order."""
