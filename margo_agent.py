@@ -2623,12 +2623,13 @@ def load_key_pair(context, certificate_file, key_file, where="identity"):
     except (OSError, ValueError) as error:
         if asked:
             raise Untrusted(f"{where}.key {key_file} is encrypted; store it unencrypted, mode 0600") from None
-        reason = getattr(error, "reason", None) or getattr(error, "strerror", None) or "no key in PEM"
-        if "MISMATCH" in reason:
+        if "MISMATCH" in str(error):
             raise Untrusted(f"{where}.key {key_file}: not the key of {where}.certificate"
                             f" {certificate_file}; name the one that it was made with") from None
-        hint = "; run as root, or as its owner" if isinstance(error, PermissionError) else ""
-        raise Untrusted(f"{where}.key {key_file}: it cannot be read ({reason}){hint}") from None
+        words = "it holds no private key in PEM, or is unreadable; name the file that does"
+        if isinstance(error, PermissionError):
+            words = "unreadable (Permission denied); run as root, or as its owner"
+        raise Untrusted(f"{where}.key {key_file}: {words}") from None
 
 
 def run_own_handshake(certificate_file, key_file, anchors):

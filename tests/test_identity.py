@@ -575,7 +575,7 @@ class OwnFiles(LiveCase):
         for data, words in (
                 (b"", "no certificate in PEM"), (b"hello", "no certificate in PEM"),
                 (read(self.pki.path("client.key")), "no certificate in PEM"),
-                (pem.split("-----END")[0], "not closed"), (b"\xff\xfe\x00" * 99, "ascii"),
+                (pem.split("-----END")[0], "not closed"), (b"\xff\xfe\x00" * 99, "no certificate in PEM"),
                 ("-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n", "not a readable X.509 certificate"),
                 (pem.replace("MII", "AAA", 1), "not a readable X.509 certificate")):
             with self.subTest(data[:30]):

@@ -374,6 +374,12 @@ def WFMs_certificate_as_the_clients(site):
 
 
 @situation
+def key_file_holds_no_key(site):
+    os.chmod(site.pki.path("bundle.json"), 0o600)
+    site.device.set("identity.key", site.pki.path("bundle.json"))
+
+
+@situation
 def key_encrypted(site):
     site.pki.run("pkcs8", "-topk8", "-in", "client.key", "-out", "locked.key", "-passout", "pass:x")
     site.device.set("identity.key", site.pki.path("locked.key"))
