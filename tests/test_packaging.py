@@ -299,7 +299,7 @@ class Container(support.EngineCase):
 
     def test_it_installs_updates_and_removes_by_the_socket(self):
         if not os.path.exists("/usr/bin/python3"):
-            self.skipTest("Debian's own Python is not here")
+            support.give_up("Debian's own Python is not here")
         self.make_base()
         context = support.make_folder(self)
         shutil.copy(support.AGENT, os.path.join(context, "margo_agent.py"))
