@@ -2500,8 +2500,8 @@ def load_own(config, make):
         chain = parse_pem(data.decode("ascii", "replace"))
         if not chain:
             other = re.search(rb"-----BEGIN ([A-Z ]+)-----", data)
-            found = f"a {other.group(1).decode().lower()}" if other else "no PEM"
-            raise ValueError(f"it holds {found} and no certificate; name the file that begins with"
+            found = f"a {other.group(1).decode().lower()} and " if other else ""
+            raise ValueError(f"it holds {found}no certificate in PEM; name the file that begins with"
                              " -----BEGIN CERTIFICATE-----")
         return make(parse_certificate(chain[0]))
     except (StorageError, ValueError) as error:
@@ -2588,8 +2588,8 @@ def check_wfm(der, identity, now):
     except ValueError as error:
         raise Untrusted(f"the WFM's certificate is no X.509-SVID: {error}") from None
     if peer.text != identity.wfm_id:
-        raise Untrusted(f"the peer is {peer.text}, and identity.certificate is for {identity.wfm_id}: name"
-                        " that one by wfm.url, or have a certificate made for this one")
+        raise Untrusted(f"the peer is {peer.text}, this client's WFM is {identity.wfm_id}: name that one by"
+                        " wfm.url, or have a certificate made for this one")
     return leaf
 
 
@@ -2616,12 +2616,13 @@ def load_key_pair(context, certificate_file, key_file, where="identity"):
     except (OSError, ValueError) as error:
         if asked:
             raise Untrusted(f"{where}.key {key_file} is encrypted; store it unencrypted, mode 0600") from None
-        reason = getattr(error, "reason", None) or getattr(error, "strerror", None) or "no key in PEM"
-        if "MISMATCH" in reason:
+        if "MISMATCH" in str(error):
             raise Untrusted(f"{where}.key {key_file}: not the key of {where}.certificate"
                             f" {certificate_file}; name the one that it was made with") from None
-        hint = "; run as root, or as its owner" if isinstance(error, PermissionError) else ""
-        raise Untrusted(f"{where}.key {key_file}: it cannot be read ({reason}){hint}") from None
+        words = "it holds no private key in PEM, or is unreadable; name the file that does"
+        if isinstance(error, PermissionError):
+            words = "unreadable (Permission denied); run as root, or as its owner"
+        raise Untrusted(f"{where}.key {key_file}: {words}") from None
 
 
 def run_own_handshake(certificate_file, key_file, anchors):
@@ -2664,11 +2665,11 @@ def judge_own_chain(identity, bundle, store, state):
     try:
         run_own_handshake(identity.certificate_file, identity.key_file, bundle.anchors)
     except ValueError as error:
-        message = (f"identity.certificate {identity.certificate_file}: it is certified by"
-                   f" {make_name(identity.leaf.issuer)}, which does not lead to the trust bundle ({error});"
-                   " ask whoever runs the WFM for a certificate and a bundle that belong together")
+        message = (f"identity.certificate {identity.certificate_file}: its chain does not lead to the trust"
+                   f" bundle ({error})")
         if state["identity"] != leaf:
-            raise Untrusted(message) from None
+            raise Untrusted(f"{message}: it is certified by {make_name(identity.leaf.issuer)}; ask whoever"
+                            " runs the WFM for a certificate and a bundle that belong together") from None
         log("error", f"{message} any more; have it issued anew")
         state["trust"]["strays"] = leaf
         return
@@ -12603,6 +12604,8 @@ def command_logs(config, options):
     if found[1:] and driver.engine == "docker":
         names = ", ".join(sorted(container.service for container in found))
         raise ConfigError(f"docker shows one container at a time; name one of the services {names}")
+    if not re.fullmatch("[0-9]+", options.get("--tail", "0")):
+        raise ConfigError(f"--tail: found {options['--tail']!r}, expected a number of lines")
     flags = [f"--tail={options['--tail']}"] if "--tail" in options else []
     flags += ["--follow"] * ("-f" in options) + ["--names"] * bool(found[1:])
     argv = [driver.engine, "logs", *flags, *(container.id for container in found)]
@@ -12720,8 +12723,8 @@ def command_run(config, options):
     except ValueError as error:
         raise ConfigError(f"--spread: found {options['--spread']!r}, expected {error}") from None
     if "--once" not in options:
-        if spread:
-            raise ConfigError("--spread: belongs to run --once; a daemon has poll.jitter")
+        for name in {"--spread", "--json"}.intersection(options):
+            raise Misuse(f"{name}: belongs to run --once")
         return start_watch(config, options["arguments"])
     import signal
     asked = []
@@ -13086,7 +13089,7 @@ def command_plan(config, options):
     version = accepted["version"] if accepted else None
     for item in items:
         item["changes"] = load_changes(agent, item, accepted, documents)
-    if "--json" in options:
+    if options.pop("--json", False):                # what fails after that is told on stderr alone
         print_json({"version": version, "actions": items, "others": others})
     else:
         print(f"desired state: version {version or 'none'}")
@@ -13369,6 +13372,8 @@ def parse_arguments(arguments):
         if word.startswith("-"):
             parse_option(word, rest, options)
         elif options["command"]:
+            if not word:
+                raise Misuse(f"{options['command']}: an empty word names nothing")
             options["operands"].append(word)
         else:
             options["command"] = check_word(word, "command", COMMANDS)
@@ -13380,15 +13385,15 @@ def parse_arguments(arguments):
 def parse_option(word, rest, options):
     """Adds an option to `options`, with its value, which may be the first word of the `rest`."""
     known = dict(GLOBAL_OPTIONS, **(COMMANDS[options["command"]][1] if options["command"] else {}))
-    name, _, value = word.partition("=")
+    name, given, value = word.partition("=")
     if not word.startswith("--"):                   # -cFILE, -vq
         name = word[:2]
         value = word[2:].lstrip("=")
     name = check_word(SPELLINGS.get(name, name), "option", known)
     if known[name]:
-        if not value and not rest:
+        options[name] = value or (rest.pop(0) if rest and not given else "")
+        if not options[name]:
             raise Misuse(f"{name}: needs a value, {known[name]}")
-        options[name] = value or rest.pop(0)
         return
     options[name] = True
     if value and word.startswith("--"):
@@ -13441,11 +13446,16 @@ def run_main(arguments):
     if function is command_version or "--example" in options:
         return function(None, options) or 0
     options["-c"] = options.get("-c") or os.environ.get("MARGO_CONFIG") or "/etc/margo/agent.yaml"
-    config = load_config(options["-c"])
-    log.level = "error" if "-q" in options else config.log.level
-    if "-v" in options:
-        log.level = "debug"
-    return function(config, options) or 0
+    try:
+        config = load_config(options["-c"])
+        log.level = "error" if "-q" in options else config.log.level
+        if "-v" in options:
+            log.level = "debug"
+        return function(config, options) or 0
+    except MargoError as error:
+        if "--json" in options:                     # who reads JSON gets some
+            print_json({"error": {"code": error.code, "message": error.message}})
+        raise
 
 
 def prepare_streams():

@@ -18,10 +18,10 @@ def draw(lines):
     rows = [line[start:start + WIDTH] for line in lines for start in range(0, max(len(line), 1), WIDTH)]
     width, height = int(WIDTH * LETTER) + 2 * EDGE, len(rows) * LINE + 2 * EDGE
     colours = {"$ ": "#9ece6a", "==": "#7aa2f7"}
-    texts = [f'<text x="{EDGE}" y="{EDGE + LINE * number + 13}" fill="{colours.get(row[:2], "#c8d0e0")}">{html.escape(row)}</text>'
+    texts = [f'<text x="{EDGE}" y="{EDGE + LINE * number + 13}" fill="{colours.get(row[:2], "#c8d0e0")}">{html.escape(row).replace(" ", chr(160))}</text>'
              for number, row in enumerate(rows) if row]
     return "\n".join([f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" font-family="monospace" font-size="13"'
-                      ' style="white-space: pre">', '<rect width="100%" height="100%" rx="8" fill="#1a1b26"/>', *texts, "</svg>"])
+                      '>', '<rect width="100%" height="100%" rx="8" fill="#1a1b26"/>', *texts, "</svg>"])
 
 
 def main():

@@ -363,6 +363,59 @@ class Example(unittest.TestCase):
         self.assertEqual(*(margo_agent.make_config(margo_agent.load_yaml(item), "/etc/margo", {}) for item in (bare, text)))
 
 
+class Mistakes(support.DeviceCase):
+    """What a stranger types."""
+
+    def test_a_word_that_is_empty_names_nothing(self):
+        """With one deployment alone, nothing is not the beginning of its id."""
+        self.wfm.publish(support.make_deployment(registry=self.wfm.registry))
+        self.device.cycle()
+        for words in (("status", ""), ("retry", ""), ("logs", ""), ("--config=", "status"), ("-c", "", "status"), ("csr", "--out", ""),
+                      ("run", "--once", "--spread=")):
+            done = self.device.run(*words)
+            self.assertEqual(done.returncode, 2, words)
+            self.assertRegex(done.stderr, r"\Amargo-agent: (\w+: an empty word names nothing|-\S+: needs a value, [A-Z]+)\n\Z")
+
+    def test_options_that_have_no_sense_are_refused(self):
+        self.wfm.publish(support.make_deployment(registry=self.wfm.registry))
+        self.device.cycle()
+        for words, said in ((("run", "--json"), "--json: belongs to run --once"), (("run", "--spread", "5s"), "--spread: belongs to run --once"),
+                            (("logs", "hello", "--tail", "-1"), "--tail: found '-1', expected a number of lines"),
+                            (("logs", "hello", "--tail=few"), "--tail: found 'few', expected a number of lines")):
+            done = self.device.run(*words)
+            self.assertEqual(done.returncode, 2, words)
+            self.assertIn(said, done.stderr)
+
+    def test_json_is_json_in_failures_too(self):
+        """One document each time, whatever happened; what `doctor` and `run --once` tell of is in theirs."""
+        self.device.set("identity.certificate", "/nonexistent.pem")
+        cases = [("plan", 5, "UNTRUSTED"), ("run --once", 5, None), ("doctor", 5, None), ("status", 0, None), ("history", 0, None),
+                 ("status nobody", 2, "CONFIGURATION"), ("retry nobody", 2, "CONFIGURATION")]
+        for command, code, fault in cases:
+            done = self.device.run(*command.split(), "--json")
+            self.assertEqual(done.returncode, code, command)
+            self.assertEqual(json.loads(done.stdout).get("error", {}).get("code"), fault, command)
+        support.write(os.path.join(self.device.state_dir, "state.json"), "{}")
+        for name in os.listdir(self.device.state_dir):
+            if name.startswith("state.json"):
+                support.write(os.path.join(self.device.state_dir, name), "{}")
+        for command in ("plan", "status", "history", "retry", "run --once", "doctor"):
+            done = self.device.run(*command.split(), "--json")
+            self.assertEqual(done.returncode, 3, command)
+            self.assertIn("is not a state of this agent", json.dumps(json.loads(done.stdout)), command)
+        support.write(self.device.config_file, "wfm: [")
+        for command in ("plan", "status", "history", "retry", "run --once", "doctor"):
+            done = self.device.run(*command.split(), "--json")
+            self.assertEqual((done.returncode, json.loads(done.stdout)["error"]["code"]), (2, "CONFIGURATION"), command)
+
+    def test_a_plan_in_json_is_one_document_where_the_engine_does_not_answer(self):
+        self.wfm.publish(support.make_deployment(registry=self.wfm.registry))
+        self.engine.change(deaf=True)
+        done = self.device.run("plan", "--json")
+        self.assertEqual(done.returncode, 1)
+        self.assertIn("actions", json.loads(done.stdout))
+
+
 class History(support.DeviceCase):
     def test_it_tells_what_was_accepted_and_what_came_of_it(self):
         """When, version, what changed, outcome; newest first, at most twenty."""

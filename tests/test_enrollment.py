@@ -388,7 +388,7 @@ class Enrollment(Site):
         self.assertEqual((self.device.state()["est"], os.path.exists(os.path.join(self.device.state_dir, "issued.p7"))), ({}, False))
 
     def test_a_token_file_is_one_line_with_a_secret(self):
-        """E-008, E-033: what cannot be a token is a configuration error, what others can read a warning."""
+        """E-008, E-033: what cannot be a token is a fault of the identity, what others can read a warning."""
         for data in ("", "user", "user:", ":\n\nx", "a:b\nc:d\n"):
             support.write(self.device.token, data, 0o600)
             self.assertIn("expected one line, user:secret", self.device.run("enroll").stderr)

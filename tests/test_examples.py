@@ -139,11 +139,11 @@ class Picture(unittest.TestCase):
         session = "before\n== First <poll>\n$ margo_agent.py run\n" + "x" * 150 + "\n== Last\nafter\n"
         done = subprocess.run([sys.executable, os.path.join(support.EXAMPLES, "terminal.py"), "--from", "== First", "--to", "== Last"],
                               input=session, stdout=subprocess.PIPE, universal_newlines=True, timeout=60)
-        rows = [item.text for item in ElementTree.fromstring(done.stdout) if item.tag.endswith("text")]
+        rows = [item.text.replace("\xa0", " ") for item in ElementTree.fromstring(done.stdout) if item.tag.endswith("text")]
         self.assertEqual(rows, ["== First <poll>", "$ margo_agent.py run", "x" * 118, "x" * 32])
 
     def test_what_it_shows_is_what_the_quickstart_does(self):
-        shown = "".join(ElementTree.parse(os.path.join(support.EXAMPLES, "terminal.svg")).getroot().itertext())
+        shown = "".join(ElementTree.parse(os.path.join(support.EXAMPLES, "terminal.svg")).getroot().itertext()).replace("\xa0", " ")
         with open(os.path.join(support.EXAMPLES, "quickstart.sh")) as file:
             script = file.read()
         headings = re.findall('(?m)^say "(.*)"', script)

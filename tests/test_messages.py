@@ -50,7 +50,7 @@ class Site:
 
     def run(self, *arguments):
         """The agent as this site has it run: what it has said, and its exit code."""
-        done = subprocess.run(self.prefix + self.device.command(*arguments), env=dict(self.device.env, **self.env), timeout=120,
+        done = subprocess.run(self.prefix + self.device.command(*arguments), env=dict(self.device.env, **self.env), timeout=support.LIMIT,
                               stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True)
         return done.stdout + done.stderr, done.returncode
 
@@ -371,6 +371,12 @@ def other_WFM_id(site):
 def WFMs_certificate_as_the_clients(site):
     site.device.set("identity.certificate", site.pki.path("wfm.pem"))
     site.device.set("identity.key", site.pki.path("wfm.key"))
+
+
+@situation
+def key_file_holds_no_key(site):
+    os.chmod(site.pki.path("bundle.json"), 0o600)
+    site.device.set("identity.key", site.pki.path("bundle.json"))
 
 
 @situation
