@@ -526,7 +526,8 @@ class Agent:
         if not accepted:
             return                                  # what runs is left alone until a WFM says what should
         actions, seen = self.decide(accepted, self.store.load_artifact)
-        if any(action.verb != "keep" for action in actions):
+        actions = [action for action in actions if action.verb != "keep"]
+        if actions:
             self.prune()                            # before anything is pulled, too (P-5)
         troubles = self.carry_out(actions, seen, accepted["version"])
         for device in self.devices:
@@ -3010,8 +3011,6 @@ def check_eligibility(constraints, capabilities):
     enough, no rules are no condition (C-204).  capabilities: the document reported for the device; its totals
     count, not what is free.
     """
-    if not constraints:
-        return
     properties = capabilities["properties"]
     labels = capabilities.get("labels", {})
     lack = find_lack(constraints.get("capacityRequirements") or {}, properties)
@@ -3590,18 +3589,13 @@ def make_trial(service, engine):
 
 
 def find_subnets(text):
-    """The subnets in create arguments of a network, a line each, or in what an engine shows of some, as JSON.
-
-    Raises ComponentError.
-    """
+    """The subnets in create arguments of a network, a line each, or in what an engine shows, as JSON."""
     import ipaddress
-    found = []
-    for subnet in re.findall('(?im)(?:^--subnet=|"subnet": *")([^"\n]*)', text):
-        try:
-            found.append(ipaddress.ip_network(subnet, False))
-        except ValueError:
-            raise make_fault(f"networks: {make_printable(subnet, 60)!r} is no subnet") from None
-    return found
+    try:
+        return [ipaddress.ip_network(subnet, False)
+                for subnet in re.findall('(?im)(?:^--subnet=|"subnet": *")([^"\n]*)', text)]
+    except ValueError as error:
+        raise make_fault(f"networks: {error}") from None
 
 
 def check_rivals(services):
@@ -3625,36 +3619,30 @@ def check_rivals(services):
 
 
 def ask_ports(services, known):
-    """Raises ComponentError for a port that this device cannot give, beside those that are held already.
-
-    known: as in a Job.
-    """
+    """Raises ComponentError for a port that another program holds; known: as in a Job, for what is held."""
     held = {tuple(port[1:]) for facts in known.values() for port in facts.get("ports", ())}
     for service in services:
         for address, *port in service.ports:
-            fault = tuple(port) not in held and ask_port(address, *port)
-            if fault:
+            if tuple(port) not in held and ask_taken(address, *port):
                 where = f"{address or '*'}:{port[0]}/{port[1]}"
-                raise ComponentError("PORT_IN_USE", f"service {service.name} cannot have the host's port"
-                                     f" {where}: {fault}")
+                raise ComponentError("PORT_IN_USE", f"another program holds the host's port {where}, which"
+                                     f" service {service.name} publishes")
 
 
-def ask_port(address, number, protocol):
-    """Why nobody could listen at an address and port of this device now, in words; "" where one could."""
+def ask_taken(address, number, protocol):
+    """Whether somebody listens at an address and port, as far as is seen from here."""
     import errno
     import socket
-    if protocol == "sctp":
-        return ""
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    kind = {"tcp": socket.SOCK_STREAM, "udp": socket.SOCK_DGRAM}.get(protocol, socket.SOCK_SEQPACKET)
     try:
-        with socket.socket(family, socket.SOCK_DGRAM if protocol == "udp" else socket.SOCK_STREAM) as probe:
+        with socket.socket(family, kind) as probe:
             if protocol == "tcp":                   # else what was closed just now is in the way
                 probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind((address or "0.0.0.0", number))
-    except OSError as error:
-        if error.errno in (errno.EADDRINUSE, errno.EADDRNOTAVAIL):
-            return error.strerror
-    return ""
+    except OSError as error:                        # whatever else there is, the engine will say
+        return error.errno == errno.EADDRINUSE
+    return False
 
 
 def find_targets(service):
@@ -4304,23 +4292,21 @@ class ComposeDriver:
         return volumes
 
     def create_all(self, job, networks, services, leaving, names):
-        """Makes networks, volumes and containers, and gives each container the name of its service.
+        """Makes networks and containers, and gives each container the name of its service.
 
-        One that leaves may have that name still: it gets another one once all are made.  names: {service:
-        name} of containers that are kept.  Nothing is stopped yet, so that this is no part of the outage.
+        One that leaves and has that name gets another one before.  names: {service: name} of containers that
+        are kept.  Nothing is stopped yet, so that this is no part of the outage.
         """
         self.create_shared(job, "network", networks)
         held = {container.name: container.id for container in leaving}
-        for service in services:
-            name = make_container_name(job.workload.project, service.name)
-            name += f"-new-{os.urandom(4).hex()}" if name in held else ""
-            names[service.name] = name
-            job.current[service.name] = self.create(service, job, name)
-        for service, name in names.items():
+        making = {service.name: service for service in services}
+        for service in [*names, *making]:
             own = make_container_name(job.workload.project, service)
-            if name != own:
-                if own in held:                     # it may have gone meanwhile
-                    self.run(["rename", held[own], f"{own}-old-{held[own][:12]}"], 60)
+            if own in held:                         # it may have gone meanwhile
+                self.run(["rename", held[own], f"{own}-old-{held[own][:12]}"], 60)
+            if service in making:
+                job.current[service] = self.create(making[service], job, own)
+            elif names[service] != own:
                 self.rename(job, job.current[service], own)
 
     def rename(self, job, container_id, name):
@@ -6795,7 +6781,10 @@ def request(method, url, headers, body, context, timeout, limit, check_peer=None
     message = urllib.request.Request(url, data=body, headers=headers, method=method)
     try:
         with make_opener(context, check_peer).open(message, timeout=timeout) as response:
-            return Response(response.status, response.headers, read_body(response, limit, timeout, where))
+            found = http.client.HTTPMessage()
+            for name, value in response.headers.items():            # folded lines are one (RFC 9112, 5.2)
+                found[name] = re.sub(r"\s*[\r\n]\s*", " ", value)
+            return Response(response.status, found, read_body(response, limit, timeout, where))
     except (OSError, http.client.HTTPException, ValueError) as error:
         reason = error.reason if isinstance(error, urllib.error.URLError) else error
         raise make_network_error(where, reason, timeout, context, ask_proxy(url)) from None
@@ -6942,6 +6931,8 @@ def read_body(response, limit, timeout, where):
 
     Refused over `limit`, Unreachable when cut short or slower than 1 KiB/s over four time-outs.
     """
+    if response.headers.get("Transfer-Encoding") and not response.chunked:
+        raise Unreachable(f"{where}: its Transfer-Encoding is not chunked, which alone is known here")
     body = io.BytesIO()
     size = 0
     start = time.monotonic()
@@ -7347,6 +7338,41 @@ def make_state():
         "lastPoll": None}
 
 
+# What is read of it has to look like, see check_shape; a state with a digest is as this agent wrote it.
+VERSION = (float, str)
+WAIT = {"failures+": float, "at+": float, "delay+": float, "boot+": str, "uptime+": float, "since?": float}
+PACKAGE = {"reference": str, "digest": DIGEST_PATTERN}
+SERVICES = {"*": {"finished": bool, "hash": str, "image": str, "id?": str, "started+": float,
+                  "ports+": [[str, (float, str), str]], "volumes+": {"*": str}}}
+FAULT = {"code": str, "source": str, "message": str}
+PART = {"name": str, "state": str, "error?": FAULT}
+RUNNING = {"digest": str, "packages": {"*": PACKAGE}, "images": [str], "type+": str, "mark+": str,
+           "services+": {"*": SERVICES}}
+RECORD = {
+    "deploymentId": UUID_PATTERN, "name": str, "deviceId": str, "type": str, "state": str,
+    "error": (None, FAULT),
+    "adopted": {"digest": str, "version": VERSION}, "running": (None, RUNNING), "previous": (None, RUNNING),
+    "refused+": bool, "fallback": bool, "found+": bool, "fetched+": [str], "retry": WAIT, "repair": WAIT,
+    "components": [dict(PART, services=SERVICES, **{"error": (None, FAULT), "package": (None, PACKAGE)})]}
+ACCEPTED = {"version": VERSION, "etag?": str, "digest": str, "acceptedAt": str,
+            "deployments": [{"deploymentId": UUID_PATTERN, "digest": DIGEST_PATTERN}]}
+STATE = {
+    "enrollment?": {"id": str, "devices+": {"*": (None, str)}}, "client?": {"id": str, "key": str},
+    "accepted?": ACCEPTED, "deployments": {"*": RECORD}, "reported": {"*": (None, str)}, "waits": {"*": WAIT},
+    "outbox": {"*": {"deploymentId": r"[\w-]{1,99}", "status+": {"state": str, "error?": FAULT},
+                     "components+": [PART]}},
+    "dropped": {"*": {"state": str, "at": str, "reason": str}}, "identity?": str, "drafts": [str],
+    "trust": {"source?": str, "etag?": str, "sequence?": float, "refreshedAt?": float, "trustDomain?": str,
+              "strays+": str, "est?": str, "crls?": [str]},
+    "est": dict, "crls": dict, "patience": WAIT, "waiting?": str, "owners": [str], "pulled": [str],
+    "history": [{"version": VERSION, "at": str, "outcome": str, "refused+": str, "added": [str],
+                 "changed": [str], "removed": [str]}],
+    "lastPoll?": {"at": (None, str), "result+": str, "detail+": str}}
+MEMO = {"lastPoll?": STATE["lastPoll?"], "etags+": {"*": str}, "warnedAt+": float, "checked?": str,
+        "others?": [{"owner": str, "name": str, "type": str, "deploymentId": str}], "trust?": float,
+        "boot?": str, "start+": float}
+
+
 def make_accepted(desired, at=""):
     """What the state keeps of a Desired; at: when it was accepted."""
     deployments = [{"deploymentId": entry.deployment_id, "digest": entry.digest} for entry in desired.entries]
@@ -7430,14 +7456,9 @@ def parse_state(data, path):
     outbox = state["outbox"].values() if isinstance(state["outbox"], dict) else state["outbox"]
     try:
         state["outbox"] = {status["deploymentId"].lower(): status for status in outbox}
-        wrong = [key for key, value in blank.items()
-                 if value is not None and type(state[key]) is not type(value)]
-        wrong += [key for key, record in state["deployments"].items() if "adopted" not in record]
         state["deployments"] = {key: migrate_record(record) for key, record in state["deployments"].items()}
     except (TypeError, KeyError, AttributeError):
-        wrong = ["outbox or deployments"]
-    if wrong:
-        raise ValueError(f"{path} is not a state of this agent ({', '.join(wrong)})")
+        raise ValueError(f"{path} is not a state of this agent (outbox or deployments)") from None
     return state
 
 
@@ -7568,6 +7589,8 @@ class Store:
                 continue
             try:
                 state = parse_state(data, name)
+                if SUM not in data:
+                    check_shape(state, STATE, name)
             except ValueError as error:
                 fault = fault or error
                 continue
@@ -7667,10 +7690,10 @@ class Store:
         if self.memo is None:
             try:
                 self.noted = read_file(self.memo_path(), MAX_ANSWER) or b"{}"
-                memo = parse_json(self.noted, self.memo_path())
+                self.memo = parse_json(self.noted, self.memo_path())
+                check_shape(self.memo, MEMO, "")
             except (StorageError, ValueError):
-                memo = {}                           # it is a note, not a state
-            self.memo = memo if isinstance(memo, dict) else {}
+                self.memo = {}                      # it is a note, not a state
         return self.memo
 
     def save_memo(self):
@@ -7857,7 +7880,7 @@ def find_wait(record, clock):
     that has jumped, no wait gets longer than it was (P-2).
     """
     same = bool(clock.boot) and record.get("boot") == clock.boot
-    passed = clock.uptime - record["uptime"] if same else clock.now - record.get("at", 0)
+    passed = clock.uptime - record.get("uptime", 0) if same else clock.now - record.get("at", 0)
     delay = record.get("delay", 0)
     return delay - passed if 0 <= passed < delay else 0
 
@@ -7881,7 +7904,7 @@ def count_repair(record, clock):
     """
     last = record["repair"]
     recent = 0 <= clock.now - last.get("at", 0) < last.get("delay", 0) + RETRY_CAP
-    repairs = last["failures"] if last and recent else 0
+    repairs = last.get("failures", 0) if recent else 0
     pause = grow(RETRY_FIRST, repairs + 2 - REPAIRS, RETRY_CAP) if repairs + 1 >= REPAIRS else 0
     return dict(record, repair=make_wait({"failures": repairs}, pause, clock))
 
@@ -7931,7 +7954,7 @@ def load_start(store, poll, known, clock, jitter):
         memo.update(boot=clock.boot, start=make_start(clock.uptime, poll, known, jitter))
         if not store.save_memo():
             return 0
-    return max(0, memo["start"] - clock.uptime)
+    return max(0, memo.get("start", 0) - clock.uptime)
 
 
 def find_silence(patience, downtime, starting, clock):
@@ -8571,27 +8594,44 @@ def load_config(path, environ=None):
 def check_shape(value, shape, where):
     """Raises ValueError unless a value out of a document has a shape; what does not is named by its place.
 
-    shape: a pattern of text, `dict`, `list`, `float` for a number that is not negative, [shape] for a list of
-    such, or {member: shape}, where `?` after a member's name says that it may be missing or null.
+    shape: a pattern of text, `str`, `bool`, `dict`, `list`, `float` for a number that is not negative,
+    `None`, (shape, shape) for any of these, [shape] for a list of such, [shape, shape] for one of two, or
+    {member: shape}.  `?` after a member's name says that it may be missing or null, `+` that it may be
+    missing; the name `*` stands for all.
     """
+    if isinstance(shape, tuple):
+        for inner in shape[:-1]:
+            try:
+                return check_shape(value, inner, where)
+            except ValueError:
+                pass
+        shape = shape[-1]
     kind = shape if isinstance(shape, type) else type(shape)
-    expected = {dict: "a mapping", list: "a list", float: "a number"}.get(kind, f"text of the form {shape}")
+    expected = {dict: "a mapping", list: "a list", float: "a number", bool: "true or false"}.get(
+        kind, f"text of the form {shape}")
     fits = isinstance(value, kind)
     if kind is float:
         fits = get_kind(value) == "number" and value >= 0
-    if kind is str:
+    if isinstance(shape, str):
         fits = fits and re.fullmatch(shape, value, re.ASCII)
     if not fits:
         found = make_printable(str(value), 80)
         raise ValueError(f"{where or 'the document'}: found {found!r}, expected {expected}")
     if isinstance(shape, list):
-        for index, item in enumerate(value):
-            check_shape(item, shape[0], f"{where}[{index}]")
+        shapes = shape * len(value) if len(shape) == 1 else shape
+        for index, inner in enumerate(shapes):
+            check_shape(value[index] if index < len(value) else None, inner, f"{where}[{index}]")
     if isinstance(shape, dict):
         for name, inner in shape.items():
-            key = name.rstrip("?")
-            if key == name or value.get(key) is not None:
-                check_shape(value.get(key), inner, f"{where}.{key}" if where else key)
+            key = name.rstrip("?+")
+            keys = value if key == "*" else {key} if key == name else value.keys() & {key}
+            for key in keys:
+                place = f"{where}.{make_printable(key, 80)}" if where else key
+                if name[-1] == "?":
+                    inner = None, inner
+                elif key not in value and isinstance(inner, tuple):
+                    inner = inner[-1]               # what may be null has to be there all the same
+                check_shape(value.get(key), inner, place)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -9430,8 +9470,8 @@ def parse_json(data, what, most=MAX_NODES):
 
 
 def make_time(seconds):
-    """Unix seconds to RFC 3339 in UTC."""
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
+    """Unix seconds to RFC 3339 in UTC, which ends with the year 9999."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(min(seconds, 253402300799)))
 
 
 def make_printable(text, limit=500):
@@ -10911,6 +10951,7 @@ def parse_est_uri(members, document_url, public, held):
     return parse_discovered(EST_FIELD, read_root_url, members, document_url, public), []
 
 
+STATE["est"] = dict(WAIT, **{"token?": str, "used?": str, "key+": str, "answer+": str, "refused?": str})
 COMPANIONS["est"] = Companion(lambda config: config.identity.enrollment == "est", parse_est_uri,
                               remark=lambda state, now: state["est"].get("refused") or "")
 
@@ -11609,6 +11650,8 @@ def refresh_after_poll(agent):
         refresh_revocation(agent.config, agent.store, agent.state, agent.source if heard else None)
 
 
+STATE["crls"] = {"*": (dict(WAIT, **{"digest?": None}), dict(
+    WAIT, digest=DIGEST_PATTERN, number=float, key=str, thisUpdate=float, validity=float, **{"etag?": str}))}
 COMPANIONS["crls"] = Companion(
     lambda config: config.identity.revocation != "off", parse_crl_uris, flaw=load_own_flaw, judge=load_judge,
     # E-090
@@ -12336,12 +12379,9 @@ def examine_outbox(agent):
 
 def examine_failed(agent):
     """Whether every deployment is as it should be."""
-    clock = get_clock()
-    words = []
-    for record in agent.state["deployments"].values():
-        if record["state"] == "failed":
-            words.append(f"{record['name']} ({record['error']['code']}): {make_failure_words(record)};"
-                         f" {make_due(record, clock)}")
+    words = [f"{record['name']} ({record['error']['code']}): {make_failure_words(record)};"
+             f" {make_due(record, get_clock())}"
+             for record in agent.state["deployments"].values() if record["state"] == "failed"]
     if words:
         raise CommandError("; ".join(words))
     newest = agent.state["history"][-1:]

@@ -125,7 +125,8 @@ class Engine:
         held = self.held[kind]
         spelt = {key: key if kind == "volumes" else hashlib.sha256(key.encode()).hexdigest() for key in held}
         found = [([key for key in held if key == name] or [key for key in held if spelt[key].startswith(name)])[:1] for name in names]
-        self.say(json.dumps([{"Name": key, "Labels": dict(label.split("=", 1) for label in held[key])} for keys in found for key in keys]))
+        self.say(json.dumps([{"Name": key, "Labels": dict(label.split("=", 1) for label in held[key]),
+                           "Options": self.held.get("options", {}).get(key, {})} for keys in found for key in keys]))
         for name, keys in zip(names, found):
             if not keys:
                 fail(f"no such {kind[:-1]}: {name}")
@@ -153,6 +154,7 @@ class Engine:
         command, (options, names) = arguments[0], split(arguments[1:])
         if command == "create":
             self.held["volumes"][names[0]] = [value for name, value in options if name == "--label"]
+            self.held.setdefault("options", {})[names[0]] = dict(value.split("=", 1) for name, value in options if name == "--opt")
         elif command == "ls":
             wanted = [value[len("label="):] for name, value in options if name == "--filter"]
             self.say("\n".join(name for name, labels in self.held["volumes"].items() if all(label in labels for label in wanted)))

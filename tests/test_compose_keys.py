@@ -238,10 +238,10 @@ class OnPodman(unittest.TestCase):
             taken.bind(("127.0.0.1", 0))
             taken.listen(1)
             cases = self.REFUSED + [
-                (dict(ports=[f"127.0.0.1:{taken.getsockname()[1]}:80"]), {}, "Address already in use"), (dict(ports=["192.0.2.7:18080:80"]), {}, "Cannot assign"),
+                (dict(ports=[f"127.0.0.1:{taken.getsockname()[1]}:80"]), {}, "another program holds"),
                 (dict(user="ghost"), {}, "unable to find user ghost"), (dict(group_add=["ghosts"]), {}, "(?i)unable to find group ghosts"),
                 (dict(sysctls={"net.no.such": "1"}), {}, "/proc/sys/net/no/such"), (dict(volumes=["/etc/hostname:/bin"]), {}, "(?i)not a directory"),
-                (dict(cap_add=["NO_SUCH"]), {}, "CAP_NO_SUCH"), ({}, {"networks": {"default": {"ipam": {"config": [{"subnet": "10.77.99.0/99"}]}}}}, "is no subnet"),
+                (dict(cap_add=["NO_SUCH"]), {}, "CAP_NO_SUCH"), ({}, {"networks": {"default": {"ipam": {"config": [{"subnet": "10.77.99.0/99"}]}}}}, "does not appear to be"),
                 ({}, {"networks": {"default": {"ipam": {"config": [{"subnet": subnet}]}}}}, "(?i)already used|overlaps")]
             for settings, members, words in cases:
                 with self.subTest(settings=settings, members=members):

@@ -159,13 +159,12 @@ class Refusals(unittest.TestCase):
         for key in ("wfm.url", "identity.certificate", "identity.key", "identity.trust_bundle"):
             self.assertIn(key, caught.exception.message)
 
-    def test_wrong_shapes_do_not_raise_anything_else(self):
+    def test_wrong_shapes_are_refused_by_the_name_of_the_section(self):
         for value in (1, "x", [], [1], {"a": {}}, None, True, {"1": None}, 1.5):
             for section in margo_agent.SCHEMA:
-                try:
-                    make(**{section: value})
-                except margo_agent.ConfigError:
-                    pass
+                fits = value is None and section not in ("wfm", "identity")
+                fits |= section == "state_dir" and type(value) in (int, float, str) or section == "registries" and isinstance(value, dict)
+                self.assertEqual(section in faults(**{section: value}), not fits, (section, value))
 
     def test_labels_have_the_types_of_the_capabilities(self):
         """C-087: label values are string, number, boolean, or a list of strings or numbers."""
@@ -215,3 +214,72 @@ class Windows(unittest.TestCase):
                     "2028-02-30T10:00/2028-02-30T11:00", "2027-01-01T00:00/2027-04-31T00:00"):
             with self.assertRaisesRegex(ValueError, "a window such as", msg=bad):
                 margo_agent.read_windows([bad], "")
+
+
+class Edges(unittest.TestCase):
+    """Values just inside and just outside of what a setting takes."""
+
+    def test_a_flag_is_a_boolean_or_its_word(self):
+        for value, expected in ((True, True), (False, False), ("true", True), ("false", False)):
+            self.assertIs(margo_agent.read_flag(value, ""), expected)
+        for value in ("yes", "True", 1, 0, "", None):
+            with self.assertRaisesRegex(ValueError, "true or false"):
+                margo_agent.read_flag(value, "")
+
+    def test_a_cpu_has_cores_and_one_of_three_architectures(self):
+        for item, expected in (({"cores": 1}, True), ({"cores": 0.5, "architecture": "arm64"}, True), ({"cores": 4, "architecture": "amd64"}, True),
+                               ({"cores": 4, "architecture": "arm"}, True), ({"cores": 0}, False), ({"cores": -1}, False), ({"cores": True}, False),
+                               ({"cores": "4"}, False), ({"cores": 4, "architecture": "x86"}, False), ({}, False), ([], False)):
+            self.assertIs(margo_agent.is_cpu(item), expected, item)
+
+    def test_a_key_is_a_file_or_a_uri(self):
+        """A path with a colon in it is a file, unless it begins as a URI does."""
+        for key, expected in (("pkcs11:object=x", True), ("file:/x", True), ("/etc/a:b.key", False), ("client.key", False), ("C:key", False), ("", False)):
+            self.assertIs(margo_agent.is_uri(key), expected, key)
+
+    def test_equipment_has_a_known_type_and_texts(self):
+        read = margo_agent.PROPERTIES["interfaces"]
+        self.assertEqual(read([{"type": "wifi", "model": "x"}, {"type": "usb"}], ""), [{"type": "wifi", "model": "x"}, {"type": "usb"}])
+        for value in ([{"type": "gpu"}], [{"model": "x"}], [{"type": "wifi", "speed": 5}], ["wifi"], {"type": "wifi"}, [{5: "wifi"}]):
+            with self.assertRaisesRegex(ValueError, "a list with the types ethernet"):
+                read(value, "")
+
+    def test_what_a_fault_shows_of_a_value_keeps_secrets(self):
+        for value, secret, shown in (("https://user:pass@host/x", False, "'https://...@host/x'"), ("pkcs11:x?pin-value=1234&y", False, "'pkcs11:x?pin-value=...&y'"),
+                                     ({"a": 1}, False, "a mapping"), (["a"], True, "a list"), ("s3cret", True, "text"), (5, False, "'5'")):
+            self.assertEqual(margo_agent.make_quote(value, secret), shown)
+
+    def test_variables_are_put_into_lists_too(self):
+        faults = []
+        self.assertEqual(margo_agent.expand_environment({"a": ["${X}", ["${X}y"], 5, None]}, {"X": "v"}, "", faults), {"a": ["v", ["vy"], 5, None]})
+        self.assertEqual(margo_agent.expand_environment(["${Z}"], {}, "top.list.", faults), [""])
+        (key, words), = faults
+        self.assertEqual(key, "top.list")
+        self.assertIn("the environment variable 'Z' is not set", words)
+
+    def test_a_shape_that_does_not_fit_is_named_by_its_place(self):
+        """Text, numbers, lists and mappings; `?` may be missing or null."""
+        shape = {"a": [{"b": "x+"}], "c?": float, "d": dict}
+        margo_agent.check_shape({"a": [{"b": "x"}, {"b": "xx", "z": 1}], "d": {}, "c": None}, shape, "")
+        for value, words in (([], "the document: found '[]', expected a mapping"), ({}, "a: found 'None', expected a list"),
+                             ({"a": [1]}, "a[0]: found '1', expected a mapping"), ({"a": [{"b": "x"}, {"b": "y"}]}, "a[1].b: found 'y', expected text of the form x+"),
+                             ({"a": [], "c": -1}, "c: found '-1', expected a number"), ({"a": [], "c": True}, "c: found 'True', expected a number"),
+                             ({"a": [], "c": 0, "d": "t"}, "d: found 't', expected a mapping")):
+            with self.assertRaises(ValueError) as caught:
+                margo_agent.check_shape(value, shape, "")
+            self.assertEqual(str(caught.exception), words)
+
+    def test_a_file_that_cannot_be_read_is_named(self):
+        with self.assertRaises(margo_agent.ConfigError) as caught:
+            margo_agent.load_config("/nonexistent/agent.yaml")
+        for words in ("configuration /nonexistent/agent.yaml cannot be read (No such file or directory)", "-c or $MARGO_CONFIG"):
+            self.assertIn(words, caught.exception.message)
+        with tempfile.TemporaryDirectory() as folder:
+            path = os.path.join(folder, "agent.yaml")
+            for text, words in (("a: [", "line 2, column 1"), ("nonsense: 1", "nonsense: unknown key")):
+                with open(path, "w") as file:
+                    file.write(text)
+                with self.assertRaises(margo_agent.ConfigError) as caught:
+                    margo_agent.load_config(path)
+                self.assertIn(f"configuration {path}: ", caught.exception.message)
+                self.assertIn(words, caught.exception.message)

@@ -75,6 +75,15 @@ class Stop(DaemonCase):
         self.device.cycle(0)
         self.assertEqual((len(self.engine.containers()), self.wfm.statuses()[-1]), (1, "installed"))
 
+    def test_one_that_is_asked_to_end_and_has_nothing_left_to_do_is_done(self):
+        """Contract, exit code 0: every deployment is as desired; a service that is restarted logs no error for it."""
+        self.device.cycle()
+        self.wfm.fault({"path": "/api/v1/deployments", "delay": 2})
+        process = self.start("run", "--once")
+        support.wait_for_handler(process, signal.SIGTERM)
+        process.send_signal(signal.SIGTERM)
+        self.assertEqual((process.wait(support.LIMIT), self.errors()), (0, ""))
+
     def test_the_parent_ends_when_its_child_has(self):
         self.hang("create")
         process = self.start("run", hasty=True)

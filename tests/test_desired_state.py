@@ -610,5 +610,72 @@ class Bundle(unittest.TestCase):
         self.refuse(gzip.compress(b"\0" * 5000000), "more than 1000000")
 
 
+class Edges(unittest.TestCase):
+    """What lies just at a limit, on either side of it."""
+
+    def test_a_manifest_has_at_most_ten_thousand_deployments(self):
+        def make(count):
+            return make_manifest(deployments=[dict(make_manifest()["deployments"][0], deploymentId=f"{number:08x}{HELLO[8:]}") for number in range(count)])
+
+        with mock.patch.object(margo_agent, "MAX_DEPLOYMENTS", 3), mock.patch.object(margo_agent, "check_url", lambda *arguments: ""):
+            self.assertEqual(len(parse(make(3)).entries), 3)
+            with self.assertRaisesRegex(margo_agent.Refused, "deployments: expected a list of at most 3"):
+                parse(make(4))
+
+    def test_a_size_is_advice_where_it_is_a_size(self):
+        """C-110"""
+        for size, expected in ((0, 0), (1, 1), (2 ** 53 - 1, 2 ** 53 - 1), (2 ** 53, None), (-1, None), (1.0, 1), (True, None), ("1", None), (None, None)):
+            self.assertEqual(margo_agent.parse_advice({"sizeBytes": size}), expected, size)
+
+    def test_a_refusal_says_which_relation_a_version_has(self):
+        """C-119"""
+        accepted = {"version": 7, "digest": digest(b"one")}
+        for version, words in ((7, "version 7 is the same version with other content (accepted: 7)"), (6, "version 6 is an older version (accepted: 7)")):
+            with self.assertRaises(margo_agent.Refused) as caught:
+                margo_agent.check_version(margo_agent.Manifest(version, None, None, [], ""), digest(b"two"), accepted)
+            self.assertIn(words, caught.exception.message)
+        self.assertIs(margo_agent.check_version(margo_agent.Manifest(7, None, None, [], ""), digest(b"one"), accepted), False)
+
+    def test_one_word_of_an_older_document_is_enough_to_be_one(self):
+        """Protocol 0: `kind` or `apiVersion`, whichever a server writes."""
+        for key in ("kind", "apiVersion"):
+            with mock.patch.object(margo_agent, "DIALECTS", []), self.assertRaisesRegex(ValueError, "older generation"):
+                margo_agent.parse_document({key: "x"})
+
+    def test_an_extension_that_json_cannot_write_is_left_out(self):
+        """C-116: none ever fails, and none of them reaches a hook half."""
+        value = {"x-good-extensions": {"a": 1}, "x-text-extensions": "t", 5: {}, "x-half-extensions": {"a": "\ud800"},
+                 "x-endless-extensions": {"a": float("inf")}, "x-set-extensions": {"a": {1}}, "y": {}}
+        self.assertEqual(margo_agent.find_extensions(value), {"x-good-extensions": {"a": 1}})
+
+    def test_a_bundle_may_name_its_folder_and_has_its_limits(self):
+        """C-117, P-15: one document by policy.max_document, all together by a share of policy.max_unpacked."""
+        entries = [margo_agent.ManifestEntry(HELLO, digest(content), None) for content in (b"x" * 100, b"y" * 100)]
+        folder, other = tarfile.TarInfo("./"), tarfile.TarInfo("other/")
+        folder.type = other.type = tarfile.DIRTYPE
+
+        def make(*members):
+            buffer = io.BytesIO()
+            with tarfile.open(fileobj=buffer, mode="w:gz") as archive:
+                for member in members:
+                    archive.addfile(member)
+                for name in "xy":
+                    info = tarfile.TarInfo(name)
+                    info.size = 100
+                    archive.addfile(info, io.BytesIO(name.encode() * 100))
+            return buffer.getvalue()
+
+        unpack, total = margo_agent.unpack_tar, margo_agent.DOCUMENTS * 200
+        self.assertEqual(len(margo_agent.parse_bundle(make(folder), entries, max(total, 20000), 100)), 2)
+        with self.assertRaisesRegex(margo_agent.Refused, "is not a regular file"):
+            margo_agent.parse_bundle(make(other), entries, 20000, 100)
+        for most, document in ((20000, 99), (total - 8, 100)):
+            with mock.patch.object(margo_agent, "unpack_tar", lambda data, most, count: unpack(data, 20000, count)), \
+                    self.assertRaisesRegex(margo_agent.Refused, "longer than policy.max_document"):
+                margo_agent.parse_bundle(make(folder), entries, most, document)
+        with mock.patch.object(margo_agent, "unpack_tar", lambda data, most, count: unpack(data, 20000, count)):
+            self.assertEqual(len(margo_agent.parse_bundle(make(), entries, total, 100)), 2)
+
+
 if __name__ == "__main__":
     unittest.main()

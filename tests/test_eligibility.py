@@ -204,5 +204,35 @@ class Deployment(unittest.TestCase):
         self.assertEqual(wfm.statuses()[-1], "installed")
 
 
+class Edges(unittest.TestCase):
+    """Words, and values of kinds that nobody expects."""
+
+    def test_the_words_say_what_is_needed_and_what_there_is(self):
+        find = margo_agent.find_lack
+        self.assertEqual(find({"cpu": {"cores": 2}}, {}), "cpu: 2 cores of any architecture are needed, there are 0")
+        self.assertEqual(find({"cpu": {"cores": 2}}, {"cpus": None}), "cpu: 2 cores of any architecture are needed, there are 0")
+        self.assertEqual(find({"cpu": {"cores": 2, "architectures": ["arm", "arm64"]}}, {"cpus": [{"cores": 8, "architecture": "amd64"}, {"architecture": "arm"}]}),
+                         "cpu: 2 cores of arm or arm64 are needed, there are 0")
+        self.assertEqual(find({"memory": "1Gi"}, {}), "memory: 1Gi are needed, there are none")
+        self.assertEqual(find({"cpu": {"cores": 2}, "memory": "1Gi", "storage": "1Ki"}, {"cpus": [{"cores": 2}], "memory": "1Gi", "storage": "1024"}), "")
+
+    def test_a_pointer_leads_through_mappings_and_lists_alone(self):
+        """C-205: a digit is no place in a text, a text no member of a list, and no list has a place before its first."""
+        value = {"list": ["a", "b"], "text": "ab", "0": "zero", "a/b": {"m~n": 1}}
+        for pointer, expected in (("/list/0", (True, "a")), ("/list/1", (True, "b")), ("/list/2", (False, None)), ("/list/00", (False, None)),
+                                  ("/list/-1", (False, None)), ("/list/a", (False, None)), ("/text/0", (False, None)), ("/text/ab", (False, None)),
+                                  ("/0", (True, "zero")), ("/a~1b/m~0n", (True, 1)), ("/0/0", (False, None)), ("/list/1234567890", (False, None))):
+            self.assertEqual(margo_agent.find_pointer(value, pointer), expected, pointer)
+
+    def test_what_breaks_the_rules_is_named(self):
+        """C-212: false, and a person can see why."""
+        for expression, words in (({"operator": "Like"}, "Like is no operator"), ({"operator": "In", "values": "a"}, "values: found 'a'"),
+                                  ({"operator": "Exists", "values": []}, "Exists takes no values"), ({"operator": "Gt"}, "Gt takes values"),
+                                  ({"operator": "Lt", "values": [1, 2]}, "values must be one number")):
+            rule = {"propertySelector": {"matchExpressions": [dict(expression, key="/vendor")]}}
+            self.assertIn(words, margo_agent.find_mismatch(rule, {"vendor": "a"}, {}))
+        self.assertIs(margo_agent.is_match({"key": "/a", "operator": "In", "values": ["a"]}, lambda key: (True, [])), False)
+
+
 if __name__ == "__main__":
     unittest.main()

@@ -5,6 +5,7 @@ import contextlib
 import datetime
 import functools
 import glob
+import gzip
 import hashlib
 import io
 import itertools
@@ -15,6 +16,7 @@ import random
 import re
 import subprocess
 import sys
+import tarfile
 import time
 import unittest
 import zlib
@@ -671,7 +673,7 @@ class Refusals(Encoding):
     def test_alias_bombs_are_refused_in_little_memory(self):
         """Protocol 3.4: on a small device too; the reader gets 40 MiB more than it had."""
         if not os.path.exists("/proc/self/statm"):
-            self.skipTest("no /proc/self/statm on this system")
+            support.give_up("no /proc/self/statm on this system")
         texts = ["\n".join(lines) for lines in self.BOMBS.values()] + ["[" * 3000000, "- " * 1000000, "{a: " * 500000, '"' + "a" * 2000000 + '"' + "[" * 65]
         here = os.path.dirname(os.path.abspath(margo_agent.__file__))
         done = subprocess.run([sys.executable, "-c", READ_IN_LITTLE_MEMORY, here], input=json.dumps(texts).encode(),
@@ -1299,3 +1301,104 @@ class Pem(unittest.TestCase):
                      good + good.split("-----END")[0]):
             with self.subTest(text[-60:]), self.assertRaises(ValueError):
                 margo_agent.parse_pem(text)
+
+
+class Edges(unittest.TestCase):
+    """What lies just at a limit, on either side of it."""
+
+    def test_texts_in_quotes_hold_quotes_and_backslashes(self):
+        self.assertEqual(margo_agent.make_quoted('a\\b"c'), '"a\\\\b\\"c"')
+
+    def test_json_has_limits_for_members_and_digits(self):
+        def parse(text, most=100):
+            return margo_agent.parse_json(text.encode(), "it", most)
+
+        self.assertEqual(len(parse("[" + "1," * 98 + "1]")), 99)
+        self.assertEqual(len(parse("[" + "1," * 99 + "1]")), 100)
+        for text, words in (("[" + "1," * 100 + "1]", "it is not usable JSON: it has more than 100 members"), ("1" * 4301, "a number of more than 4300 digits"),
+                            ("", "it is empty"), (" \n", "it is empty"), (" <html>", "it is a web page"), ("1e999", "1e999 is not JSON"),
+                            ("[1,\n x]", "line 2, column 2")):
+            with self.assertRaises(ValueError) as caught:
+                parse(text)
+            self.assertIn(words, str(caught.exception))
+        with contextlib.suppress(ValueError):           # where Python has a limit of its own
+            self.assertEqual(parse("1" * 4300), int("1" * 4300))
+
+    def test_a_gzip_stream_is_whole_and_alone(self):
+        """P-13: also one whose pieces unpack to more than is taken at a time."""
+        for plain in (b"", b"x", bytes(3 << 20), os.urandom(100 << 10), bytes(3 << 20) + os.urandom(100 << 10)):
+            data = gzip.compress(plain)
+            margo_agent.check_gzip(data, len(plain))
+            for wrong in (data[:-1], data + b"x", data + data, data[:-9], data + bytes(40 << 10)):
+                with self.assertRaisesRegex(ValueError, "cut short, or something follows|not a readable"):
+                    margo_agent.check_gzip(wrong, 1 << 23)
+            if plain:
+                with self.assertRaisesRegex(ValueError, "unpacks to more than"):
+                    margo_agent.check_gzip(data, len(plain) - 1)
+
+    def test_what_follows_a_gzip_stream_is_found_wherever_that_ends(self):
+        """Also where it ends with the last byte of a piece that is looked at."""
+        bare = gzip.compress(b"x")
+        for length in (16 << 10, 32 << 10):
+            name = b"n" * (length - len(bare) - 1)
+            data = bare[:3] + b"\x08" + bare[4:10] + name + b"\0" + bare[10:]
+            self.assertEqual((len(data), gzip.decompress(data)), (length, b"x"))
+            margo_agent.check_gzip(data, 1)
+            with self.assertRaisesRegex(ValueError, "something follows"):
+                margo_agent.check_gzip(data + b"x", 1)
+
+    def test_headers_of_a_tar_have_limits(self):
+        """P-13: what the headers say together is bounded however small it packs, and no entry is more than are allowed."""
+        def make(count, comment=""):
+            buffer = io.BytesIO()
+            with tarfile.open(fileobj=buffer, mode="w:gz", format=tarfile.PAX_FORMAT, compresslevel=1) as archive:
+                for number in range(count):
+                    info = tarfile.TarInfo(str(number))
+                    info.pax_headers = {"comment": comment} if comment else {}
+                    archive.addfile(info)
+            return buffer.getvalue()
+
+        self.assertEqual(len(margo_agent.unpack_tar(make(3), 1 << 20, 3)[1]), 3)
+        with self.assertRaisesRegex(ValueError, "more than 3 entries"):
+            margo_agent.unpack_tar(make(4), 1 << 20, 3)
+        self.assertEqual(len(margo_agent.unpack_tar(make(1, "x" * (15 << 20)), 1 << 26, 3)[1]), 1)
+        with self.assertRaisesRegex(ValueError, "headers that are too large"):
+            margo_agent.unpack_tar(make(3, "x" * (12 << 20)), 1 << 26, 3)
+
+    def test_der_lengths_and_counts_at_their_limits(self):
+        for size in (0, 127, 128, 255, 256, 65535, 65536):
+            self.assertEqual(margo_agent.parse_der(margo_agent.make_der(4, bytes(size)))[0][:2], (4, bytes(size)))
+        long = b"\x04\x84\0\0\0\x01a"                    # four bytes of length, and no more
+        self.assertEqual(margo_agent.parse_der(long), [(4, b"a", long)])
+        for wrong in (b"\x04\x85\0\0\0\0\x01a", b"\x04\x80", b"\x04\x82\x01", b"\x04\x84\0\0\0", b"\x04\x02a", b"\x04", b"\x1f\x01a"):
+            with self.assertRaises(ValueError):
+                margo_agent.parse_der(wrong)
+        self.assertEqual(len(margo_agent.parse_der(b"\x05\0" * 1000)), 1000)
+        with self.assertRaisesRegex(ValueError, "more than 1000 elements"):
+            margo_agent.parse_der(b"\x05\0" * 1001)
+
+    def test_an_issuer_is_known_by_the_key_it_names_and_by_nothing_else_there(self):
+        """RFC 5280, 4.2.1.1: beside the key identifier may stand a name and a serial number."""
+        def find(*parts):
+            return margo_agent.find_issuer_key({margo_agent.OID_ISSUER_KEY: (False, margo_agent.make_der(0x30, *parts), b"")})
+
+        key, serial = margo_agent.make_der(0x80, b"key"), margo_agent.make_der(0x82, b"\x07")
+        self.assertEqual((find(key), find(serial, key), find(serial), find()), (b"key", b"key", None, None))
+
+    def test_years_of_two_digits_turn_at_fifty(self):
+        """RFC 5280, 4.1.2.5.1"""
+        for text, year in ((b"491231235959Z", 2049), (b"500101000000Z", 1950), (b"700101000000Z", 1970)):
+            self.assertEqual(time.gmtime(margo_agent.parse_der_time(0x17, text)).tm_year, year)
+
+    def test_yaml_at_the_edges_of_its_grammar(self):
+        """Each reading is that of the specification (YAML 1.2.2)."""
+        for text, value in (("a: -,x", {"a": "-,x"}), ("a: :]", {"a": ":]"}), ("a: ?{", {"a": "?{"}), ("a\n --- b", "a --- b"), ("a\n ... b", "a ... b"),
+                            ("[a\n :b]", ["a :b"]), ("[a\n b :c]", ["a b :c"]), ("{a\n : b}", {"a": "b"}), ("[!!str\n  5]", ["5"]),
+                            ("[&x\n  a, *x]", ["a", "a"]), ("[!!str , b]", ["", "b"]), ("[? a]", [{"a": None}]), ("[? a : b, c]", [{"a": "b"}, "c"]),
+                            ("{? a}", {"a": None}), ('"\\ud7ff\\ue000\\U0010ffff"', "\ud7ff\ue000\U0010ffff"), ("0o17", 15), ("0x1F", 31),
+                            ("k" * 1024 + ": v", {"k" * 1024: "v"}), ("a: !!str # c\n  x", {"a": "x"}), ("'it''s'", "it's"), ("[a, ]", ["a"])):
+            self.assertEqual(load_yaml(text), value, text[:40])
+        for text in ("k" * 1025 + ": v", '"\\ud800"', '"\\udfff"', '"\\U00110000"', "- a\n - b\n- c\n  - d: e\n f", "a: ,b: c: d", "a: - b", "a: ? b",
+                     "a:\n  - 1\n - 2", "[a, b", '"a', "? - a\n: b"):
+            with self.assertRaises(YAMLError, msg=text[:40]):
+                load_yaml(text)

@@ -749,8 +749,9 @@ class Renewal(Site):
     def test_downtime_holds_a_renewal_back_unless_the_svid_would_end_in_it(self):
         """The draft's 4: the operator's silence is kept where that can be."""
         self.age()
-        now = time.localtime()
-        ends = time.strftime("%Y-%m-%dT%H:%M", time.localtime(time.time() + 600))
+        self.device.env["TZ"] = "UTC"               # on the days on which clocks change a window is longer or shorter (F-25)
+        now = time.gmtime()
+        ends = time.strftime("%Y-%m-%dT%H:%M", time.gmtime(time.time() + 600))
         self.device.set("poll.downtime", [f"{now.tm_year - 1}-01-01T00:00/{ends}"])
         self.device.cycle()
         self.assertEqual(len(self.issued()), 1)
@@ -794,7 +795,7 @@ class Quickstart(unittest.TestCase):
         """The example runs as it stands, and every chapter of it comes about."""
         support.require("openssl")
         if not shutil.which("curl"):
-            self.skipTest("curl is not installed")
+            support.give_up("curl is not installed")
         done = subprocess.run(["sh", os.path.join(support.EXAMPLES, "quickstart.sh"), "--no-install", "--enroll"], stdout=subprocess.PIPE,
                               stderr=subprocess.STDOUT, universal_newlines=True, timeout=240)
         self.assertEqual(done.returncode, 0, done.stdout)

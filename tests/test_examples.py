@@ -2,9 +2,13 @@
 import os
 import re
 import shutil
+import socket
 import subprocess
+import sys
 import unittest
+from xml.etree import ElementTree
 
+import margo_agent
 from tests import support
 
 
@@ -87,6 +91,66 @@ class Quickstart(unittest.TestCase):
         self.assertRegex(done.stdout, r"(?s)broken\n.*== It failed.*\$ margo_agent.py doctor\n.*\nok .*== Failed \(exit 1\)")
         self.assertNotIn("\x1b", done.stdout)
         self.assertEqual(os.listdir(folder), [])
+
+
+class Configuration(unittest.TestCase):
+    """examples/agent.yaml, which nobody has to change before it can be tried."""
+
+    def test_doctor_finds_nothing_wrong_with_it_as_it_is(self):
+        """With what pki.sh made beside it, and the example WFM where the file has it."""
+        with socket.socket() as door:
+            door.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                door.bind(("127.0.0.1", 8443))
+            except OSError:
+                self.skipTest("somebody else has port 8443")
+        pki, engine = support.Pki(self), support.FakeEngine(self)
+        support.Wfm(self, pki, "--listen", "localhost:8443")
+        path = os.path.join(pki.folder, "agent.yaml")
+        shutil.copy(os.path.join(support.EXAMPLES, "agent.yaml"), path)
+        done = subprocess.run([sys.executable, support.AGENT, "-c", path, "doctor"], env=dict(os.environ, **engine.env), timeout=60,
+                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT, universal_newlines=True)
+        self.assertEqual(done.returncode, 0, done.stdout)
+        self.assertRegex(done.stdout, r"(?m)^ok   wfm       https://localhost:8443 is spiffe://factory.example/margo/wfm/main; version 1")
+        self.assertNotIn("FAIL", done.stdout)
+
+    def test_every_optional_setting_is_commented_out_with_its_default(self):
+        with open(os.path.join(support.EXAMPLES, "agent.yaml"), encoding="utf-8") as file:
+            text = file.read()
+        self.assertEqual(re.findall(r"(?m)^ *(\w+): \S", text), ["url", "certificate", "key", "trust_bundle"])
+
+        def check(schema):
+            for key, row in schema.items():
+                if isinstance(row, dict):
+                    check(row)
+                elif key not in ("url", "certificate", "key", "trust_bundle"):
+                    default = margo_agent.make_yaml(row[1])
+                    self.assertIn(f"# {key}: {default}".rstrip() + "\n", text)
+                    if default:
+                        row[0](margo_agent.load_yaml(f"{key}: {default}")[key], "")         # it can be used as it stands
+
+        check(margo_agent.SCHEMA)
+
+
+class Picture(unittest.TestCase):
+    """The terminal in the README."""
+
+    def test_a_session_is_drawn_as_it_was(self):
+        session = "before\n== First <poll>\n$ margo_agent.py run\n" + "x" * 150 + "\n== Last\nafter\n"
+        done = subprocess.run([sys.executable, os.path.join(support.EXAMPLES, "terminal.py"), "--from", "== First", "--to", "== Last"],
+                              input=session, stdout=subprocess.PIPE, universal_newlines=True, timeout=60)
+        rows = [item.text for item in ElementTree.fromstring(done.stdout) if item.tag.endswith("text")]
+        self.assertEqual(rows, ["== First <poll>", "$ margo_agent.py run", "x" * 118, "x" * 32])
+
+    def test_what_it_shows_is_what_the_quickstart_does(self):
+        shown = "".join(ElementTree.parse(os.path.join(support.EXAMPLES, "terminal.svg")).getroot().itertext())
+        with open(os.path.join(support.EXAMPLES, "quickstart.sh")) as file:
+            script = file.read()
+        headings = re.findall('(?m)^say "(.*)"', script)
+        for heading in headings[headings.index("First poll: the agent enrolls, installs and reports"):headings.index("What the WFM was told")]:
+            self.assertIn(f"== {heading}", shown)
+        for words in ("info    installed deployment=", "another revision: parameter greeting", "Good evening from line 4"):
+            self.assertIn(words, shown)
 
 
 if __name__ == "__main__":

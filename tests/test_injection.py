@@ -1,6 +1,7 @@
 """Nothing from outside steers a terminal, whatever it stands in (issue: No injection; security 2.1)."""
 import contextlib
 import io
+import itertools
 import json
 import os
 import pty
@@ -96,6 +97,133 @@ class Terminal(support.DeviceCase):
         text = os.read(main, 4096).decode()
         os.close(main)
         self.assertEqual((done.returncode, text), (3, "a\\x1b[2J\\x9b2J\tb\r\n\ufffdc\r\n"))
+
+
+VALUES = ["-x", "--privileged", "a\nb: c", "a\0b", "\x1b[2Jx", "../../../x", "%0d%0aX-Odd: y", "$(touch x)", "x" * (1 << 20)]
+# What an author writes into a compose file: {name: function of the odd value to keys of the service}.
+KEYS = {
+    "image": lambda odd: {"image": odd}, "image's tag": lambda odd: {"image": f"localhost/a:{odd}"}, "hostname": lambda odd: {"hostname": odd},
+    "user": lambda odd: {"user": odd}, "working_dir": lambda odd: {"working_dir": odd}, "command": lambda odd: {"command": [odd, "x"]},
+    "entrypoint": lambda odd: {"entrypoint": [odd, "x"]}, "environment": lambda odd: {"environment": {"A": odd}},
+    "a variable's name": lambda odd: {"environment": {odd: "x"}}, "a label": lambda odd: {"labels": {"x": odd}}, "a label's name": lambda odd: {"labels": {odd: "x"}},
+    "stop_signal": lambda odd: {"stop_signal": odd}, "platform": lambda odd: {"platform": odd}, "dns": lambda odd: {"dns": [odd]},
+    "extra_hosts": lambda odd: {"extra_hosts": [f"{odd}:1.2.3.4"]}, "tmpfs": lambda odd: {"tmpfs": [odd]}, "ports": lambda odd: {"ports": [odd]},
+    "a volume": lambda odd: {"volumes": [f"{odd}:/x"]}, "a mount's target": lambda odd: {"volumes": [{"type": "tmpfs", "target": odd}]},
+    "a health check": lambda odd: {"healthcheck": {"test": ["CMD", odd]}}, "an alias": lambda odd: {"networks": {"default": {"aliases": [odd]}}},
+    "restart": lambda odd: {"restart": odd}, "pull_policy": lambda odd: {"pull_policy": odd}, "group_add": lambda odd: {"group_add": [odd]},
+    "cap_drop": lambda odd: {"cap_drop": [odd]}, "logging": lambda odd: {"logging": {"driver": odd}}, "a limit": lambda odd: {"ulimits": {odd: 5}},
+    "sysctls": lambda odd: {"sysctls": {"net.core.somaxconn": odd}}, "network_mode": lambda odd: {"network_mode": odd}, "mem_limit": lambda odd: {"mem_limit": odd}}
+# Where a WFM writes one: the path in the document.
+MEMBERS = [("id",), ("metadata", "name"), ("metadata", "namespace"), ("metadata", "deviceId"), ("spec", "applicationId"),
+           ("spec", "deploymentProfile", "type"), ("spec", "deploymentProfile", "components", 0, "name"),
+           ("spec", "deploymentProfile", "components", 0, "properties", "repository"),
+           ("spec", "deploymentProfile", "components", 0, "properties", "revision"), ("spec", "parameters", "greeting", "value"),
+           ("spec", "parameters", "greeting", "targets", 0, "pointer"), ("spec", "parameters", "greeting", "targets", 0, "components", 0)]
+WHOLE = os.environ.get("MARGO_TEST_SLOW") == "1"
+
+
+class Table(support.DeviceCase):
+    """Issue: No injection. Every place where a value comes from outside, with each spelling that somebody could take for something else."""
+
+    def setUp(self):
+        super().setUp()
+        self.count = 0
+        self.try_value("good", "x", {}, None)
+        self.known = self.options()
+        self.assertLessEqual({"--label", "--network"}, self.known)
+
+    def options(self):
+        """The options in the command lines of the engine since they were last forgotten, each up to its value: none takes the word after it."""
+        found = set()
+        for call in self.engine.calls():
+            own = itertools.takewhile(lambda word: word[:1] == "-", call[1:]) if call[0] == "create" else call
+            found |= {word.partition("=")[0] for word in own if word[:1] == "-"}
+        return found
+
+    def try_value(self, place, odd, keys, path):
+        """One cycle with an odd value in one place: the log, once it is known to be one of printable lines of our own."""
+        self.count += 1
+        service = dict({"image": support.IMAGE, "command": ["sleep", "100"], "environment": ["GREETING"]}, **keys)
+        self.wfm.add_package(support.make_compose({"main": service}), tag=f"2.0.{self.count}")
+        text = support.make_deployment(components=(("web", f"2.0.{self.count}"),), registry=self.wfm.registry, parameters={"GREETING": "x"})
+        if path:
+            value = json.loads(text)
+            home = value
+            for key in path[:-1]:
+                home = home[key]
+            home[path[-1]] = odd
+            text = json.dumps(value)
+        self.wfm.publish(text)
+        self.engine.forget_calls()
+        self.device.run("retry")
+        output = io.TextIOWrapper(io.BytesIO(), "utf-8", "surrogateescape")
+        with mock.patch.dict(os.environ, self.device.env), contextlib.redirect_stderr(output), contextlib.redirect_stdout(output):
+            code = margo_agent.main(["-c", self.device.config_file, "run", "--once"])
+        output.flush()
+        log = output.buffer.getvalue().decode("utf-8", "surrogateescape")
+        self.assertIn(code, (0, 1, 3, 4), log[-2000:])
+        for line in log.splitlines():
+            self.assertRegex(line[:60], r"^(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ (info|warning|error) )", place)
+            self.assertTrue(line.isprintable(), (place, line))
+            self.assertLess(len(line), 20000, place)
+        return log
+
+    def check(self, place, odd, keys, path=None):
+        """The engine gets no option, and the WFM and the registry no request, that a good value would not have brought."""
+        with self.subTest(place=place, odd=odd[:20]):
+            asked = len(self.wfm.requests("listening")) + len(self.wfm.requests("registry"))
+            self.try_value(place, odd, keys, path)
+            self.assertLessEqual(self.options(), self.known | self.OWN, place)
+            for call in self.engine.calls():
+                self.assertFalse([word for word in call if "\0" in word or len(word) > 200000])
+            requests = (self.wfm.requests("listening") + self.wfm.requests("registry"))[asked:]
+            self.assertFalse([path for _, path, _ in requests if "X-Odd" in path or "\n" in path or "/../" in path or len(path) > 1000])
+            self.assertFalse(os.path.exists("x"))
+
+    # Options that some key brings whatever its value.
+    OWN = {f"--{name}" for name in (
+        "hostname user workdir entrypoint stop-signal platform dns add-host tmpfs publish volume mount health-cmd restart group-add cap-drop ulimit"
+        " log-driver sysctl network network-alias memory memory-swap format time force volumes ignore filter quiet policy").split()}
+
+    def test_what_an_author_writes(self):
+        rows = [(place, odd, make(odd)) for place, make in KEYS.items() for odd in VALUES]
+        for place, odd, keys in rows if WHOLE else rows[::7]:
+            self.check(place, odd, keys)
+
+    def test_what_a_wfm_writes(self):
+        rows = [(path, odd) for path in MEMBERS for odd in VALUES]
+        for path, odd in rows if WHOLE else rows[::5]:
+            self.check(".".join(map(str, path)), odd, {}, path)
+
+    def test_what_servers_answer(self):
+        """Texts of problems, and headers."""
+        for odd in VALUES[:-1]:
+            for entry in ({"method": "GET", "path": "/api/v1/deployments", "status": 400, "problem": {"type": odd, "title": odd, "detail": odd, "status": 400}},
+                          {"method": "PUT", "path": "/api/v1/*", "status": 503, "body": odd}):
+                self.wfm.fault(entry)
+                self.try_value("problem", odd, {}, None)
+        self.wfm.fault()
+
+    def test_what_becomes_a_ref_or_a_path_of_git(self):
+        """Device ids and settings: what git would take for an option, a refspec or another ref is spelt otherwise or refused."""
+        support.require("git")
+        for odd in ["-x", "..", "a..b", "a.lock", ".a", "a/.b", "~", "a~1", "@", "a.", "x" * 200]:
+            if margo_agent.re.fullmatch(margo_agent.DEVICE_ID_PATTERN, odd):
+                ref = f"refs/heads/status/{margo_agent.make_ref_path(odd)}"
+                self.assertEqual(subprocess.run(["git", "check-ref-format", ref]).returncode, 0, odd)
+        for odd in VALUES:
+            for key in ("git.branch", "git.path", "wfm.url"):
+                if (key, odd) in {("git.branch", "x" * (1 << 20)), ("git.path", "-x"), ("git.path", "--privileged"), ("git.path", "\x1b[2Jx")}:
+                    continue
+                section, _, name = key.partition(".")
+                settings = {"state_dir": "s", "wfm": {"profile": "git", "url": "https://g.example/r.git"}, section: {name: odd}}
+                settings["wfm"] = dict({"profile": "git", "url": "https://g.example/r.git"}, **settings["wfm"])
+                path = support.write(os.path.join(self.device.folder, "odd.yaml"), json.dumps(settings))
+                try:
+                    value = margo_agent.load_config(path, {})[section][name]
+                except margo_agent.ConfigError:
+                    continue
+                self.assertFalse(value[:1] == "-" or "\n" in value or "\0" in value or ".." in value.split("/"), (key, odd))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,6 @@
 """examples/packaging: each way to pack and start the agent, tried as its README says."""
+import hashlib
+import json
 import os
 import re
 import shlex
@@ -22,6 +24,12 @@ def run(*command, **options):
     if done.returncode:
         raise AssertionError(f"{' '.join(command)} ended with {done.returncode}: {done.stdout[-4000:]}")
     return done
+
+
+def open_text(path):
+    """A file of the repository, or of anywhere, as text."""
+    with open(os.path.join(support.ROOT, path), encoding="utf-8") as file:
+        return file.read()
 
 
 class DebianPackage(unittest.TestCase):
@@ -169,6 +177,50 @@ mkdir() { :; }
 """
 
 
+class Yocto(unittest.TestCase):
+    """The recipe, by the linter of recipes and by bitbake's own parser; no image was ever built of it."""
+
+    def setUp(self):
+        self.folder = support.make_folder(self)
+        self.recipe = os.path.join(self.folder, f"margo-agent_{margo_agent.__version__}.bb")
+        shutil.copy(os.path.join(PACKAGING, "margo-agent.bb"), self.recipe)
+
+    def test_its_licence_is_the_one_that_is_there(self):
+        with open(os.path.join(support.ROOT, "LICENSE"), "rb") as file, open(self.recipe) as recipe:
+            self.assertIn(f"LICENSE;md5={hashlib.md5(file.read()).hexdigest()}", recipe.read())
+
+    def test_the_linter_has_nothing_against_it_and_what_bitbake_makes_of_it_can_be_run(self):
+        support.require("yocto")
+        tools = os.path.join(support.PARTS, "yocto", "bin")
+        done = subprocess.run([os.path.join(tools, "oelint-adv"), "--quiet", self.recipe], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                              universal_newlines=True)
+        found = [line for line in done.stdout.splitlines() if re.search(":(error|warning):", line) and "homepageping" not in line]
+        self.assertEqual(found, [])
+        for name in ("base", "python3native", "systemd"):
+            support.write(os.path.join(self.folder, "classes", f"{name}.bbclass"), "")
+        for path in ("margo_agent.py", "LICENSE", "examples/margo-agent.service"):
+            support.write(os.path.join(self.folder, "src", os.path.basename(path)), open_text(path))
+        image = os.path.join(self.folder, "image")
+        settings = {"PN": "margo-agent", "D": image, "UNPACKDIR": os.path.join(self.folder, "src"), "PYTHON": sys.executable, "bindir": "/usr/bin",
+                    "libdir": "/usr/lib", "sysconfdir": "/etc", "systemd_system_unitdir": "/usr/lib/systemd/system"}
+        known = json.loads(run(os.path.join(tools, "python"), os.path.join(support.ROOT, "tests", "yocto.py"), self.recipe, self.folder,
+                               *(f"{key}={value}" for key, value in settings.items())).stdout)
+        files = {name[len("file://"):] for name in known["SRC_URI"].split()}
+        self.assertEqual(files, set(os.listdir(os.path.join(self.folder, "src"))))
+        run("sh", "-euc", known["do_install"])
+        unit = open_text(os.path.join(image, "usr/lib/systemd/system", known["SYSTEMD_SERVICE:margo-agent"]))
+        self.assertIn("ExecStart=/usr/bin/margo-agent -c /etc/margo/agent.yaml run\n", unit)
+        command = os.path.join(image, "usr/bin/margo-agent")
+        text = open_text(command)
+        self.assertTrue(text.startswith("#!/usr/bin/python3 -I\n") and os.access(command, os.X_OK))
+        os.remove(os.path.join(image, "usr/lib/margo/margo_agent.py"))         # its compiled form alone has to do
+        (compiled,) = os.listdir(os.path.join(image, "usr/lib/margo/__pycache__"))
+        os.rename(os.path.join(image, "usr/lib/margo/__pycache__", compiled), os.path.join(image, "usr/lib/margo/margo_agent.pyc"))
+        said = run(sys.executable, "-I", "-c", text.replace('"/usr/lib/margo"', repr(image + "/usr/lib/margo"))
+                   .replace("main()", "main(['version'])")).stdout
+        self.assertIn(margo_agent.__version__, said)
+
+
 class OpenWrt(support.DeviceCase):
     """Its package and its init script, without an OpenWrt: procd's part is done by the test."""
 
@@ -247,7 +299,7 @@ class Container(support.EngineCase):
 
     def test_it_installs_updates_and_removes_by_the_socket(self):
         if not os.path.exists("/usr/bin/python3"):
-            self.skipTest("Debian's own Python is not here")
+            support.give_up("Debian's own Python is not here")
         self.make_base()
         context = support.make_folder(self)
         shutil.copy(support.AGENT, os.path.join(context, "margo_agent.py"))

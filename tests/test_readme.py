@@ -219,7 +219,7 @@ class Newcomer(unittest.TestCase):
         page = support.fetch(8080)
         self.assertEqual(page, "Good evening")
         for command, words in (("status tally", r"(?m)^running +tally-\S+-web-1 since 20\S+Z  docker.io/library/busybox:1.36  ports 127.0.0.1:8080/tcp$"),
-                               ("history", r"\A20\S+Z  version 3  1 changed  applied\n20\S+Z  version 2  1 added  applied\n")):
+                               ("history", r"\A20\S+Z  version 3  changed tally  applied\n20\S+Z  version 2  added tally  applied\n")):
             shown = subprocess.run([f"{folder}/bin/margo-agent", *command.split()], env=env, stdout=subprocess.PIPE, universal_newlines=True, timeout=support.LIMIT).stdout
             self.assertRegex(shown, words)
         sys.__stderr__.write(f"\nnewcomer: {time.monotonic() - start:.0f} s from an empty folder to an application with a parameter\n")

@@ -288,6 +288,16 @@ class Limits(TransportCase):
             connection.sendall(bytes(100))                 # a client that is still there has it all
         self.refuse(Unreachable, serve, "given up at", "bytes after", timeout=0.5)
 
+    def test_folded_lines_of_a_head_are_one(self):
+        """RFC 9112, 5.2: no header has a line's end in it, so none can be kept and sent back with one."""
+        response = self.fetch(b"HTTP/1.1 200 OK\r\nETag: \"a\r\n b\"\r\nX: 1\r\nX: 2\r\nContent-Length: 0\r\n\r\n")
+        self.assertEqual((response.headers.get("ETag"), response.headers.get_all("X")), ('"a b"', ["1", "2"]))
+
+    def test_a_transfer_encoding_that_is_not_known_is_no_body(self):
+        """Its frame would be read as content: also `chunked` with something beside it."""
+        for value in (b"gzip", b"gzip, chunked", b"chunked\t", b"x"):
+            self.refuse(Unreachable, b"HTTP/1.1 200 OK\r\nTransfer-Encoding: " + value + b"\r\n\r\n3\r\nabc\r\n0\r\n\r\n", "Transfer-Encoding")
+
     def test_a_head_that_breaks_off_is_no_empty_answer(self):
         """P-12: the length was still to come; nothing half is accepted, and nothing refused that was never said."""
         for head in (b"HTTP/1.1 200 OK\r\n", b"HTTP/1.1 200 OK\r\nETag: \"x\"\r\n", b"HTTP/1.1 200 OK\r\nContent-Le"):

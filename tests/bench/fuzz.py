@@ -19,10 +19,12 @@ import json
 import os
 import random
 import re
+import socket
 import sys
 import tempfile
 import time
 import warnings
+from unittest import mock
 
 if "--atheris" in sys.argv:
     import atheris
@@ -872,37 +874,81 @@ def judge_env_files(found):
             if answer is not None and "" not in answer and answer != own]
 
 
-class Answers:
-    """A server of one thread that answers each request with the bytes it was given last."""
+class Local(socket.socket):
+    """A socket that has no options of TCP."""
 
-    def __init__(self):
-        import socket
-        import threading
-        self.data = b""
-        self.listener = socket.create_server(("127.0.0.1", 0)) if hasattr(socket, "create_server") else socket.socket()
-        if not hasattr(socket, "create_server"):
-            self.listener.bind(("127.0.0.1", 0))
-            self.listener.listen(5)
-        threading.Thread(target=self.serve, daemon=True).start()
-
-    def serve(self):
-        while True:
-            peer, _ = self.listener.accept()
-            with peer:
-                try:
-                    peer.recv(65536)
-                    peer.sendall(self.data)
-                except OSError:
-                    pass
+    def setsockopt(self, *_):
+        pass
 
 
 def read_answer(data):
-    """An answer of HTTP by the agent's own request."""
-    if not hasattr(Answers, "one"):
-        Answers.one = Answers()
-    Answers.one.data = data
-    port = Answers.one.listener.getsockname()[1]
-    return margo_agent.request("GET", f"http://127.0.0.1:{port}/x", {}, None, None, 2, 1 << 20)
+    """An answer of HTTP by the agent's own request, on a pair of sockets whose other end has said it all."""
+    ours, theirs = socket.socketpair()
+    ours = Local(fileno=ours.detach())
+    theirs.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 18)
+    theirs.setblocking(False)
+    sent = theirs.send(data[:100000]) if data else 0
+    theirs.shutdown(socket.SHUT_WR)
+    ours.settimeout(2)
+    with ours, theirs, mock.patch.object(margo_agent, "open_connection", lambda *_: ours):
+        return data[:sent], margo_agent.request("GET", "http://wfm.example/x", {}, None, None, 2, 1 << 20)
+
+
+def judge_http(data, found):
+    """Whether the package h11, where it reads the answer, finds another status, body or header."""
+    import h11
+    data, own = found
+    client = h11.Connection(h11.CLIENT)
+    try:
+        client.send(h11.Request(method="GET", target="/x", headers=[("Host", "wfm.example"), ("Connection", "close")]))
+        client.send(h11.EndOfMessage())
+        client.receive_data(data)
+        client.receive_data(b"")
+        head, body, event = None, b"", None
+        while not isinstance(event, (h11.EndOfMessage, h11.ConnectionClosed)):
+            event = client.next_event()
+            head = event if isinstance(event, h11.Response) else head
+            body += bytes(event.data) if isinstance(event, h11.Data) else b""
+    except (h11.ProtocolError, RuntimeError):
+        return ""                                   # it refuses, or does not go on after 101
+    names = {name for name, _ in head.headers}
+    theirs = head.status_code, own.body if head.status_code in (204, 304) else body         # which nobody looks at
+    if (own.status, own.body) != theirs:
+        return f"{own.status} with {own.body[:40]!r} and not {head.status_code} with {body[:40]!r}"
+    for name in (b"etag", b"retry-after", b"location", b"content-type"):
+        values = [value.decode("latin-1") for item, value in head.headers if item == name]
+        mine = [value.strip(" \t") for value in own.headers.get_all(name.decode()) or ()] if name in names else values
+        if mine != values and not any("\x80" <= letter or letter in "\x0b\x0c\x1c\x1d\x1e" for value in values + mine for letter in value):
+            return f"{name.decode()} is {mine} and not {values}"
+    return ""
+
+
+def judge_challenge(data, own):
+    """Whether werkzeug, where a header holds one challenge of plain form, reads other parameters."""
+    from werkzeug.datastructures import WWWAuthenticate
+    text = data.decode("utf-8", "surrogateescape")
+    pair = r'[a-z]+="[a-zA-Z0-9:/.-]+"'
+    if not re.fullmatch(rf"(Bearer|Basic) {pair}( *, *{pair})*", text):
+        return ""                                   # several challenges, for which it has no grammar
+    theirs = WWWAuthenticate.from_header(text)
+    return "" if own == [(theirs.type, theirs.parameters)] else f"{own} and not {(theirs.type, theirs.parameters)}"
+
+
+PROBLEM = {"type": "object", "properties": {"type": {"type": "string"}, "title": {"type": "string"}, "detail": {"type": "string"}}}
+
+
+def judge_problem(data, own):
+    """Whether what jsonschema takes for a problem of RFC 9457 says something else to json."""
+    import jsonschema
+    try:
+        value = json.loads(data)
+        jsonschema.validate(value, PROBLEM)
+    except (ValueError, RecursionError, jsonschema.ValidationError):
+        return "" if isinstance(data, bytes) and data.lstrip()[:1] == b"{" else "a problem that is no object"
+    wait = value.get("retryAfterSeconds")
+    wait = wait if type(wait) in (int, float) and 0 <= wait < 1e15 else None
+    title = value.get("title") or next((value[key] for key in ("error", "Error") if isinstance(value.get(key), str) and value[key]), "")
+    return "" if (own.title, own.retry_after) == (margo_agent.make_printable(title), wait) else f"{own} and not {value}"
 
 
 ANSWERS = [b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\nETag: \"a\"\r\n\r\nabc", b"HTTP/1.1 304 Not Modified\r\n\r\n",
@@ -919,11 +965,12 @@ add("manifest", make_manifests, lambda data: margo_agent.parse_manifest(data, BA
 add("deployment", make_deployments, read_deployment, judge_deployment, tokens=MEMBERS, mutate=mutate_json)
 add("oci-manifest", make_oci_manifests, lambda data: margo_agent.parse_package_manifest(data, "x", 1 << 20), judge_oci_manifest, tokens=MEMBERS,
     mutate=mutate_json)
-add("challenge", lambda: CHALLENGES, needed(read_text(margo_agent.parse_challenge)), refusals=IDENTITY, tokens=[b"Bearer ", b"realm=", b'"', b",", b"=", b" "])
+add("challenge", lambda: CHALLENGES, needed(read_text(margo_agent.parse_challenge)), judge_challenge, IDENTITY,
+    tokens=[b"Bearer ", b"realm=", b'"', b",", b"=", b" "])
 add("retry-after", lambda: [b"120", b"Fri, 27 Nov 2026 10:00:00 GMT", b"Friday, 27-Nov-26 10:00:00 GMT"],
     needed(read_text(lambda text: margo_agent.parse_retry_after(text, 1e9))),
     lambda data, own: "" if own is None or 0 <= own <= 86400 else f"{own} seconds", IDENTITY, [b"GMT", b"+9999", b"Nov", b"9" * 30])
-add("problem", lambda: PROBLEMS, needed(margo_agent.parse_problem), refusals=IDENTITY, mutate=mutate_json)
+add("problem", lambda: PROBLEMS, needed(margo_agent.parse_problem), judge_problem, IDENTITY, mutate=mutate_json)
 add("package", make_archives, read_archive, judge_archive, mutate=mutate_archive,
     tokens=[b"../", b"/", b"\0", b"0000777\0", b"0004755\0", b"\x80" + b"\0" * 11, b"\xff" * 12, b"1", b"2", b"3", b"x", b"L", b"ustar\x0000", b"9 path=x\n"])
 add("gzip", make_gzips, read_gzip, judge_gzip, IDENTITY)
@@ -938,7 +985,7 @@ add("env-file", lambda: [b"A=1\nB=\"x\\n${A:-y}\"\nexport C='d'\nD: $A # c\n"],
 add("interpolation", lambda: [b"a $A ${A} ${B:-c} ${C-$A} $$ ${D:+e} ${EMPTY:-${A}}"], read_variables, judge_variables, mutate=mutate_words,
     judge_all=judge_texts, tokens=[b"${", b"}", b"}", b"$", b"$$", b":-", b":?", b":+", b"-", b"?", b"+", b"A", b"B", b"EMPTY", b"{", b"${A", b"${B:-",
                                    b"${A:+", b"${B-", b" ", b'"', b"'", b":", b"x", b"\\", b"\n", b"1", b"_", b"\xc3\xa9"])
-add("http-answer", lambda: ANSWERS, read_answer, tokens=HTTP_TOKENS)
+add("http-answer", lambda: ANSWERS, read_answer, judge_http, tokens=HTTP_TOKENS)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,108 @@
+"""State and memo of right JSON and wrong form (security 5, state.json without a digest): no command ends with a bug."""
+import contextlib
+import io
+import json
+import os
+import random
+import time
+import unittest
+from unittest import mock
+
+import margo_agent
+from tests import support
+
+OTHER = "11111111-1111-4111-8111-111111111111"
+VALUES = [None, True, 0, -1, 10 ** 18, 1e300, "", [], {}, "x" * 100000, [None], {"a": None}, "a\x1b\n"]
+COMMANDS = (["status"], ["status", "--json"], ["status", "hello"], ["history"], ["retry"], ["plan"], ["doctor"], ["run", "--once"])
+SEED, SHARE = os.environ.get("MARGO_TEST_SEED", "1"), 1 if os.environ.get("MARGO_TEST_SLOW") == "1" else 0.03
+
+
+def list_places(value, path=()):
+    """The path of each node of a value of JSON."""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return [path] + [place for key, item in items for place in list_places(item, path + (key,))]
+
+
+def put(value, path, item):
+    """A copy of a value with another item in one place."""
+    value = json.loads(json.dumps(value))
+    if not path:
+        return item
+    home = value
+    for key in path[:-1]:
+        home = home[key]
+    home[path[-1]] = item
+    return value
+
+
+class Forms(support.DeviceCase):
+    def setUp(self):
+        super().setUp()
+        self.wfm.publish(support.make_deployment(registry=self.wfm.registry))
+        self.device.cycle()
+        self.wfm.publish(support.make_deployment(OTHER, "b", (("web", "9.9.9"),), registry=self.wfm.registry), OTHER)
+        self.device.cycle(1)
+        self.whole = self.make_whole(self.device.state())
+        last = {"at": "2026-11-28T07:48:30Z", "result": "failed", "detail": "x"}
+        self.notes = {"checked": "a", "lastPoll": last, "others": [{"owner": "o", "name": "n", "type": "compose", "deploymentId": OTHER}],
+                      "etags": {"sha256:aa": "b"}, "escaped": True, "warnedAt": 1.0, "trust": 1.0, "boot": "x", "start": 5.0}
+        self.store = margo_agent.Store(self.device.state_dir)
+        with mock.patch.dict(os.environ, self.device.env):
+            self.memo = self.store.memo_path()
+
+    def make_whole(self, state):
+        """A state with something in every part."""
+        wait = dict(state["deployments"][OTHER]["retry"], since=time.time())
+        fault = {"code": "a", "message": "b", "source": "c"}
+        status = {"state": "failed", "error": fault}
+        crl = dict(wait, digest=support.digest(b"x"), number=1, key="sha256:cc", thisUpdate=1.0, validity=5, etag="a")
+        return dict(
+            state, patience=wait, waits={OTHER: wait}, drafts=["a"], pulled=["localhost/x:1"], waiting=support.digest(b"y"), crls={"http://x/a": crl},
+            dropped={OTHER: {"state": "failed", "at": "2026-11-28T07:48:30Z", "reason": "x"}}, client={"id": "x", "key": "sha256:aa"},
+            outbox=[{"deploymentId": OTHER, "status": status, "components": [dict(status, name="web")]}],
+            trust={"source": "https://x", "sequence": 1, "refreshedAt": 1.0, "trustDomain": "factory.example", "strays": "a", "est": "https://x",
+                   "crls": ["http://x/a"]},
+            est=dict(wait, token="a", used="b", key="k", refused="r"))
+
+    def show(self, state, notes, arguments):
+        """(exit code, what is printed) of a command beside a state, its copy and a memo."""
+        for path, value in ((self.store.path("state.json"), state), (self.store.path("state.json.old"), state), (self.memo, notes)):
+            support.write(path, json.dumps(value))
+        output = io.TextIOWrapper(io.BytesIO(), "utf-8", "surrogateescape")
+        with mock.patch.dict(os.environ, self.device.env), contextlib.redirect_stderr(output), contextlib.redirect_stdout(output):
+            code = margo_agent.main(["-v", "-c", self.device.config_file, *arguments])
+        output.flush()
+        return code, output.buffer.getvalue().decode("utf-8", "replace")
+
+    def test_every_command_is_at_home_in_the_whole_state(self):
+        """What the places below are taken from is itself accepted."""
+        for arguments in COMMANDS[:4]:
+            code, text = self.show(self.whole, self.notes, arguments)
+            self.assertEqual(code, 0, text)
+
+    def test_no_wrong_type_anywhere_is_a_bug(self):
+        """Each node of the state and of the memo in turn, replaced by each of VALUES; most of them before commands that ask nobody."""
+        chance = random.Random(SEED)
+        jobs = [(place, value, True) for place in list_places(self.whole)[1:] for value in VALUES]
+        jobs += [(place, value, False) for place in list_places(self.notes) for value in VALUES]
+        chance.shuffle(jobs)
+        for number, (place, value, is_state) in enumerate(jobs[:int(len(jobs) * SHARE)]):
+            commands = COMMANDS if number % 10 == 0 else COMMANDS[:4]
+            state, notes = (put(self.whole, place, value), self.notes) if is_state else (self.whole, put(self.notes, place, value))
+            for arguments in commands:
+                with self.subTest(place=place, value=repr(value)[:40], command=arguments, seed=SEED):
+                    code, text = self.show(state, notes, arguments)
+                    self.assertIn(code, range(7), text)
+                    self.assertNotIn("Traceback", text)
+
+    def test_a_state_of_another_form_is_named_with_its_place_and_its_copy_counts(self):
+        good = margo_agent.make_state()
+        for path, value in (("state.json", put(self.whole, ("deployments", support.HELLO, "components"), 5)), ("state.json.old", good)):
+            support.write(self.store.path(path), json.dumps(value))
+        log = self.device.cycle(1)
+        self.assertIn("state.json.deployments." + support.HELLO + ".components: found '5', expected a list", log)
+        self.assertIn("the state is taken from its copy", log)
+
+
+if __name__ == "__main__":
+    unittest.main()
