@@ -9448,8 +9448,6 @@ def parse_json(data, what, most=MAX_NODES):
         return float(text) if abs(float(text)) < float("inf") else refuse(text[:40])
 
     try:
-        if data[:2] == b"\x1f\x8b":
-            raise ValueError("it is coded by gzip (Content-Encoding), which was not asked for")
         if data.lstrip()[:1] in (b"<", b""):
             raise ValueError("it is a web page; does a portal or a proxy answer in its place?" if data.strip()
                              else "it is empty; get it again")
@@ -9461,6 +9459,9 @@ def parse_json(data, what, most=MAX_NODES):
         if re.search(rb"\\u[dD][89a-fA-F]", data):
             make_json(value)                        # refuses a half character
         return value
+    except UnicodeDecodeError:
+        raise ValueError(f"{what} is not usable JSON: it is not UTF-8; is it coded, as by gzip"
+                         " (Content-Encoding), which was not asked for?") from None
     except (ValueError, RecursionError) as error:
         place = f"line {error.lineno}, column {error.colno}: " if hasattr(error, "colno") else ""
         raise ValueError(f"{what} is not usable JSON: {place}{getattr(error, 'msg', error)}") from None

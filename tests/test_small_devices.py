@@ -241,7 +241,7 @@ class Modes(SmallCase):
     def test_a_whole_life_under_any_umask(self):
         compose = support.make_compose({"main": {"image": support.IMAGE, "command": ["x"], "volumes": ["./files:/x:ro"], "environment": ["A"],
                                                  "configs": [{"source": "c", "target": "/c"}]}}, configs={"c": {"content": "text"}})
-        for umask in (0, 0o077):
+        for umask in (0, 0o077, 0o777):
             with self.subTest(f"{umask:04o}"):
                 shutil.rmtree(self.device.state_dir, ignore_errors=True)
                 self.device.settings["state_dir"] = self.device.state_dir = os.path.join(self.device.folder, f"new{umask}", "sub", "state")
@@ -262,7 +262,7 @@ class Modes(SmallCase):
     def test_a_copy_of_a_repository_under_any_umask(self):
         support.require("git")
         repository = git_server.Repository(self)
-        for umask in (0, 0o077):
+        for umask in (0, 0o077, 0o777):
             device = support.Device(self, self.pki, self.wfm, self.engine, {"wfm.profile": "git", "identity": {}}, url=repository.url)
             self.device = device
             for text in ("one", "two"):

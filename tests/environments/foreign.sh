@@ -5,7 +5,7 @@ set -eu
 uname -m
 python3 -c 'import platform, ssl; print(platform.python_version(), ssl.OPENSSL_VERSION)'
 python3 margo_agent.py version
-for module in tests.test_status tests.test_plan tests.test_store tests.test_eligibility tests.test_desired_state tests.test_transport; do
+for module in tests.test_status tests.test_plan tests.test_store tests.test_desired_state tests.test_transport; do
     echo "== $module"
     python3 -m unittest -q "$module"
 done
