@@ -6799,6 +6799,7 @@ class Paced(io.RawIOBase):
         self.connection = connection
         self.timeout = connection.gettimeout()
         self.raw = connection.makefile("rb", 0)
+        self.count = 0                              # bytes so far, those of frames and heads too
         self.renew()
 
     def renew(self):
@@ -6813,7 +6814,9 @@ class Paced(io.RawIOBase):
         if left <= 0:
             raise TimeoutError("timed out")
         self.connection.settimeout(min(self.timeout, left))
-        return self.raw.readinto(buffer)
+        count = self.raw.readinto(buffer)
+        self.count += count or 0
+        return count
 
     def makefile(self, mode):
         """http.client takes this for the socket."""
@@ -6927,7 +6930,8 @@ def get_chain(connection, context):
 def read_body(response, limit, timeout, where):
     """The body of a response.
 
-    Refused over `limit`, Unreachable when cut short or slower than 1 KiB/s over four time-outs.
+    Refused over `limit`, also where eight times that is used up by frames; Unreachable when cut short or
+    slower than 1 KiB/s over four time-outs.
     """
     if response.headers.get("Transfer-Encoding") and not response.chunked:
         raise Unreachable(f"{where}: its Transfer-Encoding is not chunked, which alone is known here")
@@ -6940,7 +6944,7 @@ def read_body(response, limit, timeout, where):
         if not piece:
             break
         size += body.write(piece)
-        if size > limit:
+        if size > limit or response.paced.count > 8 * limit + MIB:
             raise Refused(f"{where}: the answer is longer than {limit} bytes")
         elapsed = time.monotonic() - start
         if elapsed > 4 * timeout and size < KIB * elapsed:

@@ -197,6 +197,11 @@ class Answers(TransportCase):
             with self.subTest(name):
                 self.assertEqual(self.fetch(data).body, content)
 
+    def test_an_answer_that_is_nearly_all_frame_is_refused(self):
+        """15.3: a byte of content in each 60 KiB goes on for hours at full speed, and is never too long by its content."""
+        with self.assertRaisesRegex(Refused, "longer than 1000 bytes"):
+            self.fetch(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + (b"1;" + b"x" * 61440 + b"\r\nx\r\n") * 100 + b"0\r\n\r\n")
+
     def test_a_coded_body_is_not_decoded(self):
         """C-105: digests cover what was asked for with Accept-Encoding: identity; gzip may be the content itself."""
         body = support.make_archive({"compose.yaml": "services: {}"})
