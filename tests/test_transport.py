@@ -327,10 +327,11 @@ class Limits(TransportCase):
 
     def test_interim_answers_without_end_are_given_up(self):
         """F-10, P-15: each is passed over, fast or slowly, but not for ever; 101 would change the protocol and is an answer."""
-        for code, pause, count in ((100, 0, 50000), (103, 0, 50000), (102, 0.05, 500), (199, 0.05, 500)):
-            def serve(connection, over, code=code, pause=pause, count=count):
+        for code, pause in ((100, 0), (103, 0), (102, 0.05), (199, 0.05)):
+            def serve(connection, over, code=code, pause=pause):
+                end = time.monotonic() + 60
                 with contextlib.suppress(OSError):
-                    for _ in range(count):
+                    while time.monotonic() < end:
                         if over.wait(pause):
                             return
                         connection.sendall(f"HTTP/1.1 {code} Not yet\r\nLink: <x>\r\n\r\n".encode())
@@ -366,7 +367,7 @@ class Limits(TransportCase):
             with self.subTest(rate=rate, seconds=seconds):
                 pieces = [bytes(rate)] * seconds + [b""]
                 with mock.patch.object(margo_agent.time, "monotonic", lambda: float(seconds + 1 - len(pieces))):
-                    source = mock.Mock(length=0, paced=mock.Mock(), read1=lambda size: pieces.pop(0))
+                    source = mock.Mock(length=0, paced=mock.Mock(count=0), read1=lambda size: pieces.pop(0))
                     if given_up:
                         with self.assertRaises(Unreachable) as caught:
                             margo_agent.read_body(source, 10 ** 9, 10, "GET it")
