@@ -74,7 +74,7 @@ MIB = 1024 * KIB
 MAX_CERTIFICATES = 1 * MIB          # a trust bundle, a PEM file
 MAX_ANSWER = 256 * KIB              # a problem document, a token, the answer to a report
 MAX_MESSAGE = 4000                  # characters of what the WFM is told about a fault
-MAX_OUTPUT = 32 * MIB               # what a helper program may print
+MAX_OUTPUT = 24 * MIB               # what a helper program may print
 MAX_DEPLOYMENTS = 10000             # entries of one state manifest
 DOCUMENTS = 8                       # all documents together: one part in so many of policy.max_unpacked
 MAX_NODES = 250000                  # members of a document: each takes some hundred bytes of memory
@@ -13398,7 +13398,7 @@ def parse_option(word, rest, options):
     if known[name]:
         options[name] = value or (rest.pop(0) if rest and not given else "")
         if not options[name]:
-            raise Misuse(f"{name}: needs a value, {known[name]}")
+            raise Misuse(f"{name}: needs a value: write {name} {known[name]}")
         return
     options[name] = True
     if value and word.startswith("--"):

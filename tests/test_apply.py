@@ -81,7 +81,7 @@ class Install(ApplyCase):
         self.engine.forget_calls()
         self.device.cycle()
         verbs = [verb for verb, _ in self.commands("pull", "stop", "create", "start")]
-        self.assertEqual(verbs, ["pull", "create", "stop", "start"])
+        self.assertEqual(verbs, ["pull", "create", "create", "stop", "start"])         # the first is tried only
 
     def test_a_present_image_is_never_pulled_again(self):
         """P-1"""

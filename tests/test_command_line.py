@@ -374,7 +374,7 @@ class Mistakes(support.DeviceCase):
                       ("run", "--once", "--spread=")):
             done = self.device.run(*words)
             self.assertEqual(done.returncode, 2, words)
-            self.assertRegex(done.stderr, r"\Amargo-agent: (\w+: an empty word names nothing|-\S+: needs a value, [A-Z]+)\n\Z")
+            self.assertRegex(done.stderr, r"\Amargo-agent: (\w+: an empty word names nothing|-\S+: needs a value: write -\S+ [A-Z]+)\n\Z")
 
     def test_options_that_have_no_sense_are_refused(self):
         self.wfm.publish(support.make_deployment(registry=self.wfm.registry))

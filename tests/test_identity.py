@@ -405,12 +405,12 @@ class Peers(LiveCase):
         """C-009, C-010, C-012, C-013, C-015: by its id alone, though the trust anchor vouches for it."""
         for uri, words in (
                 (f"spiffe://{TRUST_DOMAIN}/margo/wfm/other",
-                 f"the peer is spiffe://{TRUST_DOMAIN}/margo/wfm/other, and identity.certificate is for {WFM_ID}"),
+                 f"the peer is spiffe://{TRUST_DOMAIN}/margo/wfm/other, this client's WFM is {WFM_ID}"),
                 (WFM_ID + "2", f"the peer is {WFM_ID}2"), (WFM_ID + "/x", f"the peer is {WFM_ID}/x"),
-                (WFM_ID.replace("main", "Main"), "identity.certificate is for " + WFM_ID),
+                (WFM_ID.replace("main", "Main"), "this client's WFM is " + WFM_ID),
                 (CLIENT_ID, f"the peer is {CLIENT_ID}"),
                 ("spiffe://other.example/margo/wfm/main",
-                 f"the peer is spiffe://other.example/margo/wfm/main, and identity.certificate is for {WFM_ID}"),
+                 f"the peer is spiffe://other.example/margo/wfm/main, this client's WFM is {WFM_ID}"),
                 (f"spiffe://{TRUST_DOMAIN}", "is not a SPIFFE ID with a path"),
                 (f"https://{TRUST_DOMAIN}/margo/wfm/main", "is not a SPIFFE ID")):
             with self.subTest(uri):
@@ -573,9 +573,9 @@ class OwnFiles(LiveCase):
     def test_a_file_that_holds_no_certificate_is_named(self):
         pem = read(self.pki.path("client.pem")).decode()
         for data, words in (
-                (b"", "no PEM and no certificate"), (b"hello", "no PEM and no certificate"),
-                (read(self.pki.path("client.key")), "a private key and no certificate"),
-                (pem.split("-----END")[0], "not closed"), (b"\xff\xfe\x00" * 99, "no PEM and no certificate"),
+                (b"", "it holds no certificate in PEM"), (b"hello", "it holds no certificate in PEM"),
+                (read(self.pki.path("client.key")), "it holds a private key and no certificate in PEM"),
+                (pem.split("-----END")[0], "not closed"), (b"\xff\xfe\x00" * 99, "it holds no certificate in PEM"),
                 ("-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n", "not a readable X.509 certificate"),
                 (pem.replace("MII", "AAA", 1), "not a readable X.509 certificate")):
             with self.subTest(data[:30]):
@@ -606,14 +606,14 @@ class OwnFiles(LiveCase):
         for data, words in (
                 (read(self.pki.path("wfm.key")), "not the key of identity.certificate"),
                 (read(self.pki.path("encrypted.key")), "is encrypted"),
-                (b"garbage", "cannot be read"), (b"", "cannot be read"), (read(self.pki.path("client.pem")), "cannot be read")):
+                (b"garbage", "no private key in PEM"), (b"", "no private key in PEM"), (read(self.pki.path("client.pem")), "no private key in PEM")):
             with self.subTest(words):
                 self.put("key", data)
                 self.fault(words, key="key", process="encrypted" in words)
         self.device.set("identity.key", os.path.join(self.folder, "none.key"))
         self.fault("there is no such file", key="key")
         self.device.set("identity.key", self.folder)
-        self.fault("cannot be read", key="key")
+        self.fault("or is unreadable", key="key")
 
     def test_a_trust_bundle_file_that_cannot_be_used_is_named(self):
         """C-037: fail closed, and the mend is not a look into a traceback."""

@@ -195,7 +195,7 @@ class Scenario:
         for end in ("echo last words >&2; exit 3", "echo last words; exit 3", "s=xxxxxxxx; for n in 1 2 3 4 5 6 7 8 9 10 11 12; do s=$$s$$s; done; echo $$s; echo last words; exit 3"):
             with self.subTest(end=end):
                 log = self.update({"app": service(command=["sh", "-c", talk + end], init=False)}, 1)
-                self.assertRegex(log, r"reason=\"?service app exited with code 3; its log ends: .*last words")
+                self.assertRegex(log, r"reason=\"?component web failed: service app exited with code 3; its log ends: .*last words")
                 (component,) = self.wfm.reports(self.deployment_id)[-1]["body"]["components"]
                 self.assertIn("last words", component["error"]["message"])
 
