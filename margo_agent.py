@@ -3883,9 +3883,10 @@ class ComposeDriver:
 
         ([why applications with a network fail or do not find each other], [why others fail]).
         """
+        info = self.ask_info()
         notes = [f"{self.engine} before {version}: {words}" for engine, version, words in LACKS
-                 if engine == self.engine and is_before(self.ask_info()["version"], version)]
-        network = self.ask_info()["network"]
+                 if engine == self.engine and is_before(info["version"], version)]
+        network = info["network"]
         if network == "cni":
             return ["podman has its networks from CNI: services do not find each other by name; install"
                     " netavark and aardvark-dns"], notes
@@ -4243,8 +4244,8 @@ class ComposeDriver:
         going = make_json([facts for _, _, facts in self.inspect_names("network", first)]).decode()
         for name, arguments in new.items() if first else ():
             subnets = find_subnets("\n".join(arguments))
-            meets = [one for one in subnets if any(map(one.overlaps, find_subnets(going)))]
-            if subnets and not meets:
+            held = subnets and find_subnets(going)
+            if subnets and not any(one.overlaps(other) for one in subnets for other in held):
                 self.carry_out(job, ["network", "create", *arguments, f"{name}-try"])
                 self.carry_out(job, ["network", "rm", f"{name}-try"])
 
@@ -4950,10 +4951,9 @@ def parse_env_file(text, variables, where, earlier=None):
         if single is not None:
             result[name] = single.replace("\\'", "'")
         elif double is not None or plain is not None:
-            # what begins with # is no comment there
             if plain is None:
                 raw = unescape_double(double)
-            else:
+            else:                                   # what begins with # is no comment
                 raw = plain.lstrip(BLANKS).partition(" #")[0].rstrip(BLANKS_BEHIND)
             result[name] = interpolate(raw, variables, f"{where}, {name}")
         elif name in variables:
@@ -4964,7 +4964,8 @@ def parse_env_file(text, variables, where, earlier=None):
 
 def unescape_double(text):
     """What stands in double quotes of an env file, ready to be interpolated."""
-    return re.sub(r'\\([abfnrtv"\\$])', lambda match: dict(ESCAPES, **{"$": "$$"})[match.group(1)], text)
+    # of these ESCAPES lacks only the dollar, which interpolation takes by two
+    return re.sub(r'\\([abfnrtv"\\$])', lambda match: ESCAPES.get(match.group(1), "$$"), text)
 
 
 # Readers: each takes a value and its place, and returns what is meant or raises ComponentError of the place.
@@ -7502,11 +7503,12 @@ def get_random():
 
 def ask_holder(path):
     """Who holds the lock of a file, in words, as far as the kernel tells: process and since when."""
+    inode = os.stat(path).st_ino
     for line in (read_file("/proc/locks", MIB) or b"").decode().splitlines():
-        match = re.search(rf"FLOCK +\S+ +WRITE (\d+) [0-9a-f:]+:{os.stat(path).st_ino} ", line)
-        if match and os.path.exists(f"/proc/{match.group(1)}"):
-            since = os.stat(f"/proc/{match.group(1)}").st_mtime
-            return f" (process {match.group(1)}, since {make_time(since)})"
+        match = re.search(rf"FLOCK +\S+ +WRITE (\d+) [0-9a-f:]+:{inode} ", line)
+        holder = f"/proc/{match.group(1)}" if match else ""
+        if os.path.exists(holder):
+            return f" (process {match.group(1)}, since {make_time(os.stat(holder).st_mtime)})"
     return ""
 
 
@@ -10687,8 +10689,8 @@ def parse_listing(listing):
     Names are as those of a file system.  Raises Refused for a name that none takes, CommandError for what git
     never prints.
     """
+    pattern = rb"([0-7]{6}) ([a-z]+) ([0-9a-f]+) +(-|[0-9]{1,18})\t(.+)"
     for line in re.finditer(rb"[^\0]+", listing):
-        pattern = rb"([0-7]{6}) ([a-z]+) ([0-9a-f]+) +(-|[0-9]{1,18})\t(.+)"
         match = re.fullmatch(pattern, line.group(), re.S)
         if not match:
             raise CommandError(f"git ls-tree printed {make_printable(repr(line.group()), 200)}")
