@@ -3406,7 +3406,8 @@ RUNS_TOO = {"amd64": "386", "arm64": "arm"}         # what a processor usually r
 LACKS = (("podman", "4.7", "`host-gateway` is the gateway of the first network"),
          ("podman", "4.8", "a volume's `driver_opts` have no `size`; `tmpfs` of a service has"),
          ("docker", "20.10", "`host-gateway` fails"))
-NO_PROGRAM = "/.margo-trial"        # what a trial of docker's starts
+# With these an engine looks a program up, and the kernel does not start it: its environment is too long.
+UNSTARTABLE = ["--ulimit=stack=262144", *(f"--env=MARGO_TRIAL_{name}=" + "x" * 100000 for name in "AB")]
 # An engine's words for what does not run.
 AT_REST = ("exited", "created", "initialized", "stopped", "configured")
 
@@ -3509,19 +3510,16 @@ def plan_services(services, present, known, networks):
 def order_leaving(services, leaving):
     """[[Container]]: those that stop at once in one list, each before what it depends on.
 
-    What the file no longer names goes first.
+    What the file no longer names is in the first one.
     """
-    by_name = {}
-    names = {service.name for service in services}
+    levels, groups = {}, {}
+    for service in reversed(services):              # whoever depends on others comes first here
+        level = levels.setdefault(service.name, 0)
+        for name in service.depends_on:
+            levels[name] = max(levels.get(name, 0), level + 1)
     for item in leaving:
-        by_name.setdefault(item.service, []).append(item)
-    groups = [([], [item for item in leaving if item.service not in names])]
-    for service in reversed(services):
-        if any(service.name in other.depends_on for other in groups[-1][0]):
-            groups.append(([], []))
-        groups[-1][0].append(service)
-        groups[-1][1].extend(by_name.get(service.name, ()))
-    return [items for _, items in groups if items]
+        groups.setdefault(levels.get(item.service, 0), []).append(item)
+    return [groups[level] for level in sorted(groups)]
 
 
 def is_same_network(labels, internal, arguments):
@@ -3558,8 +3556,8 @@ UNTRIED = ("--(init\\Z|publish|add-host|dns|mac-address|health|no-health|restart
 def make_trial(service, engine):
     """The Service of a trial, see ComposeDriver.rehearse.
 
-    Docker can only start it, so that it has a program there that no image has.  Nothing is labelled anew for
-    SELinux while another container uses it.
+    Docker can only start it, so that it is made unstartable.  Nothing is labelled anew for SELinux while
+    another container uses it.
     """
     arguments = []
     for argument in service.arguments:
@@ -3569,13 +3567,8 @@ def make_trial(service, engine):
             argument = ":".join(filter(None, [head, options]))
         if not re.match(UNTRIED, argument):
             arguments.append(argument)
-    command = service.command
-    if engine != "podman":
-        arguments = [item for item in arguments if not item.startswith("--entrypoint=")]
-        arguments.append(f"--entrypoint={NO_PROGRAM}")
-        command = []
-    return service._replace(arguments=arguments, command=command, shares=(), hash="",
-                            networks=[Attachment("none", None, None)])
+    arguments += UNSTARTABLE if engine != "podman" else []
+    return service._replace(arguments=arguments, shares=(), hash="", networks=[Attachment("none", None, None)])
 
 
 def find_subnets(text):
@@ -4116,6 +4109,7 @@ class ComposeDriver:
         ComponentError, CommandError.
         """
         workload, project = prepared
+        self.free_names(workload.project)
         present = self.look_up(workload)
         runs = {container.id for container in present if container.state == "running"}
         volumes = self.look_at_volumes(known, present)
@@ -4298,32 +4292,22 @@ class ComposeDriver:
             if service in making:
                 job.current[service] = self.create(making[service], job, own)
             elif names[service] != own:
-                self.rename(job, job.current[service], own)
-
-    def rename(self, job, container_id, name):
-        """Renames a container."""
-        arguments = ["rename", container_id, name]
-        if self.run(arguments, job.deadline - time.monotonic()).code:
-            self.free_name(name)
-            self.carry_out(job, arguments)
+                self.carry_out(job, ["rename", job.current[service], own])
 
     def create(self, service, job, name):
         """Makes the container of a service, joined to its networks, not started yet; its id.
 
-        Where that fails because the engine remembers something wrongly, that is put right, and it is tried
-        again.
+        Where that fails because its image is damaged, that is put right, and it is tried again.
         """
         labels = make_labels(job.workload, service.name, service.hash)
         marks = [f"--name={name}"] + [f"--label={key}={item}" for key, item in labels.items()]
         arguments = ["create", *marks, *self.prepare_options(service, job), service.image, *service.command]
         handed = find_handed(service.environment)
         output = self.run(arguments, job.deadline - time.monotonic(), more=handed)
-        if not output.code:
-            words = output.stdout.decode("utf-8", "replace").split()
-        else:
-            if not self.free_name(name):
-                self.renew_image(service, marks)
-            words = self.carry_out(job, arguments, handed).stdout.decode("utf-8", "replace").split()
+        if output.code:
+            self.renew_image(service, job)
+            output = self.carry_out(job, arguments, handed)
+        words = output.stdout.decode("utf-8", "replace").split()
         for network, aliases, addresses in service.networks[1:]:
             aliases = [f"--alias={alias}" for alias in [service.name] + aliases]
             self.carry_out(job, ["network", "connect"] + aliases + addresses + [network, name])
@@ -4347,7 +4331,7 @@ class ComposeDriver:
         output = self.run(["init" if self.engine == "podman" else "start", container_id],
                           job.deadline - time.monotonic())
         self.run(["rm", "--force", container_id], 60, "REMOVE_FAILED")
-        if output.code and NO_PROGRAM not in output.stderr:     # else nothing lacks but that
+        if output.code:
             words = mask(find_cause(output.stderr), job.workload.parameters.values())
             raise ComponentError("INSTALL_FAILED",
                                  f"service {service.name} could not be started: {self.engine}: {words}")
@@ -4385,18 +4369,20 @@ class ComposeDriver:
         gateways = self.run(["network", "inspect", form, network], 60).stdout.decode().split()
         return min(gateways, key=lambda item: ":" in item, default="127.0.0.1")
 
-    def free_name(self, name):
-        """Frees a name that storage alone holds, as a killed `podman create` leaves it; whether it was so."""
+    def free_names(self, project):
+        """Frees names of a project that storage alone holds, as a killed `podman create` leaves them."""
         if self.engine != "podman":
-            return False
+            return
         output = self.run(["ps", "--all", "--external", "--format=json"], 60)
-        held = parse_answer(output.stdout.strip() or b"[]", self.engine, lambda items: [
-            item["Id"] for item in items or () if item["State"] == "storage" and name in item["Names"]])
-        if held:
-            log("warning", "a name is freed that the engine's storage held for no container", container=name)
-        return bool(held) and self.run(["rm", "--force"] + held, 60).code == 0
+        held = parse_answer(output.stdout.strip() or b"[]", self.engine, lambda items: {
+            item["Id"]: item["Names"] for item in items or () if item["State"] == "storage"})
+        for container_id, names in held.items():
+            if any(name.startswith(project + "-") for name in names or ()):
+                log("warning", "a name is freed that the engine's storage held for no container",
+                    container=names[0])
+                self.run(["rm", "--force", container_id], 60)
 
-    def renew_image(self, service, marks):
+    def renew_image(self, service, job):
         """Pulls an image of ours anew where not even a bare container can be made of it (P-1).
 
         Its registry has to have it.
@@ -4404,7 +4390,8 @@ class ComposeDriver:
         platform = [argument for argument in service.arguments if argument.startswith("--platform=")]
         if f"{self.device_id} {service.image}".strip() not in self.claim.images:
             return
-        probe = self.run(["create"] + marks + platform + ["--network=none", service.image, "true"], 60)
+        marks = make_arguments("--label", make_labels(job.workload, service.name, ""))
+        probe = self.run(["create", *marks, *platform, "--network=none", service.image, "true"], 60)
         if not probe.code:
             self.run(["rm", "--force"] + probe.stdout.decode().split()[-1:], 60, "INSTALL_FAILED")
             return
@@ -4619,6 +4606,7 @@ class ComposeDriver:
         left (P-11, D-21).
         """
         project = make_project_name(component, deployment_id)
+        self.free_names(project)
         there = find_containers(deployment_id, containers, component, "compose")
         self.remove_containers(there[::-1], deadline)
         arguments = ["network", "ls", f"--filter=label={LABEL_PROJECT}={project}", "--format={{.Name}}"]

@@ -170,7 +170,7 @@ class Engine:
 
     def create(self, arguments):
         options, operands = split(arguments)
-        name = dict(options)["--name"]
+        name = dict(options).get("--name", f"odd_{self.held['count']}")
         if name in self.held["containers"] or name in self.held["external"]:
             fail(f"the container name {name} is already in use")
         if operands[0] in self.held["damaged"]:

@@ -994,13 +994,20 @@ class Memory(DriverCase):
     """What the engine remembers wrongly is put right, once an attempt."""
 
     def test_a_name_that_storage_alone_holds_is_freed(self):
-        """F-01: left by a create that was killed; also where an update needs it."""
+        """F-01: left by a create that was killed, be it of a trial or of an earlier agent's; and nobody else's."""
         name = f"{PROJECT}-main-1"
+        held = {name: "e" * 64, f"{name}-try-0a1b2c3d": "a" * 64, f"{name}-new-0a1b2c3d": "b" * 64, "else": "c" * 64, f"{PROJECT}2-main-1": "d" * 64}
         for value in "12":
             with self.subTest(value=value):
-                self.engine.change(external={name: "e" * 64})
+                self.engine.change(external=held)
                 self.apply(make_document({"command": [value]}))
                 self.assertEqual(set(self.engine.containers()), {name})
+                with self.engine.open() as now:
+                    self.assertEqual(set(now["external"].values()), {"c" * 64, "d" * 64})
+        self.engine.change(external=held)
+        self.driver.remove(support.HELLO, "web", self.driver.observe(), time.monotonic() + 60)
+        with self.engine.open() as now:
+            self.assertEqual(set(now["external"].values()), {"c" * 64, "d" * 64})
 
     def test_a_container_that_cannot_be_started_is_made_anew_with_those_in_its_network(self):
         """F-02"""
@@ -1034,8 +1041,9 @@ class Memory(DriverCase):
 
     def test_an_image_that_is_well_is_not_pulled_for_an_option_that_is_not(self):
         self.driver.claim = self.claim._replace(images=frozenset([IMAGE]))
-        self.engine.change(external={f"{PROJECT}-main-1": "e" * 64})
-        self.apply(make_document({}))
+        self.engine.change(containers={f"{PROJECT}-main-1": {       # somebody else's, who has the name
+            "id": "f" * 64, "image": IMAGE, "labels": {}, "state": "running", "code": 0, "restarts": 0, "argv": [], "env": []}})
+        self.assertFails("INSTALL_FAILED", lambda: self.apply(make_document({})), "already in use")
         self.assertNotIn(["image", "rm", IMAGE], self.changes())
 
     def test_whatever_vanishes_at_whatever_moment_is_a_failure_that_heals(self):

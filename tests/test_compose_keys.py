@@ -239,7 +239,8 @@ class OnPodman(unittest.TestCase):
             taken.listen(1)
             cases = self.REFUSED + [
                 (dict(ports=[f"127.0.0.1:{taken.getsockname()[1]}:80"]), {}, "another program holds"),
-                (dict(user="ghost"), {}, "unable to find user ghost"), (dict(group_add=["ghosts"]), {}, "(?i)unable to find group ghosts"),
+                (dict(command=["/nothing"]), {}, "/nothing"), (dict(entrypoint=["nothing"]), {}, "nothing"),
+                (dict(entrypoint=["/tmp"]), {}, "permission denied"), (dict(user="ghost"), {}, "unable to find user ghost"), (dict(group_add=["ghosts"]), {}, "(?i)unable to find group ghosts"),
                 (dict(sysctls={"net.no.such": "1"}), {}, "/proc/sys/net/no/such"), (dict(volumes=["/etc/hostname:/bin"]), {}, "(?i)not a directory"),
                 (dict(cap_add=["NO_SUCH"]), {}, "CAP_NO_SUCH"), ({}, {"networks": {"default": {"ipam": {"config": [{"subnet": "10.77.99.0/99"}]}}}}, "does not appear to be"),
                 ({}, {"networks": {"default": {"ipam": {"config": [{"subnet": subnet}]}}}}, "(?i)already used|overlaps")]
@@ -252,15 +253,15 @@ class OnPodman(unittest.TestCase):
         self.assertEqual(len(self.look()), 1)
         self.assertNotEqual(self.look(), before)
 
-    # Of this engine alone: what docker makes of a working_dir, and looks up too late of a program.
-    REFUSED = [(dict(working_dir="/nowhere"), {}, "/nowhere"), (dict(command=["/nothing"]), {}, "/nothing"), (dict(entrypoint=["nothing"]), {}, "nothing"),
-               (dict(entrypoint=["/tmp"]), {}, "permission denied"), (dict(mem_limit="1k"), {}, "memory limit"), (dict(ulimits={"nofile": 2073741816}), {}, "rlimit"),
+    # Of this engine alone: docker makes a working_dir.
+    REFUSED = [(dict(working_dir="/nowhere"), {}, "/nowhere"), (dict(mem_limit="1k"), {}, "memory limit"), (dict(ulimits={"nofile": 2073741816}), {}, "rlimit"),
                (dict(volumes=["t:/t"]), {"volumes": {"t": {"driver_opts": {"type": "tmpfs", "device": "tmpfs", "o": "size=1m"}}}}, "Project Quota")]
 
 
 class OnDocker(OnPodman):
     engine_class = support.Docker
-    REFUSED = [(dict(logging={"driver": "json-file", "options": {"compress": "true"}}), {}, "max-size"), (dict(logging={"driver": "syslog"}), {}, "syslog")]
+    REFUSED = [(dict(logging={"driver": "json-file", "options": {"compress": "true"}}), {}, "max-size"), (dict(logging={"driver": "syslog"}), {}, "syslog"),
+               (dict(command=["nothing"], ulimits={"stack": 8388608}), {}, "nothing")]
 
 
 class Complete(unittest.TestCase):
