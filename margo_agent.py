@@ -3385,10 +3385,10 @@ Changes = define("Changes", "kept idle making leaving",
     "What becomes of the services of a project: {name: Container} that go on, names of those that need"
     " no start, [Service] to be made, and [[Container]] that leave, those that stop together in one list,"
     " whoever depends on others first.")
-Job = define("Job", "workload project folder known deadline current runs volumes",
+Job = define("Job", "workload project folder known deadline current restarts volumes",
     "One apply: what runs, in which folder its files are, what an earlier apply returned, until when;"
-    " {service: id of its container} as far as it has come, the ids of what ran before, {service: {path:"
-    " volume}} as it was.")
+    " {service: id of its container} as far as it has come, {id: how often it had been restarted} of what ran"
+    " before, {service: {path: volume}} of volumes to which nobody gave a name.")
 Shown = define("Shown", "state code restarts health volumes check said",
     "One container as `inspect` shows it: the engine's word for its state, numbers, the word for its health"
     " where there is a check, {path: name} of volumes in it, its Check or None, what that has printed last.",
@@ -3522,22 +3522,22 @@ def order_leaving(services, leaving):
     return [groups[level] for level in sorted(groups)]
 
 
-def is_same_network(labels, internal, arguments):
+def is_same_network(labels, facts, arguments):
     """Whether a network that is there is what these create arguments make.
 
     One that an agent made before there was such a mark may be, unless it is open and should not be.
     """
     if LABEL_HASH in labels:
         return f"--label={LABEL_HASH}={labels[LABEL_HASH]}" in arguments
-    return internal == ("--internal" in arguments)
+    return facts.get("internal", False) == ("--internal" in arguments)
 
 
 def plan_networks(wanted, there, project):
     """What becomes of networks: ({name: create arguments} to be made, [names] to go before, and last).
 
-    wanted: as in a Project; there: {name: (labels, whether it is internal)} of those and of all others of
-    this compose project.  One of somebody else stays as it is.  One that is no longer wanted goes first where
-    a new one may be after its addresses.
+    wanted: as in a Project; there: {name: (labels, facts)} of those and of all others of this compose
+    project.  One of somebody else stays as it is.  One that is no longer wanted goes first where a new one
+    may be after its addresses.
     """
     ours = {name for name, (labels, _) in there.items() if labels.get(LABEL_PROJECT) == project}
     new = {name: arguments for name, arguments in wanted.items() if arguments is not None and (
@@ -3579,6 +3579,19 @@ def find_subnets(text):
                 for subnet in re.findall('(?im)(?:^--subnet=|"subnet": *")([^"\n]*)', text)]
     except ValueError as error:
         raise make_fault(f"networks: {error}") from None
+
+
+def check_external(kind, wanted, there, services):
+    """Raises ComponentError where services use an external network or volume that is not there.
+
+    To the engine its name could be the beginning of another one's id.
+    """
+    used = {item.network for service in services for item in service.networks}
+    used.update(mount.source for service in services for mount in service.mounts)
+    missing = [name for name in wanted if wanted[name] is None and name in used and name not in there]
+    if missing:
+        raise ComponentError("INSTALL_FAILED", f"there is no {kind} {min(missing)} on this device;"
+                             " `external: true` takes one that is there")
 
 
 def check_rivals(services):
@@ -3628,31 +3641,32 @@ def ask_taken(address, number, protocol):
     return False
 
 
-def find_targets(service):
-    """({path} at which the compose file mounts something of a name, {path} of volumes without a name)."""
-    named = set(map(make_path, service.files))
-    unnamed = set()
-    for mount in service.mounts:
-        paths = unnamed if mount.kind == "volume" and not mount.source else named
-        paths.add(make_path(mount.target))
-    return named, unnamed
-
-
 def make_path(text):
     """A path in a container in its shortest spelling."""
     return re.sub("/+", "/", text).rstrip("/") or "/"
 
 
-def make_volume_names(service, project, before):
-    """{path: volume} for each volume to which nobody gave a name: in the file, or declared by the image.
+def make_volume_names(project, prefix, known, present, seen):
+    """{service: {path: volume}} for each volume to which nobody gave a name: in the file, or by the image.
 
-    It goes by a name of ours, so that whatever is made in the place of a container finds it.  before: {path:
-    volume} as it was in the container before, which an earlier agent may have left to the engine to name.
+    It goes by a name of ours, so that whatever is made in the place of a container finds it.  known, present,
+    seen: what an earlier apply returned and [Container] and {id: Shown} of what there is, where an earlier
+    agent may have left a volume to the engine to name.
     """
-    named, unnamed = find_targets(service)
+    before = {name: dict(facts.get("volumes", {})) for name, facts in known.items()}
+    for container in sorted(present, key=lambda item: item.state == "running"):
+        if container.id in seen:
+            before.setdefault(container.service, {}).update(seen[container.id].volumes)
     volumes = {}
-    for path in sorted(unnamed.union(map(make_path, service.declared)) - named):
-        volumes[path] = before.get(path) or f"{project}_{service.name}_{sha256_digest(path.encode())[7:19]}"
+    for service in project.services:
+        named = set(map(make_path, service.files))
+        unnamed = set(map(make_path, service.declared))
+        for mount in service.mounts:
+            paths = unnamed if mount.kind == "volume" and not mount.source else named
+            paths.add(make_path(mount.target))
+        there = before.get(service.name, {})
+        volumes[service.name] = {path: there.get(path) or (
+            f"{prefix}_{service.name}_{sha256_digest(path.encode())[7:19]}") for path in sorted(unnamed - named)}
     return volumes
 
 
@@ -3804,7 +3818,7 @@ class ComposeDriver:
         items = {"network": project.networks, "volume": project.volumes,
                  "container": dict.fromkeys(containers, [])}
         for kind, wanted in items.items():
-            for name, labels, facts in self.inspect_names(kind, list(wanted)):
+            for name, (labels, facts) in self.inspect_names(kind, list(wanted)).items():
                 owner = labels.get(LABEL_OWNER, "")
                 made_for = labels.get(LABEL_DEPLOYMENT, workload.deployment_id)
                 private = name.startswith(labels.get(LABEL_PROJECT, "/") + "_")
@@ -3819,20 +3833,20 @@ class ComposeDriver:
                                          f" {make_printable(owner, 300)}: {words}")
 
     def inspect_names(self, kind, names, there=()):
-        """[(name, labels, facts)] of the containers, networks or volumes of these names that there are.
+        """{name: (labels, facts)} of the containers, networks or volumes of these names that there are.
 
         facts: as the engine shows it, its words in lower case.  there: what has to be shown, because it is
         there (D-16).
         """
         output = self.run([kind, "inspect"] + names, 60) if names else Output(0, b"", "")
-        found = []
+        found = {}
         for item in parse_answer(output.stdout or b"[]", self.engine, list):
             facts = {key.lower(): value for key, value in item.items()}
             name = facts["name"].lstrip("/")
             labels = facts.get("labels") or facts.get("config", {}).get("Labels") or {}
             if name in names:                       # what is asked for may be the beginning of an id, too
-                found.append((name, labels, facts))
-        if not {name for name, _, _ in found}.issuperset(there):
+                found[name] = labels, facts
+        if not set(there).issubset(found):
             raise CommandError(f"{self.engine} {kind} inspect failed: {output.stderr[-500:]}")
         return found
 
@@ -4111,23 +4125,24 @@ class ComposeDriver:
         workload, project = prepared
         self.free_names(workload.project)
         present = self.look_up(workload)
-        runs = {container.id for container in present if container.state == "running"}
-        volumes = self.look_at_volumes(known, present)
-        job = Job(workload, project, os.path.dirname(workload.folder), known, deadline, {}, runs, volumes)
+        seen = self.inspect([container.id for container in present])
+        restarts = {container.id: seen[container.id].restarts for container in present
+                    if container.state == "running" and container.id in seen}
+        volumes = make_volume_names(project, workload.project, known, present, seen)
+        job = Job(workload, project, os.path.dirname(workload.folder), known, deadline, {}, restarts, volumes)
         check_rivals(project.services)
-        if not self.remote and runs <= {facts.get("id") for facts in known.values()}:   # else who holds what?
+        own = {facts.get("id") for facts in known.values()}
+        if not self.remote and own.issuperset(restarts):        # else who holds what?
             ask_ports(project.services, known)
         finished = self.carry_through(job, present)
         started = {container.id: container.started for container in self.look_up(workload)}
-        seen = self.inspect(job.current.values())
         result = {}
         for service in project.services:
             container_id = job.current.get(service.name, "")
-            volumes = seen[container_id].volumes if container_id in seen else {}
             result[service.name] = {
                 "hash": service.hash, "finished": service.name in finished, "image": service.image,
                 "id": container_id, "started": started.get(container_id, 0), "ports": service.ports,
-                "volumes": {path: volumes[path] for path in sorted(set(volumes) - find_targets(service)[0])}}
+                "volumes": volumes[service.name]}
         return result
 
     def look_up(self, workload):
@@ -4156,15 +4171,18 @@ class ComposeDriver:
         """
         services = job.project.services
         project = job.workload.project
-        new, first, last = plan_networks(job.project.networks, self.look_at_networks(job), project)
+        networks = self.list_networks(job.workload.deployment_id, project, "INSTALL_FAILED",
+                                      job.project.networks)
+        new, first, last = plan_networks(job.project.networks, networks, project)
         changes = plan_services(services, present, job.known, set(new))
-        self.ask_external(job.project, changes.making)
+        volumes = self.create_volumes(job)
+        check_external("network", job.project.networks, networks, changes.making)
+        check_external("volume", job.project.volumes, volumes, changes.making)
         leaving = [container for group in changes.leaving for container in group]
         first = self.ask_free(first, job.project.networks, leaving)
         job.current.update({name: container.id for name, container in changes.kept.items()})
         names = {name: container.name for name, container in changes.kept.items()}
-        self.create_shared(job, "volume", job.project.volumes)
-        self.try_networks(job, new, first)
+        self.try_networks(job, new, [networks[name][1] for name in first])
         if any(container.state not in AT_REST for container in leaving):
             for service in changes.making:
                 self.rehearse(service, job)
@@ -4198,19 +4216,16 @@ class ComposeDriver:
                     network=name)
         return finished
 
-    def look_at_networks(self, job):
-        """The networks that are there of those that the project names or that were made for it.
+    def list_networks(self, deployment_id, project, code, names=()):
+        """{name: (labels, facts)} of the networks of these names and of all that were made for a project.
 
-        {name: (labels, whether it is internal)}; one of somebody else is shown without labels.
+        One of somebody else is shown without labels.
         """
-        mark = f"--filter=label={LABEL_PROJECT}={job.workload.project}"
-        names = self.carry_out(job, ["network", "ls", mark, "--format={{.Name}}"]).stdout.decode().split()
-        there = {}
-        for name, labels, facts in self.inspect_names(
-                "network", sorted({*names, *job.project.networks}), names):
-            ours = is_ours(self.claim, job.workload.deployment_id, labels.get(LABEL_OWNER, ""))
-            there[name] = labels if ours else {}, facts.get("internal", False)
-        return there
+        mark = f"--filter=label={LABEL_PROJECT}={project}"
+        found = self.run(["network", "ls", mark, "--format={{.Name}}"], 60, code).stdout.decode().split()
+        there = self.inspect_names("network", sorted({*found, *names}), found)
+        return {name: (labels if is_ours(self.claim, deployment_id, labels.get(LABEL_OWNER, "")) else {}, facts)
+                for name, (labels, facts) in there.items()}
 
     def ask_free(self, names, wanted, leaving):
         """Those of these networks that nobody uses once these containers have left.
@@ -4230,51 +4245,33 @@ class ComposeDriver:
                 free.append(name)
         return free
 
-    def try_networks(self, job, new, first):
-        """Raises ComponentError for a network that could not be made once the first have gone (K23).
+    def try_networks(self, job, new, going):
+        """Raises ComponentError for a network that could not be made once others have gone (K23).
 
         It is made by another name and removed again, unless it may want addresses that those have still.
+        going: what the engine shows of those.
         """
-        going = make_json([facts for _, _, facts in self.inspect_names("network", first)]).decode()
-        for name, arguments in new.items() if first else ():
+        for name, arguments in new.items() if going else ():
             subnets = find_subnets("\n".join(arguments))
-            held = subnets and find_subnets(going)
+            held = subnets and find_subnets(make_json(going).decode())
             if subnets and not any(one.overlaps(other) for one in subnets for other in held):
                 self.carry_out(job, ["network", "create", *arguments, f"{name}-try"])
                 self.carry_out(job, ["network", "rm", f"{name}-try"])
 
-    def create_shared(self, job, kind, items):
-        """Networks or volumes that are not there yet; items: {name: create arguments, or None}."""
-        for name, arguments in items.items():
-            there = [] if arguments is None else self.inspect_names(kind, [name])
-            for _, _, facts in there:
-                kept = (facts.get("options") or {}).get("type", "") == "tmpfs"
-                if kind == "volume" and kept != ("--opt=type=tmpfs" in arguments):
+    def create_volumes(self, job):
+        """Makes the volumes that are not there yet; those that were, as inspect_names shows them."""
+        labels = make_arguments("--label", make_shared_labels(job.workload))
+        volumes = {name: labels for paths in job.volumes.values() for name in paths.values()}
+        volumes.update(job.project.volumes)
+        there = self.inspect_names("volume", list(volumes))
+        for name, arguments in volumes.items():
+            if arguments is not None and name not in there:
+                self.carry_out(job, ["volume", "create", *arguments, name])
+            elif arguments is not None:
+                kept = (there[name][1].get("options") or {}).get("type", "") == "tmpfs"
+                if kept != ("--opt=type=tmpfs" in arguments):
                     log("warning", "a volume is there with other driver_opts, and stays so", volume=name)
-            if arguments is not None and not there:
-                self.carry_out(job, [kind, "create"] + arguments + [name])
-
-    def ask_external(self, project, services):
-        """Raises ComponentError where services use an external network or volume that is not there.
-
-        To the engine its name could be the beginning of another one's id.
-        """
-        used = {item.network for service in services for item in service.networks}
-        used.update(mount.source for service in services for mount in service.mounts)
-        for kind, items in (("network", project.networks), ("volume", project.volumes)):
-            names = {name for name, arguments in items.items() if arguments is None and name in used}
-            for name in sorted(names.difference(item[0] for item in self.inspect_names(kind, list(names)))):
-                raise ComponentError("INSTALL_FAILED", f"there is no {kind} {name} on this device;"
-                                     " `external: true` takes one that is there")
-
-    def look_at_volumes(self, known, present):
-        """{service: {path: volume}} of what is there for each service, or was when it was installed."""
-        volumes = {name: dict(facts.get("volumes", {})) for name, facts in known.items()}
-        seen = self.inspect([container.id for container in present])
-        for container in sorted(present, key=lambda item: item.state == "running"):
-            if container.id in seen:
-                volumes.setdefault(container.service, {}).update(seen[container.id].volumes)
-        return volumes
+        return there
 
     def create_all(self, job, networks, services, leaving, names):
         """Makes networks and containers, and gives each container the name of its service.
@@ -4282,7 +4279,8 @@ class ComposeDriver:
         One that leaves and has that name gets another one before.  names: {service: name} of containers that
         are kept.  Nothing is stopped yet, so that this is no part of the outage.
         """
-        self.create_shared(job, "network", networks)
+        for name, arguments in networks.items():
+            self.carry_out(job, ["network", "create", *arguments, name])
         held = {container.name: container.id for container in leaving}
         making = {service.name: service for service in services}
         for service in [*names, *making]:
@@ -4337,11 +4335,8 @@ class ComposeDriver:
                                  f"service {service.name} could not be started: {self.engine}: {words}")
 
     def prepare_options(self, service, job):
-        """The options of `create` for a service; its files are written, and its volumes made."""
-        project = job.workload.project
-        volumes = make_volume_names(service, project, job.volumes.get(service.name, {}))
-        labels = make_arguments("--label", make_shared_labels(job.workload))
-        self.create_shared(job, "volume", {volume: labels for volume in volumes.values()})
+        """The options of `create` for a service; its files are written."""
+        volumes = job.volumes[service.name]
         # Else podman hands in the agent's own proxy, password and all.
         options = ["--http-proxy=false"] if self.engine == "podman" else []
         options += self.write_environment(service, job.folder) + self.write_files(service, job.folder)
@@ -4351,7 +4346,7 @@ class ComposeDriver:
         first = service.networks[0]
         options.append(f"--network={first[0]}")
         for owner in service.shares:                # whose container may have another name yet
-            name = f"=container:{make_container_name(project, owner)}"
+            name = f"=container:{make_container_name(job.workload.project, owner)}"
             now = f"=container:{job.current[owner]}"
             options = [option[:-len(name)] + now if option.endswith(name) else option for option in options]
         if self.engine == "podman" and any(option.endswith(":host-gateway") for option in options):
@@ -4475,17 +4470,16 @@ class ComposeDriver:
         complete: wait for their end instead.
         """
         settle = self.config.runtime.settle if settle is None else settle
-        checks, before, calm = {}, None, None
+        checks, calm = {}, None
         began = time.monotonic()
         secrets = job.workload.parameters.values()
         while True:
             seen = self.inspect([job.current[name] for name in names])
-            before = before or {key: seen[key].restarts if key in job.runs else 0 for key in seen}
             facts = {}
             for name in names:
                 key = job.current[name]
                 if key in seen:
-                    restarts = seen[key].restarts - before.get(key, 0)
+                    restarts = seen[key].restarts - job.restarts.get(key, 0)
                     health = self.ask_health(key, seen[key], checks)
                     facts[name] = seen[key]._replace(restarts=restarts, health=health)
             failure, waiting, finished = judge_startup(names, facts, complete)
@@ -4609,10 +4603,8 @@ class ComposeDriver:
         self.free_names(project)
         there = find_containers(deployment_id, containers, component, "compose")
         self.remove_containers(there[::-1], deadline)
-        arguments = ["network", "ls", f"--filter=label={LABEL_PROJECT}={project}", "--format={{.Name}}"]
-        output = self.run(arguments, 60, "REMOVE_FAILED")
-        for name, labels, _ in self.inspect_names("network", output.stdout.decode().split()):
-            if is_ours(self.claim, deployment_id, labels.get(LABEL_OWNER, "")):
+        for name, (labels, _) in self.list_networks(deployment_id, project, "REMOVE_FAILED").items():
+            if labels:
                 self.run(["network", "rm", name], 60, "REMOVE_FAILED")
         for container in find_containers(deployment_id, self.observe(), component):
             raise ComponentError("REMOVE_FAILED", f"container {container.name} is still there")
