@@ -3698,20 +3698,23 @@ def make_compose_driver(config, child=None, others=(), environ=None):
     """
     environ = dict(os.environ if environ is None else environ)
     environ.update(get_temporary(config.state_dir, environ))
+    setting = config.runtime.engine if config.runtime.compose != "off" else ""
     if child:
-        kinds = {CONNECTIONS.get(key) for key in child[1]} & {"podman", "docker"}
         environ = make_child_environment(environ, child[1])
-        engine = kinds and find_engine(max(kinds), environ)
-        return ComposeDriver(engine, config, environ, child, ["", *others]) if engine else None
-    engine = find_engine(config.runtime.engine, environ)
-    if config.runtime.compose == "off" or engine is None:
-        return None
-    return ComposeDriver(engine, config, environ, others=others)
+        setting = max({CONNECTIONS.get(key) for key in child[1]} & {"podman", "docker"}, default="")
+        others = ["", *others]
+    engine = setting and find_engine(setting, environ)
+    return ComposeDriver(engine, config, environ, child or ("", {}), others) if engine else None
 
 
 # Where podman looks for its own helpers, beside PATH.
 HELPER_FOLDERS = ("/usr/local/libexec/podman", "/usr/local/lib/podman", "/usr/libexec/podman",
                   "/usr/lib/podman")
+
+
+def list_active(containers):
+    """[id] of those containers that there is something to stop of."""
+    return [container.id for container in containers if container.state not in AT_REST]
 
 
 def find_containers(deployment_id, containers, component=None, kind=None):
@@ -4179,37 +4182,36 @@ class ComposeDriver:
         check_external("network", job.project.networks, networks, changes.making)
         check_external("volume", job.project.volumes, volumes, changes.making)
         leaving = [container for group in changes.leaving for container in group]
+        stopping = [list_active(group) for group in changes.leaving]
         first = self.ask_free(first, job.project.networks, leaving)
         job.current.update({name: container.id for name, container in changes.kept.items()})
-        names = {name: container.name for name, container in changes.kept.items()}
         self.try_networks(job, new, [networks[name][1] for name in first])
-        if any(container.state not in AT_REST for container in leaving):
-            for service in changes.making:
-                self.rehearse(service, job)
+        for service in changes.making if any(stopping) else ():
+            self.rehearse(service, job)
         if not first:
-            self.create_all(job, new, changes.making, leaving, names)
+            self.create_all(job, new, changes.kept, leaving)
         try:
             stopped = job.deadline
-            for group in changes.leaving:
-                active = [container.id for container in group if container.state not in AT_REST]
-                stopped = self.stop(active, stopped) if active else stopped
+            for ids in stopping:
+                stopped = self.stop(ids, stopped)
             if first:
-                self.remove_containers(leaving, job.deadline)
+                self.discard([container.id for container in leaving], job.deadline)
                 leaving = []
                 for name in first:
                     self.carry_out(job, ["network", "rm", name])
-                self.create_all(job, new, changes.making, leaving, names)
+                self.create_all(job, new, changes.kept, leaving)
             for service in services:
                 self.await_dependencies(service, job)
-                if service.name not in changes.idle:
-                    self.start(service, job, service.name in changes.kept)
+                if service.name not in changes.idle and not self.start(service, job, changes.kept):
+                    return self.carry_through(job, self.look_up(job.workload))
             names = [service.name for service in services]
-            finished = self.await_startup(names, job) if job.workload.wait else set()
+            settle = self.config.runtime.settle
+            finished = self.await_startup(names, job, settle) if job.workload.wait else set()
         except FAULTS:
             if leaving and self.config.runtime.on_failure != "rollback":    # kept for the way back alone
                 self.run(["rm", "--force"] + [container.id for container in leaving], 60)
             raise
-        self.remove_containers([container._replace(state="exited") for container in leaving], job.deadline)
+        self.discard([container.id for container in leaving], job.deadline)
         for name in last:
             if self.run(["network", "rm", name], 60).code:
                 log("warning", "a network that is not needed any more stays: somebody else uses it",
@@ -4273,24 +4275,23 @@ class ComposeDriver:
                     log("warning", "a volume is there with other driver_opts, and stays so", volume=name)
         return there
 
-    def create_all(self, job, networks, services, leaving, names):
-        """Makes networks and containers, and gives each container the name of its service.
+    def create_all(self, job, networks, kept, leaving):
+        """Makes networks and what is not kept of the containers, each by the name of its service.
 
-        One that leaves and has that name gets another one before.  names: {service: name} of containers that
-        are kept.  Nothing is stopped yet, so that this is no part of the outage.
+        One that leaves and has that name gets another one before.  Nothing is stopped yet, so that this is no
+        part of the outage.
         """
         for name, arguments in networks.items():
             self.carry_out(job, ["network", "create", *arguments, name])
         held = {container.name: container.id for container in leaving}
-        making = {service.name: service for service in services}
-        for service in [*names, *making]:
-            own = make_container_name(job.workload.project, service)
-            if own in held:                         # it may have gone meanwhile
-                self.run(["rename", held[own], f"{own}-old-{held[own][:12]}"], 60)
-            if service in making:
-                job.current[service] = self.create(making[service], job, own)
-            elif names[service] != own:
-                self.carry_out(job, ["rename", job.current[service], own])
+        for service in job.project.services:
+            name = make_container_name(job.workload.project, service.name)
+            if name in held:                        # it may have gone meanwhile
+                self.run(["rename", held[name], f"{name}-old-{held[name][:12]}"], 60)
+            if service.name not in kept:
+                job.current[service.name] = self.create(service, job, name)
+            elif kept[service.name].name != name:
+                self.carry_out(job, ["rename", kept[service.name].id, name])
 
     def create(self, service, job, name):
         """Makes the container of a service, joined to its networks, not started yet; its id.
@@ -4402,17 +4403,19 @@ class ComposeDriver:
             self.pull(asked, PULL_TIMEOUT)
 
     def start(self, service, job, kept):
-        """Starts a service's container; a kept one that cannot start is made anew, with its network's."""
-        start = ["start", job.current[service.name]]
-        if not kept:
-            self.carry_out(job, start)
-        elif self.run(start, job.deadline - time.monotonic()).code:
+        """Starts a service's container; False where a kept one could not be started and is removed.
+
+        So are those of the services that share a namespace of it.
+        """
+        arguments = ["start", job.current[service.name]]
+        if service.name not in kept:
+            self.carry_out(job, arguments)
+        elif self.run(arguments, job.deadline - time.monotonic()).code:
             log("warning", "a container that cannot be started is made anew", service=service.name)
-            again = [item for item in job.project.services if service.name in (item.name, *item.shares)]
-            for item in reversed(again):
-                self.carry_out(job, ["rm", "--force", job.current[item.name]])
-            self.create_all(job, {}, again, [], {})
-            self.carry_out(job, ["start", job.current[service.name]])
+            sharing = [item.name for item in job.project.services if service.name in item.shares]
+            self.discard([job.current[name] for name in [*sharing, service.name]], job.deadline)
+            return False
+        return True
 
     def write_environment(self, service, folder):
         """The environment by a file of mode 0600, never on a command line; what no line can hold, by name."""
@@ -4460,16 +4463,15 @@ class ComposeDriver:
             names = [name for name, (wanted, _) in service.depends_on.items()
                      if wanted == condition and name in job.current]
             if names:
-                self.await_startup(names, job, settle=0, complete=condition.endswith("successfully"))
+                self.await_startup(names, job, 0, condition.endswith("successfully"))
 
-    def await_startup(self, names, job, settle=None, complete=False):
-        """Waits until all these services run, are healthy, and stay so for runtime.settle.
+    def await_startup(self, names, job, settle, complete=False):
+        """Waits until all these services run, are healthy, and stay so for `settle` seconds.
 
         Returns the set of those that finished with exit code 0.  Raises ComponentError at once for one that
         failed (C-164), or when the time is over.  Earlier restarts of what ran before are forgiven.
         complete: wait for their end instead.
         """
-        settle = self.config.runtime.settle if settle is None else settle
         checks, calm = {}, None
         began = time.monotonic()
         secrets = job.workload.parameters.values()
@@ -4483,39 +4485,34 @@ class ComposeDriver:
                     health = self.ask_health(key, seen[key], checks)
                     facts[name] = seen[key]._replace(restarts=restarts, health=health)
             failure, waiting, finished = judge_startup(names, facts, complete)
+            now = time.monotonic()
+            late = now > job.deadline
+            if waiting and late:
+                words = f"not up within {job.deadline - began:.0f} s: {', '.join(waiting.values())}"
+                failure = next(iter(waiting)), "INSTALL_TIMEOUT", words
             if failure:
                 name, code, words = failure
                 raise ComponentError(code, mask(words, secrets) + self.tail_log(job.current[name], secrets))
-            now = time.monotonic()
             calm = None if waiting else calm or now
             restless = any(not facts[name].health for name in names if name not in finished)
-            if not waiting and (not restless or now - calm >= settle or now > job.deadline):
+            if not waiting and (not restless or late or now - calm >= settle):
                 return finished
-            if now > job.deadline:
-                words = f"not up within {job.deadline - began:.0f} s: {', '.join(waiting.values())}"
-                log_end = self.tail_log(job.current[next(iter(waiting))], secrets)
-                raise ComponentError("INSTALL_TIMEOUT", words + log_end)
             time.sleep(min(0.5, max(0.1, settle / 4)))
 
     def ask_health(self, container_id, seen, checks):
         """The health of a container in the engine's word, "" where nobody checks it.
 
-        podman may have nobody to run a check: it is run here.  A miss counts once an interval, after the
-        start period.  checks: {container: (word, misses, when the last one counted)}, which is kept up.
+        podman may have nobody to run a check: it is run here.  It may fail for so many intervals after the
+        start period, or after it passed last.  checks: {container: (word, until when it may fail)}, kept up.
         """
         if self.engine != "podman" or not seen.check or seen.state != "running":
             return seen.health
         now = time.monotonic()
-        word, misses, last = checks.get(container_id, ("starting", 0, now + seen.check.start))
+        patience = seen.check.interval * seen.check.retries
         if self.run(["healthcheck", "run", container_id], 120).code == 0:
-            word, misses = "healthy", 0
-        elif now - last >= seen.check.interval:
-            misses += 1
-            last = now
-        if misses >= seen.check.retries:
-            word = "unhealthy"
-        checks[container_id] = word, misses, last
-        return word
+            checks[container_id] = "healthy", now + patience
+        word, until = checks.setdefault(container_id, ("starting", now + seen.check.start + patience))
+        return "unhealthy" if now >= until else word
 
     def tend(self, containers, chance):
         """Runs one health check a cycle, of a container by chance, where podman has no systemd that does.
@@ -4555,6 +4552,8 @@ class ComposeDriver:
         Returns the deadline for what follows.  One that is not there any more is passed over.
         """
         patience = ["--ignore"] if self.engine == "podman" else []
+        if not ids:
+            return deadline
         try:
             code = self.run(["stop"] + patience + ids, deadline - time.monotonic()).code
         except CommandTimeout:
@@ -4568,11 +4567,12 @@ class ComposeDriver:
 
     def remove_containers(self, containers, deadline):
         """Stops containers within their own grace period and removes them."""
-        ids = [container.id for container in containers]
-        active = [container.id for container in containers if container.state not in AT_REST]
-        if active:
-            deadline = self.stop(active, deadline)  # what cannot be stopped is removed by force
-        for _ in containers:                        # one whose network another one shares goes after that one
+        deadline = self.stop(list_active(containers), deadline)     # what cannot be is removed by force
+        self.discard([container.id for container in containers], deadline)
+
+    def discard(self, ids, deadline):
+        """Removes containers; one whose namespace another one shares goes after that one."""
+        for _ in ids[:]:
             output = self.run(["rm", "--force"] + ids, deadline - time.monotonic())
             if not output.code:
                 return

@@ -78,8 +78,8 @@ class Matrix(support.SharesEngine):
         networks = self.driver.list_networks(support.HELLO, PROJECT, "INSTALL_FAILED", project.networks)
         margo_agent.check_external("network", project.networks, networks, project.services)
         margo_agent.check_external("volume", project.volumes, self.driver.create_volumes(job), project.services)
-        new = margo_agent.plan_networks(project.networks, networks, PROJECT)[0]
-        self.driver.create_all(job, new, [], [], {})
+        for name, arguments in margo_agent.plan_networks(project.networks, networks, PROJECT)[0].items():
+            self.driver.carry_out(job, ["network", "create", *arguments, name])
         service = next((service for service in project.services if service.name == "main"), None)
         if service is None:                         # it has a profile, which nobody asked for
             raise margo_agent.ComponentError("INVALID_DEPLOYMENT", "there is no such service")
