@@ -3478,28 +3478,29 @@ def mask(text, values):
 def is_usable(container, service, known):
     """Whether a container was made for a service as it is wanted, and can go on from its state."""
     ours = not known or known["hash"] != service.hash or known.get("id", container.id) == container.id
-    return ours and container.hash == service.hash and container.state in (
-        "running", "exited", "created", "initialized", "stopped", "restarting")
+    return ours and (container.service, container.hash) == (service.name, service.hash) and (
+        container.state in AT_REST or container.state in ("running", "restarting"))
 
 
 def plan_services(services, present, known, networks):
     """The Changes that lead from what is there to what is wanted (P-7, P-16).
 
     present: [Container] of this component; known: what an earlier apply returned; networks: names of those
-    that are about to be made.  Whose network is made anew, or who shares a namespace of a service that starts
-    anew, is made anew, too.
+    that are about to be made.  Made anew is, too, whose network is, who shares a namespace of a service that
+    starts anew, and who holds a port or address that one needs which is made before it.
     """
     kept, making = {}, []
     idle = set()
+    rivals = find_rivals(services)
     for service in services:
         facts = known.get(service.name)
-        mine = [item for item in present if item.service == service.name]
-        usable = [item for item in mine if is_usable(item, service, facts)]
-        joined = {name for name, *_ in service.networks} & networks
-        if usable and not joined and idle.issuperset(service.shares):
-            container = min(usable, key=lambda item: item.state != "running")
-            kept[service.name] = container
-            if container.state == "running" or facts and facts["finished"] and facts["hash"] == service.hash:
+        usable = [item for item in present if is_usable(item, service, facts)]
+        running = [item for item in usable if item.state == "running"]
+        displaced = running and any((service.name, other.name) in rivals for other in making)
+        joined = networks.intersection(item.network for item in service.networks)
+        if usable and not displaced and not joined and idle.issuperset(service.shares):
+            kept[service.name] = (running or usable)[0]
+            if running or facts and facts["finished"] and facts["hash"] == service.hash:
                 idle.add(service.name)
         else:
             making.append(service)
@@ -3571,14 +3572,24 @@ def make_trial(service, engine):
     return service._replace(arguments=arguments, shares=(), hash="", networks=[Attachment("none", None, None)])
 
 
-def find_subnets(text):
-    """The subnets in create arguments of a network, a line each, or in what an engine shows, as JSON."""
-    import ipaddress
-    try:
-        return [ipaddress.ip_network(subnet, False)
-                for subnet in re.findall('(?im)(?:^--subnet=|"subnet": *")([^"\n]*)', text)]
-    except ValueError as error:
-        raise make_fault(f"networks: {error}") from None
+def check_addresses(services, project, engine, there=None):
+    """Raises ComponentError for an address that a network cannot give: an engine says so at the start alone.
+
+    there: {name: (labels, facts)} of the networks that are there by now; without it an external one is passed
+    over, and one of which podman will choose the subnet.  Docker gives none out of what it has chosen itself.
+    """
+    for service in services:
+        for network, _, options in service.networks:
+            arguments = project.networks.get(network)
+            text = "\n".join(arguments or ())
+            chosen = arguments is None or engine == "podman" and "--subnet=" not in text
+            if chosen and there is not None:
+                text = make_json(there.get(network)).decode()
+            for option in (options or ()) if there is not None or not chosen else ():
+                kind, _, address = option.partition("=")
+                if kind in ("--ip", "--ip6") and not may_have_address(text, address):
+                    raise make_fault(f"services.{service.name}.networks: {make_printable(address, 60)!r} lies in"
+                                     f" no `subnet` of network {network}, or is the host's own there")
 
 
 def check_external(kind, wanted, there, services):
@@ -3594,24 +3605,32 @@ def check_external(kind, wanted, there, services):
                              " `external: true` takes one that is there")
 
 
+def find_rivals(services):
+    """{(service, an earlier one): what both would have}, of the host's ports and addresses in networks."""
+    taken, rivals = {}, {}
+    for service in services:
+        things = list(service.ports)
+        for network, _, options in service.networks:
+            things += [("", network, option.strip("-")) for option in options or ()]
+        for address, *key in things:
+            holders = taken.setdefault(tuple(key), [])
+            for held, other in holders:
+                if held == address or "" in (held, address):
+                    rivals[service.name, other] = f"{key[0]} {key[1]}"
+            holders.append((address, service.name))
+    return rivals
+
+
 def check_rivals(services):
     """Raises ComponentError for a port of the host, or an address, that two services would have at a time.
 
     Who waits for another one's end can have what that had.
     """
     awaited = [pair for service in services for pair in service.depends_on.items()]
-    ended = [name for name, (condition, _) in awaited if condition == "service_completed_successfully"]
-    taken = {}
-    for service in services:
-        things = list(service.ports)
-        for network, _, options in service.networks:
-            things += [("", network, option.strip("-")) for option in options or ()]
-        for address, *key in things if service.name not in ended else ():
-            rivals = taken.setdefault(tuple(key), {})
-            if address in rivals or rivals and "" in (address, *rivals):
-                raise make_fault(f"services.{service.name}: it cannot have {key[0]} {key[1]} beside service"
-                                 f" {next(iter(rivals.values()))}")
-            rivals[address] = service.name
+    ended = {name for name, (condition, _) in awaited if condition == "service_completed_successfully"}
+    for names, thing in find_rivals(services).items():
+        if ended.isdisjoint(names):
+            raise make_fault(f"services.{names[0]}: it cannot have {thing} beside service {names[1]}")
 
 
 def ask_ports(services, known):
@@ -3992,6 +4011,7 @@ class ComposeDriver:
         try:
             text = read_inside(folder, "compose.yaml", "compose.yaml").encode("utf-8", "surrogateescape")
             project = make_project(load_yaml(text), workload, self.config.policy, self.engine, folder)
+            check_addresses(project.services, project, self.engine)
         except YAMLError as error:
             raise make_fault(str(error)) from None
         except ComponentError as error:             # it may show what a parameter has put into the file
@@ -4188,8 +4208,11 @@ class ComposeDriver:
         self.try_networks(job, new, [networks[name][1] for name in first])
         for service in changes.making if any(stopping) else ():
             self.rehearse(service, job)
+        there = {name: item for name, item in networks.items() if name not in first}
         if not first:
             self.create_all(job, new, changes.kept, leaving)
+            there.update(self.inspect_names("network", list(new)))
+        check_addresses(changes.making, job.project, self.engine, there)
         try:
             stopped = job.deadline
             for ids in stopping:
@@ -4254,8 +4277,8 @@ class ComposeDriver:
         going: what the engine shows of those.
         """
         for name, arguments in new.items() if going else ():
-            subnets = find_subnets("\n".join(arguments))
-            held = subnets and find_subnets(make_json(going).decode())
+            subnets = find_ranges("subnet", "\n".join(arguments))
+            held = subnets and find_ranges("subnet", make_json(going).decode())
             if subnets and not any(one.overlaps(other) for one in subnets for other in held):
                 self.carry_out(job, ["network", "create", *arguments, f"{name}-try"])
                 self.carry_out(job, ["network", "rm", f"{name}-try"])
@@ -5402,6 +5425,10 @@ def make_networks(document, workload):
         arguments = make_options(value, ("internal", "enable_ipv6"))
         for item in value.ipam.config:
             arguments += make_options(item, ("subnet", "gateway", "ip_range"))
+        try:
+            find_ranges("subnet", "\n".join(arguments))
+        except ValueError as error:
+            raise make_fault(f"networks.{name}.ipam: {error}") from None
         mark = sha256_digest(make_json(make_arguments("--label", value.labels) + arguments))[7:39]
         networks[name] = make_shared(name, value, workload, f"networks.{name}",
                                      arguments + [f"--label={LABEL_HASH}={mark}"])
@@ -5636,11 +5663,7 @@ def make_attachments(name, service, reading, where):
     wanted = service.networks or read_value(["default"], SERVICE_FORM["networks"])
     joined = []
     for network, value in sorted(wanted.items(), key=lambda pair: -(pair[1].priority or 0)):
-        own, arguments = find_member(reading.networks, network, f"{where}.networks", "networks")
-        for address in filter(None, (value.ipv4_address, value.ipv6_address)):
-            if not may_have_address(arguments, address, reading.engine):
-                raise make_fault(f"{where}.networks.{network}: {make_printable(address, 60)!r} lies in no"
-                                 " `subnet` of this network's `ipam`")
+        own = find_member(reading.networks, network, f"{where}.networks", "networks")[0]
         options = make_options(value, ("ipv4_address", "ipv6_address", "mac_address"))
         aliases = dict.fromkeys((value.aliases or []) + reading.aliases.get(name, []))
         for alias in aliases:
@@ -5649,19 +5672,33 @@ def make_attachments(name, service, reading, where):
     return joined
 
 
-def may_have_address(arguments, address, engine):
-    """Whether a network with these create arguments can give an address; nobody knows where it is external.
-
-    Docker gives none out of a subnet that it has chosen itself.
+def find_ranges(kind, text):
+    """The subnets, gateways or ip_ranges of a network in its create arguments, a line each, or in what an
+    engine shows, as JSON; raises ValueError.
     """
     import ipaddress
-    subnets = [text[len("--subnet="):] for text in arguments or () if text.startswith("--subnet=")]
-    if arguments is None or engine == "podman" and not subnets:
-        return True
+    return [ipaddress.ip_network(item, False)
+            for item in re.findall(f'(?im)(?:^--|"){kind}(?:=|": *")([^"\n]+)', text)]
+
+
+def may_have_address(text, address):
+    """Whether a container can have an address in a network, by what find_ranges takes.
+
+    The ends of a subnet are nobody's, and the gateway is the host.
+    """
+    import ipaddress
     try:
-        return any(ipaddress.ip_address(address) in ipaddress.ip_network(text, False) for text in subnets)
+        address = ipaddress.ip_address(address)
+        subnets, gateways, ranges = [find_ranges(kind, text) for kind in ("subnet", "gateway", "ip-?range")]
     except ValueError:
         return False
+    for subnet in subnets:
+        if address in subnet:
+            taken = [item.network_address for item in gateways if item.network_address in subnet]
+            if not taken and not ranges:            # of which docker takes the first one
+                taken = [subnet.network_address + 1]
+            return address not in (subnet.network_address, subnet.broadcast_address, *taken)
+    return False
 
 
 def make_container_name(project, service):

@@ -239,6 +239,9 @@ class OnPodman(unittest.TestCase):
             taken.listen(1)
             cases = self.REFUSED + [
                 (dict(ports=[f"127.0.0.1:{taken.getsockname()[1]}:80"]), {}, "another program holds"),
+                (dict(networks={"default": {"ipv4_address": "10.9.9.9"}}), {}, "lies in no `subnet`"),
+                (dict(networks={"default": {"ipv4_address": f"{self.subnet}.129"}}),
+                 {"networks": {"default": {"ipam": {"config": [{"subnet": f"{self.subnet}.128/25"}]}}}}, "the host's own"),
                 (dict(command=["/nothing"]), {}, "/nothing"), (dict(entrypoint=["nothing"]), {}, "nothing"),
                 (dict(entrypoint=["/tmp"]), {}, "permission denied"), (dict(user="ghost"), {}, "unable to find user ghost"), (dict(group_add=["ghosts"]), {}, "(?i)unable to find group ghosts"),
                 (dict(sysctls={"net.no.such": "1"}), {}, "/proc/sys/net/no/such"), (dict(volumes=["/etc/hostname:/bin"]), {}, "(?i)not a directory"),
@@ -252,6 +255,20 @@ class OnPodman(unittest.TestCase):
         self.apply(known, services={"main": sleep(init=True, user="0:0", working_dir="/tmp")})
         self.assertEqual(len(self.look()), 1)
         self.assertNotEqual(self.look(), before)
+
+    def test_a_task_takes_the_port_of_who_waits_for_it(self):
+        """It runs unchanged from the version before, and the task is new: an engine has the port only once it has stopped."""
+        port = f"127.0.0.1:{support.free_port()}:80"
+
+        def make(value, **keys):
+            return {"setup": sleep(command=["sh", "-c", f"exit 0 # {value}"], **keys),
+                    "main": sleep(ports=[port], depends_on={"setup": {"condition": "service_completed_successfully"}})}
+        known = self.apply(services=make("1"))
+        before = self.look()
+        again = self.apply(known, services=make("2", ports=[port]))
+        self.assertEqual([facts["finished"] for facts in again.values()], [True, False])
+        self.assertNotEqual(self.look(), before)
+        self.apply(again, services={"main": sleep(init=True)})      # as the other test begins
 
     # Of this engine alone: docker makes a working_dir.
     REFUSED = [(dict(working_dir="/nowhere"), {}, "/nowhere"), (dict(mem_limit="1k"), {}, "memory limit"), (dict(ulimits={"nofile": 2073741816}), {}, "rlimit"),
