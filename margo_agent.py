@@ -3398,6 +3398,9 @@ Check = define("Check", "interval retries start",
 # How docker shows a container, in podman's form.
 DOCKER_FORM = ('{"Id":{{json .ID}},"Names":[{{json .Names}}],"State":{{json .State}},'
                '"Status":{{json .Status}},"Labels":{%s}}')
+# What podman, or docker, says of itself, by our words.
+INFO = {"architecture": ("arch", "Architecture"), "root": ("graphRoot", "DockerRootDir"),
+        "version": ("Version", "ServerVersion"), "network": ("networkBackend",)}
 PULL_NOTE = 60                      # seconds between two lines of the log about a pull
 LOG_LINES = 4000                    # of a log that are looked at for its end
 MAX_LOG = 256 * KIB                 # bytes of them
@@ -3550,7 +3553,7 @@ def plan_networks(wanted, there, project):
 
 
 # Options of `create` that a trial goes without: they need a network, or another container, or a run.
-UNTRIED = ("--(init\\Z|publish|add-host|dns|mac-address|health|no-health|restart|pid=c|ipc=c)|"
+UNTRIED = ("--(init\\Z|volume|tmpfs|publish|add-host|dns|mac-address|health|no-health|restart|pid=c|ipc=c)|"
            "--sysctl=\"?net[./]ipv[46][./](conf|neigh)[./]")
 
 
@@ -3560,14 +3563,10 @@ def make_trial(service, engine):
     Docker can only start it, so that it is made unstartable.  Nothing is labelled anew for SELinux while
     another container uses it.
     """
-    arguments = []
-    for argument in service.arguments:
-        head, _, options = argument.rpartition(":")
-        if argument.startswith("--volume=") and "/" not in options:
-            options = ",".join(option for option in options.split(",") if option not in "zZ")
-            argument = ":".join(filter(None, [head, options]))
-        if not re.match(UNTRIED, argument):
-            arguments.append(argument)
+    arguments = [argument for argument in service.arguments if not re.match(UNTRIED, argument)]
+    for mount in service.mounts:
+        options = [option for option in mount.options if option not in ("z", "Z")]
+        arguments.append(make_mount_argument(mount._replace(options=options)))
     arguments += UNSTARTABLE if engine != "podman" else []
     return service._replace(arguments=arguments, shares=(), hash="", networks=[Attachment("none", None, None)])
 
@@ -3900,11 +3899,10 @@ class ComposeDriver:
         """
         if not self.info:
             told = self.ask([self.engine, "info", "--format={{json .}}"])
-            host, store, version = (told.get(key) or {} for key in ("host", "store", "version"))
-            self.info = {"architecture": host.get("arch") or told.get("Architecture", ""),
-                         "root": store.get("graphRoot") or told.get("DockerRootDir", ""),
-                         "version": version.get("Version") or told.get("ServerVersion", ""),
-                         "network": host.get("networkBackend", "")}
+            for part in ("host", "store", "version"):
+                told.update(told.get(part) or {})
+            self.info = {key: next((told[name] for name in names if told.get(name)), "")
+                         for key, names in INFO.items()}
         return self.info
 
     def list_lacks(self):
@@ -4261,13 +4259,13 @@ class ComposeDriver:
         for name in names:
             form = ["--all", "--no-trunc", f"--filter=network={name}", "--format={{.ID}}"]
             ids = self.run(["ps"] + form, 60, "INSTALL_FAILED").stdout.decode().split()
-            strange = [item for item in ids if item not in {container.id for container in leaving}]
-            if strange and name in wanted:
-                words = f"network {name} is defined anew, and container {strange[0][:12]} is in it"
-                raise ComponentError(
-                    "INSTALL_FAILED", f"{words}, which is not of this component: disconnect it")
+            strange = set(ids).difference(container.id for container in leaving)
             if not strange:
                 free.append(name)
+            elif name in wanted:
+                words = f"network {name} is defined anew, and container {min(strange)[:12]} is in it"
+                raise ComponentError(
+                    "INSTALL_FAILED", f"{words}, which is not of this component: disconnect it")
         return free
 
     def try_networks(self, job, new, going):
@@ -4393,13 +4391,12 @@ class ComposeDriver:
         if self.engine != "podman":
             return
         output = self.run(["ps", "--all", "--external", "--format=json"], 60)
-        held = parse_answer(output.stdout.strip() or b"[]", self.engine, lambda items: {
-            item["Id"]: item["Names"] for item in items or () if item["State"] == "storage"})
-        for container_id, names in held.items():
-            if any(name.startswith(project + "-") for name in names or ()):
+        for item in parse_answer(output.stdout.strip() or b"[]", self.engine, lambda items: items or ()):
+            names = [name for name in item["Names"] or () if name.startswith(project + "-")]
+            if names and item["State"] == "storage":
                 log("warning", "a name is freed that the engine's storage held for no container",
                     container=names[0])
-                self.run(["rm", "--force", container_id], 60)
+                self.run(["rm", "--force", item["Id"]], 60)
 
     def renew_image(self, service, job):
         """Pulls an image of ours anew where not even a bare container can be made of it (P-1).
@@ -4676,8 +4673,7 @@ def part_containers(containers, claim):
 
 def find_health(state, status):
     """(state, health) of a container from its state and its status, where `ps` alone shows it."""
-    health = re.search(r"\((?:health: )?(healthy|unhealthy|starting)\)\Z", str(status))
-    health = health.group(1) if health else ""
+    (health,) = re.findall(r"\((?:health: )?(healthy|unhealthy|starting)\)\Z", str(status)) or [""]
     return "unhealthy" if (state, health) == ("running", "unhealthy") else state, health
 
 
