@@ -3568,7 +3568,8 @@ def make_trial(service, engine):
         options = [option for option in mount.options if option not in ("z", "Z")]
         arguments.append(make_mount_argument(mount._replace(options=options)))
     arguments += UNSTARTABLE if engine != "podman" else []
-    return service._replace(arguments=arguments, shares=(), hash="", networks=[Attachment("none", None, None)])
+    return service._replace(arguments=arguments, shares=(), hash="",
+                            networks=[Attachment("none", None, None)])
 
 
 def check_addresses(services, project, engine, there=None):
@@ -3587,8 +3588,9 @@ def check_addresses(services, project, engine, there=None):
             for option in (options or ()) if there is not None or not chosen else ():
                 kind, _, address = option.partition("=")
                 if kind in ("--ip", "--ip6") and not may_have_address(text, address):
-                    raise make_fault(f"services.{service.name}.networks: {make_printable(address, 60)!r} lies in"
-                                     f" no `subnet` of network {network}, or is the host's own there")
+                    where = f"services.{service.name}.networks"
+                    raise make_fault(f"{where}: {make_printable(address, 60)!r} lies in no `subnet` of network"
+                                     f" {network}, or is the host's own there")
 
 
 def check_external(kind, wanted, there, services):
@@ -3683,8 +3685,10 @@ def make_volume_names(project, prefix, known, present, seen):
             paths = unnamed if mount.kind == "volume" and not mount.source else named
             paths.add(make_path(mount.target))
         there = before.get(service.name, {})
-        volumes[service.name] = {path: there.get(path) or (
-            f"{prefix}_{service.name}_{sha256_digest(path.encode())[7:19]}") for path in sorted(unnamed - named)}
+        volumes[service.name] = {}
+        for path in sorted(unnamed - named):
+            name = f"{prefix}_{service.name}_{sha256_digest(path.encode())[7:19]}"
+            volumes[service.name][path] = there.get(path) or name
     return volumes
 
 
@@ -3775,7 +3779,7 @@ class ComposeDriver:
         remote = set(CONNECTIONS) - {"CONTAINERS_STORAGE_CONF", "KUBECONFIG"}
         self.remote = not remote.isdisjoint(self.connection)
 
-    def run(self, arguments, timeout, code=None, more=None):
+    def run(self, arguments, code=None, timeout=60, more=None):
         """The Output of one engine command; more: for its environment.
 
         With `code` a failure raises ComponentError of that code.
@@ -3799,7 +3803,7 @@ class ComposeDriver:
         if self.engine != "podman":
             form = DOCKER_FORM % ",".join(f'"{name}":{{{{json (.Label "{name}")}}}}' for name in LABELS)
         options = ["--all", "--no-trunc", f"--filter=label={LABEL_DEPLOYMENT}", f"--format={form}"]
-        output = self.run(["ps"] + options, 20 if self.remote else 60)
+        output = self.run(["ps"] + options, timeout=20 if self.remote else 60)
         if output.code:
             words = f"{self.engine} ps: {output.stderr[-500:]}"
             raise CommandError(f"the container engine does not answer ({words}); put it right, or see"
@@ -3859,7 +3863,7 @@ class ComposeDriver:
         facts: as the engine shows it, its words in lower case.  there: what has to be shown, because it is
         there (D-16).
         """
-        output = self.run([kind, "inspect"] + names, 60) if names else Output(0, b"", "")
+        output = self.run([kind, "inspect"] + names) if names else Output(0, b"", "")
         found = {}
         for item in parse_answer(output.stdout or b"[]", self.engine, list):
             facts = {key.lower(): value for key, value in item.items()}
@@ -3883,7 +3887,7 @@ class ComposeDriver:
     def list_volumes(self):
         """The names of this agent's volumes."""
         label = f"--filter=label={LABEL_OWNER}={self.claim.owner}"
-        return self.run(["volume", "ls", label, "--format={{.Name}}"], 60).stdout.decode().split()
+        return self.run(["volume", "ls", label, "--format={{.Name}}"]).stdout.decode().split()
 
     def ask(self, argv):
         """The mapping that a program prints as JSON; {} where it prints none."""
@@ -3972,7 +3976,7 @@ class ComposeDriver:
         checked = set()
         result = []
         for service in services:
-            output = self.run(["image", "inspect", service.image], 60, "PULL_FAILED")
+            output = self.run(["image", "inspect", service.image], "PULL_FAILED")
             made_for, check, paths = parse_answer(output.stdout, self.engine,
                                                   lambda items: parse_image(items[0]))
             result.append(service._replace(declared=paths))
@@ -4031,7 +4035,7 @@ class ComposeDriver:
 
     def has_image(self, name):
         """Whether an image is on the device."""
-        return self.run(["image", "inspect", "--format={{.Id}}", name], 60).code == 0
+        return self.run(["image", "inspect", "--format={{.Id}}", name]).code == 0
 
     def pull(self, service, timeout):
         """Has a service's image on the device; returns [its name] where it was not there before.
@@ -4073,7 +4077,7 @@ class ComposeDriver:
                                  f"{self.engine} cannot pull {name} for {service.name}: {cause}")
         if host != own:                             # a digest becomes a tag here, and podman knows it by both
             kept = re.sub("(:[^:/@]*)?@(sha256):", r":\2-", service.image)
-            self.run(["tag", name, kept], 60, "PULL_FAILED")
+            self.run(["tag", name, kept], "PULL_FAILED")
         if not before:
             self.remove_image(name)
 
@@ -4134,7 +4138,7 @@ class ComposeDriver:
 
     def remove_image(self, name):
         """Removes an image; False where the engine keeps it, because something else uses it."""
-        return self.run(["image", "rm", name], 60).code == 0
+        return self.run(["image", "rm", name]).code == 0
 
     def apply(self, prepared, containers, known, deadline):
         """Makes the component's containers as prepared; {service: facts} once they run.
@@ -4172,7 +4176,7 @@ class ComposeDriver:
 
     def carry_out(self, job, arguments, more=None):
         """The Output of a command that has to succeed; its words may hold values of parameters."""
-        output = self.run(arguments, job.deadline - time.monotonic(), more=more)
+        output = self.run(arguments, timeout=job.deadline - time.monotonic(), more=more)
         if output.code:
             words = mask(output.stderr, job.workload.parameters.values())
             for name, container_id in job.current.items():
@@ -4230,11 +4234,11 @@ class ComposeDriver:
             finished = self.await_startup(names, job, settle) if job.workload.wait else set()
         except FAULTS:
             if leaving and self.config.runtime.on_failure != "rollback":    # kept for the way back alone
-                self.run(["rm", "--force"] + [container.id for container in leaving], 60)
+                self.run(["rm", "--force"] + [container.id for container in leaving])
             raise
         self.discard([container.id for container in leaving], job.deadline)
         for name in last:
-            if self.run(["network", "rm", name], 60).code:
+            if self.run(["network", "rm", name]).code:
                 log("warning", "a network that is not needed any more stays: somebody else uses it",
                     network=name)
         return finished
@@ -4245,10 +4249,12 @@ class ComposeDriver:
         One of somebody else is shown without labels.
         """
         mark = f"--filter=label={LABEL_PROJECT}={project}"
-        found = self.run(["network", "ls", mark, "--format={{.Name}}"], 60, code).stdout.decode().split()
+        found = self.run(["network", "ls", mark, "--format={{.Name}}"], code).stdout.decode().split()
         there = self.inspect_names("network", sorted({*found, *names}), found)
-        return {name: (labels if is_ours(self.claim, deployment_id, labels.get(LABEL_OWNER, "")) else {}, facts)
-                for name, (labels, facts) in there.items()}
+        for name, (labels, facts) in there.items():
+            if not is_ours(self.claim, deployment_id, labels.get(LABEL_OWNER, "")):
+                there[name] = {}, facts
+        return there
 
     def ask_free(self, names, wanted, leaving):
         """Those of these networks that nobody uses once these containers have left.
@@ -4258,7 +4264,7 @@ class ComposeDriver:
         free = []
         for name in names:
             form = ["--all", "--no-trunc", f"--filter=network={name}", "--format={{.ID}}"]
-            ids = self.run(["ps"] + form, 60, "INSTALL_FAILED").stdout.decode().split()
+            ids = self.run(["ps"] + form, "INSTALL_FAILED").stdout.decode().split()
             strange = set(ids).difference(container.id for container in leaving)
             if not strange:
                 free.append(name)
@@ -4308,7 +4314,7 @@ class ComposeDriver:
         for service in job.project.services:
             name = make_container_name(job.workload.project, service.name)
             if name in held:                        # it may have gone meanwhile
-                self.run(["rename", held[name], f"{name}-old-{held[name][:12]}"], 60)
+                self.run(["rename", held[name], f"{name}-old-{held[name][:12]}"])
             if service.name not in kept:
                 job.current[service.name] = self.create(service, job, name)
             elif kept[service.name].name != name:
@@ -4323,7 +4329,7 @@ class ComposeDriver:
         marks = [f"--name={name}"] + [f"--label={key}={item}" for key, item in labels.items()]
         arguments = ["create", *marks, *self.prepare_options(service, job), service.image, *service.command]
         handed = find_handed(service.environment)
-        output = self.run(arguments, job.deadline - time.monotonic(), more=handed)
+        output = self.run(arguments, timeout=job.deadline - time.monotonic(), more=handed)
         if output.code:
             self.renew_image(service, job)
             output = self.carry_out(job, arguments, handed)
@@ -4349,8 +4355,8 @@ class ComposeDriver:
         name = make_container_name(job.workload.project, service.name) + f"-try-{os.urandom(4).hex()}"
         container_id = self.create(make_trial(service, self.engine), job, name)
         output = self.run(["init" if self.engine == "podman" else "start", container_id],
-                          job.deadline - time.monotonic())
-        self.run(["rm", "--force", container_id], 60, "REMOVE_FAILED")
+                          timeout=job.deadline - time.monotonic())
+        self.run(["rm", "--force", container_id], "REMOVE_FAILED")
         if output.code:
             words = mask(find_cause(output.stderr), job.workload.parameters.values())
             raise ComponentError("INSTALL_FAILED",
@@ -4383,20 +4389,20 @@ class ComposeDriver:
         if not is_before(self.ask_info()["version"], "4.7"):
             return "host-gateway"
         form = "--format={{range .Subnets}}{{.Gateway}} {{end}}"
-        gateways = self.run(["network", "inspect", form, network], 60).stdout.decode().split()
+        gateways = self.run(["network", "inspect", form, network]).stdout.decode().split()
         return min(gateways, key=lambda item: ":" in item, default="127.0.0.1")
 
     def free_names(self, project):
         """Frees names of a project that storage alone holds, as a killed `podman create` leaves them."""
         if self.engine != "podman":
             return
-        output = self.run(["ps", "--all", "--external", "--format=json"], 60)
+        output = self.run(["ps", "--all", "--external", "--format=json"])
         for item in parse_answer(output.stdout.strip() or b"[]", self.engine, lambda items: items or ()):
             names = [name for name in item["Names"] or () if name.startswith(project + "-")]
             if names and item["State"] == "storage":
                 log("warning", "a name is freed that the engine's storage held for no container",
                     container=names[0])
-                self.run(["rm", "--force", item["Id"]], 60)
+                self.run(["rm", "--force", item["Id"]])
 
     def renew_image(self, service, job):
         """Pulls an image of ours anew where not even a bare container can be made of it (P-1).
@@ -4407,9 +4413,9 @@ class ComposeDriver:
         if f"{self.device_id} {service.image}".strip() not in self.claim.images:
             return
         marks = make_arguments("--label", make_labels(job.workload, service.name, ""))
-        probe = self.run(["create", *marks, *platform, "--network=none", service.image, "true"], 60)
+        probe = self.run(["create", *marks, *platform, "--network=none", service.image, "true"])
         if not probe.code:
-            self.run(["rm", "--force"] + probe.stdout.decode().split()[-1:], 60, "INSTALL_FAILED")
+            self.run(["rm", "--force"] + probe.stdout.decode().split()[-1:], "INSTALL_FAILED")
             return
         asked = service._replace(pull="always")
         try:
@@ -4430,7 +4436,7 @@ class ComposeDriver:
         arguments = ["start", job.current[service.name]]
         if service.name not in kept:
             self.carry_out(job, arguments)
-        elif self.run(arguments, job.deadline - time.monotonic()).code:
+        elif self.run(arguments, timeout=job.deadline - time.monotonic()).code:
             log("warning", "a container that cannot be started is made anew", service=service.name)
             sharing = [item.name for item in job.project.services if service.name in item.shares]
             self.discard([job.current[name] for name in [*sharing, service.name]], job.deadline)
@@ -4465,7 +4471,7 @@ class ComposeDriver:
     def inspect(self, ids):
         """{id: Shown} of those containers that can be looked at; CommandError where none answers."""
         ids = list(ids)
-        output = self.run(["inspect", "--type=container"] + ids, 60) if ids else Output(0, b"[]", "")
+        output = self.run(["inspect", "--type=container"] + ids) if ids else Output(0, b"[]", "")
         seen = parse_answer(output.stdout.strip() or b"[]", self.engine,
                             lambda items: dict(map(parse_seen, items)))
         if seen or not ids:                         # without those that are gone
@@ -4529,7 +4535,7 @@ class ComposeDriver:
             return seen.health
         now = time.monotonic()
         patience = seen.check.interval * seen.check.retries
-        if self.run(["healthcheck", "run", container_id], 120).code == 0:
+        if self.run(["healthcheck", "run", container_id], timeout=120).code == 0:
             checks[container_id] = "healthy", now + patience
         word, until = checks.setdefault(container_id, ("starting", now + seen.check.start + patience))
         return "unhealthy" if now >= until else word
@@ -4545,7 +4551,7 @@ class ComposeDriver:
         if checked:
             container = checked[int(chance * len(checked))]
             try:
-                self.run(["healthcheck", "run", container.id], 30)
+                self.run(["healthcheck", "run", container.id], timeout=30)
             except CommandError as error:
                 log("warning", "a health check hangs", container=container.name, reason=error.message)
 
@@ -4575,13 +4581,13 @@ class ComposeDriver:
         if not ids:
             return deadline
         try:
-            code = self.run(["stop"] + patience + ids, deadline - time.monotonic()).code
+            code = self.run(["stop"] + patience + ids, timeout=deadline - time.monotonic()).code
         except CommandTimeout:
             code = 1
         if code:
             log("warning", "killed, because it did not stop in time", containers=" ".join(ids))
-            if self.run(["kill"] + ids, 60).code:
-                self.run(["rm", "--force"] + ids, 60, "INSTALL_FAILED")
+            if self.run(["kill"] + ids).code:
+                self.run(["rm", "--force"] + ids, "INSTALL_FAILED")
             deadline = time.monotonic() + 60
         return deadline
 
@@ -4593,7 +4599,7 @@ class ComposeDriver:
     def discard(self, ids, deadline):
         """Removes containers; one whose namespace another one shares goes after that one."""
         for _ in ids[:]:
-            output = self.run(["rm", "--force"] + ids, deadline - time.monotonic())
+            output = self.run(["rm", "--force"] + ids, timeout=deadline - time.monotonic())
             if not output.code:
                 return
             ids = [container.id for container in self.observe() if container.id in ids]
@@ -4610,7 +4616,7 @@ class ComposeDriver:
         self.remove_containers([container for container in there if container.id not in states], deadline)
         for container in there:
             if container.state in AT_REST and states.get(container.id, "created") not in AT_REST:
-                self.run(["start", container.id], deadline - time.monotonic(), "INSTALL_FAILED")
+                self.run(["start", container.id], "INSTALL_FAILED", deadline - time.monotonic())
         return "what ran before runs again"
 
     def remove(self, deployment_id, component, containers, deadline):
@@ -4625,7 +4631,7 @@ class ComposeDriver:
         self.remove_containers(there[::-1], deadline)
         for name, (labels, _) in self.list_networks(deployment_id, project, "REMOVE_FAILED").items():
             if labels:
-                self.run(["network", "rm", name], 60, "REMOVE_FAILED")
+                self.run(["network", "rm", name], "REMOVE_FAILED")
         for container in find_containers(deployment_id, self.observe(), component):
             raise ComponentError("REMOVE_FAILED", f"container {container.name} is still there")
 
