@@ -44,7 +44,8 @@ import os
 import re
 import sys
 import time
-from collections import ChainMap, namedtuple
+from collections import ChainMap
+from operator import itemgetter
 
 __version__ = "0.1.0"
 __all__ = ["main", "Agent", "load_config", "load_yaml", "status", "log", "PROFILES", "__version__",
@@ -221,16 +222,41 @@ class Forbidden(ComponentError):
 # 2. Records
 # ----------------------------------------------------------------------------------------------------------
 
+class Record(tuple):
+    """A tuple whose places have names, made by `define`.
+
+    It is what collections.namedtuple makes, at a fifth of what that takes each time this file is loaded.
+    """
+
+    __slots__ = ()
+
+    def __new__(cls, *values, **named):
+        if named or len(values) != len(cls._fields):
+            found = {**cls._defaults, **dict(zip(cls._fields, values)), **named}
+            if len(values) > len(cls._fields) or found.keys() != set(cls._fields):
+                raise TypeError(f"{cls.__name__} has the fields {' '.join(cls._fields)}")
+            values = map(found.get, cls._fields)
+        return super().__new__(cls, values)
+
+    def _asdict(self):
+        return dict(zip(self._fields, self))
+
+    def _replace(self, **changes):
+        return type(self)(**dict(self._asdict(), **changes))
+
+
 def define(name, fields, meaning, *defaults):
-    """A record type: a named tuple of `fields`, documented by `meaning`; `defaults`: of the last fields.
+    """A record type: a tuple of named `fields`, documented by `meaning`; `defaults`: of the last fields.
 
     One with a deployment's id has a `key`, too: the id in lower case, by which the state knows it.
     """
-    record = namedtuple(name, fields, defaults=defaults)
-    record.__doc__ = meaning
-    if "deployment_id" in record._fields:           # ids are told apart without regard to case
-        record.key = property(lambda self: self.deployment_id.lower())
-    return record
+    fields = fields.split()
+    parts = {field: property(itemgetter(place)) for place, field in enumerate(fields)}
+    if "deployment_id" in fields:                   # ids are told apart without regard to case
+        parts["key"] = property(lambda self: self.deployment_id.lower())
+    last = fields[len(fields) - len(defaults):]
+    return type(name, (Record,), dict(parts, __slots__=(), __doc__=meaning, _fields=tuple(fields),
+                                      _defaults=dict(zip(last, defaults))))
 
 
 Certificate = define("Certificate",
@@ -3216,23 +3242,27 @@ def detect_properties(state_dir, root="/", hostname=False):
     return found
 
 
-# What boards say that have nothing of their own to say, each run of signs a blank: words for nothing, the
-# name of the field itself, one character again and again; and what counts up or down, from whose start five
-# or more characters are taken.
-PLACEHOLDER = (
-    r"(?i)(to be filled.*|o ?e ?m|default( string)?|standard|none|null|empty|blank|invalid|tbd|test|dummy"
-    r"|un(known|defined|specified)|n ?a|serial( ?(number|no))?|03000200 0400 0500 0006 000700080009"
-    r"|not? ?(specified|applicable|available|provided|present|set|asset tag|serial( number)?)"
-    r"|(type ?[0-9]+ )?(system|chassis|base ?board|board|product) .*|[0 ]*|(?P<one>\S)((?P=one)| ){2,})")
+# What boards say that have nothing of their own to say, without blanks and signs; and what counts up or down,
+# from whose start five or more characters are taken.
+PLACEHOLDERS = frozenset((
+    "oem default defaultstring standard none null empty blank invalid tbd test dummy na unknown undefined"
+    " unspecified notspecified notapplicable notavailable notprovided notpresent notset noassettag noserial"
+    " noserialnumber serial serialno serialnumber 03000200040005000006000700080009").split())
 COUNTING = ("0123456789abcdef", "123456789abcdef", "12345678901234567890", "fedcba9876543210", "9876543210",
             "987654321")
 
 
 def is_placeholder(text):
-    """Whether the firmware's text says nothing of this one device."""
-    plain = re.sub(r"[\W_]+", " ", text).strip()
-    counts = len(text) > 4 and any(row.startswith(text.lower()) for row in COUNTING)
-    return counts or bool(re.fullmatch(PLACEHOLDER, plain))
+    """Whether the firmware's text says nothing of this one device.
+
+    So does the name of the field itself, such as `System Serial Number`, and one character again and again.
+    """
+    text = text.lower()
+    plain = re.sub(r"[\W_]", "", text)
+    repeats = len(set(plain)) == 1 and len(text) > 2
+    counts = len(plain) > 4 and any(row.startswith(plain) for row in COUNTING)
+    named = re.match(r"to be filled|(type ?[0-9]+ \W*)?(system|chassis|base ?board|board|product)\W", text)
+    return plain in PLACEHOLDERS or not plain.strip("0") or repeats or counts or bool(named)
 
 
 def detect_text(root, dmi, tree):
@@ -8126,24 +8156,24 @@ class Settings(dict):
 # The kit of readers. A reader takes (value, base) and returns what it makes of the value, or raises
 # ValueError of what is expected. The value is YAML; `base` is the folder that relative file names start from.
 
-def scalar(expected, pattern=r"(?s).*", make=None):
-    """A reader of text of one form; a plain number keeps its spelling.  make: what is made of the text.
+def scalar(expected, pattern="", make=str, words=()):
+    """A reader of text of one form, or of one of some words; a plain number keeps its spelling.
 
-    It may raise ValueError.
+    make: what is made of the text.  It may raise ValueError.
     """
     def read(value, base):
         if isinstance(value, bool) or not isinstance(value, (str, int, float)):
             raise ValueError(expected)
         text = scalar_text(value)
-        if not re.fullmatch(pattern, text):
+        if pattern and not re.fullmatch(pattern, text) or words and text not in words:
             raise ValueError(expected)
-        return make(text) if make else text
+        return make(text)
     return read
 
 
 def choice(*words):
     """A reader of one of some words."""
-    return scalar("one of " + ", ".join(words), "|".join(map(re.escape, words)))
+    return scalar("one of " + ", ".join(words), words=words)
 
 
 def checked(expected, test):
@@ -8789,8 +8819,7 @@ def parse_pem(text, label="CERTIFICATE"):
 
 def make_pem(ders):
     """Certificates (DER) as PEM text."""
-    import textwrap
-    bodies = ("\n".join(textwrap.wrap(make_base64(der), 64)) for der in ders)
+    bodies = ("\n".join(re.findall(".{1,64}", make_base64(der))) for der in ders)
     return "".join(f"-----BEGIN CERTIFICATE-----\n{body}\n-----END CERTIFICATE-----\n" for body in bodies)
 
 
@@ -9462,7 +9491,7 @@ def parse_json(data, what, most=MAX_NODES):
         value = json.loads(data.decode("utf-8"), object_pairs_hook=make_object, parse_constant=refuse,
                            parse_int=read_int,
                            parse_float=read_float)
-        if re.search(rb"\\u[dD][89a-fA-F]", data):
+        if b"\\ud" in data.lower():
             make_json(value)                        # refuses a half character
         return value
     except UnicodeDecodeError:
