@@ -80,6 +80,7 @@ MAX_DEPLOYMENTS = 10000             # entries of one state manifest
 DOCUMENTS = 8                       # all documents together: one part in so many of policy.max_unpacked
 MAX_NODES = 250000                  # members of a document: each takes some hundred bytes of memory
 MAX_DURATION = 3650 * 86400         # seconds of one setting; clocks and timers take no sum of centuries
+MAX_NUMBER = 1e300                  # larger ones are none: sums of them would leave what the processor knows
 MAX_VERSION = 2 ** 64 - 1           # manifestVersion is an unsigned 64 bit number (protocol 3.1)
 
 MANIFEST_TYPE = "application/vnd.margo.manifest.v1+json"
@@ -7364,14 +7365,11 @@ def make_state():
                 refused: what came after it}
     lastPoll    {at, result, detail} of the last cycle that had something to store
     """
-    return {
-        "schema": 2, "enrollment": None, "client": None, "accepted": None, "deployments": {}, "outbox": {},
-        "dropped": {}, "reported": {}, "trust": {}, "identity": None, "est": {}, "crls": {}, "drafts": [],
-        "patience": {}, "waits": {}, "waiting": None, "owners": [], "pulled": [], "history": [],
-        "lastPoll": None}
+    parts = {name: None if isinstance(form, tuple) else type(form)() for name, form in STATE.items()}
+    return dict(parts, schema=2)
 
 
-# What is read of it has to look like, see check_shape; a state with a digest is as this agent wrote it.
+# The forms of its parts, see check_shape.
 VERSION = (float, str)
 WAIT = {"failures+": float, "at+": float, "delay+": float, "boot+": str, "uptime+": float, "since?": float}
 PACKAGE = {"reference": str, "digest": DIGEST_PATTERN}
@@ -7382,26 +7380,28 @@ PART = {"name": str, "state": str, "error?": FAULT}
 RUNNING = {"digest": str, "packages": {"*": PACKAGE}, "images": [str], "type+": str, "mark+": str,
            "services+": {"*": SERVICES}}
 RECORD = {
-    "deploymentId": UUID_PATTERN, "name": str, "deviceId": str, "type": str, "state": str,
+    "deploymentId": UUID_PATTERN, "name": str, "deviceId": str, "type": str, "state": "|".join(STATES),
     "error": (None, FAULT),
     "adopted": {"digest": str, "version": VERSION}, "running": (None, RUNNING), "previous": (None, RUNNING),
-    "refused+": bool, "fallback": bool, "found+": bool, "fetched+": [str], "retry": WAIT, "repair": WAIT,
+    "refused": bool, "fallback": bool, "found": bool, "fetched": [str], "retry": WAIT, "repair": WAIT,
     "components": [dict(PART, services=SERVICES, **{"error": (None, FAULT), "package": (None, PACKAGE)})]}
 ACCEPTED = {"version": VERSION, "etag?": str, "digest": str, "acceptedAt": str,
             "deployments": [{"deploymentId": UUID_PATTERN, "digest": DIGEST_PATTERN}]}
+POLL = {"at": str, "result": str, "detail": str}
 STATE = {
-    "enrollment?": {"id": str, "devices+": {"*": (None, str)}}, "client?": {"id": str, "key": str},
-    "accepted?": ACCEPTED, "deployments": {"*": RECORD}, "reported": {"*": (None, str)}, "waits": {"*": WAIT},
+    "enrollment": (None, {"id": str, "devices+": {"*": (None, str)}}),
+    "client": (None, {"id": str, "key": str}), "accepted": (None, ACCEPTED), "deployments": {"*": RECORD},
     "outbox": {"*": {"deploymentId": r"[\w-]{1,99}", "status+": {"state": str, "error?": FAULT},
                      "components+": [PART]}},
-    "dropped": {"*": {"state": str, "at": str, "reason": str}}, "identity?": str, "drafts": [str],
+    "dropped": {"*": {"state": str, "at": str, "reason": str}}, "reported": {"*": (None, str)},
     "trust": {"source?": str, "etag?": str, "sequence?": float, "refreshedAt?": float, "trustDomain?": str,
               "strays+": str, "est?": str, "crls?": [str]},
-    "est": dict, "crls": dict, "patience": WAIT, "waiting?": str, "owners": [str], "pulled": [str],
+    "identity": (None, str), "est": {}, "crls": {}, "drafts": [str], "patience": WAIT, "waits": {"*": WAIT},
+    "waiting": (None, str), "owners": [str], "pulled": [str],
     "history": [{"version": VERSION, "at": str, "outcome": str, "refused+": str, "added": [str],
                  "changed": [str], "removed": [str], "names+": {"*": str}}],
-    "lastPoll?": {"at": (None, str), "result+": str, "detail+": str}}
-MEMO = {"lastPoll?": STATE["lastPoll?"], "etags+": {"*": str}, "warnedAt+": float, "checked?": str,
+    "lastPoll": (None, POLL)}
+MEMO = {"lastPoll?": POLL, "etags+": {"*": str}, "warnedAt+": float, "checked?": str,
         "others?": [{"owner": str, "name": str, "type": str, "deploymentId": str}], "trust?": float,
         "boot?": str, "start+": float}
 
@@ -7489,9 +7489,11 @@ def parse_state(data, path):
     outbox = state["outbox"].values() if isinstance(state["outbox"], dict) else state["outbox"]
     try:
         state["outbox"] = {status["deploymentId"].lower(): status for status in outbox}
-        state["deployments"] = {key: migrate_record(record) for key, record in state["deployments"].items()}
+        records = [migrate_record(record) for record in state["deployments"].values()]
+        state["deployments"] = {record["deploymentId"].lower(): record for record in records}
     except (TypeError, KeyError, AttributeError):
         raise ValueError(f"{path} is not a state of this agent (outbox or deployments)") from None
+    check_shape(state, STATE, path)
     return state
 
 
@@ -7504,7 +7506,7 @@ def migrate_record(record):
     record = {key: value for key, value in record.items() if key not in OLD_FIELDS}
     if "services" not in (record.get("running") or ()):
         record["fallback"] = False                  # what is installed has been said to have a version before
-    return dict(record, retry={}, repair={})
+    return dict({"refused": False, "found": False, "fetched": []}, **dict(record, retry={}, repair={}))
 
 
 def shorten_errors(state):
@@ -7623,8 +7625,6 @@ class Store:
                 continue
             try:
                 state = parse_state(data, name)
-                if SUM not in data:
-                    check_shape(state, STATE, name)
             except ValueError as error:
                 fault = fault or error
                 continue
@@ -8198,7 +8198,7 @@ def list_of(read_item, expected, least=0):
 
 def is_number(value):
     """Whether a value is a number that JSON can write; a boolean is none."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < float("inf")
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < MAX_NUMBER
 
 
 def get_kind(value):
@@ -8633,39 +8633,58 @@ def check_shape(value, shape, where):
     {member: shape}.  `?` after a member's name says that it may be missing or null, `+` that it may be
     missing; the name `*` stands for all.
     """
+    flaw = find_flaw(value, shape)
+    if flaw:
+        place, found, expected = flaw
+        place = (where + place).lstrip(".") or "the document"
+        raise ValueError(f"{place}: found {make_printable(str(found), 80)!r}, expected {expected}")
+
+
+EXPECTED = {dict: "a mapping", list: "a list", float: "a number", bool: "true or false", str: "text",
+            type(None): "null"}
+
+
+def find_flaw(value, shape):
+    """(place, what is there, what is expected there) of the first thing that a shape forbids, or None."""
     if isinstance(shape, tuple):
-        for inner in shape[:-1]:
-            try:
-                return check_shape(value, inner, where)
-            except ValueError:
-                pass
-        shape = shape[-1]
+        flaws = [find_flaw(value, inner) for inner in shape]
+        return None if None in flaws else flaws[-1]
     kind = shape if isinstance(shape, type) else type(shape)
-    expected = {dict: "a mapping", list: "a list", float: "a number", bool: "true or false"}.get(
-        kind, f"text of the form {shape}")
     fits = isinstance(value, kind)
     if kind is float:
-        fits = get_kind(value) == "number" and value >= 0
-    if isinstance(shape, str):
+        fits = is_number(value) and value >= 0
+    elif isinstance(shape, str):
         fits = fits and re.fullmatch(shape, value, re.ASCII)
+    elif isinstance(shape, list) and fits:
+        fits = len(shape) in (1, len(value))
     if not fits:
-        found = make_printable(str(value), 80)
-        raise ValueError(f"{where or 'the document'}: found {found!r}, expected {expected}")
+        expected = f"text of the form {shape}" if isinstance(shape, str) else EXPECTED[kind]
+        return "", value, expected
+    for key, item, inner in list_members(value, shape):
+        if inner is type(item) is not float:
+            continue                                # most are just text: a state has thousands of these
+        flaw = find_flaw(item, inner)
+        if flaw:
+            place = f"[{key}]" if isinstance(value, list) else f".{make_printable(key, 80)}"
+            return place + flaw[0], flaw[1], flaw[2]
+    return None
+
+
+def list_members(value, shape):
+    """[(place, item, its shape)] of all that a shape of a list or of a mapping asks for."""
     if isinstance(shape, list):
-        shapes = shape * len(value) if len(shape) == 1 else shape
-        for index, inner in enumerate(shapes):
-            check_shape(value[index] if index < len(value) else None, inner, f"{where}[{index}]")
-    if isinstance(shape, dict):
-        for name, inner in shape.items():
-            key = name.rstrip("?+")
-            wanted = value if key == "*" else {key}
-            for key in wanted if key == name else value.keys() & wanted:
-                place = f"{where}.{make_printable(key, 80)}" if where else key
-                if name[-1] == "?":
-                    inner = None, inner
-                elif key not in value and isinstance(inner, tuple):
-                    inner = inner[-1]               # what may be null has to be there all the same
-                check_shape(value.get(key), inner, place)
+        return zip(range(len(value)), value, shape * len(value))
+    found = []
+    for name, inner in shape.items() if isinstance(shape, dict) else ():
+        key = name.rstrip("?+")
+        if name == "*":
+            found += [(key, item, inner) for key, item in value.items()]
+        elif key not in value:                      # what may be null has to be there all the same
+            inner = inner[-1] if isinstance(inner, tuple) else inner
+            found += [(key, None, inner)] * (key == name)
+        elif value[key] is not None or name[-1] != "?":
+            found.append((key, value[key], inner))
+    return found
 
 
 # ----------------------------------------------------------------------------------------------------------
