@@ -7370,7 +7370,7 @@ def make_state():
 
 
 # The forms of its parts, see check_shape.
-VERSION = (float, str)
+VERSION = (float, "[0-9a-f]{40,64}")                 # a commit's hash, with profile git
 WAIT = {"failures+": float, "at+": float, "delay+": float, "boot+": str, "uptime+": float, "since?": float}
 PACKAGE = {"reference": str, "digest": DIGEST_PATTERN}
 SERVICES = {"*": {"finished": bool, "hash": str, "image": str, "id?": str, "started+": float,
@@ -7385,14 +7385,14 @@ RECORD = {
     "adopted": {"digest": str, "version": VERSION}, "running": (None, RUNNING), "previous": (None, RUNNING),
     "refused": bool, "fallback": bool, "found": bool, "fetched": [str], "retry": WAIT, "repair": WAIT,
     "components": [dict(PART, services=SERVICES, **{"error": (None, FAULT), "package": (None, PACKAGE)})]}
-ACCEPTED = {"version": VERSION, "etag?": str, "digest": str, "acceptedAt": str,
+ACCEPTED = {"version": VERSION, "etag": (None, str), "digest": str, "acceptedAt": str,
             "deployments": [{"deploymentId": UUID_PATTERN, "digest": DIGEST_PATTERN}]}
 POLL = {"at": str, "result": str, "detail": str}
 STATE = {
     "enrollment": (None, {"id": str, "devices+": {"*": (None, str)}}),
     "client": (None, {"id": str, "key": str}), "accepted": (None, ACCEPTED), "deployments": {"*": RECORD},
-    "outbox": {"*": {"deploymentId": r"[\w-]{1,99}", "status+": {"state": str, "error?": FAULT},
-                     "components+": [PART]}},
+    "outbox": {"*": {"deploymentId": r"[\w-]{1,99}", "deviceId": str, "adoptedManifestVersion": VERSION,
+                     "status": {"state": str, "error?": FAULT}, "components": [PART]}},
     "dropped": {"*": {"state": str, "at": str, "reason": str}}, "reported": {"*": (None, str)},
     "trust": {"source?": str, "etag?": str, "sequence?": float, "refreshedAt?": float, "trustDomain?": str,
               "strays+": str, "est?": str, "crls?": [str]},
@@ -7689,7 +7689,7 @@ class Store:
         for name in os.listdir(self.path("artifacts")):
             if name not in keep and re.match("sha256-[0-9a-f]{64}", name):
                 os.remove(self.path("artifacts", name))
-        short = {digest.split(":")[1][:16] for digest in digests}
+        short = {digest[7:23] for digest in digests}
         form = re.compile(r"[0-9a-f]{16}(\.content)?|content-[0-9a-f]{32}(\.new)?")
         top = self.path("deployments")
         for folder, folders, files in os.walk(top):

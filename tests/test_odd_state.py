@@ -87,7 +87,7 @@ class Forms(support.DeviceCase):
         return dict(
             state, patience=wait, waits={OTHER: wait}, drafts=["a"], pulled=["localhost/x:1"], waiting=support.digest(b"y"), crls={"http://x/a": crl},
             dropped={OTHER: {"state": "failed", "at": "2026-11-28T07:48:30Z", "reason": "x"}}, client={"id": "x", "key": "sha256:aa"},
-            outbox=[{"deploymentId": OTHER, "status": status, "components": [dict(status, name="web")]}],
+            outbox=[{"deploymentId": OTHER, "deviceId": "a", "adoptedManifestVersion": 1, "status": status, "components": [dict(status, name="web")]}],
             trust={"source": "https://x", "sequence": 1, "refreshedAt": 1.0, "trustDomain": "factory.example", "strays": "a", "est": "https://x",
                    "crls": ["http://x/a"]},
             est=dict(wait, token="a", used="b", key="k", refused="r"))

@@ -23,6 +23,11 @@ time.sleep(60)
 """
 
 
+def make_report(deployment_id):
+    """A status that waits in the outbox."""
+    return margo_agent.make_status(margo_agent.make_record(margo_agent.Target(deployment_id, "d", 1), "device"))
+
+
 class StoreCase(unittest.TestCase):
     def setUp(self):
         folder = tempfile.TemporaryDirectory()
@@ -230,15 +235,15 @@ class Copy(StoreCase):
 
     def test_one_that_was_written_by_an_older_agent_or_by_hand_is_read(self):
         """Without the digest, with the outbox as it was before."""
-        state = dict(self.make(3), outbox={"a": {"deploymentId": "A"}})
+        state = dict(self.make(3), outbox={"a": make_report("A")})
         state.pop("dropped")
         with open(self.store.path("state.json"), "w") as file:
             json.dump(state, file)
-        self.assertEqual((self.load()["outbox"], self.load()["dropped"]), ({"a": {"deploymentId": "A"}}, {}))
+        self.assertEqual((self.load()["outbox"], self.load()["dropped"]), ({"a": make_report("A")}, {}))
 
     def test_the_outbox_keeps_its_order(self):
         """P-9: what happened first is told first, also after a restart."""
-        self.save(self.make(1, outbox={key: {"deploymentId": key.upper()} for key in ("c", "a", "b")}))
+        self.save(self.make(1, outbox={key: make_report(key.upper()) for key in ("c", "a", "b")}))
         self.assertEqual(list(self.load()["outbox"]), ["c", "a", "b"])
 
     def test_a_full_disk_gives_up_the_reserve_for_the_state(self):

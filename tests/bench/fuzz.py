@@ -777,7 +777,7 @@ def make_states():
     running = {"digest": SHA, "packages": {"web": {"reference": "r", "digest": SHA}}, "images": ["i"], "services": {"web": services}}
     component = {"name": "web", "state": "failed", "error": fault, "services": services, "package": None}
     state["deployments"][UUID] = dict(record, state="failed", error=fault, running=running, components=[component], retry=wait)
-    state["outbox"][UUID] = {"deploymentId": UUID, "status": {"state": "failed", "error": fault}}
+    state["outbox"][UUID] = margo_agent.make_status(state["deployments"][UUID])
     state["accepted"] = {"version": 1, "etag": None, "digest": SHA, "acceptedAt": "", "deployments": [{"deploymentId": UUID, "digest": SHA}]}
     state["history"] = margo_agent.make_history(state, margo_agent.Desired(2, None, SHA, [], {}), "")
     state.update(patience=wait, waits={UUID: wait}, lastPoll={"at": "", "result": "", "detail": ""})
