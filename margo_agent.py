@@ -59,9 +59,8 @@ __all__ = ["main", "Agent", "load_config", "load_yaml", "status", "log", "PROFIL
 # What optional rooms add where they are defined; nothing outside names anything in them.
 # See also SCHEMA, CHECKS, STEPS, DEVICES, ASSIGN, LISTENERS and COMPANIONS.
 PROFILES = {}                       # {wfm.profile: its Profile class}
-OPTIONS = {"enroll": {}}            # {command: {option: (name of its value, function of config and value)}}
-COMMANDS = {}                       # {name: (its function, to an exit code or nothing for 0; its options,
-                                    # each with what follows it; its operands)}; its docstring is its help
+COMMANDS = {}                       # {name: (its function of config and options, to an exit code or nothing
+                                    # for 0; its usage)}; its docstring is its help
 JUDGES = []                         # functions of (image, config) to the name by which it is pulled, once
                                     # nothing speaks against it; else ComponentError
 DRIVERS = {}                        # {deployment type: function of (config, child, others) to its driver or
@@ -9771,7 +9770,19 @@ def fetch_ca(config, path):
         print(f"{path}: compare its SHA-256 fingerprint {sha256_digest(anchor)[7:]}")
 
 
-OPTIONS["enroll"]["--fetch-ca"] = ("FILE", fetch_ca)
+def command_enroll_signed(config, options):
+    """Makes this device known to the WFM: checks its identity and reports its capabilities.
+
+    It may be repeated at any time.  `--fetch-ca FILE` first downloads the WFM's root CA (profile signed).
+
+    Example: margo_agent.py enroll
+    """
+    if "--fetch-ca" in options:
+        fetch_ca(config, options["--fetch-ca"])
+    command_enroll(config, options)
+
+
+COMMANDS["enroll"] = (command_enroll_signed, "[--fetch-ca FILE]")
 
 
 class SignedSource(HttpSource):
@@ -12508,7 +12519,7 @@ def ask_peer(url, timeout):
     return f"{make_name(leaf.subject)}, certified by {make_name(leaf.issuer)}"
 
 
-COMMANDS["doctor"] = (command_doctor, {"--json": ""}, "")
+COMMANDS["doctor"] = (command_doctor, "[--json]")
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -12708,10 +12719,9 @@ def make_yaml(value):
         return text
 
 
-COMMANDS.update(
-    status=(command_describe, {"--json": ""}, "[NAME]"),
-    logs=(command_logs, {"--tail": "N", "-f": ""}, "NAME [SERVICE]"),
-    config=(command_config, {"--check": "", "--example": ""}, ""))
+COMMANDS.update(status=(command_describe, "[NAME] [--json]"),
+                logs=(command_logs, "NAME [SERVICE] [--tail N] [-f]"),
+                config=(command_config, "[--check] [--example]"))
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -12998,13 +13008,10 @@ def watch(child, fallback, hung, limit, last):
 def command_enroll(config, options):
     """Makes this device known to the WFM: checks its identity and reports its capabilities.
 
-    It may be repeated at any time.  `--fetch-ca FILE` first downloads the WFM's root CA (profile signed).
+    It may be repeated at any time.
 
     Example: margo_agent.py enroll
     """
-    for name, (_, act) in OPTIONS["enroll"].items():
-        if name in options:
-            act(config, options[name])
     with Agent(config) as agent:
         agent.store.load_memo().clear()             # the trust bundle is asked for whatever its age
         agent.state["trust"].pop("refreshedAt", None)
@@ -13344,21 +13351,20 @@ def print_json(value):
                  else json.dumps(odd.group())[1:-1], text))
 
 
-JSON = {"--json": ""}
 for name, row in {
-    "enroll": (command_enroll, {name: word for name, (word, _) in OPTIONS["enroll"].items()}, ""),
-    "run": (command_run, {"--once": "", "--spread": "TIME", **JSON}, ""),
-    "plan": (command_plan, JSON, ""),
-    "status": (command_status, JSON, ""),
-    "history": (command_history, JSON, ""),
-    "capabilities": (command_capabilities, JSON, ""),
-    "csr": (command_csr, {"--out": "FILE"}, ""),
-    "retry": (command_retry, JSON, "[NAME]"),
-    "unenroll": (command_unenroll, {"--purge": ""}, ""),
-    "version": (command_version, JSON, ""),
+    "enroll": (command_enroll, ""),
+    "run": (command_run, "[--once] [--spread TIME] [--json]"),
+    "plan": (command_plan, "[--json]"),
+    "status": (command_status, "[--json]"),
+    "history": (command_history, "[--json]"),
+    "capabilities": (command_capabilities, "[--json]"),
+    "csr": (command_csr, "[--out FILE]"),
+    "retry": (command_retry, "[NAME] [--json]"),
+    "unenroll": (command_unenroll, "[--purge]"),
+    "version": (command_version, "[--json]"),
 }.items():
     COMMANDS.setdefault(name, row)                  # an optional room may know more of a command
-GLOBAL_OPTIONS = {"-c": "FILE", "-v": "", "-q": "", "--log-format": "text|json", "--help": ""}
+USAGE = "[-c FILE] [-v] [-q] [--log-format text|json] [--help]"     # before or behind any command
 SPELLINGS = {"--config": "-c", "--verbose": "-v", "--quiet": "-q", "-h": "--help", "help": "--help",
              "--version": "version"}
 
@@ -13366,46 +13372,56 @@ SPELLINGS = {"--config": "-c", "--verbose": "-v", "--quiet": "-q", "-h": "--help
 Misuse = define_fault("Misuse", 2, "CONFIGURATION", "The command line is wrong.", ConfigError)
 
 
+def parse_usage(usage):
+    """A usage such as `NAME [SERVICE] [--tail N] [-f]` to [operand] and {option: what follows it, or ""}."""
+    return usage.partition("[-")[0].split(), dict(re.findall(r"\[(-[^] ]+) ?([^]]*)\]", usage))
+
+
 def parse_arguments(arguments):
     """The command line as a dictionary: `command`, `operands`, `arguments` as given, and each option.
 
     Raises ConfigError.
     """
-    options = {"command": None, "operands": [], "arguments": list(arguments)}
+    options = {"command": "", "operands": [], "arguments": list(arguments)}
     rest = list(arguments)
+    usage = USAGE
     while rest:
         word = rest.pop(0)
-        word = word if options["command"] else SPELLINGS.get(word, word)
+        command = options["command"]
+        word = word if command else SPELLINGS.get(word, word)
         if word.startswith("-"):
-            parse_option(word, rest, options)
-        elif options["command"]:
-            if not word:
-                raise Misuse(f"{options['command']}: an empty word names nothing")
+            parse_option(word, rest, parse_usage(usage)[1], options)
+        elif not command:
+            options["command"] = check_word(word, "command", COMMANDS)
+            usage += COMMANDS[word][1]
+        elif word:
             options["operands"].append(word)
         else:
-            options["command"] = check_word(word, "command", COMMANDS)
+            raise Misuse(f"{command}: an empty word names nothing")
     if options.get("--log-format", "text") not in ("text", "json"):
         raise Misuse("--log-format: text or json")
+    if "-v" in options and "-q" in options:
+        raise Misuse("-v and -q: only one of them")
     return options
 
 
-def parse_option(word, rest, options):
-    """Adds an option to `options`, with its value, which may be the first word of the `rest`."""
-    known = dict(GLOBAL_OPTIONS, **(COMMANDS[options["command"]][1] if options["command"] else {}))
-    name, given, value = word.partition("=")
-    if not word.startswith("--"):                   # -cFILE, -vq
-        name = word[:2]
-        value = word[2:].lstrip("=")
+def parse_option(word, rest, known, options):
+    """Adds an option of {option: what follows it} to `options`; its value may be the first word of the rest.
+
+    A short one may be followed by its value (-cFILE), or by other short ones (-fv).
+    """
+    name, given, value = re.fullmatch(r"(--[^=]*|-.?)(=?)(.*)", word, re.S).groups()
     name = check_word(SPELLINGS.get(name, name), "option", known)
     if known[name]:
-        options[name] = value or (rest.pop(0) if rest and not given else "")
-        if not options[name]:
+        if not given and not value and rest:
+            value = rest.pop(0)
+        if not value:
             raise Misuse(f"{name}: needs a value: write {name} {known[name]}")
-        return
-    options[name] = True
-    if value and word.startswith("--"):
+    elif given:
         raise Misuse(f"{make_printable(word)}: takes no value")
-    rest[:0] = [f"-{value}"] * bool(value)
+    elif value:
+        rest.insert(0, f"-{value}")
+    options[name] = value or True
 
 
 def check_word(word, kind, known):
@@ -13424,9 +13440,8 @@ def print_help(command=None):
     if not command:                                 # Python's option -OO keeps no docstrings
         print((__doc__ or "\n\n\n\n").split("\n\n")[2] + "\n")
     for name in [command] if command else COMMANDS:
-        function, known, operands = COMMANDS[name]
-        words = f" {name} {operands}".rstrip()
-        words += "".join(f" [{option} {value}".rstrip() + "]" for option, value in known.items())
+        function, usage = COMMANDS[name]
+        words = f" {name} {usage}"
         first, _, more = (function.__doc__ or "").partition("\n\n")
         print(textwrap.fill(f"{words:27} {first}", 79, subsequent_indent=" " * 28))
         if command:
@@ -13443,8 +13458,8 @@ def run_main(arguments):
         return 0 if arguments else 2
     if not command:
         raise Misuse("no command; one of " + ", ".join(COMMANDS))
-    function, _, operands = COMMANDS[command]
-    operands = operands.split()
+    function, usage = COMMANDS[command]
+    operands, _ = parse_usage(usage)
     given = options["operands"]
     for extra in given[len(operands):]:
         raise Misuse(f"{make_printable(extra)}: {command} takes no such operand")
