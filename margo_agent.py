@@ -12531,13 +12531,11 @@ def look_at(config, word):
 
     Raises ConfigError, StorageError.
     """
-    agent = Agent(config)
-    agent.state = agent.store.load_state()
+    agent = load_agent(config)
     record = find_record(agent.state, word)
-    home = record["deviceId"]
-    devices = [device for device in agent.devices if device.device_id == home]
+    devices = [device for device in agent.devices if device.device_id == record["deviceId"]]
     claim = obtain_claim(agent.get_profile(), agent.device_id)
-    seen = observe_devices(devices, [record], claim).get(home, Seen([], {}, {}))
+    seen = observe_devices(devices, [record], claim).get(record["deviceId"], Seen([], {}, {}))
     return agent, record, seen._replace(containers=find_containers(record["deploymentId"], seen.containers))
 
 
@@ -12558,11 +12556,8 @@ def command_describe(config, options):
     report = make_details(record, deployment, seen.containers, clock)
     if "--json" in options:
         return print_json(report)
-    print_row(report["state"], f"{report['deploymentId']}  {report['name']}  on {report['deviceId']}")
+    print_deployment(report)
     print_row("document", f"{report['digest']}, of manifest version {report['version']}")
-    for part in report["components"]:
-        words = f"{part['name']}  {part['revision']}"
-        print_row(f"  {part['state']}", words + make_error_words(part["error"]))
     for item in report["containers"]:
         since = f" since {item['since']}" if item["since"] else ""
         ports = f"  ports {', '.join(item['ports'])}" if item["ports"] else ""
@@ -12657,10 +12652,10 @@ def command_config(config, options):
     if "--check" in options:
         print(f"{options['-c']} can be used")       # else it has been said why not
     elif "--example" in options:
-        print("\n".join(make_example(SCHEMA, EXAMPLE)))
+        print("\n".join(make_settings_lines(SCHEMA, EXAMPLE, True)))
     else:
         document = expand_environment(load_document(options["-c"]), os.environ, "", [])
-        print("\n".join(make_listing(SCHEMA, document or {})))
+        print("\n".join(make_settings_lines(SCHEMA, document or {}, False)))
 
 
 # What an example of a configuration sets, by names of examples/pki.sh; all else is commented out.
@@ -12670,39 +12665,33 @@ EXAMPLE = {"wfm": {"url": "https://localhost:8443"},
 PARTS = {"registries": ("registry.example:5000:", REGISTRY_SCHEMA), "  children": ("-", CHILD_SCHEMA)}
 
 
-def make_listing(schema, document, indent=""):
-    """The lines of a configuration that leaves nothing out: what the file does not say is marked."""
+def make_settings_lines(schema, document, example, indent=""):
+    """The lines of a configuration that leaves nothing out, each setting with what it is for.
+
+    What the document does not say has its default: marked so or, in an example, commented out.
+    """
     lines = []
     for key, entry in schema.items():
         value = document.get(key)
         if isinstance(entry, dict):
-            lines += [f"{indent}{key}:", *make_listing(entry, value or {}, indent + "  ")]
-            continue
-        reader, default, _ = entry
-        note = "  # default" if value is None else ""
-        if reader is read_environment and value:    # it may hold what nobody should see
-            value = dict.fromkeys(value, "...")
-        lines.append(f"{indent}{key}: {make_yaml(default if value is None else value)}{note}")
-    return lines
-
-
-def make_example(schema, chosen, indent=""):
-    """The lines of a configuration to start from: what is not `chosen` is commented out, with its default."""
-    lines = []
-    for key, entry in schema.items():
-        if isinstance(entry, dict):
-            lines += ["", f"{indent}{key}:", *make_example(entry, chosen.get(key, {}), indent + "  ")]
+            part = make_settings_lines(entry, value or {}, example, indent + "  ")
+            lines += ["", f"{indent}{key}:", *part]
             continue
         reader, default, meaning = entry
         try:
             reader(object(), "")
         except ValueError as error:                 # of what it would take
             meaning += f" ({str(error).partition(':')[0]})"
-        value = make_yaml(chosen.get(key, default))
-        lines += [f"{indent}# {meaning}", f"{indent}{'' if key in chosen else '# '}{key}: {value}".rstrip()]
-        if indent + key in PARTS:
-            name, schema = PARTS[indent + key]
-            lines += [f"{indent}# {line}" for line in [f"  {name}", *make_example(schema, {}, "    ")]]
+        if reader is read_environment and value:    # it may hold what nobody should see
+            value = dict.fromkeys(value, "...")
+        line = f"{key}: {make_yaml(default if value is None else value)}"
+        if value is None:
+            line = f"# {line}" if example else f"{line}  # default"
+        lines += [f"{indent}# {meaning}", f"{indent}{line}".rstrip()]
+        if example and indent + key in PARTS:
+            name, parts = PARTS[indent + key]
+            part = [f"  {name}", *make_settings_lines(parts, {}, example, "    ")]
+            lines += [f"{indent}# {line}" for line in part]
     return lines
 
 
@@ -12710,13 +12699,13 @@ def make_yaml(value):
     """A value as YAML on one line; None is nothing."""
     if value is None:
         return ""
-    text = make_json(value).decode()
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        return scalar_text(value)
     try:
-        return value if isinstance(value, str) and load_yaml(value) == value else text
-    except YAMLError:
-        return text
+        text = scalar_text(value)
+        if load_yaml(text) == value:
+            return text
+    except (TypeError, YAMLError):
+        pass                                        # it takes brackets, or quotes
+    return make_json(value).decode()
 
 
 COMMANDS.update(status=(command_describe, "[NAME] [--json]"),
@@ -13041,11 +13030,11 @@ def command_unenroll(config, options):
             print("not enrolled")
             return
         if "--purge" in options:
-            if purge(agent):
-                raise StorageError("not everything could be removed; nothing was forgotten, run unenroll"
-                                   " --purge again")
-            for drivers in agent.answering.values():
-                print_kept(drivers.get("compose"))
+            purge(agent)
+        kept = {key: record for key, record in state["deployments"].items() if record["state"] != "removed"}
+        if kept and "--purge" in options:
+            raise StorageError("not everything could be removed; nothing was forgotten, run unenroll --purge"
+                               " again")
         if state["enrollment"]:
             try:
                 devices = state["enrollment"].get("devices") or [agent.device_id]
@@ -13055,7 +13044,6 @@ def command_unenroll(config, options):
                 log("warning",
                     "the WFM does not know this client any more; the relationship is forgotten here",
                     reason=error.message)
-        kept = {key: record for key, record in state["deployments"].items() if record["state"] != "removed"}
         agent.state = dict(make_state(), deployments=kept, owners=state["owners"])
         agent.store.save_state(agent.state)
         for name in TRACES:
@@ -13065,21 +13053,18 @@ def command_unenroll(config, options):
         log("warning", "the next run enrolls again: stop cron or the service where that is not wanted")
 
 
-def print_kept(driver):
-    """Names the volumes that a ComposeDriver leaves behind: they hold what applications have stored."""
-    names = driver.list_volumes() if driver else []
-    if names:
-        print(f"kept: {len(names)} volumes, which `{driver.engine} volume rm {' '.join(names)}` removes")
-
-
 def purge(agent):
-    """Removes every workload and reports that; whether something could not be removed."""
+    """Removes every workload, as far as that goes, and reports it; names the volumes that are left behind."""
     if agent.state["enrollment"]:
         agent.connect()
     version = (agent.state["accepted"] or {}).get("version", 0)
     agent.reconcile({"version": version, "deployments": []})
     agent.flush_outbox()                            # also what an earlier purge could not report
-    return any(record["state"] != "removed" for record in agent.state["deployments"].values())
+    for drivers in agent.answering.values():
+        driver = drivers.get("compose")
+        names = driver.list_volumes() if driver else ()
+        if names:
+            print(f"kept: {len(names)} volumes, which `{driver.engine} volume rm {' '.join(names)}` removes")
 
 
 def command_plan(config, options):
@@ -13087,22 +13072,16 @@ def command_plan(config, options):
 
     Example: margo_agent.py plan --json
     """
-    agent = Agent(config)
-    agent.state = agent.store.load_state()
-    accepted, documents = fetch_accepted(agent)
-    actions, seen = [], {}
-    if accepted:
-        load = agent.store.load_artifact
-        actions, seen = agent.decide(accepted, lambda digest: documents.get(digest) or load(digest))
+    agent = load_agent(config)
+    accepted, load = fetch_accepted(agent)
+    actions, seen = agent.decide(accepted, load) if accepted else ([], {})
     others = ask_others(agent.answering)
     # What clears the way for an installation elsewhere is part of it.
-    moved = {action.deployment_id for action in actions if action.verb in ("install", "update")}
+    moved = {action.key for action in actions if action.verb in CHANGES}
     items = [{"deploymentId": action.deployment_id, "action": PRINTED.get(action.verb, action.verb),
-              "reason": action.reason, "deviceId": action.device_id}
-             for action in actions if action.verb != "clear" or action.deployment_id not in moved]
+              "reason": action.reason, "deviceId": action.device_id, "changes": load_changes(agent, action)}
+             for action in actions if action.verb != "clear" or action.key not in moved]
     version = accepted["version"] if accepted else None
-    for item in items:
-        item["changes"] = load_changes(agent, item, accepted, documents)
     if options.pop("--json", False):                # what fails after that is told on stderr alone
         print_json({"version": version, "actions": items, "others": others})
     else:
@@ -13117,47 +13096,51 @@ def command_plan(config, options):
         raise fault
 
 
-def load_changes(agent, item, accepted, documents):
+def load_agent(config):
+    """An Agent that only looks: it has read the state, and leaves its lock alone."""
+    agent = Agent(config)
+    agent.state = agent.store.load_state()
+    return agent
+
+
+def load_changes(agent, action):
     """What an update changes, in words that show no value: parameters, components' revisions, all else."""
-    record = agent.state["deployments"].get(item["deploymentId"].lower())
-    wanted = [entry["digest"] for entry in (accepted or {}).get("deployments", ())
-              if entry["deploymentId"].lower() == item["deploymentId"].lower()]
-    load = agent.store.load_artifact
-    if item["action"] != "update" or not record or not wanted or record["adopted"]["digest"] == wanted[0]:
+    record = agent.state["deployments"].get(action.key)
+    if action.verb != "update" or record["adopted"]["digest"] == action.target.digest:
         return []
-    both = []
-    for digest in (record["adopted"]["digest"], wanted[0]):
-        target = Target(item["deploymentId"], digest)
-        both.append(read_target(target, lambda key: documents.get(key) or load(key), agent.config).deployment)
-    return make_changes(*both) if all(both) else []
+    old = Target(action.deployment_id, record["adopted"]["digest"])
+    old = read_target(old, agent.store.load_artifact, agent.config).deployment
+    return make_changes(old, action.target.deployment) if old else []
 
 
 def make_changes(old, new):
     """What differs between two Deployments, in words."""
     parts = []
-    for word, field in (("parameter", "parameters"), ("component", "components")):
-        before, after = ({item.name: item for item in getattr(one, field)} for one in (old, new))
-        names = sorted({*before, *after})
-        parts += [f"{word} {name}" for name in names if before.get(name) != after.get(name)]
+    for word in ("parameter", "component"):
+        before, after = getattr(old, word + "s"), getattr(new, word + "s")
+        changed = {item.name for item in before + after if item not in before or item not in after}
+        parts += [f"{word} {name}" for name in sorted(changed)]
     return parts or ["something else than parameters and components"]
 
 
 def fetch_accepted(agent):
-    """What the next run would accept, or has accepted before: (its part of the state, its new documents)."""
-    accepted = agent.state["accepted"]
+    """What the next run would accept, or has accepted before: (its part of the state, what loads its
+    documents).
+    """
+    stored = agent.store.load_artifact
     if agent.is_downtime():
         log("warning", "downtime: the WFM is not asked; this follows from what was accepted before")
-        return accepted, {}
+        return agent.state["accepted"], stored
     agent.check_patience(spread=False)
     agent.connect(keep=False)
     desired = agent.fetch_desired()
     if not desired:
-        return accepted, {}
+        return agent.state["accepted"], stored
     try:
         agent.check_removals(desired)
     except Waiting as error:
         log("warning", error.message)
-    return make_accepted(desired), desired.documents
+    return make_accepted(desired), lambda digest: desired.documents.get(digest) or stored(digest)
 
 
 def command_status(config, options):
@@ -13181,20 +13164,21 @@ def command_status(config, options):
     for item in document["dropped"]:
         print_row("dropped", f"{item['deploymentId']} {item['state']} at {item['at']}: {item['reason']}")
     for deployment in document["deployments"]:
-        where = f"  on {deployment['deviceId']}" if config.device.children else ""
-        print_row(deployment["state"], f"{deployment['deploymentId']}  {deployment['name']}{where}")
-        # Only a document that cannot be read leaves a deployment without components.
-        for part in deployment["components"] or [dict(deployment, name="")]:
-            print_row(f"  {part['state']}", part["name"] + make_error_words(part["error"]))
+        print_deployment(deployment)
     for item in document["waits"]:
         print_row("waits", f"until {item['until']} {item['reason']}")
     for words in make_others_words(document["others"]):
         print_row("other", f"{words}; it is left alone")
 
 
-def make_error_words(error):
-    """What follows the name of something that may have failed."""
-    return f"  {error['code']}: {error['message']}" if error["code"] else ""
+def print_deployment(item):
+    """Prints what make_deployment_report tells, and of a component its revision, where that is known, too."""
+    print_row(item["state"], f"{item['deploymentId']}  {item['name']}  on {item['deviceId']}")
+    # Only a document that cannot be read leaves a deployment without components.
+    for part in item["components"] or [dict(item, name="")]:
+        error = part["error"]
+        told = f"{error['code']}: {error['message']}" if error["code"] else ""
+        print_row(f"  {part['state']}", "  ".join(filter(None, (part["name"], part.get("revision"), told))))
 
 
 def print_row(name, words):
@@ -13267,9 +13251,8 @@ def command_capabilities(config, options):
 
     Example: margo_agent.py capabilities > capabilities.json
     """
-    agent = Agent(config)
-    profile = PROFILES[config.wfm.profile](config, agent.store, agent.store.load_state())
-    documents = list(map(profile.translate, load_capabilities(agent.devices, config).values()))
+    agent = load_agent(config)
+    documents = list(map(agent.get_profile().translate, load_capabilities(agent.devices, config).values()))
     print_json(documents if documents[1:] else documents[0])
 
 
@@ -13345,10 +13328,13 @@ def command_version(config, options):
 def print_json(value):
     """Prints one JSON document, for people and programs alike: nothing in it steers a terminal."""
     import json
-    encoding = (sys.stdout.encoding or "").lower().replace("-", "")
-    text = json.dumps(value, indent=2, ensure_ascii=encoding != "utf8")
-    print(re.sub(r"[^ -~\n]", lambda odd: odd.group() if odd.group().isprintable()
-                 else json.dumps(odd.group())[1:-1], text))
+
+    def escape(match):
+        odd = match.group()
+        shown = odd.isprintable() and odd.encode(sys.stdout.encoding or "ascii", "ignore")
+        return odd if shown else json.dumps(odd)[1:-1]
+
+    print(re.sub(r"[^ -~\n]", escape, json.dumps(value, indent=2, ensure_ascii=False)))
 
 
 for name, row in {
