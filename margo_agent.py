@@ -11681,10 +11681,11 @@ def read_helm(value, base):
 
 
 Release = define("Release",
-    "deployment_id component name namespace chart values values_file wait content",
-    "A Helm release to be made: the chart's file, the values as a mapping and their file, and a digest of all"
-    " that makes it what it is.")
+    "deployment_id component name namespace chart secrets values_file wait content",
+    "A Helm release to be made: the chart's file, what may be secret among the values, their file, and a"
+    " digest of all that makes it what it is.")
 RELEASE_STATES = ("deployed", "failed", "pending", "uninstalling")
+UNOWNED = f"{LABEL_DEPLOYMENT},!{LABEL_OWNER}"      # the selector of releases older than owners' labels
 
 
 def make_owner_value(owner):
@@ -11697,31 +11698,28 @@ def parse_releases(data, records, owner=""):
 
     Raises CommandError.
     """
-    names = {make_release_name(component["name"], record["deploymentId"]):
-             (record["deploymentId"], component["name"])
-             for record in records for component in record["components"]}
+    names = list_release_names(records)
+
     def read(items):
         found = []
         for item in items or ():
-            match = re.fullmatch(rf"(.+)-({UUID_PATTERN})", item["name"])
-            if not match and item["name"] not in names:
-                continue                            # somebody else's, whatever its labels say
-            deployment_id, component = names.get(item["name"]) or (match.group(2), match.group(1))
-            state = "running" if item["status"] == "deployed" else item["status"]
-            found.append(Container(
-                f"{item['namespace']}/{item['name']}", item["name"], deployment_id, component, "release",
-                str(item["revision"]), state, "helm", owner=owner))
+            name = item["name"]
+            match = re.fullmatch(rf"(.+)-({UUID_PATTERN})", name)
+            if match:                               # others are somebody else's, whatever their labels say
+                component, deployment_id = names.get(name, match.groups())
+                state = "running" if item["status"] == "deployed" else item["status"]
+                found.append(Container(f"{item['namespace']}/{name}", name, deployment_id, component,
+                                       "release", str(item["revision"]), state, "helm", owner=owner))
         return found
 
     return parse_answer(data, "helm list", read)
 
 
-def list_texts(value):
-    """Every scalar below a value as text."""
-    if isinstance(value, (dict, list)):
-        items = value.values() if isinstance(value, dict) else value
-        return [text for item in items for text in list_texts(item)]
-    return [] if value is None or isinstance(value, bool) else [scalar_text(value)]
+def list_release_names(records):
+    """{name of a release: (component, deployment id)} of all components that records tell of."""
+    return {make_release_name(component["name"], record["deploymentId"]):
+            (component["name"], record["deploymentId"])
+            for record in records for component in record["components"]}
 
 
 def make_helm_driver(config, child=None, _=(), environ=None):
@@ -11757,9 +11755,7 @@ def make_values(deployment, component):
     values = {}
     for parameter, pointer in find_parameters(deployment, component):
         try:
-            items = parameter.value if isinstance(parameter.value, list) else [parameter.value]
-            if any(isinstance(item, float) and not abs(item) < float("inf") for item in items):
-                raise ValueError("JSON has no such number")
+            make_json(parameter.value)              # which has no infinite numbers
             set_value(values, parse_value_path(pointer), parameter.value)
         except ValueError as error:
             raise ComponentError("PARAMETER_INVALID", f"parameter {make_printable(parameter.name)}: pointer "
@@ -11772,40 +11768,38 @@ def parse_value_path(pointer):
 
     Raises ValueError.
     """
-    path, position = [], 0
-    token = re.compile(r"((?:[^.\[\]\\]|\\.)+)((?:\[[0-9]{1,3}\])*)(\.|\Z)", re.S)
-    while position < len(pointer) or not path or pointer.endswith("."):
-        match = token.match(pointer, position)
-        if not match:
-            raise ValueError("expected names parted by dots, each with [index] where it is a list")
-        path.append(re.sub(r"\\(.)", r"\1", match.group(1), flags=re.S))
-        path += [int(index) for index in re.findall("[0-9]+", match.group(2))]
-        position = match.end()
-        if len(path) > MAX_DEPTH:
-            raise ValueError(f"nested deeper than {MAX_DEPTH} levels")
-        if not match.group(3):
-            break
+    part = r"((?:[^.\[\]\\]|\\.)+)((?:\[[0-9]{1,3}\])*)"
+    if not re.fullmatch(rf"{part}(\.{part})*", pointer, re.S):
+        raise ValueError("expected names parted by dots, each with [index] where it is a list")
+    path = []
+    for name, indices in re.findall(part, pointer, re.S):
+        path.append(re.sub(r"\\(.)", r"\1", name, flags=re.S))
+        path += map(int, re.findall("[0-9]+", indices))
+    if len(path) > MAX_DEPTH:
+        raise ValueError(f"nested deeper than {MAX_DEPTH} levels")
     return path
 
 
-def set_value(values, path, value):
-    """Puts a value at a path of names and indices; raises ValueError where another one is in the way."""
-    place = values
-    for step, following in zip(path, path[1:] + [None]):
-        if isinstance(step, int):
-            place.extend([None] * (step + 1 - len(place)))
-        held = place[step] if isinstance(step, int) else place.get(step)
-        if following is None:
-            wanted = None
-        else:
-            wanted = list if isinstance(following, int) else dict
-        if held is not None and (not isinstance(held, wanted) if wanted else isinstance(held, dict)):
-            raise ValueError("another parameter puts something of another kind there")
-        if wanted is None:
-            place[step] = value
-        elif held is None:
-            place[step] = wanted()
-        place = place[step]
+def set_value(held, path, value):
+    """What is `held`, or None, with a value put at a path of names and indices below it.
+
+    Raises ValueError where another one is in the way.
+    """
+    if path:
+        kind = dict if isinstance(path[0], str) else list
+        fits = isinstance(held, (kind, type(None)))
+    else:
+        fits = not isinstance(held, dict)
+    if not fits:
+        raise ValueError("another parameter puts something of another kind there")
+    if not path:
+        return value
+    step, *rest = path
+    held = kind() if held is None else held
+    if kind is list:
+        held.extend([None] * (step + 1 - len(held)))
+    held[step] = set_value(held[step] if kind is list else held.get(step), rest, value)
+    return held
 
 
 def make_release_name(component, deployment_id):
@@ -11844,18 +11838,16 @@ class HelmDriver:
     def observe(self, records=(), claim=None):
         """Every release of ours in any state; raises CommandError.
 
-        Where no deployment is known to need Helm, nothing is asked.  claim: as for the ComposeDriver.
+        records: those of deployments that need Helm.  claim: as for the ComposeDriver.
         """
         found = []
         claim = self.claim = claim or self.claim
-        wanted = {make_release_name(component["name"], record["deploymentId"])
-                  for record in records for component in record["components"]}
-        for owner in dict.fromkeys([claim.owner, *sorted(claim.owners), ""]) if records else ():
-            selector = f"{LABEL_DEPLOYMENT},!{LABEL_OWNER}"
-            if owner:
-                selector = f"{LABEL_OWNER}={make_owner_value(owner)}"
+        missing = set(list_release_names(records))
+        for owner in dict.fromkeys([claim.owner, *sorted(claim.owners), ""]):
+            selector = f"{LABEL_OWNER}={make_owner_value(owner)}" if owner else UNOWNED
             found += part_containers(parse_releases(self.list(selector), records, owner), claim)[0]
-            if wanted <= {release.name for release in found}:
+            missing.difference_update(release.name for release in found)
+            if not missing:
                 break                               # under an earlier owner is only what is missing
         return found
 
@@ -11883,16 +11875,15 @@ class HelmDriver:
         """Raises ComponentError where a release of this name was made by somebody else."""
         options = f"--namespace={namespace}", f"--filter=^{re.escape(name)}$"
         if parse_json(self.list(self.make_foreign(), *options), "helm list") and not parse_json(
-                self.list(f"{LABEL_DEPLOYMENT},!{LABEL_OWNER}", *options), "helm list"):
+                self.list(UNOWNED, *options), "helm list"):
             raise ComponentError("NAME_TAKEN", f"release {name} in namespace {namespace} was not made by this"
                                  " agent: remove it there")
 
     def check(self, claim):
         """What `doctor` says of this driver; raises CommandError."""
-        record = {"deploymentId": "", "components": []}
         output = self.run(["version", "--short"], 60).stdout.decode("utf-8", "replace")
         version = make_printable(output.strip(), 60)
-        return f"helm {version} answers, {len(self.observe([record], claim))} releases of ours"
+        return f"helm {version} answers, {len(self.observe((), claim))} releases of ours"
 
     def prepare(self, deployment, component, known, store, fetched):
         """Fetches and verifies the chart and makes the values, and touches nothing that runs.
@@ -11913,7 +11904,9 @@ class HelmDriver:
             # a package of the time when it was a compose component goes by itself
             remove_file(os.path.join(folder, other))
         chart = store.path("artifacts", package["digest"].replace(":", "-"))
-        return Release(deployment.deployment_id, component.name, name, deployment.namespace, chart, values,
+        parts = [parameter.value for parameter, _ in find_parameters(deployment, component.name)]
+        secrets = [str(item) for part in parts for item in (part if isinstance(part, list) else [part])]
+        return Release(deployment.deployment_id, component.name, name, deployment.namespace, chart, secrets,
                        values_file, component.wait, content), package
 
     def apply(self, release, containers, known, deadline):
@@ -11940,7 +11933,7 @@ class HelmDriver:
         output = self.carry_out(arguments + ["--wait"] * bool(release.wait), deadline)
         if output.code:
             code = "INSTALL_TIMEOUT" if time.monotonic() >= deadline - 0.5 else "INSTALL_FAILED"
-            words = mask(output.stderr, list_texts(release.values))
+            words = mask(output.stderr, release.secrets)
             raise ComponentError(code, f"helm upgrade failed: {words[-1500:]}")
         revision = parse_answer(output.stdout, "helm upgrade", lambda answer: answer["version"])
         return {"release": {"hash": str(revision), "finished": False, "image": "",
@@ -11982,21 +11975,11 @@ class HelmDriver:
             raise ComponentError(
                 "REMOVE_FAILED", f"release {ours[0].name} is still there: {words[0][-1000:]}")
 
-    @staticmethod
-    def list_ports(release):
-        """[]: none of this host."""
-        return []
-
-    def tail_log(self, container, secrets):
-        """Nothing: the cluster keeps the logs."""
+    def leave(self, *_):
+        """Nothing: logs, health checks and images are the cluster's, and ports none of this host."""
         return ""
 
-    def tend(self, containers, chance):
-        """Nothing: the cluster runs its own health checks."""
-
-    def remove_image(self, name):
-        """Never: images are the cluster's."""
-        return False
+    list_ports = tail_log = tend = remove_image = leave
 
 
 DRIVERS["helm"] = make_helm_driver
