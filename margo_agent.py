@@ -12282,25 +12282,20 @@ def command_doctor(config, options):
             "identity": examine_identity, "wfm": examine_connection, "outbox": examine_outbox,
             "failed": examine_failed}
     found, code = [], 0
-    moot = set()                                    # what a run does not come to
-    skipped = set()
     checks = {**first, **EXAMINE, **last}
-    for name in checks:
-        if name in skipped:
-            continue
+    moot = ()                                       # what a run does not come to
+    for name, examine in checks.items():
         try:
-            level, words = checks[name](agent)
+            level, words = examine(agent)
         except FAULTS as error:
             fault = to_fault(error)
             words = fault.message
             level = "FAIL" if fault.exit and name not in moot else "warn"
             code = max(code, fault.exit if level == "FAIL" else 0)
             if name in ("state", "lock"):           # a run comes no further
-                moot.update(checks)
-            if isinstance(fault, Silence):          # it asks nobody
-                moot.update(("identity", "wfm"))
-            if name == "identity" or not fault.exit:
-                skipped.add("wfm")
+                moot = checks
+            elif isinstance(fault, Silence):        # it asks nobody
+                moot = moot or ("identity", "wfm")
         if words and words not in [row["message"] for row in found]:        # each cause once
             found.append({"name": name, "level": level.lower(), "message": words})
             if "--json" not in options:
@@ -12392,10 +12387,10 @@ def examine_storage(agent):
         raise StorageError(f"state_dir: {folder} is no folder that this user may write; make it, or run as"
                            " its owner")
     free, _ = get_space(folder)
-    need = agent.config.policy.max_unpacked + agent.config.policy.max_artifact
-    words = f"{agent.config.state_dir}, {free // MIB} MiB free"
     if free < SHARE * KIB and not os.path.exists(agent.store.path("reserve")):
         raise StorageError(f"state_dir: no space is left at {folder}; free some")
+    need = agent.config.policy.max_unpacked + agent.config.policy.max_artifact
+    words = f"{agent.config.state_dir}, {free // MIB} MiB free"
     if free > need:
         return "ok", words
     return "warn", f"{words}; one package may take {need // MIB} (policy.max_unpacked): free some"
@@ -12465,6 +12460,8 @@ def examine_connection(agent):
     url = agent.config.wfm.url
     proxy = ask_proxy(url) and f" through the proxy {ask_proxy(url)}"
     window = agent.config.poll.window
+    if agent.is_downtime():
+        return "ok", ""
     try:
         agent.connect(keep=False)
         if window and not is_within(window, time.localtime()):
@@ -12532,11 +12529,8 @@ def command_describe(config, options):
     if not options["operands"]:
         return command_status(config, options)
     agent, record, seen = look_at(config, options["operands"][0])
-    adopted = record["adopted"]
-    target = Target(record["deploymentId"], adopted["digest"], adopted["version"])
-    deployment = read_target(target, agent.store.load_artifact, config).deployment
     clock = get_clock()
-    report = make_details(record, deployment, seen.containers, clock)
+    report = make_details(record, load_deployment(agent, record), seen.containers, clock)
     if "--json" in options:
         return print_json(report)
     print_deployment(report)
@@ -12592,11 +12586,12 @@ def command_logs(config, options):
     _, record, seen = look_at(config, name)
     for fault in seen.silent.values():
         raise fault
-    found = [item for item in seen.containers if item.service in services or not services]
-    driver = seen.drivers.get(found[0].type) if found else None
-    if not hasattr(driver, "engine"):
+    found = [item for item in seen.containers
+             if item.type == "compose" and item.service in (services or [item.service])]
+    if not found:
         where = make_printable(f"service {services[0]} of {name}" if services else name)
         raise ConfigError(f"{where} has no container here; `status {record['name']}` shows what there is")
+    driver = seen.drivers["compose"]
     if found[1:] and driver.engine == "docker":
         names = ", ".join(sorted(container.service for container in found))
         raise ConfigError(f"docker shows one container at a time; name one of the services {names}")
@@ -12771,15 +12766,20 @@ def start_watch(config, arguments):
     and it works where only the compiled file is installed.
     """
     import marshal
-    parts = {
-        part.__name__: part.__code__
-        for part in (notify, write_line, start_cycle, read_answer, count_wakes, reap, end_cycle, watch)
-    }
+    parts = notify, write_line, start_cycle, count_wakes, reap, end_cycle, watch
+    codes = marshal.dumps([part.__code__ for part in parts])
+    # A cycle is run as a module where this file's name allows that: Python then keeps its compiled form.
+    start = [os.path.abspath(__file__)]
+    folder, name = os.path.split(start[0])
+    stem, _, suffix = name.partition(".")
+    if suffix in ("py", "pyc"):
+        start = ["-c", f"import sys; sys.path.insert(0, {folder!r}); sys.exit(__import__({stem!r}).main())"]
+    child = [sys.executable, "-I", "-S", *start, *arguments, "--once"]
     last = "the daemon has ended" if log.level in ("debug", "info") else ""
-    words = make_child(arguments), CYCLE_RETRY, HUNG, STOP_LIMIT, last
+    words = child, CYCLE_RETRY, HUNG, STOP_LIMIT, last
     program = (f"import marshal, os, time\nLINE = {LINES[log.form]!r}\n"
-               f"for name, code in marshal.loads({marshal.dumps(parts)!r}).items():\n"
-               "    globals()[name] = type(lambda: None)(code, globals())\n"
+               f"for code in marshal.loads({codes!r}):\n"
+               "    globals()[code.co_name] = type(lambda: None)(code, globals())\n"
                f"raise SystemExit(watch(*{words!r}))\n")
     log("info", "the daemon has started", version=__version__, profile=config.wfm.profile,
         wfm=config.wfm.url, interval=f"{config.poll.interval:.0f} s")
@@ -12789,19 +12789,6 @@ def start_watch(config, arguments):
     os.dup2(reader, 0)
     os.execv(sys.executable, [sys.executable, "-I", "-S", "-", "margo-agent"])
 
-
-def make_child(arguments):
-    """The command line of one cycle.
-
-    This file is run as a module where its name allows that, because Python then keeps its compiled form.
-    """
-    start = [os.path.abspath(__file__)]
-    folder, name = os.path.split(start[0])
-    stem, _, suffix = name.partition(".")
-    if suffix in ("py", "pyc"):
-        code = f"import sys; sys.path.insert(0, {folder!r}); sys.exit(__import__({stem!r}).main())"
-        start = ["-c", code]
-    return [sys.executable, "-I", "-S", *start, *arguments, "--once"]
 
 
 # The daemon's parent: these functions run in an interpreter that has nothing else of this file but `os`,
@@ -12831,7 +12818,7 @@ def write_line(level, text):
     """Writes one line as the log does."""
     line = LINE % (time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), level, text)
     try:
-        os.write(2, line.encode() if text else b"")
+        os.write(2, line.encode())
     except OSError:
         pass                                        # nobody listens any more
 
@@ -12843,7 +12830,6 @@ def start_cycle(child, signals):
     """
     import signal
     reader, writer = os.pipe()
-    os.set_blocking(reader, False)                  # a helper may keep the other end open
     pid = os.fork()
     if not pid:
         try:
@@ -12859,15 +12845,6 @@ def start_cycle(child, signals):
     os.close(writer)
     return pid, reader
 
-
-def read_answer(reader):
-    """What a cycle that has ended has said in its pipe, which is closed."""
-    try:
-        return os.read(reader, 1024)
-    except BlockingIOError:
-        return b""
-    finally:
-        os.close(reader)
 
 
 def count_wakes(pid):
@@ -12920,10 +12897,9 @@ def watch(child, fallback, hung, limit, last):
     """Runs cycles one after the other, for ever; returns the daemon's exit code.
 
     child: the command line of a cycle.  It says in a pipe how many seconds to wait after it (else `fallback`)
-    and how it went.  SIGTERM and SIGINT end the daemon after the current step; `last` is how its log ends.
-    SIGHUP starts a cycle at once; each cycle reads the configuration anew.  A cycle that has not woken from
-    a wait for `hung` seconds hangs, because its own waits are shorter: it is killed.  systemd's watchdog is
-    fed while cycles can be started and move.  Five cycles in a row that cannot be started end the daemon.
+    and how it went.  SIGTERM and SIGINT end the daemon after the current step; `last` ends its log.  SIGHUP
+    starts a cycle at once.  One that has not woken from a wait for `hung` seconds hangs, and is killed.
+    systemd's watchdog is fed while cycles can be started and move; if five in a row cannot be, it ends.
     """
     import signal
     signals = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD}
@@ -12948,13 +12924,15 @@ def watch(child, fallback, hung, limit, last):
         if number in (signal.SIGTERM, signal.SIGINT):
             notify(address, "STOPPING=1")
             code = end_cycle(pid, limit) if pid else 0
-            write_line("info", last)
+            if last:
+                write_line("info", last)
             return code
         if number == signal.SIGHUP:
             due = 0
         status = reap(pid)
         if status is not None:
-            answer, _, words = read_answer(reader).partition(b" ")
+            answer, _, words = os.read(reader, 1024).partition(b" ")
+            os.close(reader)
             if words:
                 notify(address, "STATUS=" + words.decode("utf-8", "replace"))
             if status == 2 << 8 and not proven:     # the configuration has never worked
@@ -13091,16 +13069,21 @@ def load_changes(agent, action):
     record = agent.state["deployments"].get(action.key)
     if action.verb != "update" or record["adopted"]["digest"] == action.target.digest:
         return []
-    old = Target(action.deployment_id, record["adopted"]["digest"])
-    old = read_target(old, agent.store.load_artifact, agent.config).deployment
+    old = load_deployment(agent, record)
     return make_changes(old, action.target.deployment) if old else []
+
+
+def load_deployment(agent, record):
+    """The Deployment that is worked on, from a record; None where its document cannot be read."""
+    target = Target(record["deploymentId"], record["adopted"]["digest"])
+    return read_target(target, agent.store.load_artifact, agent.config).deployment
 
 
 def make_changes(old, new):
     """What differs between two Deployments, in words."""
     parts = []
     for word in ("parameter", "component"):
-        before, after = getattr(old, word + "s"), getattr(new, word + "s")
+        before, after = (getattr(one, word + "s") for one in (old, new))
         changed = {item.name for item in before + after if item not in before or item not in after}
         parts += [f"{word} {name}" for name in sorted(changed)]
     return parts or ["something else than parameters and components"]
@@ -13271,15 +13254,14 @@ def command_retry(config, options):
     """
     with Agent(config) as agent:
         state = agent.state
-        records = list(state["deployments"].values())
-        if options["operands"]:
-            records = [find_record(state, options["operands"][0])]
+        names = options["operands"]
+        records = [find_record(state, name) for name in names] or state["deployments"].values()
         failed = [record for record in records if record["state"] == "failed"]
-        if options["operands"] and not failed:
-            raise ConfigError(f"{options['operands'][0]} is no failed deployment; `status` lists them")
+        if names and not failed:
+            raise ConfigError(f"{names[0]} is no failed deployment; `status` lists them")
         for record in failed:
             record.update(retry={}, repair={})
-        if not options["operands"]:
+        if not names:
             state.update(patience={}, waits={})
             state["est"].update(delay=0)
         agent.store.save_state(state)
@@ -13309,15 +13291,15 @@ def command_version(config, options):
 
 
 def print_json(value):
-    """Prints one JSON document, for people and programs alike: nothing in it steers a terminal."""
+    """Prints one JSON document, for people and programs alike: nothing in it steers a terminal.
+
+    It is escaped where that would, or where the locale lacks a character.
+    """
     import json
-
-    def escape(match):
-        odd = match.group()
-        shown = odd.isprintable() and odd.encode(sys.stdout.encoding or "ascii", "ignore")
-        return odd if shown else json.dumps(odd)[1:-1]
-
-    print(re.sub(r"[^ -~\n]", escape, json.dumps(value, indent=2, ensure_ascii=False)))
+    text = json.dumps(value, indent=2, ensure_ascii=False)
+    encoding = sys.stdout.encoding or "ascii"
+    shown = text.replace("\n", "").isprintable() and text == text.encode(encoding, "replace").decode(encoding)
+    print(text if shown else json.dumps(value, indent=2))
 
 
 for name, row in {
