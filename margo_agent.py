@@ -11898,11 +11898,8 @@ class HelmDriver:
         self.ask_name(name, deployment.namespace)
         folder = store.path("deployments", deployment.deployment_id.lower(), component.name)
         create_folder(folder)
-        values_file = os.path.join(folder, content + ".json")
+        values_file = os.path.join(folder, "values.json")
         write_file(values_file, make_json(values))
-        for other in set(os.listdir(folder)) - {content + ".json"}:
-            # a package of the time when it was a compose component goes by itself
-            remove_file(os.path.join(folder, other))
         chart = store.path("artifacts", package["digest"].replace(":", "-"))
         parts = [parameter.value for parameter, _ in find_parameters(deployment, component.name)]
         secrets = [str(item) for part in parts for item in (part if isinstance(part, list) else [part])]
@@ -13163,22 +13160,20 @@ def make_deployment_report(record):
 
 
 def status(config):
-    """What the device knows, as the object that `status --json` prints; raises StorageError.
+    """What the device knows, as the object that `status --json` prints (contract); raises StorageError.
 
     config: what load_config returns.  Nobody is asked, neither the WFM nor the engine.
     """
     store = Store(config.state_dir)
-    return make_status_report(config, store.load_state(), store.load_memo(), get_clock())
-
-
-def make_status_report(config, state, memo, clock):
-    """The object of `status --json` (contract)."""
+    state = store.load_state()
+    memo = store.load_memo()
+    clock = get_clock()
     accepted = state["accepted"] or {}
     return {
         "version": __version__,
         "profile": config.wfm.profile,
         "enrolled": bool(state["enrollment"]),
-        "identity": PROFILES[config.wfm.profile](config, Store(config.state_dir), state).describe(clock.now),
+        "identity": PROFILES[config.wfm.profile](config, store, state).describe(clock.now),
         "desiredState": {key: accepted.get(key) for key in ("version", "etag", "acceptedAt")},
         "lastPoll": memo.get("lastPoll") or state["lastPoll"] or {"at": None, "result": None, "detail": ""},
         "outbox": len(state["outbox"]),
