@@ -12763,6 +12763,7 @@ def start_watch(config, arguments):
     and it works where only the compiled file is installed.
     """
     import marshal
+    import signal
     parts = notify, write_line, start_cycle, count_wakes, reap, end_cycle, watch
     codes = marshal.dumps([part.__code__ for part in parts])
     # A cycle is run as a module where this file's name allows that: Python then keeps its compiled form.
@@ -12780,6 +12781,9 @@ def start_watch(config, arguments):
                f"raise SystemExit(watch(*{words!r}))\n")
     log("info", "the daemon has started", version=__version__, profile=config.wfm.profile,
         wfm=config.wfm.url, interval=f"{config.poll.interval:.0f} s")
+    # These wait until `watch` asks for them.
+    signals = signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     reader, writer = os.pipe()
     os.write(writer, program.encode())              # a pipe holds 64 KiB, this is far smaller
     os.close(writer)
@@ -12830,8 +12834,9 @@ def start_cycle(child, signals):
     pid = os.fork()
     if not pid:
         try:
+            for number in (signal.SIGHUP, signal.SIGINT):   # a terminal sends them to both of us
+                signal.signal(number, signal.SIG_IGN)
             signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
-            signal.signal(signal.SIGHUP, signal.SIG_IGN)
             os.set_inheritable(writer, True)
             os.execve(child[0], child, dict(os.environ, MARGO_DELAY_FD=str(writer)))
         except OSError as error:
@@ -12900,7 +12905,6 @@ def watch(child, fallback, hung, limit, last):
     """
     import signal
     signals = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD}
-    signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     address = os.environ.get("NOTIFY_SOCKET", "")
     beat = int(os.environ.get("WATCHDOG_USEC") or 0) / 2e6 or 3600.0
     notify(address, "READY=1")
