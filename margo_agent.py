@@ -60,9 +60,8 @@ __all__ = ["main", "Agent", "load_config", "load_yaml", "status", "log", "PROFIL
 # What optional rooms add where they are defined; nothing outside names anything in them.
 # See also SCHEMA, CHECKS, STEPS, DEVICES, ASSIGN, LISTENERS and COMPANIONS.
 PROFILES = {}                       # {wfm.profile: its Profile class}
-OPTIONS = {"enroll": {}}            # {command: {option: (name of its value, function of config and value)}}
-COMMANDS = {}                       # {name: (its function, to an exit code or nothing for 0; its options,
-                                    # each with what follows it; its operands)}; its docstring is its help
+COMMANDS = {}                       # {name: (its function of config and options, to an exit code or nothing
+                                    # for 0; its usage)}; its docstring is its help
 JUDGES = []                         # functions of (image, config) to the name by which it is pulled, once
                                     # nothing speaks against it; else ComponentError
 DRIVERS = {}                        # {deployment type: function of (config, child, others) to its driver or
@@ -9819,7 +9818,19 @@ def fetch_ca(config, path):
         print(f"{path}: compare its SHA-256 fingerprint {sha256_digest(anchor)[7:]}")
 
 
-OPTIONS["enroll"]["--fetch-ca"] = ("FILE", fetch_ca)
+def command_enroll_signed(config, options):
+    """Makes this device known to the WFM: checks its identity and reports its capabilities.
+
+    It may be repeated at any time.  `--fetch-ca FILE` first downloads the WFM's root CA (profile signed).
+
+    Example: margo_agent.py enroll
+    """
+    if "--fetch-ca" in options:
+        fetch_ca(config, options["--fetch-ca"])
+    command_enroll(config, options)
+
+
+COMMANDS["enroll"] = (command_enroll_signed, "[--fetch-ca FILE]")
 
 
 class SignedSource(HttpSource):
@@ -11718,10 +11729,11 @@ def read_helm(value, base):
 
 
 Release = define("Release",
-    "deployment_id component name namespace chart values values_file wait content",
-    "A Helm release to be made: the chart's file, the values as a mapping and their file, and a digest of all"
-    " that makes it what it is.")
+    "deployment_id component name namespace chart secrets values_file wait content",
+    "A Helm release to be made: the chart's file, what may be secret among the values, their file, and a"
+    " digest of all that makes it what it is.")
 RELEASE_STATES = ("deployed", "failed", "pending", "uninstalling")
+UNOWNED = f"{LABEL_DEPLOYMENT},!{LABEL_OWNER}"      # the selector of releases older than owners' labels
 
 
 def make_owner_value(owner):
@@ -11734,31 +11746,28 @@ def parse_releases(data, records, owner=""):
 
     Raises CommandError.
     """
-    names = {make_release_name(component["name"], record["deploymentId"]):
-             (record["deploymentId"], component["name"])
-             for record in records for component in record["components"]}
+    names = list_release_names(records)
+
     def read(items):
         found = []
         for item in items or ():
-            match = re.fullmatch(rf"(.+)-({UUID_PATTERN})", item["name"])
-            if not match and item["name"] not in names:
-                continue                            # somebody else's, whatever its labels say
-            deployment_id, component = names.get(item["name"]) or (match.group(2), match.group(1))
-            state = "running" if item["status"] == "deployed" else item["status"]
-            found.append(Container(
-                f"{item['namespace']}/{item['name']}", item["name"], deployment_id, component, "release",
-                str(item["revision"]), state, "helm", owner=owner))
+            name = item["name"]
+            match = re.fullmatch(rf"(.+)-({UUID_PATTERN})", name)
+            if match:                               # others are somebody else's, whatever their labels say
+                component, deployment_id = names.get(name, match.groups())
+                state = "running" if item["status"] == "deployed" else item["status"]
+                found.append(Container(f"{item['namespace']}/{name}", name, deployment_id, component,
+                                       "release", str(item["revision"]), state, "helm", owner=owner))
         return found
 
     return parse_answer(data, "helm list", read)
 
 
-def list_texts(value):
-    """Every scalar below a value as text."""
-    if isinstance(value, (dict, list)):
-        items = value.values() if isinstance(value, dict) else value
-        return [text for item in items for text in list_texts(item)]
-    return [] if value is None or isinstance(value, bool) else [scalar_text(value)]
+def list_release_names(records):
+    """{name of a release: (component, deployment id)} of all components that records tell of."""
+    return {make_release_name(component["name"], record["deploymentId"]):
+            (component["name"], record["deploymentId"])
+            for record in records for component in record["components"]}
 
 
 def make_helm_driver(config, child=None, _=(), environ=None):
@@ -11794,9 +11803,7 @@ def make_values(deployment, component):
     values = {}
     for parameter, pointer in find_parameters(deployment, component):
         try:
-            items = parameter.value if isinstance(parameter.value, list) else [parameter.value]
-            if any(isinstance(item, float) and not abs(item) < float("inf") for item in items):
-                raise ValueError("JSON has no such number")
+            make_json(parameter.value)              # which has no infinite numbers
             set_value(values, parse_value_path(pointer), parameter.value)
         except ValueError as error:
             raise ComponentError("PARAMETER_INVALID", f"parameter {make_printable(parameter.name)}: pointer "
@@ -11809,40 +11816,38 @@ def parse_value_path(pointer):
 
     Raises ValueError.
     """
-    path, position = [], 0
-    token = re.compile(r"((?:[^.\[\]\\]|\\.)+)((?:\[[0-9]{1,3}\])*)(\.|\Z)", re.S)
-    while position < len(pointer) or not path or pointer.endswith("."):
-        match = token.match(pointer, position)
-        if not match:
-            raise ValueError("expected names parted by dots, each with [index] where it is a list")
-        path.append(re.sub(r"\\(.)", r"\1", match.group(1), flags=re.S))
-        path += [int(index) for index in re.findall("[0-9]+", match.group(2))]
-        position = match.end()
-        if len(path) > MAX_DEPTH:
-            raise ValueError(f"nested deeper than {MAX_DEPTH} levels")
-        if not match.group(3):
-            break
+    part = r"((?:[^.\[\]\\]|\\.)+)((?:\[[0-9]{1,3}\])*)"
+    if not re.fullmatch(rf"{part}(\.{part})*", pointer, re.S):
+        raise ValueError("expected names parted by dots, each with [index] where it is a list")
+    path = []
+    for name, indices in re.findall(part, pointer, re.S):
+        path.append(re.sub(r"\\(.)", r"\1", name, flags=re.S))
+        path += map(int, re.findall("[0-9]+", indices))
+    if len(path) > MAX_DEPTH:
+        raise ValueError(f"nested deeper than {MAX_DEPTH} levels")
     return path
 
 
-def set_value(values, path, value):
-    """Puts a value at a path of names and indices; raises ValueError where another one is in the way."""
-    place = values
-    for step, following in zip(path, path[1:] + [None]):
-        if isinstance(step, int):
-            place.extend([None] * (step + 1 - len(place)))
-        held = place[step] if isinstance(step, int) else place.get(step)
-        if following is None:
-            wanted = None
-        else:
-            wanted = list if isinstance(following, int) else dict
-        if held is not None and (not isinstance(held, wanted) if wanted else isinstance(held, dict)):
-            raise ValueError("another parameter puts something of another kind there")
-        if wanted is None:
-            place[step] = value
-        elif held is None:
-            place[step] = wanted()
-        place = place[step]
+def set_value(held, path, value):
+    """What is `held`, or None, with a value put at a path of names and indices below it.
+
+    Raises ValueError where another one is in the way.
+    """
+    if path:
+        kind = dict if isinstance(path[0], str) else list
+        fits = isinstance(held, (kind, type(None)))
+    else:
+        fits = not isinstance(held, dict)
+    if not fits:
+        raise ValueError("another parameter puts something of another kind there")
+    if not path:
+        return value
+    step, *rest = path
+    held = kind() if held is None else held
+    if kind is list:
+        held.extend([None] * (step + 1 - len(held)))
+    held[step] = set_value(held[step] if kind is list else held.get(step), rest, value)
+    return held
 
 
 def make_release_name(component, deployment_id):
@@ -11881,18 +11886,16 @@ class HelmDriver:
     def observe(self, records=(), claim=None):
         """Every release of ours in any state; raises CommandError.
 
-        Where no deployment is known to need Helm, nothing is asked.  claim: as for the ComposeDriver.
+        records: those of deployments that need Helm.  claim: as for the ComposeDriver.
         """
         found = []
         claim = self.claim = claim or self.claim
-        wanted = {make_release_name(component["name"], record["deploymentId"])
-                  for record in records for component in record["components"]}
-        for owner in dict.fromkeys([claim.owner, *sorted(claim.owners), ""]) if records else ():
-            selector = f"{LABEL_DEPLOYMENT},!{LABEL_OWNER}"
-            if owner:
-                selector = f"{LABEL_OWNER}={make_owner_value(owner)}"
+        missing = set(list_release_names(records))
+        for owner in dict.fromkeys([claim.owner, *sorted(claim.owners), ""]):
+            selector = f"{LABEL_OWNER}={make_owner_value(owner)}" if owner else UNOWNED
             found += part_containers(parse_releases(self.list(selector), records, owner), claim)[0]
-            if wanted <= {release.name for release in found}:
+            missing.difference_update(release.name for release in found)
+            if not missing:
                 break                               # under an earlier owner is only what is missing
         return found
 
@@ -11920,16 +11923,15 @@ class HelmDriver:
         """Raises ComponentError where a release of this name was made by somebody else."""
         options = f"--namespace={namespace}", f"--filter=^{re.escape(name)}$"
         if parse_json(self.list(self.make_foreign(), *options), "helm list") and not parse_json(
-                self.list(f"{LABEL_DEPLOYMENT},!{LABEL_OWNER}", *options), "helm list"):
+                self.list(UNOWNED, *options), "helm list"):
             raise ComponentError("NAME_TAKEN", f"release {name} in namespace {namespace} was not made by this"
                                  " agent: remove it there")
 
     def check(self, claim):
         """What `doctor` says of this driver; raises CommandError."""
-        record = {"deploymentId": "", "components": []}
         output = self.run(["version", "--short"], 60).stdout.decode("utf-8", "replace")
         version = make_printable(output.strip(), 60)
-        return f"helm {version} answers, {len(self.observe([record], claim))} releases of ours"
+        return f"helm {version} answers, {len(self.observe((), claim))} releases of ours"
 
     def prepare(self, deployment, component, known, store, fetched):
         """Fetches and verifies the chart and makes the values, and touches nothing that runs.
@@ -11944,13 +11946,12 @@ class HelmDriver:
         self.ask_name(name, deployment.namespace)
         folder = store.path("deployments", deployment.deployment_id.lower(), component.name)
         create_folder(folder)
-        values_file = os.path.join(folder, content + ".json")
+        values_file = os.path.join(folder, "values.json")
         write_file(values_file, make_json(values))
-        for other in set(os.listdir(folder)) - {content + ".json"}:
-            # a package of the time when it was a compose component goes by itself
-            remove_file(os.path.join(folder, other))
         chart = store.path("artifacts", package["digest"].replace(":", "-"))
-        return Release(deployment.deployment_id, component.name, name, deployment.namespace, chart, values,
+        parts = [parameter.value for parameter, _ in find_parameters(deployment, component.name)]
+        secrets = [str(item) for part in parts for item in (part if isinstance(part, list) else [part])]
+        return Release(deployment.deployment_id, component.name, name, deployment.namespace, chart, secrets,
                        values_file, component.wait, content), package
 
     def apply(self, release, containers, known, deadline):
@@ -11977,7 +11978,7 @@ class HelmDriver:
         output = self.carry_out(arguments + ["--wait"] * bool(release.wait), deadline)
         if output.code:
             code = "INSTALL_TIMEOUT" if time.monotonic() >= deadline - 0.5 else "INSTALL_FAILED"
-            words = mask(output.stderr, list_texts(release.values))
+            words = mask(output.stderr, release.secrets)
             raise ComponentError(code, f"helm upgrade failed: {words[-1500:]}")
         revision = parse_answer(output.stdout, "helm upgrade", lambda answer: answer["version"])
         return {"release": {"hash": str(revision), "finished": False, "image": "",
@@ -12019,21 +12020,11 @@ class HelmDriver:
             raise ComponentError(
                 "REMOVE_FAILED", f"release {ours[0].name} is still there: {words[0][-1000:]}")
 
-    @staticmethod
-    def list_ports(release):
-        """[]: none of this host."""
-        return []
-
-    def tail_log(self, container, secrets):
-        """Nothing: the cluster keeps the logs."""
+    def leave(self, *_):
+        """Nothing: logs, health checks and images are the cluster's, and ports none of this host."""
         return ""
 
-    def tend(self, containers, chance):
-        """Nothing: the cluster runs its own health checks."""
-
-    def remove_image(self, name):
-        """Never: images are the cluster's."""
-        return False
+    list_ports = tail_log = tend = remove_image = leave
 
 
 DRIVERS["helm"] = make_helm_driver
@@ -12336,25 +12327,20 @@ def command_doctor(config, options):
             "identity": examine_identity, "wfm": examine_connection, "outbox": examine_outbox,
             "failed": examine_failed}
     found, code = [], 0
-    moot = set()                                    # what a run does not come to
-    skipped = set()
     checks = {**first, **EXAMINE, **last}
-    for name in checks:
-        if name in skipped:
-            continue
+    moot = ()                                       # what a run does not come to
+    for name, examine in checks.items():
         try:
-            level, words = checks[name](agent)
+            level, words = examine(agent)
         except FAULTS as error:
             fault = to_fault(error)
             words = fault.message
             level = "FAIL" if fault.exit and name not in moot else "warn"
             code = max(code, fault.exit if level == "FAIL" else 0)
             if name in ("state", "lock"):           # a run comes no further
-                moot.update(checks)
-            if isinstance(fault, Silence):          # it asks nobody
-                moot.update(("identity", "wfm"))
-            if name == "identity" or not fault.exit:
-                skipped.add("wfm")
+                moot = checks
+            elif isinstance(fault, Silence):        # it asks nobody
+                moot = moot or ("identity", "wfm")
         if words and words not in [row["message"] for row in found]:        # each cause once
             found.append({"name": name, "level": level.lower(), "message": words})
             if "--json" not in options:
@@ -12446,10 +12432,10 @@ def examine_storage(agent):
         raise StorageError(f"state_dir: {folder} is no folder that this user may write; make it, or run as"
                            " its owner")
     free, _ = get_space(folder)
-    need = agent.config.policy.max_unpacked + agent.config.policy.max_artifact
-    words = f"{agent.config.state_dir}, {free // MIB} MiB free"
     if free < SHARE * KIB and not os.path.exists(agent.store.path("reserve")):
         raise StorageError(f"state_dir: no space is left at {folder}; free some")
+    need = agent.config.policy.max_unpacked + agent.config.policy.max_artifact
+    words = f"{agent.config.state_dir}, {free // MIB} MiB free"
     if free > need:
         return "ok", words
     return "warn", f"{words}; one package may take {need // MIB} (policy.max_unpacked): free some"
@@ -12519,6 +12505,8 @@ def examine_connection(agent):
     url = agent.config.wfm.url
     proxy = ask_proxy(url) and f" through the proxy {ask_proxy(url)}"
     window = agent.config.poll.window
+    if agent.is_downtime():
+        return "ok", ""
     try:
         agent.connect(keep=False)
         if window and not is_within(window, time.localtime()):
@@ -12556,7 +12544,7 @@ def ask_peer(url, timeout):
     return f"{make_name(leaf.subject)}, certified by {make_name(leaf.issuer)}"
 
 
-COMMANDS["doctor"] = (command_doctor, {"--json": ""}, "")
+COMMANDS["doctor"] = (command_doctor, "[--json]")
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -12568,13 +12556,11 @@ def look_at(config, word):
 
     Raises ConfigError, StorageError.
     """
-    agent = Agent(config)
-    agent.state = agent.store.load_state()
+    agent = load_agent(config)
     record = find_record(agent.state, word)
-    home = record["deviceId"]
-    devices = [device for device in agent.devices if device.device_id == home]
+    devices = [device for device in agent.devices if device.device_id == record["deviceId"]]
     claim = obtain_claim(agent.get_profile(), agent.device_id)
-    seen = observe_devices(devices, [record], claim).get(home, Seen([], {}, {}))
+    seen = observe_devices(devices, [record], claim).get(record["deviceId"], Seen([], {}, {}))
     return agent, record, seen._replace(containers=find_containers(record["deploymentId"], seen.containers))
 
 
@@ -12588,18 +12574,12 @@ def command_describe(config, options):
     if not options["operands"]:
         return command_status(config, options)
     agent, record, seen = look_at(config, options["operands"][0])
-    adopted = record["adopted"]
-    target = Target(record["deploymentId"], adopted["digest"], adopted["version"])
-    deployment = read_target(target, agent.store.load_artifact, config).deployment
     clock = get_clock()
-    report = make_details(record, deployment, seen.containers, clock)
+    report = make_details(record, load_deployment(agent, record), seen.containers, clock)
     if "--json" in options:
         return print_json(report)
-    print_row(report["state"], f"{report['deploymentId']}  {report['name']}  on {report['deviceId']}")
+    print_deployment(report)
     print_row("document", f"{report['digest']}, of manifest version {report['version']}")
-    for part in report["components"]:
-        words = f"{part['name']}  {part['revision']}"
-        print_row(f"  {part['state']}", words + make_error_words(part["error"]))
     for item in report["containers"]:
         since = f" since {item['since']}" if item["since"] else ""
         ports = f"  ports {', '.join(item['ports'])}" if item["ports"] else ""
@@ -12651,11 +12631,12 @@ def command_logs(config, options):
     _, record, seen = look_at(config, name)
     for fault in seen.silent.values():
         raise fault
-    found = [item for item in seen.containers if item.service in services or not services]
-    driver = seen.drivers.get(found[0].type) if found else None
-    if not hasattr(driver, "engine"):
+    found = [item for item in seen.containers
+             if item.type == "compose" and item.service in (services or [item.service])]
+    if not found:
         where = make_printable(f"service {services[0]} of {name}" if services else name)
         raise ConfigError(f"{where} has no container here; `status {record['name']}` shows what there is")
+    driver = seen.drivers["compose"]
     if found[1:] and driver.engine == "docker":
         names = ", ".join(sorted(container.service for container in found))
         raise ConfigError(f"docker shows one container at a time; name one of the services {names}")
@@ -12694,10 +12675,10 @@ def command_config(config, options):
     if "--check" in options:
         print(f"{options['-c']} can be used")       # else it has been said why not
     elif "--example" in options:
-        print("\n".join(make_example(SCHEMA, EXAMPLE)))
+        print("\n".join(make_settings_lines(SCHEMA, EXAMPLE, True)))
     else:
         document = expand_environment(load_document(options["-c"]), os.environ, "", [])
-        print("\n".join(make_listing(SCHEMA, document or {})))
+        print("\n".join(make_settings_lines(SCHEMA, document or {}, False)))
 
 
 # What an example of a configuration sets, by names of examples/pki.sh; all else is commented out.
@@ -12707,39 +12688,33 @@ EXAMPLE = {"wfm": {"url": "https://localhost:8443"},
 PARTS = {"registries": ("registry.example:5000:", REGISTRY_SCHEMA), "  children": ("-", CHILD_SCHEMA)}
 
 
-def make_listing(schema, document, indent=""):
-    """The lines of a configuration that leaves nothing out: what the file does not say is marked."""
+def make_settings_lines(schema, document, example, indent=""):
+    """The lines of a configuration that leaves nothing out, each setting with what it is for.
+
+    What the document does not say has its default: marked so or, in an example, commented out.
+    """
     lines = []
     for key, entry in schema.items():
         value = document.get(key)
         if isinstance(entry, dict):
-            lines += [f"{indent}{key}:", *make_listing(entry, value or {}, indent + "  ")]
-            continue
-        reader, default, _ = entry
-        note = "  # default" if value is None else ""
-        if reader is read_environment and value:    # it may hold what nobody should see
-            value = dict.fromkeys(value, "...")
-        lines.append(f"{indent}{key}: {make_yaml(default if value is None else value)}{note}")
-    return lines
-
-
-def make_example(schema, chosen, indent=""):
-    """The lines of a configuration to start from: what is not `chosen` is commented out, with its default."""
-    lines = []
-    for key, entry in schema.items():
-        if isinstance(entry, dict):
-            lines += ["", f"{indent}{key}:", *make_example(entry, chosen.get(key, {}), indent + "  ")]
+            part = make_settings_lines(entry, value or {}, example, indent + "  ")
+            lines += ["", f"{indent}{key}:", *part]
             continue
         reader, default, meaning = entry
         try:
             reader(object(), "")
         except ValueError as error:                 # of what it would take
             meaning += f" ({str(error).partition(':')[0]})"
-        value = make_yaml(chosen.get(key, default))
-        lines += [f"{indent}# {meaning}", f"{indent}{'' if key in chosen else '# '}{key}: {value}".rstrip()]
-        if indent + key in PARTS:
-            name, schema = PARTS[indent + key]
-            lines += [f"{indent}# {line}" for line in [f"  {name}", *make_example(schema, {}, "    ")]]
+        if reader is read_environment and value:    # it may hold what nobody should see
+            value = dict.fromkeys(value, "...")
+        line = f"{key}: {make_yaml(default if value is None else value)}"
+        if value is None:
+            line = f"# {line}" if example else f"{line}  # default"
+        lines += [f"{indent}# {meaning}", f"{indent}{line}".rstrip()]
+        if example and indent + key in PARTS:
+            name, parts = PARTS[indent + key]
+            part = [f"  {name}", *make_settings_lines(parts, {}, example, "    ")]
+            lines += [f"{indent}# {line}" for line in part]
     return lines
 
 
@@ -12747,19 +12722,18 @@ def make_yaml(value):
     """A value as YAML on one line; None is nothing."""
     if value is None:
         return ""
-    text = make_json(value).decode()
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        return scalar_text(value)
     try:
-        return value if isinstance(value, str) and load_yaml(value) == value else text
-    except YAMLError:
-        return text
+        text = scalar_text(value)
+        if load_yaml(text) == value:
+            return text
+    except (TypeError, YAMLError):
+        pass                                        # it takes brackets, or quotes
+    return make_json(value).decode()
 
 
-COMMANDS.update(
-    status=(command_describe, {"--json": ""}, "[NAME]"),
-    logs=(command_logs, {"--tail": "N", "-f": ""}, "NAME [SERVICE]"),
-    config=(command_config, {"--check": "", "--example": ""}, ""))
+COMMANDS.update(status=(command_describe, "[NAME] [--json]"),
+                logs=(command_logs, "NAME [SERVICE] [--tail N] [-f]"),
+                config=(command_config, "[--check] [--example]"))
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -12837,37 +12811,33 @@ def start_watch(config, arguments):
     and it works where only the compiled file is installed.
     """
     import marshal
-    parts = {
-        part.__name__: part.__code__
-        for part in (notify, write_line, start_cycle, read_answer, count_wakes, reap, end_cycle, watch)
-    }
+    import signal
+    parts = notify, write_line, start_cycle, count_wakes, reap, end_cycle, watch
+    codes = marshal.dumps([part.__code__ for part in parts])
+    # A cycle is run as a module where this file's name allows that: Python then keeps its compiled form.
+    start = [os.path.abspath(__file__)]
+    folder, name = os.path.split(start[0])
+    stem, _, suffix = name.partition(".")
+    if suffix in ("py", "pyc"):
+        start = ["-c", f"import sys; sys.path.insert(0, {folder!r}); sys.exit(__import__({stem!r}).main())"]
+    child = [sys.executable, "-I", "-S", *start, *arguments, "--once"]
     last = "the daemon has ended" if log.level in ("debug", "info") else ""
-    words = make_child(arguments), CYCLE_RETRY, HUNG, STOP_LIMIT, last
+    words = child, CYCLE_RETRY, HUNG, STOP_LIMIT, last
     program = (f"import marshal, os, time\nLINE = {LINES[log.form]!r}\n"
-               f"for name, code in marshal.loads({marshal.dumps(parts)!r}).items():\n"
-               "    globals()[name] = type(lambda: None)(code, globals())\n"
+               f"for code in marshal.loads({codes!r}):\n"
+               "    globals()[code.co_name] = type(lambda: None)(code, globals())\n"
                f"raise SystemExit(watch(*{words!r}))\n")
     log("info", "the daemon has started", version=__version__, profile=config.wfm.profile,
         wfm=config.wfm.url, interval=f"{config.poll.interval:.0f} s")
+    # These wait until `watch` asks for them.
+    signals = signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     reader, writer = os.pipe()
     os.write(writer, program.encode())              # a pipe holds 64 KiB, this is far smaller
     os.close(writer)
     os.dup2(reader, 0)
     os.execv(sys.executable, [sys.executable, "-I", "-S", "-", "margo-agent"])
 
-
-def make_child(arguments):
-    """The command line of one cycle.
-
-    This file is run as a module where its name allows that, because Python then keeps its compiled form.
-    """
-    start = [os.path.abspath(__file__)]
-    folder, name = os.path.split(start[0])
-    stem, _, suffix = name.partition(".")
-    if suffix in ("py", "pyc"):
-        code = f"import sys; sys.path.insert(0, {folder!r}); sys.exit(__import__({stem!r}).main())"
-        start = ["-c", code]
-    return [sys.executable, "-I", "-S", *start, *arguments, "--once"]
 
 
 # The daemon's parent: these functions run in an interpreter that has nothing else of this file but `os`,
@@ -12897,7 +12867,7 @@ def write_line(level, text):
     """Writes one line as the log does."""
     line = LINE % (time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), level, text)
     try:
-        os.write(2, line.encode() if text else b"")
+        os.write(2, line.encode())
     except OSError:
         pass                                        # nobody listens any more
 
@@ -12909,12 +12879,12 @@ def start_cycle(child, signals):
     """
     import signal
     reader, writer = os.pipe()
-    os.set_blocking(reader, False)                  # a helper may keep the other end open
     pid = os.fork()
     if not pid:
         try:
+            for number in (signal.SIGHUP, signal.SIGINT):   # a terminal sends them to both of us
+                signal.signal(number, signal.SIG_IGN)
             signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
-            signal.signal(signal.SIGHUP, signal.SIG_IGN)
             os.set_inheritable(writer, True)
             os.execve(child[0], child, dict(os.environ, MARGO_DELAY_FD=str(writer)))
         except OSError as error:
@@ -12925,15 +12895,6 @@ def start_cycle(child, signals):
     os.close(writer)
     return pid, reader
 
-
-def read_answer(reader):
-    """What a cycle that has ended has said in its pipe, which is closed."""
-    try:
-        return os.read(reader, 1024)
-    except BlockingIOError:
-        return b""
-    finally:
-        os.close(reader)
 
 
 def count_wakes(pid):
@@ -12986,14 +12947,12 @@ def watch(child, fallback, hung, limit, last):
     """Runs cycles one after the other, for ever; returns the daemon's exit code.
 
     child: the command line of a cycle.  It says in a pipe how many seconds to wait after it (else `fallback`)
-    and how it went.  SIGTERM and SIGINT end the daemon after the current step; `last` is how its log ends.
-    SIGHUP starts a cycle at once; each cycle reads the configuration anew.  A cycle that has not woken from
-    a wait for `hung` seconds hangs, because its own waits are shorter: it is killed.  systemd's watchdog is
-    fed while cycles can be started and move.  Five cycles in a row that cannot be started end the daemon.
+    and how it went.  SIGTERM and SIGINT end the daemon after the current step; `last` ends its log.  SIGHUP
+    starts a cycle at once.  One that has not woken from a wait for `hung` seconds hangs, and is killed.
+    systemd's watchdog is fed while cycles can be started and move; if five in a row cannot be, it ends.
     """
     import signal
     signals = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD}
-    signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     address = os.environ.get("NOTIFY_SOCKET", "")
     beat = int(os.environ.get("WATCHDOG_USEC") or 0) / 2e6 or 3600.0
     notify(address, "READY=1")
@@ -13014,13 +12973,15 @@ def watch(child, fallback, hung, limit, last):
         if number in (signal.SIGTERM, signal.SIGINT):
             notify(address, "STOPPING=1")
             code = end_cycle(pid, limit) if pid else 0
-            write_line("info", last)
+            if last:
+                write_line("info", last)
             return code
         if number == signal.SIGHUP:
             due = 0
         status = reap(pid)
         if status is not None:
-            answer, _, words = read_answer(reader).partition(b" ")
+            answer, _, words = os.read(reader, 1024).partition(b" ")
+            os.close(reader)
             if words:
                 notify(address, "STATUS=" + words.decode("utf-8", "replace"))
             if status == 2 << 8 and not proven:     # the configuration has never worked
@@ -13046,13 +13007,10 @@ def watch(child, fallback, hung, limit, last):
 def command_enroll(config, options):
     """Makes this device known to the WFM: checks its identity and reports its capabilities.
 
-    It may be repeated at any time.  `--fetch-ca FILE` first downloads the WFM's root CA (profile signed).
+    It may be repeated at any time.
 
     Example: margo_agent.py enroll
     """
-    for name, (_, act) in OPTIONS["enroll"].items():
-        if name in options:
-            act(config, options[name])
     with Agent(config) as agent:
         agent.store.load_memo().clear()             # the trust bundle is asked for whatever its age
         agent.state["trust"].pop("refreshedAt", None)
@@ -13082,11 +13040,11 @@ def command_unenroll(config, options):
             print("not enrolled")
             return
         if "--purge" in options:
-            if purge(agent):
-                raise StorageError("not everything could be removed; nothing was forgotten, run unenroll"
-                                   " --purge again")
-            for drivers in agent.answering.values():
-                print_kept(drivers.get("compose"))
+            purge(agent)
+        kept = {key: record for key, record in state["deployments"].items() if record["state"] != "removed"}
+        if kept and "--purge" in options:
+            raise StorageError("not everything could be removed; nothing was forgotten, run unenroll --purge"
+                               " again")
         if state["enrollment"]:
             try:
                 devices = state["enrollment"].get("devices") or [agent.device_id]
@@ -13096,7 +13054,6 @@ def command_unenroll(config, options):
                 log("warning",
                     "the WFM does not know this client any more; the relationship is forgotten here",
                     reason=error.message)
-        kept = {key: record for key, record in state["deployments"].items() if record["state"] != "removed"}
         agent.state = dict(make_state(), deployments=kept, owners=state["owners"])
         agent.store.save_state(agent.state)
         for name in TRACES:
@@ -13106,21 +13063,18 @@ def command_unenroll(config, options):
         log("warning", "the next run enrolls again: stop cron or the service where that is not wanted")
 
 
-def print_kept(driver):
-    """Names the volumes that a ComposeDriver leaves behind: they hold what applications have stored."""
-    names = driver.list_volumes() if driver else []
-    if names:
-        print(f"kept: {len(names)} volumes, which `{driver.engine} volume rm {' '.join(names)}` removes")
-
-
 def purge(agent):
-    """Removes every workload and reports that; whether something could not be removed."""
+    """Removes every workload, as far as that goes, and reports it; names the volumes that are left behind."""
     if agent.state["enrollment"]:
         agent.connect()
     version = (agent.state["accepted"] or {}).get("version", 0)
     agent.reconcile({"version": version, "deployments": []})
     agent.flush_outbox()                            # also what an earlier purge could not report
-    return any(record["state"] != "removed" for record in agent.state["deployments"].values())
+    for drivers in agent.answering.values():
+        driver = drivers.get("compose")
+        names = driver.list_volumes() if driver else ()
+        if names:
+            print(f"kept: {len(names)} volumes, which `{driver.engine} volume rm {' '.join(names)}` removes")
 
 
 def command_plan(config, options):
@@ -13128,22 +13082,16 @@ def command_plan(config, options):
 
     Example: margo_agent.py plan --json
     """
-    agent = Agent(config)
-    agent.state = agent.store.load_state()
-    accepted, documents = fetch_accepted(agent)
-    actions, seen = [], {}
-    if accepted:
-        load = agent.store.load_artifact
-        actions, seen = agent.decide(accepted, lambda digest: documents.get(digest) or load(digest))
+    agent = load_agent(config)
+    accepted, load = fetch_accepted(agent)
+    actions, seen = agent.decide(accepted, load) if accepted else ([], {})
     others = ask_others(agent.answering)
     # What clears the way for an installation elsewhere is part of it.
-    moved = {action.deployment_id for action in actions if action.verb in ("install", "update")}
+    moved = {action.key for action in actions if action.verb in CHANGES}
     items = [{"deploymentId": action.deployment_id, "action": PRINTED.get(action.verb, action.verb),
-              "reason": action.reason, "deviceId": action.device_id}
-             for action in actions if action.verb != "clear" or action.deployment_id not in moved]
+              "reason": action.reason, "deviceId": action.device_id, "changes": load_changes(agent, action)}
+             for action in actions if action.verb != "clear" or action.key not in moved]
     version = accepted["version"] if accepted else None
-    for item in items:
-        item["changes"] = load_changes(agent, item, accepted, documents)
     if options.pop("--json", False):                # what fails after that is told on stderr alone
         print_json({"version": version, "actions": items, "others": others})
     else:
@@ -13158,47 +13106,56 @@ def command_plan(config, options):
         raise fault
 
 
-def load_changes(agent, item, accepted, documents):
+def load_agent(config):
+    """An Agent that only looks: it has read the state, and leaves its lock alone."""
+    agent = Agent(config)
+    agent.state = agent.store.load_state()
+    return agent
+
+
+def load_changes(agent, action):
     """What an update changes, in words that show no value: parameters, components' revisions, all else."""
-    record = agent.state["deployments"].get(item["deploymentId"].lower())
-    wanted = [entry["digest"] for entry in (accepted or {}).get("deployments", ())
-              if entry["deploymentId"].lower() == item["deploymentId"].lower()]
-    load = agent.store.load_artifact
-    if item["action"] != "update" or not record or not wanted or record["adopted"]["digest"] == wanted[0]:
+    record = agent.state["deployments"].get(action.key)
+    if action.verb != "update" or record["adopted"]["digest"] == action.target.digest:
         return []
-    both = []
-    for digest in (record["adopted"]["digest"], wanted[0]):
-        target = Target(item["deploymentId"], digest)
-        both.append(read_target(target, lambda key: documents.get(key) or load(key), agent.config).deployment)
-    return make_changes(*both) if all(both) else []
+    old = load_deployment(agent, record)
+    return make_changes(old, action.target.deployment) if old else []
+
+
+def load_deployment(agent, record):
+    """The Deployment that is worked on, from a record; None where its document cannot be read."""
+    target = Target(record["deploymentId"], record["adopted"]["digest"])
+    return read_target(target, agent.store.load_artifact, agent.config).deployment
 
 
 def make_changes(old, new):
     """What differs between two Deployments, in words."""
     parts = []
-    for word, field in (("parameter", "parameters"), ("component", "components")):
-        before, after = ({item.name: item for item in getattr(one, field)} for one in (old, new))
-        names = sorted({*before, *after})
-        parts += [f"{word} {name}" for name in names if before.get(name) != after.get(name)]
+    for word in ("parameter", "component"):
+        before, after = (getattr(one, word + "s") for one in (old, new))
+        changed = {item.name for item in before + after if item not in before or item not in after}
+        parts += [f"{word} {name}" for name in sorted(changed)]
     return parts or ["something else than parameters and components"]
 
 
 def fetch_accepted(agent):
-    """What the next run would accept, or has accepted before: (its part of the state, its new documents)."""
-    accepted = agent.state["accepted"]
+    """What the next run would accept, or has accepted before: (its part of the state, what loads its
+    documents).
+    """
+    stored = agent.store.load_artifact
     if agent.is_downtime():
         log("warning", "downtime: the WFM is not asked; this follows from what was accepted before")
-        return accepted, {}
+        return agent.state["accepted"], stored
     agent.check_patience(spread=False)
     agent.connect(keep=False)
     desired = agent.fetch_desired()
     if not desired:
-        return accepted, {}
+        return agent.state["accepted"], stored
     try:
         agent.check_removals(desired)
     except Waiting as error:
         log("warning", error.message)
-    return make_accepted(desired), desired.documents
+    return make_accepted(desired), lambda digest: desired.documents.get(digest) or stored(digest)
 
 
 def command_status(config, options):
@@ -13222,20 +13179,21 @@ def command_status(config, options):
     for item in document["dropped"]:
         print_row("dropped", f"{item['deploymentId']} {item['state']} at {item['at']}: {item['reason']}")
     for deployment in document["deployments"]:
-        where = f"  on {deployment['deviceId']}" if config.device.children else ""
-        print_row(deployment["state"], f"{deployment['deploymentId']}  {deployment['name']}{where}")
-        # Only a document that cannot be read leaves a deployment without components.
-        for part in deployment["components"] or [dict(deployment, name="")]:
-            print_row(f"  {part['state']}", part["name"] + make_error_words(part["error"]))
+        print_deployment(deployment)
     for item in document["waits"]:
         print_row("waits", f"until {item['until']} {item['reason']}")
     for words in make_others_words(document["others"]):
         print_row("other", f"{words}; it is left alone")
 
 
-def make_error_words(error):
-    """What follows the name of something that may have failed."""
-    return f"  {error['code']}: {error['message']}" if error["code"] else ""
+def print_deployment(item):
+    """Prints what make_deployment_report tells, and of a component its revision, where that is known, too."""
+    print_row(item["state"], f"{item['deploymentId']}  {item['name']}  on {item['deviceId']}")
+    # Only a document that cannot be read leaves a deployment without components.
+    for part in item["components"] or [dict(item, name="")]:
+        error = part["error"]
+        told = f"{error['code']}: {error['message']}" if error["code"] else ""
+        print_row(f"  {part['state']}", "  ".join(filter(None, (part["name"], part.get("revision"), told))))
 
 
 def print_row(name, words):
@@ -13254,22 +13212,20 @@ def make_deployment_report(record):
 
 
 def status(config):
-    """What the device knows, as the object that `status --json` prints; raises StorageError.
+    """What the device knows, as the object that `status --json` prints (contract); raises StorageError.
 
     config: what load_config returns.  Nobody is asked, neither the WFM nor the engine.
     """
     store = Store(config.state_dir)
-    return make_status_report(config, store.load_state(), store.load_memo(), get_clock())
-
-
-def make_status_report(config, state, memo, clock):
-    """The object of `status --json` (contract)."""
+    state = store.load_state()
+    memo = store.load_memo()
+    clock = get_clock()
     accepted = state["accepted"] or {}
     return {
         "version": __version__,
         "profile": config.wfm.profile,
         "enrolled": bool(state["enrollment"]),
-        "identity": PROFILES[config.wfm.profile](config, Store(config.state_dir), state).describe(clock.now),
+        "identity": PROFILES[config.wfm.profile](config, store, state).describe(clock.now),
         "desiredState": {key: accepted.get(key) for key in ("version", "etag", "acceptedAt")},
         "lastPoll": memo.get("lastPoll") or state["lastPoll"] or {"at": None, "result": None, "detail": ""},
         "outbox": len(state["outbox"]),
@@ -13308,9 +13264,8 @@ def command_capabilities(config, options):
 
     Example: margo_agent.py capabilities > capabilities.json
     """
-    agent = Agent(config)
-    profile = PROFILES[config.wfm.profile](config, agent.store, agent.store.load_state())
-    documents = list(map(profile.translate, load_capabilities(agent.devices, config).values()))
+    agent = load_agent(config)
+    documents = list(map(agent.get_profile().translate, load_capabilities(agent.devices, config).values()))
     print_json(documents if documents[1:] else documents[0])
 
 
@@ -13346,15 +13301,14 @@ def command_retry(config, options):
     """
     with Agent(config) as agent:
         state = agent.state
-        records = list(state["deployments"].values())
-        if options["operands"]:
-            records = [find_record(state, options["operands"][0])]
+        names = options["operands"]
+        records = [find_record(state, name) for name in names] or state["deployments"].values()
         failed = [record for record in records if record["state"] == "failed"]
-        if options["operands"] and not failed:
-            raise ConfigError(f"{options['operands'][0]} is no failed deployment; `status` lists them")
+        if names and not failed:
+            raise ConfigError(f"{names[0]} is no failed deployment; `status` lists them")
         for record in failed:
             record.update(retry={}, repair={})
-        if not options["operands"]:
+        if not names:
             state.update(patience={}, waits={})
             state["est"].update(delay=0)
         agent.store.save_state(state)
@@ -13384,29 +13338,31 @@ def command_version(config, options):
 
 
 def print_json(value):
-    """Prints one JSON document, for people and programs alike: nothing in it steers a terminal."""
+    """Prints one JSON document, for people and programs alike: nothing in it steers a terminal.
+
+    It is escaped where that would, or where the locale lacks a character.
+    """
     import json
-    encoding = (sys.stdout.encoding or "").lower().replace("-", "")
-    text = json.dumps(value, indent=2, ensure_ascii=encoding != "utf8")
-    print(re.sub(r"[^ -~\n]", lambda odd: odd.group() if odd.group().isprintable()
-                 else json.dumps(odd.group())[1:-1], text))
+    text = json.dumps(value, indent=2, ensure_ascii=False)
+    encoding = sys.stdout.encoding or "ascii"
+    shown = text.replace("\n", "").isprintable() and text == text.encode(encoding, "replace").decode(encoding)
+    print(text if shown else json.dumps(value, indent=2))
 
 
-JSON = {"--json": ""}
 for name, row in {
-    "enroll": (command_enroll, {name: word for name, (word, _) in OPTIONS["enroll"].items()}, ""),
-    "run": (command_run, {"--once": "", "--spread": "TIME", **JSON}, ""),
-    "plan": (command_plan, JSON, ""),
-    "status": (command_status, JSON, ""),
-    "history": (command_history, JSON, ""),
-    "capabilities": (command_capabilities, JSON, ""),
-    "csr": (command_csr, {"--out": "FILE"}, ""),
-    "retry": (command_retry, JSON, "[NAME]"),
-    "unenroll": (command_unenroll, {"--purge": ""}, ""),
-    "version": (command_version, JSON, ""),
+    "enroll": (command_enroll, ""),
+    "run": (command_run, "[--once] [--spread TIME] [--json]"),
+    "plan": (command_plan, "[--json]"),
+    "status": (command_status, "[--json]"),
+    "history": (command_history, "[--json]"),
+    "capabilities": (command_capabilities, "[--json]"),
+    "csr": (command_csr, "[--out FILE]"),
+    "retry": (command_retry, "[NAME] [--json]"),
+    "unenroll": (command_unenroll, "[--purge]"),
+    "version": (command_version, "[--json]"),
 }.items():
     COMMANDS.setdefault(name, row)                  # an optional room may know more of a command
-GLOBAL_OPTIONS = {"-c": "FILE", "-v": "", "-q": "", "--log-format": "text|json", "--help": ""}
+USAGE = "[-c FILE] [-v] [-q] [--log-format text|json] [--help]"     # before or behind any command
 SPELLINGS = {"--config": "-c", "--verbose": "-v", "--quiet": "-q", "-h": "--help", "help": "--help",
              "--version": "version"}
 
@@ -13414,46 +13370,56 @@ SPELLINGS = {"--config": "-c", "--verbose": "-v", "--quiet": "-q", "-h": "--help
 Misuse = define_fault("Misuse", 2, "CONFIGURATION", "The command line is wrong.", ConfigError)
 
 
+def parse_usage(usage):
+    """A usage such as `NAME [SERVICE] [--tail N] [-f]` to [operand] and {option: what follows it, or ""}."""
+    return usage.partition("[-")[0].split(), dict(re.findall(r"\[(-[^] ]+) ?([^]]*)\]", usage))
+
+
 def parse_arguments(arguments):
     """The command line as a dictionary: `command`, `operands`, `arguments` as given, and each option.
 
     Raises ConfigError.
     """
-    options = {"command": None, "operands": [], "arguments": list(arguments)}
+    options = {"command": "", "operands": [], "arguments": list(arguments)}
     rest = list(arguments)
+    usage = USAGE
     while rest:
         word = rest.pop(0)
-        word = word if options["command"] else SPELLINGS.get(word, word)
+        command = options["command"]
+        word = word if command else SPELLINGS.get(word, word)
         if word.startswith("-"):
-            parse_option(word, rest, options)
-        elif options["command"]:
-            if not word:
-                raise Misuse(f"{options['command']}: an empty word names nothing")
+            parse_option(word, rest, parse_usage(usage)[1], options)
+        elif not command:
+            options["command"] = check_word(word, "command", COMMANDS)
+            usage += COMMANDS[word][1]
+        elif word:
             options["operands"].append(word)
         else:
-            options["command"] = check_word(word, "command", COMMANDS)
+            raise Misuse(f"{command}: an empty word names nothing")
     if options.get("--log-format", "text") not in ("text", "json"):
         raise Misuse("--log-format: text or json")
+    if "-v" in options and "-q" in options:
+        raise Misuse("-v and -q: only one of them")
     return options
 
 
-def parse_option(word, rest, options):
-    """Adds an option to `options`, with its value, which may be the first word of the `rest`."""
-    known = dict(GLOBAL_OPTIONS, **(COMMANDS[options["command"]][1] if options["command"] else {}))
-    name, given, value = word.partition("=")
-    if not word.startswith("--"):                   # -cFILE, -vq
-        name = word[:2]
-        value = word[2:].lstrip("=")
+def parse_option(word, rest, known, options):
+    """Adds an option of {option: what follows it} to `options`; its value may be the first word of the rest.
+
+    A short one may be followed by its value (-cFILE), or by other short ones (-fv).
+    """
+    name, given, value = re.fullmatch(r"(--[^=]*|-.?)(=?)(.*)", word, re.S).groups()
     name = check_word(SPELLINGS.get(name, name), "option", known)
     if known[name]:
-        options[name] = value or (rest.pop(0) if rest and not given else "")
-        if not options[name]:
+        if not given and not value and rest:
+            value = rest.pop(0)
+        if not value:
             raise Misuse(f"{name}: needs a value: write {name} {known[name]}")
-        return
-    options[name] = True
-    if value and word.startswith("--"):
+    elif given:
         raise Misuse(f"{make_printable(word)}: takes no value")
-    rest[:0] = [f"-{value}"] * bool(value)
+    elif value:
+        rest.insert(0, f"-{value}")
+    options[name] = value or True
 
 
 def check_word(word, kind, known):
@@ -13472,9 +13438,8 @@ def print_help(command=None):
     if not command:                                 # Python's option -OO keeps no docstrings
         print((__doc__ or "\n\n\n\n").split("\n\n")[2] + "\n")
     for name in [command] if command else COMMANDS:
-        function, known, operands = COMMANDS[name]
-        words = f" {name} {operands}".rstrip()
-        words += "".join(f" [{option} {value}".rstrip() + "]" for option, value in known.items())
+        function, usage = COMMANDS[name]
+        words = f" {name} {usage}"
         first, _, more = (function.__doc__ or "").partition("\n\n")
         print(textwrap.fill(f"{words:27} {first}", 79, subsequent_indent=" " * 28))
         if command:
@@ -13491,8 +13456,8 @@ def run_main(arguments):
         return 0 if arguments else 2
     if not command:
         raise Misuse("no command; one of " + ", ".join(COMMANDS))
-    function, _, operands = COMMANDS[command]
-    operands = operands.split()
+    function, usage = COMMANDS[command]
+    operands, _ = parse_usage(usage)
     given = options["operands"]
     for extra in given[len(operands):]:
         raise Misuse(f"{make_printable(extra)}: {command} takes no such operand")
