@@ -2417,18 +2417,18 @@ Identity = define("Identity", "spiffe_id wfm_id leaf certificate_file key_file",
     " the two files.")
 TrustBundle = define("TrustBundle", "anchors sequence refresh_hint",
     "Trust anchors (DER), `spiffe_sequence`, `spiffe_refresh_hint` in seconds; each of these may be None.")
-Discovery = define("Discovery", "trust_domain bundle_uri parts faults",
-    "A discovery document: texts, {name: value} of what COMPANIONS read, words about what was left out.")
-Companion = define("Companion", "wanted parse limits flaw judge remark",
-    """What an optional room has to say about identity and trust; each member is a function, or None.
+Discovery = define("Discovery", "trust_domain bundle_uri parts",
+    "A discovery document: texts, and {name: value} of what COMPANIONS read.")
+Companion = define("Companion", "title wanted parse limits flaw judge remark",
+    """What an optional room has to say about identity and trust: its name, then functions, or None.
 
     wanted(config): whether its part of the discovery document is needed.
-    parse(members, document_url, public, held): (value of its part, [words about what was passed over]).
+    parse(members, document_url, public): its part of the members of that document.
     limits(state): [seconds] after each of which the trust bundle is asked for again at the latest.
     flaw(store, state, leaf): why an own SVID that is valid is of no use, "" where it is.
     judge(config, store, state, source, keep): a function (leaf, now) that raises Untrusted for a WFM's leaf.
     remark(state, now): what `status` should warn of, or "".
-    """, None, None, None, None, None, None)
+    """, None, None, None)
 COMPANIONS = {}  # {name of its part in state["trust"]: Companion}; optional rooms add themselves
 
 
@@ -2722,11 +2722,11 @@ def check_sequence(bundle, trust, trust_domain):
                          " a rebuilt identity service: then unenroll and enroll again)")
 
 
-def parse_discovery(data, document_url, trust_domain, public, held=None):
+def parse_discovery(data, document_url, trust_domain, public):
     """A discovery document to a Discovery; raises ValueError (C-033 to C-035).
 
     trust_domain: of the own SVID, None where there is none yet.  public: whether the system's store vouched
-    for the document, which may then name no other origin.  held: the state's `trust`.
+    for the document, which may then name no other origin.
     """
     value = parse_json(data, "the discovery document")
     check_shape(value, {"trustDomain": "(?s).*"}, "the discovery document")
@@ -2735,11 +2735,8 @@ def parse_discovery(data, document_url, trust_domain, public, held=None):
         raise ValueError(f"it is for trust domain {make_printable(domain, 100)}, the own SVID is of"
                          f" {trust_domain}")
     uri = parse_discovered("trustBundleUri", read_url, value, document_url, public)
-    parts, faults = {}, []
-    for name, companion in COMPANIONS.items():
-        parts[name], passed = companion.parse(value, document_url, public, (held or {}).get(name))
-        faults += passed
-    return Discovery(domain, uri, parts, faults)
+    parts = {name: item.parse(value, document_url, public) for name, item in COMPANIONS.items()}
+    return Discovery(domain, uri, parts)
 
 
 def parse_discovered(name, reader, members, document_url, public):
@@ -2761,7 +2758,7 @@ def find_origin(url):
     return parts.hostname, parts.port or 443
 
 
-def fetch_discovery(config, trust_domain, now, held=None):
+def fetch_discovery(config, trust_domain, now):
     """The Discovery of identity.discovery; raises Unreachable, Untrusted, Refused.
 
     None where there is no such document and identity.trust_bundle is a URL (C-046).
@@ -2774,12 +2771,9 @@ def fetch_discovery(config, trust_domain, now, held=None):
     check_response(answer, where, (200,), now)
     public = not (settings.ca or settings.pins)
     try:
-        found = parse_discovery(answer.body, settings.discovery, trust_domain, public, held)
+        return parse_discovery(answer.body, settings.discovery, trust_domain, public)
     except ValueError as error:
         raise Untrusted(f"{where}: {error}") from None
-    for fault in found.faults:
-        log("warning", "part of the discovery document is passed over", reason=fault)
-    return found
 
 
 def is_remote(settings):
@@ -2817,7 +2811,7 @@ def is_bundle_due(config, state, hint, asked, now):
         return True
     periods = [hint or config.identity.refresh]
     for companion in COMPANIONS.values():
-        periods += companion.limits(state) if companion.limits else []
+        periods += companion.limits(state)
     return not asked <= now < asked + min(periods)
 
 
@@ -2852,12 +2846,15 @@ def fetch_trust_bundle(config, store, state, held, trust_domain, now, keep):
     """
     trust = state["trust"]
     url = config.identity.trust_bundle
-    found = fetch_discovery(config, trust_domain, now, trust) if config.identity.discovery else None
+    found = fetch_discovery(config, trust_domain, now) if config.identity.discovery else None
     if found:
         url, trust_domain = found.bundle_uri, found.trust_domain
     for name, companion in COMPANIONS.items():
         if companion.wanted(config) and (found or name not in trust):
-            trust[name] = found.parts[name] if found else None
+            part = found.parts[name] if found else None
+            if trust.get(name) and not part:
+                log("warning", f"it names no {companion.title} any more; what is at hand of that counts on")
+            trust[name] = part
     answer = fetch_from_mis(url, config)
     check_response(answer, f"trust bundle {url}", (200,), now)
     store.load_memo()["trust"] = now
@@ -10230,36 +10227,31 @@ class GitSource:
         """One git command on the repository: its Output.
 
         It has bounds of memory and of what it writes, and raises Refused where it wants more than these or
-        prints more than `limit` bytes.  Raises CommandError unless it ends with one of `codes` (None: any).
+        prints more than `limit` bytes.  Raises CommandError unless it ends with one of `codes`.
         """
         most = GIT_MEMORY + self.config.policy.max_unpacked // DOCUMENTS
         bounds = {"RLIMIT_DATA": most, "RLIMIT_FSIZE": self.config.policy.max_unpacked}
-        folder = self.repository
-        if command == "ls-remote":
-            folder = os.path.join(self.home, "none")                    # what is spoilt stops no poll (P-14)
-        before = os.umask(0o077)                    # what git writes is below the state directory
+        # what is spoilt stops no poll (P-14)
+        folder = os.path.join(self.home, "none") if command == "ls-remote" else self.repository
+        files = [self.secret.fileno()] if self.secret else []
+        include = ["-c", f"include.path=/proc/self/fd/{files[0]}"] if files else []
         try:
-            files = [self.secret.fileno()] if self.secret else []
-            command_line = ["git", f"--git-dir={folder}"]
-            for number in files:
-                command_line += ["-c", f"include.path=/proc/self/fd/{number}"]
-            output = run_command([*command_line, command, *arguments], timeout, env or self.env, self.home,
-                                 limit, files=files, limits=bounds, **options)
+            output = run_command(["git", f"--git-dir={folder}", *include, command, *arguments], timeout,
+                                 env or self.env, self.home, limit, files=files, limits=bounds, **options)
         except CommandError as error:
             if error.code == "TOO_MUCH":
                 self.refuse(command, f"prints more than {limit} bytes")
             raise
-        finally:
-            os.umask(before)
         # git has no code of its own for it, nor other words in any language but this one (LC_ALL)
         if output.code and re.search("[Oo]ut of memory", output.stderr):
             self.refuse(command, f"takes more than {most} bytes of memory")
-        if codes and output.code not in codes:
+        if output.code not in codes:
             raise CommandError(f"git {command}: {output.stderr or f'exit code {output.code}'}")
         return output
 
     def refuse(self, command, words):
-        """Raises Refused for a git command that wants more than it may have."""
+        """Raises Refused for a git command that wants more than it may have; pieces of a pack may be left."""
+        remove_folder(self.repository)
         raise Refused(f"{self.url}: git {command} {words}, all that it may; keep less in the repository, set"
                       " git.path, or see policy.max_unpacked") from None
 
@@ -10354,10 +10346,13 @@ class GitSource:
         accepted commit, which a server gives if it still has it.  Raises Refused, Untrusted.
         """
         self.prepare()
-        if base and not self.has(base):
-            self.fetch(f"{base}:refs/margo/base", "--depth=1", codes=(0, 1, 128))
-        elif base:
-            self.git("update-ref", "refs/margo/base", base)
+        try:
+            if base and self.has(base):
+                self.git("update-ref", "refs/margo/base", base)
+            elif base:
+                self.fetch(f"{base}:refs/margo/base", "--depth=1")
+        except CommandError as error:
+            log("debug", "the server gives no single commits", reason=error.message)
         self.fetch(f"+{self.branch}:refs/margo/head", *([] if base else ["--depth=1"]))
         head = self.git("rev-parse", "--verify", "refs/margo/head").stdout.decode().strip()
         if self.config.git.verify_signatures:
@@ -10378,13 +10373,17 @@ class GitSource:
         """Makes the bare repository where there is none, and anew where many fetches have piled up: nothing
         tidies it.
         """
-        packs = os.path.join(self.repository, "objects", "pack")
-        if os.path.isdir(packs) and len(os.listdir(packs)) <= 3 * MAX_PACKS:
+        if os.path.isdir(self.repository) and len(self.list_packs()) <= 3 * MAX_PACKS:
             return
         remove_folder(self.repository)
-        known = self.heads[self.branch] if self.branch in self.heads else self.fetch_head(self.branch)
+        known = self.heads.get(self.branch) or self.fetch_head(self.branch)
         form = ["--object-format=sha256"] if len(known or "") == 64 else []
         self.git("init", "--quiet", "--bare", "--template=", *form)
+
+    def list_packs(self):
+        """The paths of what was fetched."""
+        packs = os.path.join(self.repository, "objects", "pack")
+        return [os.path.join(folder, name) for folder, _, names in os.walk(packs) for name in names]
 
     def has(self, commit):
         """Whether a commit is in the repository."""
@@ -10394,24 +10393,18 @@ class GitSource:
         """Whether a commit follows on another one."""
         return not self.git("merge-base", "--is-ancestor", base, head, codes=(0, 1)).code
 
-    def fetch(self, refspec, *options, codes=(0,)):
+    def fetch(self, refspec, *options):
         """Fetches one ref; a pack may have policy.max_unpacked bytes, and raises Refused where it has more.
 
         """
         limit = self.config.policy.max_unpacked
-        packs = os.path.join(self.repository, "objects", "pack")
         try:
-            output = self.git("fetch", "--quiet", "--no-tags", "--no-recurse-submodules", *options, "--",
-                              self.url, refspec, timeout=PULL_TIMEOUT, codes=None)
-            paths = [os.path.join(packs, name) for name in os.listdir(packs)] if os.path.isdir(packs) else []
-            if output.code and max(map(os.path.getsize, paths), default=0) >= limit:
-                raise Refused(f"{self.url}: more than {limit} bytes to fetch; keep large files elsewhere, or"
-                              " see policy.max_unpacked")
-        except Refused:
-            remove_folder(self.repository)          # with the piece of a pack that it left
+            self.git("fetch", "--quiet", "--no-tags", "--no-recurse-submodules", *options, "--", self.url,
+                     refspec, timeout=PULL_TIMEOUT)
+        except CommandError:
+            if max(map(os.path.getsize, self.list_packs()), default=0) >= limit:
+                self.refuse("fetch", f"has more than {limit} bytes to fetch")
             raise
-        if output.code not in codes:
-            raise CommandError(f"git fetch: {output.stderr}")
 
     def ask_signature(self, head):
         """Raises Untrusted unless a commit is signed by one of git.allowed_signers: ssh's file of that, or
@@ -10452,11 +10445,11 @@ class GitSource:
                           f" 1/{DOCUMENTS} of policy.max_unpacked")
         found = parse_files(self.read_blobs(blobs))
         suspects = find_suspects(self.list_tree(base), listing, {*found[2]}) if base else []
-        for name, data in self.read_blobs(suspects):
-            if is_deployment(data):
-                raise Refused(f"{make_printable(name, 200)} held a deployment in the accepted commit, and is"
-                              " none now, or lies below what is no folder; nothing is removed for that:"
-                              " remove the file itself, or put it right")
+        passed = parse_files(self.read_blobs(suspects))[2]
+        for name in [item[0] for item in suspects if item[0] not in passed][:1]:
+            raise Refused(f"{make_printable(name, 200)} held a deployment in the accepted commit, and is"
+                          " none now, or lies below what is no folder; nothing is removed for that:"
+                          " remove the file itself, or put it right")
         return found
 
     def list_tree(self, commit):
@@ -10465,11 +10458,15 @@ class GitSource:
         return self.git("ls-tree", "-r", "-z", "-l", "--full-tree", "--", commit, *below).stdout
 
     def read_blobs(self, blobs):
-        """[(name, bytes)] of [(name, blob, size)]."""
+        """Yields (name, bytes) of [(name, blob, size)]."""
         wanted = "".join(f"{blob}\n" for _, blob, _ in blobs).encode()
         limit = sum(size + 256 for _, _, size in blobs) + 1
-        data = self.git("cat-file", "--batch", data=wanted, limit=limit).stdout if blobs else b""
-        return split_blobs(data, blobs)
+        data = io.BytesIO(self.git("cat-file", "--batch", data=wanted, limit=limit).stdout)
+        for name, blob, size in blobs:
+            if data.readline() != f"{blob} blob {size}\n".encode():
+                raise CommandError(f"git cat-file: blob {blob} cannot be read")
+            yield name, data.read(size)
+            data.readline()
 
     def put_capabilities(self, device_id, document):
         """Reports what this device can do: to wfm.status_url, else as capabilities.json on its branch."""
@@ -10630,23 +10627,18 @@ GIT_CONFIG = """\
 
 def make_git_config(config, home):
     """The configuration that git finds in its home, as bytes."""
-    settings = {
-        "http.lowSpeedTime": int(4 * config.wfm.timeout) or 1,
-        "http.sslVersion": f"tlsv{config.wfm.min_tls}",
-        "http.sslCAInfo": config.identity.ca,
-        "http.sslCAPath": config.identity.ca and os.path.join(home, "none"),
-        "gpg \"ssh\".allowedSignersFile": config.git.allowed_signers,
-    }
-    text = GIT_CONFIG
-    for name, value in settings.items():
-        section, _, key = name.rpartition(".")
-        if value:
-            text += f"[{section}]\n\t{key} = {make_quoted(str(value))}\n"
-    if config.wfm.url.startswith("file://"):        # whoever owns it: the operator named it
-        folder = config.wfm.url[len("file://"):].rstrip("/")
-        for place in (folder, folder + "/.git"):
-            text += f"[safe]\n\tdirectory = {make_quoted(place)}\n"
-    return text.encode()
+    folder = config.wfm.url.partition("file://")[2].rstrip("/")
+    settings = [
+        ("http", "lowSpeedTime", int(4 * config.wfm.timeout) or 1),
+        ("http", "sslVersion", f"tlsv{config.wfm.min_tls}"),
+        ("http", "sslCAInfo", config.identity.ca),
+        ("http", "sslCAPath", config.identity.ca and os.path.join(home, "none")),
+        ('gpg "ssh"', "allowedSignersFile", config.git.allowed_signers),
+        # whoever owns it: the operator named it
+        ("safe", "directory", folder),
+        ("safe", "directory", folder and folder + "/.git")]
+    return GIT_CONFIG.encode() + b"".join(f"[{section}]\n\t{key} = {make_quoted(str(value))}\n".encode()
+                                          for section, key, value in settings if value)
 
 
 def save_secret(header):
@@ -10727,38 +10719,20 @@ def find_suspects(before, after, others):
 
     before, after: what `git ls-tree` prints of both commits; others: YAML files that hold no deployment now.
     Something else is one of those, a link, a submodule, a folder of that name, or any of them in place of a
-    folder above.
+    folder above.  All that meets a name is beside it where names are sorted, because no path lies in another.
     """
-    from bisect import bisect_right
-    blobs = {blob[0] + "/": blob for blob in find_blobs(before, float("inf"))[0]}
-    keys = sorted(blobs)
-    found = {name + "/" for name in others}
-    for name, is_file, _, _ in parse_listing(after):
-        key = name + "/"
-        place = bisect_right(keys, key)
-        above = keys[place - 1] if place else key
-        if key.startswith(above) and not (key == above and is_file):
-            found.add(above)
-        while place < len(keys) and keys[place].startswith(key):
-            found.add(keys[place])
-            place += 1
-    return [blobs[key] for key in keys if key in found]
-
-
-def split_blobs(data, blobs):
-    """[(name, bytes)] out of what `git cat-file --batch` prints for [(name, blob, size)].
-
-    Raises CommandError.
-    """
-    files, start = [], 0
-    for name, blob, size in blobs:
-        head = f"{blob} blob {size}\n".encode()
-        if not data.startswith(head, start) or len(data) < start + len(head) + size:
-            raise CommandError(f"git cat-file: blob {blob} cannot be read")
-        start += len(head)
-        files.append((name, data[start:start + size]))
-        start += size + 1
-    return files
+    from bisect import bisect_left
+    good = {name + "/": is_file and name not in others for name, is_file, _, _ in parse_listing(after)}
+    keys = sorted(good)
+    found = []
+    for blob in find_blobs(before, float("inf"))[0]:
+        key = blob[0] + "/"
+        place = bisect_left(keys, key)
+        beside = keys[max(0, place - 1):place + 1]
+        met = [other for other in beside if key.startswith(other) or other.startswith(key)]
+        if met and not good.get(key):
+            found.append(blob)
+    return found
 
 
 def parse_files(files):
@@ -10772,7 +10746,7 @@ def parse_files(files):
         shown = make_printable(name, 200)
         try:
             value = parse_file(data)
-            if not is_deployment(value):
+            if value is None:
                 ignored.append(name)
                 continue
             deployment_id = parse_document(value)[0].get("id")
@@ -10789,9 +10763,10 @@ def parse_files(files):
 
 
 def parse_file(data):
-    """The YAML value of a file.
+    """The value of a YAML file that is meant as an ApplicationDeployment, None of any other.
 
-    Raises ValueError where it holds something that stands for another file, or for nothing.
+    It says so, or is built as rc.3 has it, which does not say.  Raises ValueError where it holds something
+    that stands for another file, or for nothing.
     """
     if not data.strip():
         raise ValueError("it is empty; to remove a deployment, remove its file")
@@ -10799,31 +10774,15 @@ def parse_file(data):
     if not isinstance(value, (dict, list, type(None))):
         raise ValueError("it is bare text, as a pointer of Git LFS, a link that became a file, or an"
                          " encrypted file is")
-    members = value if isinstance(value, dict) else {}
-    if "sops" in members:
-        raise ValueError("it is encrypted by SOPS; commit what the agent can read")
-    if isinstance(members.get("spec"),
-                  dict) and "deploymentProfile" in members["spec"] and not is_deployment(value):
-        raise ValueError(f"kind: found {members.get('kind')!r}, expected 'ApplicationDeployment'")
-    return value
-
-
-def is_deployment(value):
-    """Whether a YAML value is meant as an ApplicationDeployment: it says so, or is built as rc.3 has it,
-    which does not say.
-
-    value: as read, or still bytes.
-    """
-    if isinstance(value, bytes):
-        try:
-            value = load_yaml(value)
-        except YAMLError:
-            return False
     if not isinstance(value, dict):
-        return False
-    if "kind" in value or "apiVersion" in value:
-        return value.get("kind") == "ApplicationDeployment"
-    return isinstance(value.get("spec"), dict) and "deploymentProfile" in value["spec"]
+        return None
+    if "sops" in value:
+        raise ValueError("it is encrypted by SOPS; commit what the agent can read")
+    named = value.get("kind") == "ApplicationDeployment"
+    built = isinstance(value.get("spec"), dict) and "deploymentProfile" in value["spec"]
+    if built and not named and {"kind", "apiVersion"} & value.keys():
+        raise ValueError(f"kind: found {value.get('kind')!r}, expected 'ApplicationDeployment'")
+    return value if built or named else None
 
 
 class Git(Profile):
@@ -10940,19 +10899,17 @@ def check_est_settings(config):
 CHECKS.append(check_est_settings)
 
 
-def parse_est_uri(members, document_url, public, held):
-    """(where to enroll or None, no faults) from the members of a discovery document.
-
-    Raises ValueError (E-092).
-    """
+def parse_est_uri(members, document_url, public):
+    """Where to enroll, or None, from the members of a discovery document; raises ValueError (E-092)."""
     if EST_FIELD not in members:
-        return None, []
-    return parse_discovered(EST_FIELD, read_root_url, members, document_url, public), []
+        return None
+    return parse_discovered(EST_FIELD, read_root_url, members, document_url, public)
 
 
 STATE["est"] = dict(WAIT, **{"token?": str, "used?": str, "key+": str, "answer+": str, "refused?": str})
-COMPANIONS["est"] = Companion(lambda config: config.identity.enrollment == "est", parse_est_uri,
-                              remark=lambda state, now: state["est"].get("refused") or "")
+COMPANIONS["est"] = Companion(
+    "place to enroll", lambda config: config.identity.enrollment == "est", parse_est_uri, lambda state: [],
+    remark=lambda state, now: state["est"].get("refused") or "")
 
 
 def make_renewal_time(leaf):
@@ -11378,7 +11335,6 @@ CRL_FIELD = "crlUris"
 OID_CRL_NUMBER, OID_CRL_SCOPE = b"\x55\x1d\x14", b"\x55\x1d\x1c"
 MAX_LISTS = 32                      # that a discovery document may name
 CRL_PERIOD = 43200                  # seconds after which a list is asked for again, up to twice that (E-082)
-CRL_FIRST, CRL_CAP = 60, 3600       # seconds between attempts at a list that cannot be had
 
 Crl = define("Crl", "issuer issuer_key this_update next_update serials number",
     "What is used of a revocation list: raw name, identifier of its issuer's key or None, Unix seconds, the"
@@ -11429,18 +11385,6 @@ def is_revoked(leaf, crls):
     return any(leaf.serial in crl.serials for crl in find_lists(leaf, crls))
 
 
-def find_status_fault(leaf, crls, listed, now):
-    """Why the revocation status of a peer's leaf is not known, "" where it is (E-088)."""
-    end = max((crl.next_update for crl in find_lists(leaf, crls)), default=None)
-    if not listed and not crls:
-        return "the trust domain names no revocation list"
-    if end is None and len(crls) < len(listed):
-        return "a revocation list could not be had yet"
-    if end is None:
-        return "no revocation list at hand is by its issuer"
-    return "" if now <= end else f"the revocation list ended at {make_time(end)}"
-
-
 def find_list_fault(state, now):
     """Which of the revocation lists that discovery named says nothing of today, "" where all do (E-088)."""
     for url, record in state["crls"].items():
@@ -11488,10 +11432,10 @@ def refresh_revocation(config, store, state, source=None):
             delay = max(1, min(CRL_PERIOD * (1 + get_random()), left / 2))
             record.update(make_wait({"failures": -1}, delay, clock))
         except (MargoError, ValueError) as error:
-            delay = (1 - get_random()) * grow(CRL_FIRST, record.get("failures", 0) + 1, CRL_CAP)
-            record.update(make_wait(record, max(getattr(error, "retry_after", None) or 0, delay), clock))
             log("warning", "a revocation list cannot be had; what is at hand stays", url=url,
                 reason=str(error))
+            fault = error if isinstance(error, MargoError) else Untrusted(str(error))
+            record.update(make_hold(record, fault, clock, get_random()))
     for url in set(records) - set(listed):
         if clock.now > records[url].get("thisUpdate", 0) + records[url].get("validity", 0):
             del records[url]
@@ -11508,6 +11452,8 @@ def fetch_crl(config, store, state, url, source, now):
     """
     records = state["crls"]
     record = records[url]
+    if not re.fullmatch(r"https?://[^\s/?#@]+(/[^\s#]*)?", url):
+        raise ValueError("the discovery document names it, and it is no http or https URL")
     held = url in load_crls(store, state)
     headers = {"Accept": "*/*"}
     if held and record.get("etag"):
@@ -11548,16 +11494,21 @@ def load_issuers(config, store, source):
         chain = source.chain
         if len(chain) < 2:
             chain = ask_chain(source.url, source.context, config.wfm.timeout)
-        ders += [der for der in chain[1:] if ask_issuer(chain[0], der)]
+        command = ["verify", "-partial_chain", "-trusted", "/dev/stdin"]
+        leaf = make_pem(chain[:1]).encode()
+        ders += [der for der in chain[1:] if ask_signed(command, leaf, der)]
     return [parse_certificate(der) for der in ders]
 
 
-def ask_issuer(der, issuer):
-    """Whether a certificate (DER) is signed by the key of another one; openssl says it."""
-    with lend_file(make_pem([der]).encode()) as file:
-        command = ["verify", "-partial_chain", "-trusted", "/dev/stdin", file.name]
+def ask_signed(command, data, issuer):
+    """Whether a command of openssl, with a file of `data` at its end, finds that signed by an issuer's key.
+
+    issuer: its certificate (DER).
+    """
+    with lend_file(data) as file:
         try:
-            run_openssl(command, make_pem([issuer]).encode())
+            # the exit code says it in no old version
+            run_openssl([*command, file.name], make_pem([issuer]).encode(), b"OK")
         except CommandError:
             return False
     return True
@@ -11568,19 +11519,11 @@ def ask_signer(der, crl, issuers):
 
     Raises ValueError where there is none.
     """
-    with lend_file(der) as file:
-        command = ["crl", "-inform", "DER", "-noout", "-verify", "-in", file.name, "-CAfile", "/dev/stdin"]
-        for item in issuers:
-            if not is_issued(crl, item.subject, item.key):
-                continue
-            if item.key_usage is not None and CRL_SIGN not in item.key_usage:
-                continue
-            try:
-                # its exit code says it in no old version
-                run_openssl(command, make_pem([item.der]).encode(), b"verify OK")
-                return item
-            except CommandError:
-                pass                                # it is by another one
+    command = ["crl", "-inform", "DER", "-noout", "-verify", "-CAfile", "/dev/stdin", "-in"]
+    for item in issuers:
+        may = item.key_usage is None or CRL_SIGN in item.key_usage
+        if may and is_issued(crl, item.subject, item.key) and ask_signed(command, der, item.der):
+            return item
     raise ValueError("no issuer that is known, and may sign lists, has signed it")
 
 
@@ -11589,12 +11532,10 @@ def load_judge(config, store, state, source, keep):
 
     By `require` they are fetched before anything is said.
     """
-    mode, crls, listed = config.identity.revocation, [], ()
+    mode = config.identity.revocation
     if mode == "require" and keep:
         refresh_revocation(config, store, state, source)
-    if mode != "off":
-        crls = list(load_crls(store, state).values())
-        listed = state["trust"].get("crls") or ()
+    crls = list(load_crls(store, state).values()) if mode != "off" else []
     if is_revoked(source.identity.leaf, crls):
         log("error", "the own SVID is revoked; the WFM will refuse it, have a new one issued",
             id=source.client_id)
@@ -11602,29 +11543,25 @@ def load_judge(config, store, state, source, keep):
     def judge(leaf, now):
         if is_revoked(leaf, crls):
             raise Untrusted("the peer's certificate is revoked")
-        fault = find_status_fault(leaf, crls, listed, now)
-        if fault and mode == "require":
+        ends = [crl.next_update for crl in find_lists(leaf, crls)]
+        if mode == "off" or ends and now <= max(ends):
+            return
+        fault = find_list_fault(state, now) or "the trust domain names no revocation list by its issuer"
+        if ends:
+            fault = f"the revocation list ended at {make_time(max(ends))}"
+        if mode == "require":
             raise Untrusted("the WFM's revocation status is not known, and identity.revocation is require:"
                             f" {fault}")
-        if fault and (listed or crls):
+        if crls or state["trust"].get("crls"):
             log("warning", "the WFM's revocation status is not known", reason=fault)
     return judge
 
 
-def parse_crl_uris(members, document_url, public, held):
-    """([URL of a list], [words about what was passed over]) from a discovery document (E-080, E-091)."""
-    listed = members.get(CRL_FIELD, [])
-    if not isinstance(listed, list):
-        return [], [f"{CRL_FIELD} is no list"]
-    good, faults = [], []
-    for uri in listed[:MAX_LISTS]:
-        if isinstance(uri, str) and re.fullmatch(r"https?://[^\s/?#@]+(/[^\s#]*)?", uri):
-            good.append(uri)
-        else:
-            faults.append(f"{CRL_FIELD} holds {make_printable(str(uri), 100)}, which is no http or https URL")
-    if held and not good:
-        faults.append("it names no revocation lists any more; those at hand count until they end")
-    return good, faults
+def parse_crl_uris(members, document_url, public):
+    """[URL of a list] from a discovery document; what is none fails where it is asked for (E-080)."""
+    listed = members.get(CRL_FIELD) or []
+    listed = listed if isinstance(listed, list) else [listed]
+    return [make_printable(str(uri)) for uri in listed[:MAX_LISTS]]
 
 
 def load_own_flaw(store, state, leaf):
@@ -11652,10 +11589,10 @@ def refresh_after_poll(agent):
 STATE["crls"] = {"*": (dict(WAIT, **{"digest?": None}), dict(
     WAIT, digest=DIGEST_PATTERN, number=float, key=str, thisUpdate=float, validity=float, **{"etag?": str}))}
 COMPANIONS["crls"] = Companion(
-    lambda config: config.identity.revocation != "off", parse_crl_uris, flaw=load_own_flaw, judge=load_judge,
+    "revocation lists", lambda config: config.identity.revocation != "off", parse_crl_uris,
     # E-090
-    limits=lambda state: [item["validity"] for item in state["crls"].values() if item.get("validity")],
-    remark=find_list_fault)
+    lambda state: [item["validity"] for item in state["crls"].values() if item.get("validity")],
+    load_own_flaw, load_judge, find_list_fault)
 STEPS.insert(STEPS.index(Agent.exchange) + 1, refresh_after_poll)
 EXAMINE["lists"] = examine_lists
 
