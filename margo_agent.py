@@ -2014,12 +2014,11 @@ class Mtls(Profile):
         store = self.store
         state = self.state
         now = time.time()
-        identity = self.identity = load_identity(config)
+        identity = self.identity = load_identity(config, now)
         check_enrollment(state, client_id or identity.spiffe_id.text)
-        check_own(identity.leaf, config, now)
         warn_of_own(config, identity.leaf, store, now)
         bundle = obtain_trust_bundle(config, store, state, identity.spiffe_id.trust_domain, now, keep)
-        judge_own_chain(identity, bundle, store, state)
+        judge_own_chain(identity, bundle, state)
         return self.open_source(identity, bundle, keep)
 
     def open_source(self, identity, bundle, keep):
@@ -2040,8 +2039,7 @@ class Mtls(Profile):
         return dict(found, warning="; ".join(filter(None, warnings)))
 
     def check(self, now):
-        own = load_identity(self.config)
-        check_own(own.leaf, self.config, now)
+        own = load_identity(self.config, now)
         load_wfm_context(own, [own.leaf.der], self.config.wfm.min_tls)
         return judge_own(own.leaf, own.spiffe_id.text, self.config, now)
 
@@ -2401,14 +2399,13 @@ def read_target(target, load_document, config):
 # 11. Identity and trust
 # ----------------------------------------------------------------------------------------------------------
 
-EXPIRY_WARNING = 0.2  # share of the own certificate's lifetime that is left when `run` begins to warn
-EXPIRY_ADVICE = 0.25                # ... and when `doctor` does
+EXPIRY_WARNING = 0.2                # share of the own certificate's lifetime that is left when warnings begin
 CLOCK_SKEW = 300                    # seconds that another clock may be ahead of ours
 DRAFT = "the Margo draft of enrollment, renewal and revocation, which may still change"
 KEY_KINDS = {  # identity.algorithm: what openssl makes a key from; those that are not named sign by RSA
-    "ecdsa-p256-sha256": ["EC", "-pkeyopt", "ec_paramgen_curve:P-256"],
-    "ecdsa-p384-sha384": ["EC", "-pkeyopt", "ec_paramgen_curve:P-384"],
-    "ed25519": ["ED25519"]}
+    "ecdsa-p256-sha256": "EC -pkeyopt ec_paramgen_curve:P-256",
+    "ecdsa-p384-sha384": "EC -pkeyopt ec_paramgen_curve:P-384",
+    "ed25519": "ED25519"}
 
 SpiffeId = define("SpiffeId", "text trust_domain path",
                   "A SPIFFE ID, its trust domain and its path (with leading slash).")
@@ -2475,16 +2472,16 @@ def make_identity(leaf, certificate_file="", key_file=""):
     return Identity(spiffe_id, wfm_id, leaf, certificate_file, key_file)
 
 
-def load_identity(config):
-    """The own SVID, from its files alone; raises Untrusted."""
+def load_identity(config, now=None):
+    """The own SVID, from its files alone; see load_own."""
     settings = config.identity
-    return load_own(config, lambda leaf: make_identity(leaf, settings.certificate, settings.key))
+    return load_own(config, lambda leaf: make_identity(leaf, settings.certificate, settings.key), now)
 
 
-def load_own(config, make):
-    """What `make` makes of the leaf Certificate in identity.certificate.
+def load_own(config, make, now=None):
+    """What `make` makes of the leaf Certificate in identity.certificate, which is valid `now` (Unix seconds).
 
-    Raises Untrusted: which file, and what is wrong with it.
+    now: None where that does not matter.  Raises Untrusted: which file, and what is wrong with it.
     """
     path = config.identity.certificate
     try:
@@ -2503,17 +2500,13 @@ def load_own(config, make):
             found = f"a {other.group(1).decode().lower()} and " if other else ""
             raise ValueError(f"it holds {found}no certificate in PEM; name the file that begins with"
                              " -----BEGIN CERTIFICATE-----")
-        return make(parse_certificate(chain[0]))
+        leaf = parse_certificate(chain[0])
+        own = make(leaf)
+        if now is not None:
+            check_validity(leaf, now)
+        return own
     except (StorageError, ValueError) as error:
         raise Untrusted(f"identity.certificate {path}: {error}") from None
-
-
-def check_own(leaf, config, now):
-    """Raises Untrusted unless the own certificate is valid now."""
-    try:
-        check_validity(leaf, now)
-    except ValueError as error:
-        raise Untrusted(f"identity.certificate {config.identity.certificate}: {error}") from None
 
 
 def check_enrollment(state, client_id):
@@ -2523,23 +2516,29 @@ def check_enrollment(state, client_id):
                         f" {state['enrollment']['id']}; unenroll first")
 
 
-def find_expiry(leaf, now, share=EXPIRY_WARNING):
+def find_expiry(leaf, now):
     """What to say of a certificate's end, "" while more than a share of its lifetime is left."""
     left = leaf.not_after - now
     if left < 0:
         return "expired"
-    if left < share * (leaf.not_after - leaf.not_before):
+    if left < EXPIRY_WARNING * (leaf.not_after - leaf.not_before):
         return f"expires in {left // 86400:.0f} days, at {make_time(leaf.not_after)}; have it renewed"
     return ""
 
 
-def warn_of_own(config, leaf, store, now):
-    """Warns once a day of an own certificate that ends soon, and of a key that others can read."""
-    memo = store.load_memo()
+def ask_warnings(config, leaf, now):
+    """[what to say] of an own certificate that ends soon, and of a key that others can read."""
     expiry = find_expiry(leaf, now)
     words = [expiry and f"the own certificate {expiry}", ask_looseness("identity.key", config.identity.key)]
-    if any(words) and not 0 <= now - memo.get("warnedAt", 0) < 86400:
-        for line in filter(None, words):
+    return list(filter(None, words))
+
+
+def warn_of_own(config, leaf, store, now):
+    """Warns once a day of the own certificate and key."""
+    memo = store.load_memo()
+    words = ask_warnings(config, leaf, now)
+    if words and not 0 <= now - memo.get("warnedAt", 0) < 86400:
+        for line in words:
             log("warning", line)
         memo["warnedAt"] = now
 
@@ -2560,9 +2559,9 @@ def describe_own(config, load, known_id, now):
 
 def judge_own(leaf, words, config, now):
     """What `doctor` says of an own certificate that can be used: (ok or warn, words)."""
-    expiry = find_expiry(leaf, now, EXPIRY_ADVICE)
-    fault = ask_looseness("identity.key", config.identity.key) or expiry and f"{words}, {expiry}"
-    return ("warn", fault) if fault else ("ok", f"{words}, {(leaf.not_after - now) // 86400:.0f} days left")
+    faults = ask_warnings(config, leaf, now)
+    words += f", {(leaf.not_after - now) // 86400:.0f} days left"
+    return ("warn", "; ".join([words, *faults])) if faults else ("ok", words)
 
 
 def note_draft(store, state, what):
@@ -2606,21 +2605,18 @@ def load_key_pair(context, certificate_file, key_file, where="identity"):
     Raises Untrusted, also while an operator has replaced only one of the two files (E-010).
     """
     asked = []  # nobody can type a password here; to raise in there upsets Python 3.7
+    for name, path in (("certificate", certificate_file), ("key", key_file)):
+        if not os.path.exists(path):
+            raise Untrusted(f"{where}.{name} {path}: there is no such file")
     try:
         context.load_cert_chain(certificate_file, key_file, lambda: asked.append(True) or "")
-    except FileNotFoundError:
-        name, path = "key", key_file
-        if not os.path.exists(certificate_file):
-            name, path = "certificate", certificate_file
-        raise Untrusted(f"{where}.{name} {path}: there is no such file") from None
     except (OSError, ValueError) as error:
-        if asked:
-            raise Untrusted(f"{where}.key {key_file} is encrypted; store it unencrypted, mode 0600") from None
-        if "MISMATCH" in str(error):
-            raise Untrusted(f"{where}.key {key_file}: not the key of {where}.certificate"
-                            f" {certificate_file}; name the one that it was made with") from None
         words = "it holds no private key in PEM, or is unreadable; name the file that does"
-        if isinstance(error, PermissionError):
+        if asked:
+            words = "it is encrypted; store it unencrypted, mode 0600"
+        elif "MISMATCH" in str(error):
+            words = f"not the key of {where}.certificate {certificate_file}; name the one that it was made with"
+        elif isinstance(error, PermissionError):
             words = "unreadable (Permission denied); run as root, or as its owner"
         raise Untrusted(f"{where}.key {key_file}: {words}") from None
 
@@ -2651,31 +2647,29 @@ def run_own_handshake(certificate_file, key_file, anchors):
             raise ValueError(getattr(error, "verify_message", None) or make_printable(str(error))) from None
 
 
-def judge_own_chain(identity, bundle, store, state):
+def judge_own_chain(identity, bundle, state):
     """Raises Untrusted for a new own chain that does not lead to the trust bundle (E-012).
 
     A chain that once did is used on after the bundle has changed, because the WFM decides; `strays` in the
     state's trust then names its leaf.  The handshake is made once for each pair of leaf and bundle.
     """
-    mark = sha256_digest(identity.leaf.der + b"".join(bundle.anchors))
-    memo = store.load_memo()
-    if memo.get("checked") == mark:
-        return
     leaf = sha256_digest(identity.leaf.der)
+    pair = leaf + sha256_digest(b"".join(bundle.anchors))
+    if state["identity"] == pair:
+        return
     try:
         run_own_handshake(identity.certificate_file, identity.key_file, bundle.anchors)
     except ValueError as error:
         message = (f"identity.certificate {identity.certificate_file}: its chain does not lead to the trust"
                    f" bundle ({error})")
-        if state["identity"] != leaf:
+        if not (state["identity"] or "").startswith(leaf):
             raise Untrusted(f"{message}: it is certified by {make_name(identity.leaf.issuer)}; ask whoever"
                             " runs the WFM for a certificate and a bundle that belong together") from None
         log("error", f"{message} any more; have it issued anew")
         state["trust"]["strays"] = leaf
         return
-    state["identity"] = leaf
+    state["identity"] = pair
     state["trust"].pop("strays", None)
-    memo["checked"] = mark
 
 
 # Trust bundle and discovery.
@@ -2806,7 +2800,7 @@ def is_bundle_due(config, state, hint, asked, now):
     hint: seconds after which the bundle at hand asks for it.  asked: when it was done last (Unix seconds).
     """
     trust = state["trust"]
-    wanted = [name for name, item in COMPANIONS.items() if config.identity.discovery and item.wanted(config)]
+    wanted = [name for name, item in COMPANIONS.items() if item.wanted(config)]
     if not trust.keys() >= {"source", *wanted}:
         return True
     periods = [hint or config.identity.refresh]
@@ -2945,15 +2939,15 @@ def fetch_from_mis(url, config, headers=None, limit=MAX_CERTIFICATES):
 
 # Keys, which openssl makes and uses; the agent never holds a private one.
 
-def run_openssl(arguments, data=b"", expected=b""):
+def run_openssl(command, *values, data=b"", expected=b""):
     """What one openssl command prints on stdout.
 
-    Raises CommandError where it does not say `expected` or ends with another code than 0, and ConfigError
-    where there is no openssl.
+    command: its fixed words as one would type them; values: what follows.  Raises CommandError where it does
+    not say `expected` or ends with another code than 0, and ConfigError where there is no openssl.
     """
-    output = run_command(["openssl"] + arguments, 60, data=data)
+    output = run_command(["openssl", *command.split(), *values], 60, data=data)
     if output.code or expected not in output.stdout + output.stderr.encode():
-        raise CommandError(f"openssl {arguments[0]} failed: {output.stderr}")
+        raise CommandError(f"openssl {command.partition(' ')[0]} failed: {output.stderr}")
     return output.stdout
 
 
@@ -2974,21 +2968,20 @@ def obtain_key(path, algorithm=None):
     """
     if os.path.exists(path) or is_uri(path):        # whoever made the token made its key
         return False
-    kind = KEY_KINDS.get(algorithm or "ecdsa-p256-sha256", ["RSA", "-pkeyopt", "rsa_keygen_bits:3072"])
-    write_file(path, run_openssl(["genpkey", "-algorithm"] + kind, expected=b"PRIVATE KEY"))
+    kind = KEY_KINDS.get(algorithm or "ecdsa-p256-sha256", "RSA -pkeyopt rsa_keygen_bits:3072")
+    write_file(path, run_openssl("genpkey -algorithm " + kind, expected=b"PRIVATE KEY"))
     log("info", "new private key", path=path)
     return True
 
 
 def load_public_key(path):
     """The public key of a private one, as it stands in a certificate (DER); raises CommandError."""
-    return run_openssl(["pkey", "-in", path, "-pubout", "-outform", "DER"])
+    return run_openssl("pkey -pubout -outform DER -in", path)
 
 
 def run_csr(path, form="PEM"):
     """A PKCS#10 request for a key; it carries no names, because the issuer decides on them (E-035)."""
-    command = ["req", "-new", "-batch", "-sha256", "-subj", "/", "-outform", form, "-key", path]
-    return run_openssl(command, expected=b"CERTIFICATE REQUEST" if form == "PEM" else b"")
+    return run_openssl("req -new -batch -sha256 -subj / -outform", form, "-key", path)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -6732,14 +6725,16 @@ Problem = define("Problem", "type title detail retryable retry_after strategy er
     "", "", "", None, None, "", ())
 
 
-def make_tls_context(anchors=(), ca_file=None, min_tls="1.3"):
+def make_tls_context(anchors=(), ca_file=None, min_tls="1.3", direct=False):
     """An SSLContext that trusts the anchors (DER), or those of a PEM file, or without both the system's.
 
+    direct: what is asked by it goes through no proxy.
     Python's default loaders are not used: they would let any web certificate through where a trust bundle
     decides (C-006).
     """
     import ssl
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.direct = direct
     context.hostname_checks_common_name = False     # a name stands in subjectAltName (RFC 9525)
     context.set_ciphers(CIPHERS)
     try:
@@ -6775,15 +6770,16 @@ def request(method, url, headers, body, context, timeout, limit, check_peer=None
     where = f"{method} {url}"
     headers = {"User-Agent": f"margo-agent/{__version__}", **headers}
     message = urllib.request.Request(url, data=body, headers=headers, method=method)
+    proxy = "" if getattr(context, "direct", False) else ask_proxy(url)
     try:
-        with make_opener(context, check_peer).open(message, timeout=timeout) as response:
+        with make_opener(context, check_peer, proxy).open(message, timeout=timeout) as response:
             found = http.client.HTTPMessage()
             for name, value in response.headers.items():            # folded lines are one (RFC 9112, 5.2)
                 found[name] = re.sub(r"\s*[\r\n]\s*", " ", value)
             return Response(response.status, found, read_body(response, limit, timeout, where))
     except (OSError, http.client.HTTPException, ValueError) as error:
         reason = error.reason if isinstance(error, urllib.error.URLError) else error
-        raise make_network_error(where, reason, timeout, context, ask_proxy(url)) from None
+        raise make_network_error(where, reason, timeout, context, proxy) from None
 
 
 class Paced(io.RawIOBase):
@@ -6863,8 +6859,11 @@ def open_connection(address, timeout, source=None):
             peer.close()
 
 
-def make_opener(context, check_peer):
-    """The agent's own opener: it follows no redirect, keeps no cookie, and takes any status as an answer."""
+def make_opener(context, check_peer, proxy):
+    """The agent's own opener: it follows no redirect, keeps no cookie, and takes any status as an answer.
+
+    proxy: whether the environment's proxies are asked.
+    """
     import http.client
     import urllib.request
 
@@ -6907,8 +6906,9 @@ def make_opener(context, check_peer):
     setattr(handler, f"{scheme}_open", lambda message: handler.do_open(Connection, message))
     setattr(handler, f"{scheme}_request", handler.do_request_)
     opener = urllib.request.OpenerDirector()
-    for item in (urllib.request.ProxyHandler(), handler):
-        opener.add_handler(item)
+    if proxy:
+        opener.add_handler(urllib.request.ProxyHandler())
+    opener.add_handler(handler)
     return opener
 
 
@@ -7316,7 +7316,7 @@ def make_state():
     trust       {source, etag, sequence, refreshedAt, trustDomain}: of trust-bundle.json; {est, crls}: what
                 discovery named;
                 {strays}: digest of an own leaf that does not lead to it any more
-    identity    digest of the own leaf that was last found to lead to the trust bundle
+    identity    digests of the own leaf that was last found to lead to a trust bundle, and of that
     est         what is under way, and the back-off: see Enrollment
     crls        {URL: {digest, number, key, thisUpdate, validity, etag, modified; back-off}}: of the lists of
                 revocations in crls/
@@ -7368,7 +7368,7 @@ STATE = {
     "history": [{"version": VERSION, "at": str, "outcome": str, "refused+": str, "added": [str],
                  "changed": [str], "removed": [str], "names+": {"*": str}}],
     "lastPoll?": {"at": (None, str), "result+": str, "detail+": str}}
-MEMO = {"lastPoll?": STATE["lastPoll?"], "etags+": {"*": str}, "warnedAt+": float, "checked?": str,
+MEMO = {"lastPoll?": STATE["lastPoll?"], "etags+": {"*": str}, "warnedAt+": float,
         "others?": [{"owner": str, "name": str, "type": str, "deploymentId": str}], "trust?": float,
         "boot?": str, "start+": float}
 
@@ -9593,23 +9593,16 @@ Signer = define("Signer", "leaf key algorithm label components keyid alg",
     "What signs requests: the own leaf Certificate, its key (a file, or a URI that openssl knows), algorithm,"
     " and how RFC 9421 is spoken: label, components to cover, keyid, `alg` parameter (empty: not sent).")
 
-# What a public key is, by the object identifiers in it, and what it may sign by, the default first (C-065).
-KEY_ALGORITHMS = {
-    "2a8648ce3d0201 2a8648ce3d030107": ("ecdsa-p256-sha256",),
-    "2a8648ce3d0201 2b81040022": ("ecdsa-p384-sha384",),
-    "2a864886f70d010101": ("rsa-pss-sha512", "rsa-v1_5-sha256", "rsa-pss-sha256"),
-    "2a864886f70d01010a": ("rsa-pss-sha512", "rsa-pss-sha256"),
-    "2b6570": ("ed25519",),
-}
-# openssl's arguments of each algorithm, and the bytes of r and of s where it is ECDSA.
+# openssl's arguments of each algorithm, the bytes of r and of s where it is ECDSA, and which keys sign by it, by
+# the object identifiers in a public key; the first that fits a key is its default (C-065).
 PSS = "-sigopt rsa_padding_mode:pss -sigopt rsa_pss_saltlen:"
 SIGNING = {
-    "ecdsa-p256-sha256": ("-sha256", 32),
-    "ecdsa-p384-sha384": ("-sha384", 48),
-    "rsa-v1_5-sha256": ("-sha256", 0),
-    "rsa-pss-sha256": (f"-sha256 {PSS}32", 0),
-    "rsa-pss-sha512": (f"-sha512 {PSS}64", 0),
-    "ed25519": ("", 0),
+    "ecdsa-p256-sha256": ("-sha256", 32, "2a8648ce3d0201 2a8648ce3d030107"),
+    "ecdsa-p384-sha384": ("-sha384", 48, "2a8648ce3d0201 2b81040022"),
+    "rsa-pss-sha512": (f"-sha512 {PSS}64", 0, "2a864886f70d01010[1a]"),
+    "rsa-v1_5-sha256": ("-sha256", 0, "2a864886f70d010101"),
+    "rsa-pss-sha256": (f"-sha256 {PSS}32", 0, "2a864886f70d01010[1a]"),
+    "ed25519": ("", 0, "2b6570"),
 }
 ROLES = (("helm", "Standalone Cluster"), ("compose", "Standalone Device"))
 
@@ -9657,7 +9650,8 @@ def choose_algorithm(spki, wanted):
     Raises ValueError.
     """
     fields = parse_der(parse_der(parse_der(spki)[0][1])[0][1])
-    known = KEY_ALGORITHMS.get(" ".join(value.hex() for tag, value, _ in fields if tag == 0x06))
+    kind = " ".join(value.hex() for tag, value, _ in fields if tag == 0x06)
+    known = [name for name, (_, _, keys) in SIGNING.items() if re.fullmatch(keys, kind)]
     if not known:
         raise ValueError("its key is of no kind that signs requests: ECDSA P-256 or P-384, RSA, or Ed25519")
     if wanted and wanted not in known:
@@ -9676,9 +9670,9 @@ def make_signer(leaf, config):
     return Signer(leaf, config.identity.key, algorithm, wish.label, wish.components, keyid, alg)
 
 
-def load_signer(config):
-    """What signs requests for the own certificate; raises Untrusted."""
-    return load_own(config, lambda leaf: make_signer(leaf, config))
+def load_signer(config, now=None):
+    """What signs requests for the own certificate; see load_own."""
+    return load_own(config, lambda leaf: make_signer(leaf, config), now)
 
 
 def make_signature_base(method, url, headers, signer, created):
@@ -9711,13 +9705,13 @@ def parse_ecdsa(der, size):
 
 def run_signature(data, signer):
     """The signature over bytes by openssl, which alone sees the key; raises Untrusted, ConfigError."""
-    arguments, size = SIGNING[signer.algorithm]
+    arguments, size, _ = SIGNING[signer.algorithm]
     try:
         if arguments:
-            found = run_openssl(["dgst", *arguments.split(), "-sign", signer.key], data)
+            found = run_openssl(f"dgst {arguments} -sign", signer.key, data=data)
         else:                                       # Ed25519 takes a file that it can measure
             with lend_file(data) as file:
-                found = run_openssl(["pkeyutl", "-sign", "-inkey", signer.key, "-rawin", "-in", file.name])
+                found = run_openssl("pkeyutl -sign -rawin -inkey", signer.key, "-in", file.name)
         if not found:
             raise ValueError("it printed no signature")
         return parse_ecdsa(found, size) if size else found
@@ -9929,27 +9923,27 @@ class Signed(Profile):
         config = self.config
         state = self.state
         now = time.time()
-        signer = load_signer(config)
-        check_own(signer.leaf, config, now)
+        signer = load_signer(config, now)
         warn_of_own(config, signer.leaf, self.store, now)
         source = SignedSource(config, signer, state)
         key = sha256_digest(signer.leaf.spki)
-        if not state["client"] or state["client"]["key"] != key:
+        client = state["client"] or {"id": "not known to the WFM", "key": ""}
+        check_enrollment(state, client["id"])
+        if client["key"] != key:
             if not keep:
                 raise Untrusted("this device is not onboarded with its key yet; `enroll` does that, or the"
                                 " next run", "NOT_ONBOARDED")
-            state["client"] = {"id": source.onboard(), "key": key}
+            client = state["client"] = {"id": source.onboard(), "key": key}
             self.store.save_state(state)
-        check_enrollment(state, state["client"]["id"])
-        source.adopt(state["client"]["id"])
+            check_enrollment(state, client["id"])
+        source.adopt(client["id"])
         return source
 
     def describe(self, now):
         return describe_own(self.config, load_signer, (self.state["client"] or {}).get("id", ""), now)
 
     def check(self, now):
-        signer = load_signer(self.config)
-        check_own(signer.leaf, self.config, now)
+        signer = load_signer(self.config, now)
         run_signature(b"a test of this device's own", signer)
         if load_public_key(signer.key) != signer.leaf.spki:
             raise Untrusted(f"identity.key {signer.key} is not the key of identity.certificate")
@@ -10221,32 +10215,34 @@ class GitSource:
         self.secret = save_secret(header) if header else None
         self.heads, self.reporter = {}, None
         self.context = self.url.startswith("https:") and make_tls_context(
-            (), config.identity.ca, config.wfm.min_tls)
+            (), config.identity.ca, config.wfm.min_tls, direct=True)        # git itself asks no proxy
 
     def git(self, command, *arguments, timeout=60, codes=(0,), env=None, limit=MAX_LISTING, **options):
         """One git command on the repository: its Output.
 
+        command: its fixed words as one would type them; arguments: what follows.
         It has bounds of memory and of what it writes, and raises Refused where it wants more than these or
         prints more than `limit` bytes.  Raises CommandError unless it ends with one of `codes`.
         """
         most = GIT_MEMORY + self.config.policy.max_unpacked // DOCUMENTS
         bounds = {"RLIMIT_DATA": most, "RLIMIT_FSIZE": self.config.policy.max_unpacked}
         # what is spoilt stops no poll (P-14)
-        folder = os.path.join(self.home, "none") if command == "ls-remote" else self.repository
+        words = command.split()
+        folder = os.path.join(self.home, "none") if words[0] == "ls-remote" else self.repository
         files = [self.secret.fileno()] if self.secret else []
         include = ["-c", f"include.path=/proc/self/fd/{files[0]}"] if files else []
         try:
-            output = run_command(["git", f"--git-dir={folder}", *include, command, *arguments], timeout,
+            output = run_command(["git", f"--git-dir={folder}", *include, *words, *arguments], timeout,
                                  env or self.env, self.home, limit, files=files, limits=bounds, **options)
         except CommandError as error:
             if error.code == "TOO_MUCH":
-                self.refuse(command, f"prints more than {limit} bytes")
+                self.refuse(words[0], f"prints more than {limit} bytes")
             raise
         # git has no code of its own for it, nor other words in any language but this one (LC_ALL)
         if output.code and re.search("[Oo]ut of memory", output.stderr):
-            self.refuse(command, f"takes more than {most} bytes of memory")
+            self.refuse(words[0], f"takes more than {most} bytes of memory")
         if output.code not in codes:
-            raise CommandError(f"git {command}: {output.stderr or f'exit code {output.code}'}")
+            raise CommandError(f"git {words[0]}: {output.stderr or f'exit code {output.code}'}")
         return output
 
     def refuse(self, command, words):
@@ -10263,9 +10259,9 @@ class GitSource:
         """
         wait = self.config.wfm.timeout
         try:
-            if self.context and not self.heads and not ask_proxy(self.url):     # git itself asks no proxy
+            if self.context and not self.heads:
                 fetch_chain(self.url, self.context, wait)
-            output = self.git("ls-remote", "--", self.url, ref, timeout=4 * wait)
+            output = self.git("ls-remote --", self.url, ref, timeout=4 * wait)
         except (CommandError, Untrusted, Unreachable) as error:
             raise self.ask_reason(error, "git-upload-pack") from None
         found = re.search(rf"^([0-9a-f]{{40}}|[0-9a-f]{{64}})\t{re.escape(ref)}$",
@@ -10287,10 +10283,7 @@ class GitSource:
                     headers["Authorization"] = self.header
                 where = f"{self.url}/info/refs?service={service}"
                 answer = request("GET", where, headers, None, self.context, wfm.timeout, MAX_ANSWER)
-                denial = "set git.token_file"
-                if self.header:
-                    denial = "mend the token in git.token_file, which is refused"
-                check_response(answer, self.url, (200,), time.time(), denial)
+                check_response(answer, self.url, (200,), time.time(), "it takes no such token: see git.token_file")
             except MargoError as fault:
                 fault.message += "; set identity.ca" if fault.stranger else ""
                 return fault
@@ -10311,9 +10304,7 @@ class GitSource:
         if accepted and accepted["digest"] == self.make_digest(head) and not accepted.get("incomplete"):
             return None
         base = accepted["version"] if accepted else None
-        head, (entries, documents, ignored) = self.work(lambda: self.fetch_files(base))
-        for name in ignored[:MAX_NAMED]:
-            log("info", "ignored: not an ApplicationDeployment", name=name)
+        head, (entries, documents) = self.work(lambda: self.fetch_files(base))
         new = {digest: data for digest, data in documents.items() if load_artifact(digest) is None}
         return Desired(head, None, self.make_digest(head), entries, new)
 
@@ -10348,13 +10339,13 @@ class GitSource:
         self.prepare()
         try:
             if base and self.has(base):
-                self.git("update-ref", "refs/margo/base", base)
+                self.git("update-ref refs/margo/base", base)
             elif base:
                 self.fetch(f"{base}:refs/margo/base", "--depth=1")
         except CommandError as error:
             log("debug", "the server gives no single commits", reason=error.message)
         self.fetch(f"+{self.branch}:refs/margo/head", *([] if base else ["--depth=1"]))
-        head = self.git("rev-parse", "--verify", "refs/margo/head").stdout.decode().strip()
+        head = self.git("rev-parse --verify refs/margo/head").stdout.decode().strip()
         if self.config.git.verify_signatures:
             self.ask_signature(head)
         there = base if base and self.has(base) else None
@@ -10378,7 +10369,7 @@ class GitSource:
         remove_folder(self.repository)
         known = self.heads.get(self.branch) or self.fetch_head(self.branch)
         form = ["--object-format=sha256"] if len(known or "") == 64 else []
-        self.git("init", "--quiet", "--bare", "--template=", *form)
+        self.git("init --quiet --bare --template=", *form)
 
     def list_packs(self):
         """The paths of what was fetched."""
@@ -10387,11 +10378,11 @@ class GitSource:
 
     def has(self, commit):
         """Whether a commit is in the repository."""
-        return not self.git("cat-file", "-e", f"{commit}^{{commit}}", codes=(0, 1, 128)).code
+        return not self.git("cat-file -e", f"{commit}^{{commit}}", codes=(0, 1, 128)).code
 
     def follows(self, base, head):
         """Whether a commit follows on another one."""
-        return not self.git("merge-base", "--is-ancestor", base, head, codes=(0, 1)).code
+        return not self.git("merge-base --is-ancestor", base, head, codes=(0, 1)).code
 
     def fetch(self, refspec, *options):
         """Fetches one ref; a pack may have policy.max_unpacked bytes, and raises Refused where it has more.
@@ -10399,8 +10390,8 @@ class GitSource:
         """
         limit = self.config.policy.max_unpacked
         try:
-            self.git("fetch", "--quiet", "--no-tags", "--no-recurse-submodules", *options, "--", self.url,
-                     refspec, timeout=PULL_TIMEOUT)
+            self.git("fetch --quiet --no-tags --no-recurse-submodules", *options, "--", self.url, refspec,
+                     timeout=PULL_TIMEOUT)
         except CommandError:
             if max(map(os.path.getsize, self.list_packs()), default=0) >= limit:
                 self.refuse("fetch", f"has more than {limit} bytes to fetch")
@@ -10419,13 +10410,13 @@ class GitSource:
             data = read_file(signers, MAX_CERTIFICATES) or b""
             if data[:1] > b"\x7f" or data.startswith(b"-----BEGIN PGP"):
                 run_command(["gpg", "--homedir", home, "--import", signers], 60, env)
-            verdict = self.git("log", "-1", "--format=%G?", head, "--", env=env).stdout.decode().strip()
+            verdict = self.git("log -1 --format=%G?", head, "--", env=env).stdout.decode().strip()
         if verdict != "G":
             words = "is not signed" if verdict == "N" else "has no good signature of git.allowed_signers"
             raise Untrusted(f"commit {head} {words} (git says {verdict}); the accepted state is kept")
 
     def read_files(self, head, base):
-        """What parse_files makes of the YAML files below git.path.
+        """([ManifestEntry], {digest: bytes}) of the YAML files below git.path.
 
         Links, submodules and all else are not looked at.
 
@@ -10436,32 +10427,33 @@ class GitSource:
         listing = self.list_tree(head)
         if self.config.git.path and not listing:
             raise Refused(f"it has no folder {self.config.git.path} (git.path); nothing is removed for that")
-        blobs, ignored = find_blobs(listing, policy.max_document)
-        for name in ignored[:MAX_NAMED]:
-            log("info", "ignored: not a file", name=name)
+        blobs, links = find_blobs(listing, policy.max_document)
         total = sum(size for _, _, size in blobs)
         if total > policy.max_unpacked // DOCUMENTS:
             raise Refused(f"{len(blobs)} documents of {total} bytes are more than"
                           f" 1/{DOCUMENTS} of policy.max_unpacked")
-        found = parse_files(self.read_blobs(blobs))
-        suspects = find_suspects(self.list_tree(base), listing, {*found[2]}) if base else []
+        entries, documents, others = parse_files(self.read_blobs(blobs))
+        for words, names in (("a file", links), ("an ApplicationDeployment", others)):
+            for name in names[:MAX_NAMED]:
+                log("info", f"ignored: not {words}", name=name)
+        suspects = find_suspects(self.list_tree(base), listing, {*others}) if base else []
         passed = parse_files(self.read_blobs(suspects))[2]
         for name in [item[0] for item in suspects if item[0] not in passed][:1]:
             raise Refused(f"{make_printable(name, 200)} held a deployment in the accepted commit, and is"
                           " none now, or lies below what is no folder; nothing is removed for that:"
                           " remove the file itself, or put it right")
-        return found
+        return entries, documents
 
     def list_tree(self, commit):
         """What `git ls-tree` prints of all that lies below git.path in a commit."""
         below = [self.config.git.path + "/"] if self.config.git.path else []
-        return self.git("ls-tree", "-r", "-z", "-l", "--full-tree", "--", commit, *below).stdout
+        return self.git("ls-tree -r -z -l --full-tree --", commit, *below).stdout
 
     def read_blobs(self, blobs):
         """Yields (name, bytes) of [(name, blob, size)]."""
         wanted = "".join(f"{blob}\n" for _, blob, _ in blobs).encode()
         limit = sum(size + 256 for _, _, size in blobs) + 1
-        data = io.BytesIO(self.git("cat-file", "--batch", data=wanted, limit=limit).stdout)
+        data = io.BytesIO(self.git("cat-file --batch", data=wanted, limit=limit).stdout)
         for name, blob, size in blobs:
             if data.readline() != f"{blob} blob {size}\n".encode():
                 raise CommandError(f"git cat-file: blob {blob} cannot be read")
@@ -10518,8 +10510,7 @@ class GitSource:
             if commit is None:
                 return
             try:
-                self.git("push", "--quiet", "--no-verify", "--no-follow-tags", "--", self.url,
-                         f"{commit}:{ref}",
+                self.git("push --quiet --no-verify --no-follow-tags --", self.url, f"{commit}:{ref}",
                          timeout=PULL_TIMEOUT)
                 self.heads[ref] = commit
                 return
@@ -10539,7 +10530,7 @@ class GitSource:
         if base:
             if not self.has(base):
                 self.fetch(f"+{ref}:refs/margo/status", "--depth=1")
-            found = self.git("cat-file", "blob", f"{base}:{path}", codes=(0, 128))
+            found = self.git("cat-file blob", f"{base}:{path}", codes=(0, 128))
             old = None if found.code else found.stdout
             parent = [b"from " + base.encode()]
         if old == content:
@@ -10551,7 +10542,7 @@ class GitSource:
                   f"committer margo-agent <margo-agent@localhost> {int(time.time())} +0000".encode(),
                   b"data %d\n%s" % (len(message), message.encode())]
         stream += parent + change + [b"get-mark :1", b"done", b""]
-        made = self.git("fast-import", "--quiet", "--force", "--done", data=b"\n".join(stream))
+        made = self.git("fast-import --quiet --force --done", data=b"\n".join(stream))
         return made.stdout.decode().strip()
 
 
@@ -10573,21 +10564,28 @@ def make_git_environment(config, home, environ):
     """
     from shlex import quote
     timeout = int(config.wfm.timeout) or 1
-    git = config.git
-    options = ["BatchMode=yes", "StrictHostKeyChecking=yes", f"ConnectTimeout={timeout}",
-               f"ServerAliveInterval={timeout}"]
-    if git.known_hosts:
-        options += [f'UserKnownHostsFile="{git.known_hosts}"', "GlobalKnownHostsFile=/dev/null"]
-    if git.ssh_key:
-        options += ["IdentitiesOnly=yes", f'IdentityFile="{git.ssh_key}"']
-    return {"PATH": environ.get("PATH", ""), **get_temporary(config.state_dir, environ),
-            "HOME": home, "LC_ALL": "C", "GIT_CONFIG_NOSYSTEM": "1", "GIT_ATTR_NOSYSTEM": "1",
-            "GIT_TERMINAL_PROMPT": "0", "GIT_SSH_VARIANT": "ssh", "GIT_LITERAL_PATHSPECS": "1",
-            "GIT_NO_REPLACE_OBJECTS": "1",
-            "GIT_SSH_COMMAND": " ".join(["ssh", "-F",
-                                         "/dev/null"] + [quote(f"-o{option}") for option in options])}
+    ssh = (f"ssh -F /dev/null -oBatchMode=yes -oStrictHostKeyChecking=yes -oConnectTimeout={timeout}"
+           f" -oServerAliveInterval={timeout}")
+    if config.git.known_hosts:
+        known = quote(f'-oUserKnownHostsFile="{config.git.known_hosts}"')
+        ssh += f" -oGlobalKnownHostsFile=/dev/null {known}"
+    if config.git.ssh_key:
+        key = quote(f'-oIdentityFile="{config.git.ssh_key}"')
+        ssh += f" -oIdentitiesOnly=yes {key}"
+    fixed = dict(line.split("=") for line in GIT_VARIABLES.split())
+    return dict(fixed, PATH=environ.get("PATH", ""), HOME=home, GIT_SSH_COMMAND=ssh,
+                **get_temporary(config.state_dir, environ))
 
 
+GIT_VARIABLES = """\
+LC_ALL=C
+GIT_CONFIG_NOSYSTEM=1
+GIT_ATTR_NOSYSTEM=1
+GIT_TERMINAL_PROMPT=0
+GIT_SSH_VARIANT=ssh
+GIT_LITERAL_PATHSPECS=1
+GIT_NO_REPLACE_OBJECTS=1
+"""
 # All that git may do: its configuration, whatever the machine's is (C-250).
 GIT_CONFIG = """\
 [protocol]
@@ -10992,9 +10990,10 @@ class Enrollment:
         mark = self.load_mark() if fault or self.asked or "token" in self.est else None
         strays = bool(leaf) and self.state["trust"].get("strays") == sha256_digest(leaf.der)
         now, downtime = self.clock.now, self.config.poll.downtime
+        end = float("inf") if fault else leaf.not_after
         # an SVID that would end in downtime is renewed all the same
-        lapses = not fault and is_within_whole(downtime, now, leaf.not_after)
-        silent = is_within_whole(downtime, now, now) and not lapses
+        silent = is_within_whole(downtime, now, now) and (
+            fault or not is_within_whole(downtime, now, leaf.not_after))
         step = find_est_step(self.est, leaf, fault, mark, self.clock, silent, self.asked, strays)
         if not step:
             return
@@ -11002,7 +11001,7 @@ class Enrollment:
         try:
             self.obtain(leaf, leaf if step == "renew" else None, mark)
         except (Unreachable, Untrusted, Refused, CommandError) as error:
-            self.note_fault(error, None if fault else leaf.not_after)
+            self.note_fault(error, end)
             if fault:
                 raise
             words = f"the own SVID, good until {make_time(leaf.not_after)}, is not renewed yet: {error}"
@@ -11018,7 +11017,7 @@ class Enrollment:
         settings, leaf = self.settings, None
         try:
             leaf = load_identity(self.config).leaf
-            check_own(leaf, self.config, self.clock.now)
+            load_identity(self.config, self.clock.now)
             if not os.path.exists(settings.key):
                 raise Untrusted(f"identity.key {settings.key}: the key is lost")
             if "token" in self.est:                 # the key may be one for the next SVID
@@ -11031,7 +11030,7 @@ class Enrollment:
         """The enrollment token's bytes, None where there is none any more."""
         path = self.settings.est.token_file
         data = read_file(path, 4 * KIB) if path else None
-        return None if data is None else re.sub(rb"\r?\n\Z", b"", data)
+        return data and data.rstrip(b"\r\n")
 
     def load_mark(self):
         """What find_est_step calls token."""
@@ -11055,8 +11054,8 @@ class Enrollment:
     def note_fault(self, error, end):
         """Keeps the back-off that follows from a fault (E-045, E-062).
 
-        end: when the SVID in use expires, or None; another attempt has to fit before that, whatever the
-        service asks (case 4.14).
+        end: when the SVID in use expires; another attempt has to fit before that, whatever the service asks
+        (case 4.14).
         """
         record = self.est
         refused = isinstance(error, Untrusted)
@@ -11067,18 +11066,15 @@ class Enrollment:
             log("info", error.message)
             record = {"failures": -1}               # it is none
             delay = 0 if asked else EST_FIRST
-        if end is not None:
-            left = end - self.clock.now
-            delay = min(delay, left / 4)
-            asked = min(asked, left / 2)
-        wait = make_wait(record, max(asked, delay), self.clock)
+        left = end - self.clock.now
+        wait = make_wait(record, max(min(asked, left / 2), min(delay, left / 4)), self.clock)
         self.keep(refused=error.message if refused else None, **wait)
 
     def finish(self):
         """Clears up after an activation: the token is erased, and never sent again (E-044)."""
         used = self.est.get("token") or self.est.get("used")
-        token = self.load_token()
-        if token and sha256_digest(token) == used and not remove_file(self.settings.est.token_file):
+        mark = self.load_mark()
+        if mark and mark == used and not remove_file(self.settings.est.token_file):
             log("warning", "the enrollment token has served and cannot be erased; remove it",
                 path=self.settings.est.token_file)
         self.state["est"] = {"used": used}
@@ -11204,7 +11200,7 @@ def run_renewal_csr(leaf, key_file):
     extension_request = make_der(0x06, b"\x2a\x86\x48\x86\xf7\x0d\x01\x09\x0e")
     attribute = make_der(0x30, extension_request, make_der(0x31, make_der(0x30, leaf.alt_names)))
     content = make_der(0x30, b"\x02\x01\x00", leaf.subject, spki, make_der(0xA0, attribute))
-    signature = run_openssl(["dgst", "-sha256", "-sign", key_file], content)
+    signature = run_openssl("dgst -sha256 -sign", key_file, data=content)
     return make_der(0x30, content, algorithm, make_der(0x03, b"\0", signature))
 
 
@@ -11238,7 +11234,7 @@ def load_certificates(body):
         raise ValueError("EST answered 200 with something else than certificates:"
                          f" {make_printable(text, 100)!r}")
     try:
-        pem = run_openssl(["pkcs7", "-inform", "DER", "-print_certs"], data).decode("ascii", "replace")
+        pem = run_openssl("pkcs7 -inform DER -print_certs", data=data).decode("ascii", "replace")
     except CommandError:
         raise ValueError("openssl finds no certs-only message in it") from None
     found = parse_pem(pem)
@@ -11494,9 +11490,8 @@ def load_issuers(config, store, source):
         chain = source.chain
         if len(chain) < 2:
             chain = ask_chain(source.url, source.context, config.wfm.timeout)
-        command = ["verify", "-partial_chain", "-trusted", "/dev/stdin"]
         leaf = make_pem(chain[:1]).encode()
-        ders += [der for der in chain[1:] if ask_signed(command, leaf, der)]
+        ders += [der for der in chain[1:] if ask_signed("verify -partial_chain -trusted /dev/stdin", leaf, der)]
     return [parse_certificate(der) for der in ders]
 
 
@@ -11508,7 +11503,7 @@ def ask_signed(command, data, issuer):
     with lend_file(data) as file:
         try:
             # the exit code says it in no old version
-            run_openssl([*command, file.name], make_pem([issuer]).encode(), b"OK")
+            run_openssl(command, file.name, data=make_pem([issuer]).encode(), expected=b"OK")
         except CommandError:
             return False
     return True
@@ -11519,7 +11514,7 @@ def ask_signer(der, crl, issuers):
 
     Raises ValueError where there is none.
     """
-    command = ["crl", "-inform", "DER", "-noout", "-verify", "-CAfile", "/dev/stdin", "-in"]
+    command = "crl -inform DER -noout -verify -CAfile /dev/stdin -in"
     for item in issuers:
         may = item.key_usage is None or CRL_SIGN in item.key_usage
         if may and is_issued(crl, item.subject, item.key) and ask_signed(command, der, item.der):
@@ -12176,7 +12171,8 @@ def run_verification(key, payload, signature):
     """Whether openssl finds that a payload is signed by a public key; ConfigError without openssl."""
     try:
         with lend_file(parse_base64(signature)) as file:
-            run_openssl(["dgst", "-sha256", "-verify", key, "-signature", file.name], payload, b"Verified OK")
+            run_openssl("dgst -sha256 -verify", key, "-signature", file.name, data=payload,
+                        expected=b"Verified OK")
     except (ValueError, CommandError):
         return False
     return True
@@ -12188,7 +12184,7 @@ def examine_images(agent):
     if not key:
         return "ok", ""
     try:
-        run_openssl(["pkey", "-pubin", "-in", key, "-noout"])
+        run_openssl("pkey -noout -pubin -in", key)
     except CommandError as error:
         raise ConfigError(f"policy.images.cosign_key: {key} is no public key ({error.message})") from None
     return "ok", f"images have to be signed by {key}"
