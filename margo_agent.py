@@ -1915,7 +1915,7 @@ class MtlsSource(HttpSource):
         self.memo = memo                            # the Store's, see load_memo
         self.client_id = identity.spiffe_id.text
         self.peer = identity.wfm_id
-        self.context = load_wfm_context(identity, bundle.anchors, config.wfm.min_tls)
+        self.context = load_wfm_context(config, bundle.anchors)
         self.judges = []  # functions (leaf, now) of companions, which raise Untrusted
         self.chain = []                             # what the WFM presented last (DER), leaf first
 
@@ -1926,10 +1926,9 @@ class MtlsSource(HttpSource):
 
     def check_peer(self, chain):
         """Raises Untrusted unless the peer is our WFM, and no companion has anything against it."""
-        now = time.time()
-        leaf = check_wfm(chain[0], self.identity, now)
+        leaf = check_wfm(chain[0], self.identity)
         for judge in self.judges:
-            judge(leaf, now)
+            judge(leaf, time.time())
         self.chain = chain
 
     def send_of(self, method, device_id, document=None):
@@ -2018,7 +2017,7 @@ class Mtls(Profile):
         check_enrollment(state, client_id or identity.spiffe_id.text)
         warn_of_own(config, identity.leaf, store, now)
         bundle = obtain_trust_bundle(config, store, state, identity.spiffe_id.trust_domain, now, keep)
-        judge_own_chain(identity, bundle, state)
+        judge_own_chain(config, identity.leaf, bundle, state)
         return self.open_source(identity, bundle, keep)
 
     def open_source(self, identity, bundle, keep):
@@ -2040,7 +2039,7 @@ class Mtls(Profile):
 
     def check(self, now):
         own = load_identity(self.config, now)
-        load_wfm_context(own, [own.leaf.der], self.config.wfm.min_tls)
+        load_wfm_context(self.config, [own.leaf.der])
         return judge_own(own.leaf, own.spiffe_id.text, self.config, now)
 
     def identify(self):
@@ -2409,9 +2408,8 @@ KEY_KINDS = {  # identity.algorithm: what openssl makes a key from; those that a
 
 SpiffeId = define("SpiffeId", "text trust_domain path",
                   "A SPIFFE ID, its trust domain and its path (with leading slash).")
-Identity = define("Identity", "spiffe_id wfm_id leaf certificate_file key_file",
-    "The own SVID: its SpiffeId, the text of the WFM's, which follows from it (C-009), the leaf Certificate,"
-    " the two files.")
+Identity = define("Identity", "spiffe_id wfm_id leaf",
+    "The own SVID: its SpiffeId, the text of the WFM's, which follows from it (C-009), the leaf Certificate.")
 TrustBundle = define("TrustBundle", "anchors sequence refresh_hint",
     "Trust anchors (DER), `spiffe_sequence`, `spiffe_refresh_hint` in seconds; each of these may be None.")
 Discovery = define("Discovery", "trust_domain bundle_uri parts",
@@ -2460,8 +2458,8 @@ def check_validity(certificate, now):
                          " the certificate renewed")
 
 
-def make_identity(leaf, certificate_file="", key_file=""):
-    """The own Identity from its leaf Certificate and two paths; raises ValueError."""
+def make_identity(leaf):
+    """The own Identity from its leaf Certificate; raises ValueError."""
     spiffe_id = check_leaf(leaf)
     match = re.fullmatch(r"(/margo/wfm/[^/]+)/client/[^/]+", spiffe_id.path)
     if not match:
@@ -2469,13 +2467,12 @@ def make_identity(leaf, certificate_file="", key_file=""):
                          " (spiffe://<trust domain>/margo/wfm/<wfm id>/client/<client id>); name the"
                          " certificate that was made for this device")
     wfm_id = f"spiffe://{spiffe_id.trust_domain}{match.group(1)}"
-    return Identity(spiffe_id, wfm_id, leaf, certificate_file, key_file)
+    return Identity(spiffe_id, wfm_id, leaf)
 
 
 def load_identity(config, now=None):
     """The own SVID, from its files alone; see load_own."""
-    settings = config.identity
-    return load_own(config, lambda leaf: make_identity(leaf, settings.certificate, settings.key), now)
+    return load_own(config, make_identity, now)
 
 
 def load_own(config, make, now=None):
@@ -2578,12 +2575,14 @@ def load_flaw(store, state, leaf):
     return next(filter(None, flaws), "")
 
 
-def check_wfm(der, identity, now):
-    """The peer's leaf; raises Untrusted unless it is the SVID of exactly our WFM (C-009 to C-014)."""
+def check_wfm(der, identity):
+    """The peer's leaf; raises Untrusted unless it is the SVID of exactly our WFM (C-009 to C-014).
+
+    That it is valid now, and leads to an anchor, OpenSSL has found before.
+    """
     try:
         leaf = parse_certificate(der or b"")
         peer = check_leaf(leaf)
-        check_validity(leaf, now)
     except ValueError as error:
         raise Untrusted(f"the WFM's certificate is no X.509-SVID: {error}") from None
     if peer.text != identity.wfm_id:
@@ -2592,10 +2591,10 @@ def check_wfm(der, identity, now):
     return leaf
 
 
-def load_wfm_context(identity, anchors, min_tls):
+def load_wfm_context(config, anchors):
     """The SSLContext towards the WFM: the own chain (C-004), the anchors (DER) and no others (C-006)."""
-    context = make_tls_context(anchors, min_tls=min_tls)
-    load_key_pair(context, identity.certificate_file, identity.key_file)
+    context = make_tls_context(anchors, min_tls=config.wfm.min_tls)
+    load_key_pair(context, config.identity.certificate, config.identity.key)
     return context
 
 
@@ -2615,7 +2614,8 @@ def load_key_pair(context, certificate_file, key_file, where="identity"):
         if asked:
             words = "it is encrypted; store it unencrypted, mode 0600"
         elif "MISMATCH" in str(error):
-            words = f"not the key of {where}.certificate {certificate_file}; name the one that it was made with"
+            words = (f"not the key of {where}.certificate {certificate_file}; name the one that it was made"
+                     " with")
         elif isinstance(error, PermissionError):
             words = "unreadable (Permission denied); run as root, or as its owner"
         raise Untrusted(f"{where}.key {key_file}: {words}") from None
@@ -2647,24 +2647,25 @@ def run_own_handshake(certificate_file, key_file, anchors):
             raise ValueError(getattr(error, "verify_message", None) or make_printable(str(error))) from None
 
 
-def judge_own_chain(identity, bundle, state):
+def judge_own_chain(config, own, bundle, state):
     """Raises Untrusted for a new own chain that does not lead to the trust bundle (E-012).
 
     A chain that once did is used on after the bundle has changed, because the WFM decides; `strays` in the
     state's trust then names its leaf.  The handshake is made once for each pair of leaf and bundle.
+    own: the leaf Certificate.
     """
-    leaf = sha256_digest(identity.leaf.der)
+    leaf = sha256_digest(own.der)
     pair = leaf + sha256_digest(b"".join(bundle.anchors))
     if state["identity"] == pair:
         return
     try:
-        run_own_handshake(identity.certificate_file, identity.key_file, bundle.anchors)
+        run_own_handshake(config.identity.certificate, config.identity.key, bundle.anchors)
     except ValueError as error:
-        message = (f"identity.certificate {identity.certificate_file}: its chain does not lead to the trust"
+        message = (f"identity.certificate {config.identity.certificate}: its chain does not lead to the trust"
                    f" bundle ({error})")
         if not (state["identity"] or "").startswith(leaf):
-            raise Untrusted(f"{message}: it is certified by {make_name(identity.leaf.issuer)}; ask whoever"
-                            " runs the WFM for a certificate and a bundle that belong together") from None
+            raise Untrusted(f"{message}: it is certified by {make_name(own.issuer)}; ask whoever runs the WFM"
+                            " for a certificate and a bundle that belong together") from None
         log("error", f"{message} any more; have it issued anew")
         state["trust"]["strays"] = leaf
         return
@@ -8683,8 +8684,10 @@ def parse_der(data):
 def make_der(tag, *parts):
     """One DER element around its parts."""
     body = b"".join(parts)
-    size = len(body).to_bytes((len(body).bit_length() + 7) // 8, "big")
-    return bytes([tag]) + (size or b"\0" if len(body) < 128 else bytes([0x80 | len(size)]) + size) + body
+    size = len(body).to_bytes(4, "big").lstrip(b"\0") or b"\0"
+    if len(body) > 127:
+        size = bytes([0x80 | len(size)]) + size
+    return bytes([tag]) + size + body
 
 
 def parse_certificate(der):
@@ -9593,8 +9596,8 @@ Signer = define("Signer", "leaf key algorithm label components keyid alg",
     "What signs requests: the own leaf Certificate, its key (a file, or a URI that openssl knows), algorithm,"
     " and how RFC 9421 is spoken: label, components to cover, keyid, `alg` parameter (empty: not sent).")
 
-# openssl's arguments of each algorithm, the bytes of r and of s where it is ECDSA, and which keys sign by it, by
-# the object identifiers in a public key; the first that fits a key is its default (C-065).
+# openssl's arguments of each algorithm, the bytes of r and of s where it is ECDSA, and which keys sign by it,
+# by the object identifiers in a public key; the first that fits a key is its default (C-065).
 PSS = "-sigopt rsa_padding_mode:pss -sigopt rsa_pss_saltlen:"
 SIGNING = {
     "ecdsa-p256-sha256": ("-sha256", 32, "2a8648ce3d0201 2a8648ce3d030107"),
@@ -9880,22 +9883,24 @@ def parse_client_id(value, name):
 def make_older_capabilities(document, dialect):
     """Capabilities of rc.3 as the first preview release has them, without labels (protocol 3.5)."""
     heading = {"apiVersion": "device.margo.org/v1alpha1", "kind": "DeviceCapabilitiesManifest"}
-    properties = document["properties"]
-    cpus = properties.get("cpus")
+    properties = dict(document["properties"])
+    cpus = properties.pop("cpus", None)
     if SPEECHES[dialect].flat:
-        sent = {key: value for key, value in document.items() if key != "labels"}
-        properties = {"cpu" if key == "cpus" else key: value for key, value in properties.items()}
-        return dict(sent, properties=properties, **heading)
-    sent = {key: value for key, value in properties.items() if key not in HOSTING_PROPERTIES}
+        if cpus:
+            properties["cpu"] = cpus
+        sent = dict(document, properties=properties, **heading)
+        sent.pop("labels", None)
+        return sent
     names = ("memory", "storage", "peripherals", "interfaces")
     resources = {key: properties[key] for key in names if key in properties}
     if cpus:
         resources["cpu"] = max(cpus, key=lambda cpu: cpu["cores"])                  # never summed (C-203)
     if resources:
-        sent["resources"] = resources
+        properties["resources"] = resources
     types = properties.get("supportedDeploymentTypes", ())
-    sent.setdefault("roles", [role for kind, role in ROLES if kind in types] or ["Gateway"])
-    return dict(heading, properties=sent)
+    properties.setdefault("roles", [role for kind, role in ROLES if kind in types] or ["Gateway"])
+    return dict(heading, properties={key: value for key, value in properties.items()
+                                     if key not in HOSTING_PROPERTIES})
 
 
 def make_older_status(document, dialect):
@@ -10283,7 +10288,7 @@ class GitSource:
                     headers["Authorization"] = self.header
                 where = f"{self.url}/info/refs?service={service}"
                 answer = request("GET", where, headers, None, self.context, wfm.timeout, MAX_ANSWER)
-                check_response(answer, self.url, (200,), time.time(), "it takes no such token: see git.token_file")
+                check_response(answer, self.url, (200,), time.time(), "see git.token_file")
             except MargoError as fault:
                 fault.message += "; set identity.ca" if fault.stranger else ""
                 return fault
@@ -10526,23 +10531,21 @@ class GitSource:
         None where it is so.
         """
         self.prepare()
-        old, parent = None, []
+        old, parent = None, ""
         if base:
             if not self.has(base):
                 self.fetch(f"+{ref}:refs/margo/status", "--depth=1")
             found = self.git("cat-file blob", f"{base}:{path}", codes=(0, 128))
             old = None if found.code else found.stdout
-            parent = [b"from " + base.encode()]
+            parent = f"from {base}\n"
         if old == content:
             return None
-        change = [b"D " + path.encode()]
-        if content is not None:
-            change = [f"M 100644 inline {path}\ndata {len(content)}".encode(), content]
-        stream = [b"commit refs/margo/next\nmark :1",
-                  f"committer margo-agent <margo-agent@localhost> {int(time.time())} +0000".encode(),
-                  b"data %d\n%s" % (len(message), message.encode())]
-        stream += parent + change + [b"get-mark :1", b"done", b""]
-        made = self.git("fast-import --quiet --force --done", data=b"\n".join(stream))
+        change = f"M 100644 inline {path}\ndata {len(content)}\n" if content else f"D {path}"
+        head = ("commit refs/margo/next\nmark :1\n"
+                f"committer margo-agent <margo-agent@localhost> {int(time.time())} +0000\n"
+                f"data {len(message)}\n{message}\n{parent}{change}").encode()
+        made = self.git("fast-import --quiet --force --done",
+                        data=head + (content or b"") + b"\nget-mark :1\ndone\n")
         return made.stdout.decode().strip()
 
 
@@ -10679,16 +10682,15 @@ def parse_listing(listing):
     Names are as those of a file system.  Raises Refused for a name that none takes, CommandError for what git
     never prints.
     """
-    pattern = rb"([0-7]{6}) ([a-z]+) ([0-9a-f]+) +(-|[0-9]{1,18})\t(.+)"
-    for line in re.finditer(rb"[^\0]+", listing):
-        match = re.fullmatch(pattern, line.group(), re.S)
+    pattern = r"(100[0-7]{3} blob|[0-7]{6} [a-z]+) ([0-9a-f]+) +(?:-|([0-9]{1,18}))\t(.+)"
+    for line in listing.decode("utf-8", "surrogateescape").split("\0")[:-1]:
+        match = re.fullmatch(pattern, line, re.S)
         if not match:
-            raise CommandError(f"git ls-tree printed {make_printable(repr(line.group()), 200)}")
-        mode, kind, blob, size, name = [part.decode("utf-8", "surrogateescape") for part in match.groups()]
+            raise CommandError(f"git ls-tree printed {make_printable(line, 200)}")
+        kind, blob, size, name = match.groups()
         if len(name) > MAX_PATH:
             raise Refused(f"{make_printable(name, 200)} is a path of more than {MAX_PATH} characters")
-        is_file = kind == "blob" and mode.startswith("100") and size != "-"
-        yield name, is_file, blob, int(size) if is_file else 0
+        yield name, kind.startswith("100"), blob, int(size or 0)
 
 
 def find_blobs(listing, max_document):
@@ -10700,7 +10702,7 @@ def find_blobs(listing, max_document):
     for name, is_file, blob, size in parse_listing(listing):
         if not name.lower().endswith((".yaml", ".yml")):
             continue
-        if size > max_document:
+        if is_file and size > max_document:
             raise Refused(f"{make_printable(name, 200)}: {size} bytes are more than policy.max_document"
                           f" ({max_document})")
         if is_file:
@@ -11094,7 +11096,7 @@ class Enrollment:
         if old and old.der == leaf.der:
             return                                  # an earlier run ended just after it had activated it
         chain = self.obtain_chain(leaf, issued, bundle)
-        own = make_identity(leaf, "", self.settings.key)
+        own = make_identity(leaf)
         if renewed:
             self.prove(chain, own, bundle)
         write_file(self.settings.certificate, chain.encode(), 0o644)
@@ -11165,17 +11167,14 @@ class Enrollment:
 
     def obtain_chain(self, leaf, issued, bundle):
         """The chain (PEM) from an issued leaf to the trust bundle; raises Untrusted, Unreachable."""
-        response = fetch_from_mis(self.find_url("cacerts"), self.config, {"Accept": CERTS_TYPE})     # E-039
-        try:
-            found = load_certificates(judge_est_response(response, "cacerts", time.time()))
-        except ValueError as error:
-            raise Untrusted(f"cacerts: {error}") from None
         ahead = leaf.not_before - time.time()
         if 0 < ahead <= CLOCK_SKEW:
             raise Pending(f"the SVID issued begins at {make_time(leaf.not_before)}, by a clock that is ahead"
                           " of ours", retry_after=ahead + 1)
+        response = fetch_from_mis(self.find_url("cacerts"), self.config, {"Accept": CERTS_TYPE})     # E-039
         try:
             check_validity(leaf, time.time())
+            found = load_certificates(judge_est_response(response, "cacerts", time.time()))
             return run_paths(leaf, found + issued, self.settings.key, bundle.anchors)
         except ValueError as error:
             raise Untrusted(f"the SVID issued does not lead to the trust bundle: {error}") from None
@@ -11183,8 +11182,8 @@ class Enrollment:
     def prove(self, chain, own, bundle):
         """Tries the renewed SVID on a conditional GET; it replaces the old one only if the WFM answers."""
         with lend_file(chain.encode()) as file:
-            own = own._replace(certificate_file=file.name)
-            source = Mtls(self.config, self.store, self.state).open_source(own, bundle, keep=False)
+            config = Settings(self.config, identity=Settings(self.settings, certificate=file.name))
+            source = Mtls(config, self.store, self.state).open_source(own, bundle, keep=False)
         source.fetch_manifest((self.state["accepted"] or {}).get("etag"))
 
 
@@ -11194,10 +11193,10 @@ def run_renewal_csr(leaf, key_file):
     `openssl req` would encode them again.
     """
     spki = load_public_key(key_file)
-    algorithm = make_der(0x30, make_der(0x06, b"\x2a\x86\x48\xce\x3d\x04\x03\x02"))  # ecdsa-with-SHA256
+    algorithm = b"\x30\x0a\x06\x08\x2a\x86\x48\xce\x3d\x04\x03\x02"                 # ecdsa-with-SHA256
     if b"\x2a\x86\x48\x86\xf7\x0d\x01\x01\x01" in spki[:40]:  # an RSA key
-        algorithm = make_der(0x30, make_der(0x06, b"\x2a\x86\x48\x86\xf7\x0d\x01\x01\x0b"), b"\x05\0")
-    extension_request = make_der(0x06, b"\x2a\x86\x48\x86\xf7\x0d\x01\x09\x0e")
+        algorithm = b"\x30\x0d\x06\x09\x2a\x86\x48\x86\xf7\x0d\x01\x01\x0b\x05\0"
+    extension_request = b"\x06\x09\x2a\x86\x48\x86\xf7\x0d\x01\x09\x0e"
     attribute = make_der(0x30, extension_request, make_der(0x31, make_der(0x30, leaf.alt_names)))
     content = make_der(0x30, b"\x02\x01\x00", leaf.subject, spki, make_der(0xA0, attribute))
     signature = run_openssl("dgst -sha256 -sign", key_file, data=content)
@@ -11491,7 +11490,8 @@ def load_issuers(config, store, source):
         if len(chain) < 2:
             chain = ask_chain(source.url, source.context, config.wfm.timeout)
         leaf = make_pem(chain[:1]).encode()
-        ders += [der for der in chain[1:] if ask_signed("verify -partial_chain -trusted /dev/stdin", leaf, der)]
+        command = "verify -partial_chain -trusted /dev/stdin"
+        ders += [der for der in chain[1:] if ask_signed(command, leaf, der)]
     return [parse_certificate(der) for der in ders]
 
 
