@@ -1941,7 +1941,7 @@ class MtlsSource(HttpSource):
         self.memo = memo                            # the Store's, see load_memo
         self.client_id = identity.spiffe_id.text
         self.peer = identity.wfm_id
-        self.context = load_wfm_context(identity, bundle.anchors, config.wfm.min_tls)
+        self.context = load_wfm_context(config, bundle.anchors)
         self.judges = []  # functions (leaf, now) of companions, which raise Untrusted
         self.chain = []                             # what the WFM presented last (DER), leaf first
 
@@ -1952,10 +1952,9 @@ class MtlsSource(HttpSource):
 
     def check_peer(self, chain):
         """Raises Untrusted unless the peer is our WFM, and no companion has anything against it."""
-        now = time.time()
-        leaf = check_wfm(chain[0], self.identity, now)
+        leaf = check_wfm(chain[0], self.identity)
         for judge in self.judges:
-            judge(leaf, now)
+            judge(leaf, time.time())
         self.chain = chain
 
     def send_of(self, method, device_id, document=None):
@@ -2040,12 +2039,11 @@ class Mtls(Profile):
         store = self.store
         state = self.state
         now = time.time()
-        identity = self.identity = load_identity(config)
+        identity = self.identity = load_identity(config, now)
         check_enrollment(state, client_id or identity.spiffe_id.text)
-        check_own(identity.leaf, config, now)
         warn_of_own(config, identity.leaf, store, now)
         bundle = obtain_trust_bundle(config, store, state, identity.spiffe_id.trust_domain, now, keep)
-        judge_own_chain(identity, bundle, store, state)
+        judge_own_chain(config, identity.leaf, bundle, state)
         return self.open_source(identity, bundle, keep)
 
     def open_source(self, identity, bundle, keep):
@@ -2066,9 +2064,8 @@ class Mtls(Profile):
         return dict(found, warning="; ".join(filter(None, warnings)))
 
     def check(self, now):
-        own = load_identity(self.config)
-        check_own(own.leaf, self.config, now)
-        load_wfm_context(own, [own.leaf.der], self.config.wfm.min_tls)
+        own = load_identity(self.config, now)
+        load_wfm_context(self.config, [own.leaf.der])
         return judge_own(own.leaf, own.spiffe_id.text, self.config, now)
 
     def identify(self):
@@ -2427,34 +2424,32 @@ def read_target(target, load_document, config):
 # 11. Identity and trust
 # ----------------------------------------------------------------------------------------------------------
 
-EXPIRY_WARNING = 0.2  # share of the own certificate's lifetime that is left when `run` begins to warn
-EXPIRY_ADVICE = 0.25                # ... and when `doctor` does
+EXPIRY_WARNING = 0.2                # share of the own certificate's lifetime that is left when warnings begin
 CLOCK_SKEW = 300                    # seconds that another clock may be ahead of ours
 DRAFT = "the Margo draft of enrollment, renewal and revocation, which may still change"
 KEY_KINDS = {  # identity.algorithm: what openssl makes a key from; those that are not named sign by RSA
-    "ecdsa-p256-sha256": ["EC", "-pkeyopt", "ec_paramgen_curve:P-256"],
-    "ecdsa-p384-sha384": ["EC", "-pkeyopt", "ec_paramgen_curve:P-384"],
-    "ed25519": ["ED25519"]}
+    "ecdsa-p256-sha256": "EC -pkeyopt ec_paramgen_curve:P-256",
+    "ecdsa-p384-sha384": "EC -pkeyopt ec_paramgen_curve:P-384",
+    "ed25519": "ED25519"}
 
 SpiffeId = define("SpiffeId", "text trust_domain path",
                   "A SPIFFE ID, its trust domain and its path (with leading slash).")
-Identity = define("Identity", "spiffe_id wfm_id leaf certificate_file key_file",
-    "The own SVID: its SpiffeId, the text of the WFM's, which follows from it (C-009), the leaf Certificate,"
-    " the two files.")
+Identity = define("Identity", "spiffe_id wfm_id leaf",
+    "The own SVID: its SpiffeId, the text of the WFM's, which follows from it (C-009), the leaf Certificate.")
 TrustBundle = define("TrustBundle", "anchors sequence refresh_hint",
     "Trust anchors (DER), `spiffe_sequence`, `spiffe_refresh_hint` in seconds; each of these may be None.")
-Discovery = define("Discovery", "trust_domain bundle_uri parts faults",
-    "A discovery document: texts, {name: value} of what COMPANIONS read, words about what was left out.")
-Companion = define("Companion", "wanted parse limits flaw judge remark",
-    """What an optional room has to say about identity and trust; each member is a function, or None.
+Discovery = define("Discovery", "trust_domain bundle_uri parts",
+    "A discovery document: texts, and {name: value} of what COMPANIONS read.")
+Companion = define("Companion", "title wanted parse limits flaw judge remark",
+    """What an optional room has to say about identity and trust: its name, then functions, or None.
 
     wanted(config): whether its part of the discovery document is needed.
-    parse(members, document_url, public, held): (value of its part, [words about what was passed over]).
+    parse(members, document_url, public): its part of the members of that document.
     limits(state): [seconds] after each of which the trust bundle is asked for again at the latest.
     flaw(store, state, leaf): why an own SVID that is valid is of no use, "" where it is.
     judge(config, store, state, source, keep): a function (leaf, now) that raises Untrusted for a WFM's leaf.
     remark(state, now): what `status` should warn of, or "".
-    """, None, None, None, None, None, None)
+    """, None, None, None)
 COMPANIONS = {}  # {name of its part in state["trust"]: Companion}; optional rooms add themselves
 
 
@@ -2489,8 +2484,8 @@ def check_validity(certificate, now):
                          " the certificate renewed")
 
 
-def make_identity(leaf, certificate_file="", key_file=""):
-    """The own Identity from its leaf Certificate and two paths; raises ValueError."""
+def make_identity(leaf):
+    """The own Identity from its leaf Certificate; raises ValueError."""
     spiffe_id = check_leaf(leaf)
     match = re.fullmatch(r"(/margo/wfm/[^/]+)/client/[^/]+", spiffe_id.path)
     if not match:
@@ -2498,19 +2493,18 @@ def make_identity(leaf, certificate_file="", key_file=""):
                          " (spiffe://<trust domain>/margo/wfm/<wfm id>/client/<client id>); name the"
                          " certificate that was made for this device")
     wfm_id = f"spiffe://{spiffe_id.trust_domain}{match.group(1)}"
-    return Identity(spiffe_id, wfm_id, leaf, certificate_file, key_file)
+    return Identity(spiffe_id, wfm_id, leaf)
 
 
-def load_identity(config):
-    """The own SVID, from its files alone; raises Untrusted."""
-    settings = config.identity
-    return load_own(config, lambda leaf: make_identity(leaf, settings.certificate, settings.key))
+def load_identity(config, now=None):
+    """The own SVID, from its files alone; see load_own."""
+    return load_own(config, make_identity, now)
 
 
-def load_own(config, make):
-    """What `make` makes of the leaf Certificate in identity.certificate.
+def load_own(config, make, now=None):
+    """What `make` makes of the leaf Certificate in identity.certificate, which is valid `now` (Unix seconds).
 
-    Raises Untrusted: which file, and what is wrong with it.
+    now: None where that does not matter.  Raises Untrusted: which file, and what is wrong with it.
     """
     path = config.identity.certificate
     try:
@@ -2529,17 +2523,13 @@ def load_own(config, make):
             found = f"a {other.group(1).decode().lower()} and " if other else ""
             raise ValueError(f"it holds {found}no certificate in PEM; name the file that begins with"
                              " -----BEGIN CERTIFICATE-----")
-        return make(parse_certificate(chain[0]))
+        leaf = parse_certificate(chain[0])
+        own = make(leaf)
+        if now is not None:
+            check_validity(leaf, now)
+        return own
     except (StorageError, ValueError) as error:
         raise Untrusted(f"identity.certificate {path}: {error}") from None
-
-
-def check_own(leaf, config, now):
-    """Raises Untrusted unless the own certificate is valid now."""
-    try:
-        check_validity(leaf, now)
-    except ValueError as error:
-        raise Untrusted(f"identity.certificate {config.identity.certificate}: {error}") from None
 
 
 def check_enrollment(state, client_id):
@@ -2549,23 +2539,29 @@ def check_enrollment(state, client_id):
                         f" {state['enrollment']['id']}; unenroll first")
 
 
-def find_expiry(leaf, now, share=EXPIRY_WARNING):
+def find_expiry(leaf, now):
     """What to say of a certificate's end, "" while more than a share of its lifetime is left."""
     left = leaf.not_after - now
     if left < 0:
         return "expired"
-    if left < share * (leaf.not_after - leaf.not_before):
+    if left < EXPIRY_WARNING * (leaf.not_after - leaf.not_before):
         return f"expires in {left // 86400:.0f} days, at {make_time(leaf.not_after)}; have it renewed"
     return ""
 
 
-def warn_of_own(config, leaf, store, now):
-    """Warns once a day of an own certificate that ends soon, and of a key that others can read."""
-    memo = store.load_memo()
+def ask_warnings(config, leaf, now):
+    """[what to say] of an own certificate that ends soon, and of a key that others can read."""
     expiry = find_expiry(leaf, now)
     words = [expiry and f"the own certificate {expiry}", ask_looseness("identity.key", config.identity.key)]
-    if any(words) and not 0 <= now - memo.get("warnedAt", 0) < 86400:
-        for line in filter(None, words):
+    return list(filter(None, words))
+
+
+def warn_of_own(config, leaf, store, now):
+    """Warns once a day of the own certificate and key."""
+    memo = store.load_memo()
+    words = ask_warnings(config, leaf, now)
+    if words and not 0 <= now - memo.get("warnedAt", 0) < 86400:
+        for line in words:
             log("warning", line)
         memo["warnedAt"] = now
 
@@ -2586,9 +2582,9 @@ def describe_own(config, load, known_id, now):
 
 def judge_own(leaf, words, config, now):
     """What `doctor` says of an own certificate that can be used: (ok or warn, words)."""
-    expiry = find_expiry(leaf, now, EXPIRY_ADVICE)
-    fault = ask_looseness("identity.key", config.identity.key) or expiry and f"{words}, {expiry}"
-    return ("warn", fault) if fault else ("ok", f"{words}, {(leaf.not_after - now) // 86400:.0f} days left")
+    faults = ask_warnings(config, leaf, now)
+    words += f", {(leaf.not_after - now) // 86400:.0f} days left"
+    return ("warn", "; ".join([words, *faults])) if faults else ("ok", words)
 
 
 def note_draft(store, state, what):
@@ -2605,12 +2601,14 @@ def load_flaw(store, state, leaf):
     return next(filter(None, flaws), "")
 
 
-def check_wfm(der, identity, now):
-    """The peer's leaf; raises Untrusted unless it is the SVID of exactly our WFM (C-009 to C-014)."""
+def check_wfm(der, identity):
+    """The peer's leaf; raises Untrusted unless it is the SVID of exactly our WFM (C-009 to C-014).
+
+    That it is valid now, and leads to an anchor, OpenSSL has found before.
+    """
     try:
         leaf = parse_certificate(der or b"")
         peer = check_leaf(leaf)
-        check_validity(leaf, now)
     except ValueError as error:
         raise Untrusted(f"the WFM's certificate is no X.509-SVID: {error}") from None
     if peer.text != identity.wfm_id:
@@ -2619,10 +2617,10 @@ def check_wfm(der, identity, now):
     return leaf
 
 
-def load_wfm_context(identity, anchors, min_tls):
+def load_wfm_context(config, anchors):
     """The SSLContext towards the WFM: the own chain (C-004), the anchors (DER) and no others (C-006)."""
-    context = make_tls_context(anchors, min_tls=min_tls)
-    load_key_pair(context, identity.certificate_file, identity.key_file)
+    context = make_tls_context(anchors, min_tls=config.wfm.min_tls)
+    load_key_pair(context, config.identity.certificate, config.identity.key)
     return context
 
 
@@ -2632,21 +2630,19 @@ def load_key_pair(context, certificate_file, key_file, where="identity"):
     Raises Untrusted, also while an operator has replaced only one of the two files (E-010).
     """
     asked = []  # nobody can type a password here; to raise in there upsets Python 3.7
+    for name, path in (("certificate", certificate_file), ("key", key_file)):
+        if not os.path.exists(path):
+            raise Untrusted(f"{where}.{name} {path}: there is no such file")
     try:
         context.load_cert_chain(certificate_file, key_file, lambda: asked.append(True) or "")
-    except FileNotFoundError:
-        name, path = "key", key_file
-        if not os.path.exists(certificate_file):
-            name, path = "certificate", certificate_file
-        raise Untrusted(f"{where}.{name} {path}: there is no such file") from None
     except (OSError, ValueError) as error:
-        if asked:
-            raise Untrusted(f"{where}.key {key_file} is encrypted; store it unencrypted, mode 0600") from None
-        if "MISMATCH" in str(error):
-            raise Untrusted(f"{where}.key {key_file}: not the key of {where}.certificate"
-                            f" {certificate_file}; name the one that it was made with") from None
         words = "it holds no private key in PEM, or is unreadable; name the file that does"
-        if isinstance(error, PermissionError):
+        if asked:
+            words = "it is encrypted; store it unencrypted, mode 0600"
+        elif "MISMATCH" in str(error):
+            words = (f"not the key of {where}.certificate {certificate_file}; name the one that it was made"
+                     " with")
+        elif isinstance(error, PermissionError):
             words = "unreadable (Permission denied); run as root, or as its owner"
         raise Untrusted(f"{where}.key {key_file}: {words}") from None
 
@@ -2677,31 +2673,30 @@ def run_own_handshake(certificate_file, key_file, anchors):
             raise ValueError(getattr(error, "verify_message", None) or make_printable(str(error))) from None
 
 
-def judge_own_chain(identity, bundle, store, state):
+def judge_own_chain(config, own, bundle, state):
     """Raises Untrusted for a new own chain that does not lead to the trust bundle (E-012).
 
     A chain that once did is used on after the bundle has changed, because the WFM decides; `strays` in the
     state's trust then names its leaf.  The handshake is made once for each pair of leaf and bundle.
+    own: the leaf Certificate.
     """
-    mark = sha256_digest(identity.leaf.der + b"".join(bundle.anchors))
-    memo = store.load_memo()
-    if memo.get("checked") == mark:
+    leaf = sha256_digest(own.der)
+    pair = leaf + sha256_digest(b"".join(bundle.anchors))
+    if state["identity"] == pair:
         return
-    leaf = sha256_digest(identity.leaf.der)
     try:
-        run_own_handshake(identity.certificate_file, identity.key_file, bundle.anchors)
+        run_own_handshake(config.identity.certificate, config.identity.key, bundle.anchors)
     except ValueError as error:
-        message = (f"identity.certificate {identity.certificate_file}: its chain does not lead to the trust"
+        message = (f"identity.certificate {config.identity.certificate}: its chain does not lead to the trust"
                    f" bundle ({error})")
-        if state["identity"] != leaf:
-            raise Untrusted(f"{message}: it is certified by {make_name(identity.leaf.issuer)}; ask whoever"
-                            " runs the WFM for a certificate and a bundle that belong together") from None
+        if not (state["identity"] or "").startswith(leaf):
+            raise Untrusted(f"{message}: it is certified by {make_name(own.issuer)}; ask whoever runs the WFM"
+                            " for a certificate and a bundle that belong together") from None
         log("error", f"{message} any more; have it issued anew")
         state["trust"]["strays"] = leaf
         return
-    state["identity"] = leaf
+    state["identity"] = pair
     state["trust"].pop("strays", None)
-    memo["checked"] = mark
 
 
 # Trust bundle and discovery.
@@ -2748,11 +2743,11 @@ def check_sequence(bundle, trust, trust_domain):
                          " a rebuilt identity service: then unenroll and enroll again)")
 
 
-def parse_discovery(data, document_url, trust_domain, public, held=None):
+def parse_discovery(data, document_url, trust_domain, public):
     """A discovery document to a Discovery; raises ValueError (C-033 to C-035).
 
     trust_domain: of the own SVID, None where there is none yet.  public: whether the system's store vouched
-    for the document, which may then name no other origin.  held: the state's `trust`.
+    for the document, which may then name no other origin.
     """
     value = parse_json(data, "the discovery document")
     check_shape(value, {"trustDomain": "(?s).*"}, "the discovery document")
@@ -2761,11 +2756,8 @@ def parse_discovery(data, document_url, trust_domain, public, held=None):
         raise ValueError(f"it is for trust domain {make_printable(domain, 100)}, the own SVID is of"
                          f" {trust_domain}")
     uri = parse_discovered("trustBundleUri", read_url, value, document_url, public)
-    parts, faults = {}, []
-    for name, companion in COMPANIONS.items():
-        parts[name], passed = companion.parse(value, document_url, public, (held or {}).get(name))
-        faults += passed
-    return Discovery(domain, uri, parts, faults)
+    parts = {name: item.parse(value, document_url, public) for name, item in COMPANIONS.items()}
+    return Discovery(domain, uri, parts)
 
 
 def parse_discovered(name, reader, members, document_url, public):
@@ -2787,7 +2779,7 @@ def find_origin(url):
     return parts.hostname, parts.port or 443
 
 
-def fetch_discovery(config, trust_domain, now, held=None):
+def fetch_discovery(config, trust_domain, now):
     """The Discovery of identity.discovery; raises Unreachable, Untrusted, Refused.
 
     None where there is no such document and identity.trust_bundle is a URL (C-046).
@@ -2800,12 +2792,9 @@ def fetch_discovery(config, trust_domain, now, held=None):
     check_response(answer, where, (200,), now)
     public = not (settings.ca or settings.pins)
     try:
-        found = parse_discovery(answer.body, settings.discovery, trust_domain, public, held)
+        return parse_discovery(answer.body, settings.discovery, trust_domain, public)
     except ValueError as error:
         raise Untrusted(f"{where}: {error}") from None
-    for fault in found.faults:
-        log("warning", "part of the discovery document is passed over", reason=fault)
-    return found
 
 
 def is_remote(settings):
@@ -2838,12 +2827,12 @@ def is_bundle_due(config, state, hint, asked, now):
     hint: seconds after which the bundle at hand asks for it.  asked: when it was done last (Unix seconds).
     """
     trust = state["trust"]
-    wanted = [name for name, item in COMPANIONS.items() if config.identity.discovery and item.wanted(config)]
+    wanted = [name for name, item in COMPANIONS.items() if item.wanted(config)]
     if not trust.keys() >= {"source", *wanted}:
         return True
     periods = [hint or config.identity.refresh]
     for companion in COMPANIONS.values():
-        periods += companion.limits(state) if companion.limits else []
+        periods += companion.limits(state)
     return not asked <= now < asked + min(periods)
 
 
@@ -2878,12 +2867,15 @@ def fetch_trust_bundle(config, store, state, held, trust_domain, now, keep):
     """
     trust = state["trust"]
     url = config.identity.trust_bundle
-    found = fetch_discovery(config, trust_domain, now, trust) if config.identity.discovery else None
+    found = fetch_discovery(config, trust_domain, now) if config.identity.discovery else None
     if found:
         url, trust_domain = found.bundle_uri, found.trust_domain
     for name, companion in COMPANIONS.items():
         if companion.wanted(config) and (found or name not in trust):
-            trust[name] = found.parts[name] if found else None
+            part = found.parts[name] if found else None
+            if trust.get(name) and not part:
+                log("warning", f"it names no {companion.title} any more; what is at hand of that counts on")
+            trust[name] = part
     answer = fetch_from_mis(url, config)
     check_response(answer, f"trust bundle {url}", (200,), now)
     store.load_memo()["trust"] = now
@@ -2974,15 +2966,15 @@ def fetch_from_mis(url, config, headers=None, limit=MAX_CERTIFICATES):
 
 # Keys, which openssl makes and uses; the agent never holds a private one.
 
-def run_openssl(arguments, data=b"", expected=b""):
+def run_openssl(command, *values, data=b"", expected=b""):
     """What one openssl command prints on stdout.
 
-    Raises CommandError where it does not say `expected` or ends with another code than 0, and ConfigError
-    where there is no openssl.
+    command: its fixed words as one would type them; values: what follows.  Raises CommandError where it does
+    not say `expected` or ends with another code than 0, and ConfigError where there is no openssl.
     """
-    output = run_command(["openssl"] + arguments, 60, data=data)
+    output = run_command(["openssl", *command.split(), *values], 60, data=data)
     if output.code or expected not in output.stdout + output.stderr.encode():
-        raise CommandError(f"openssl {arguments[0]} failed: {output.stderr}")
+        raise CommandError(f"openssl {command.partition(' ')[0]} failed: {output.stderr}")
     return output.stdout
 
 
@@ -3003,21 +2995,20 @@ def obtain_key(path, algorithm=None):
     """
     if os.path.exists(path) or is_uri(path):        # whoever made the token made its key
         return False
-    kind = KEY_KINDS.get(algorithm or "ecdsa-p256-sha256", ["RSA", "-pkeyopt", "rsa_keygen_bits:3072"])
-    write_file(path, run_openssl(["genpkey", "-algorithm"] + kind, expected=b"PRIVATE KEY"))
+    kind = KEY_KINDS.get(algorithm or "ecdsa-p256-sha256", "RSA -pkeyopt rsa_keygen_bits:3072")
+    write_file(path, run_openssl("genpkey -algorithm " + kind, expected=b"PRIVATE KEY"))
     log("info", "new private key", path=path)
     return True
 
 
 def load_public_key(path):
     """The public key of a private one, as it stands in a certificate (DER); raises CommandError."""
-    return run_openssl(["pkey", "-in", path, "-pubout", "-outform", "DER"])
+    return run_openssl("pkey -pubout -outform DER -in", path)
 
 
 def run_csr(path, form="PEM"):
     """A PKCS#10 request for a key; it carries no names, because the issuer decides on them (E-035)."""
-    command = ["req", "-new", "-batch", "-sha256", "-subj", "/", "-outform", form, "-key", path]
-    return run_openssl(command, expected=b"CERTIFICATE REQUEST" if form == "PEM" else b"")
+    return run_openssl("req -new -batch -sha256 -subj / -outform", form, "-key", path)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -6765,14 +6756,16 @@ Problem = define("Problem", "type title detail retryable retry_after strategy er
     "", "", "", None, None, "", ())
 
 
-def make_tls_context(anchors=(), ca_file=None, min_tls="1.3"):
+def make_tls_context(anchors=(), ca_file=None, min_tls="1.3", direct=False):
     """An SSLContext that trusts the anchors (DER), or those of a PEM file, or without both the system's.
 
+    direct: what is asked by it goes through no proxy.
     Python's default loaders are not used: they would let any web certificate through where a trust bundle
     decides (C-006).
     """
     import ssl
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.direct = direct
     context.hostname_checks_common_name = False     # a name stands in subjectAltName (RFC 9525)
     context.set_ciphers(CIPHERS)
     try:
@@ -6808,15 +6801,16 @@ def request(method, url, headers, body, context, timeout, limit, check_peer=None
     where = f"{method} {url}"
     headers = {"User-Agent": f"margo-agent/{__version__}", **headers}
     message = urllib.request.Request(url, data=body, headers=headers, method=method)
+    proxy = "" if getattr(context, "direct", False) else ask_proxy(url)
     try:
-        with make_opener(context, check_peer).open(message, timeout=timeout) as response:
+        with make_opener(context, check_peer, proxy).open(message, timeout=timeout) as response:
             found = http.client.HTTPMessage()
             for name, value in response.headers.items():            # folded lines are one (RFC 9112, 5.2)
                 found[name] = re.sub(r"\s*[\r\n]\s*", " ", value)
             return Response(response.status, found, read_body(response, limit, timeout, where))
     except (OSError, http.client.HTTPException, ValueError) as error:
         reason = error.reason if isinstance(error, urllib.error.URLError) else error
-        raise make_network_error(where, reason, timeout, context, ask_proxy(url)) from None
+        raise make_network_error(where, reason, timeout, context, proxy) from None
 
 
 class Paced(io.RawIOBase):
@@ -6896,8 +6890,11 @@ def open_connection(address, timeout, source=None):
             peer.close()
 
 
-def make_opener(context, check_peer):
-    """The agent's own opener: it follows no redirect, keeps no cookie, and takes any status as an answer."""
+def make_opener(context, check_peer, proxy):
+    """The agent's own opener: it follows no redirect, keeps no cookie, and takes any status as an answer.
+
+    proxy: whether the environment's proxies are asked.
+    """
     import http.client
     import urllib.request
 
@@ -6940,8 +6937,9 @@ def make_opener(context, check_peer):
     setattr(handler, f"{scheme}_open", lambda message: handler.do_open(Connection, message))
     setattr(handler, f"{scheme}_request", handler.do_request_)
     opener = urllib.request.OpenerDirector()
-    for item in (urllib.request.ProxyHandler(), handler):
-        opener.add_handler(item)
+    if proxy:
+        opener.add_handler(urllib.request.ProxyHandler())
+    opener.add_handler(handler)
     return opener
 
 
@@ -7349,7 +7347,7 @@ def make_state():
     trust       {source, etag, sequence, refreshedAt, trustDomain}: of trust-bundle.json; {est, crls}: what
                 discovery named;
                 {strays}: digest of an own leaf that does not lead to it any more
-    identity    digest of the own leaf that was last found to lead to the trust bundle
+    identity    digests of the own leaf that was last found to lead to a trust bundle, and of that
     est         what is under way, and the back-off: see Enrollment
     crls        {URL: {digest, number, key, thisUpdate, validity, etag, modified; back-off}}: of the lists of
                 revocations in crls/
@@ -7400,7 +7398,7 @@ STATE = {
     "history": [{"version": VERSION, "at": str, "outcome": str, "refused+": str, "added": [str],
                  "changed": [str], "removed": [str], "names+": {"*": str}}],
     "lastPoll": (None, POLL)}
-MEMO = {"lastPoll?": POLL, "etags+": {"*": str}, "warnedAt+": float, "checked?": str,
+MEMO = {"lastPoll?": POLL, "etags+": {"*": str}, "warnedAt+": float,
         "others?": [{"owner": str, "name": str, "type": str, "deploymentId": str}], "trust?": float,
         "boot?": str, "start+": float}
 
@@ -8734,8 +8732,10 @@ def parse_der(data):
 def make_der(tag, *parts):
     """One DER element around its parts."""
     body = b"".join(parts)
-    size = len(body).to_bytes((len(body).bit_length() + 7) // 8, "big")
-    return bytes([tag]) + (size or b"\0" if len(body) < 128 else bytes([0x80 | len(size)]) + size) + body
+    size = len(body).to_bytes(4, "big").lstrip(b"\0") or b"\0"
+    if len(body) > 127:
+        size = bytes([0x80 | len(size)]) + size
+    return bytes([tag]) + size + body
 
 
 def parse_certificate(der):
@@ -9643,23 +9643,16 @@ Signer = define("Signer", "leaf key algorithm label components keyid alg",
     "What signs requests: the own leaf Certificate, its key (a file, or a URI that openssl knows), algorithm,"
     " and how RFC 9421 is spoken: label, components to cover, keyid, `alg` parameter (empty: not sent).")
 
-# What a public key is, by the object identifiers in it, and what it may sign by, the default first (C-065).
-KEY_ALGORITHMS = {
-    "2a8648ce3d0201 2a8648ce3d030107": ("ecdsa-p256-sha256",),
-    "2a8648ce3d0201 2b81040022": ("ecdsa-p384-sha384",),
-    "2a864886f70d010101": ("rsa-pss-sha512", "rsa-v1_5-sha256", "rsa-pss-sha256"),
-    "2a864886f70d01010a": ("rsa-pss-sha512", "rsa-pss-sha256"),
-    "2b6570": ("ed25519",),
-}
-# openssl's arguments of each algorithm, and the bytes of r and of s where it is ECDSA.
+# openssl's arguments of each algorithm, the bytes of r and of s where it is ECDSA, and which keys sign by it,
+# by the object identifiers in a public key; the first that fits a key is its default (C-065).
 PSS = "-sigopt rsa_padding_mode:pss -sigopt rsa_pss_saltlen:"
 SIGNING = {
-    "ecdsa-p256-sha256": ("-sha256", 32),
-    "ecdsa-p384-sha384": ("-sha384", 48),
-    "rsa-v1_5-sha256": ("-sha256", 0),
-    "rsa-pss-sha256": (f"-sha256 {PSS}32", 0),
-    "rsa-pss-sha512": (f"-sha512 {PSS}64", 0),
-    "ed25519": ("", 0),
+    "ecdsa-p256-sha256": ("-sha256", 32, "2a8648ce3d0201 2a8648ce3d030107"),
+    "ecdsa-p384-sha384": ("-sha384", 48, "2a8648ce3d0201 2b81040022"),
+    "rsa-pss-sha512": (f"-sha512 {PSS}64", 0, "2a864886f70d01010[1a]"),
+    "rsa-v1_5-sha256": ("-sha256", 0, "2a864886f70d010101"),
+    "rsa-pss-sha256": (f"-sha256 {PSS}32", 0, "2a864886f70d01010[1a]"),
+    "ed25519": ("", 0, "2b6570"),
 }
 ROLES = (("helm", "Standalone Cluster"), ("compose", "Standalone Device"))
 
@@ -9707,7 +9700,8 @@ def choose_algorithm(spki, wanted):
     Raises ValueError.
     """
     fields = parse_der(parse_der(parse_der(spki)[0][1])[0][1])
-    known = KEY_ALGORITHMS.get(" ".join(value.hex() for tag, value, _ in fields if tag == 0x06))
+    kind = " ".join(value.hex() for tag, value, _ in fields if tag == 0x06)
+    known = [name for name, (_, _, keys) in SIGNING.items() if re.fullmatch(keys, kind)]
     if not known:
         raise ValueError("its key is of no kind that signs requests: ECDSA P-256 or P-384, RSA, or Ed25519")
     if wanted and wanted not in known:
@@ -9726,9 +9720,9 @@ def make_signer(leaf, config):
     return Signer(leaf, config.identity.key, algorithm, wish.label, wish.components, keyid, alg)
 
 
-def load_signer(config):
-    """What signs requests for the own certificate; raises Untrusted."""
-    return load_own(config, lambda leaf: make_signer(leaf, config))
+def load_signer(config, now=None):
+    """What signs requests for the own certificate; see load_own."""
+    return load_own(config, lambda leaf: make_signer(leaf, config), now)
 
 
 def make_signature_base(method, url, headers, signer, created):
@@ -9761,13 +9755,13 @@ def parse_ecdsa(der, size):
 
 def run_signature(data, signer):
     """The signature over bytes by openssl, which alone sees the key; raises Untrusted, ConfigError."""
-    arguments, size = SIGNING[signer.algorithm]
+    arguments, size, _ = SIGNING[signer.algorithm]
     try:
         if arguments:
-            found = run_openssl(["dgst", *arguments.split(), "-sign", signer.key], data)
+            found = run_openssl(f"dgst {arguments} -sign", signer.key, data=data)
         else:                                       # Ed25519 takes a file that it can measure
             with lend_file(data) as file:
-                found = run_openssl(["pkeyutl", "-sign", "-inkey", signer.key, "-rawin", "-in", file.name])
+                found = run_openssl("pkeyutl -sign -rawin -inkey", signer.key, "-in", file.name)
         if not found:
             raise ValueError("it printed no signature")
         return parse_ecdsa(found, size) if size else found
@@ -9948,22 +9942,24 @@ def parse_client_id(value, name):
 def make_older_capabilities(document, dialect):
     """Capabilities of rc.3 as the first preview release has them, without labels (protocol 3.5)."""
     heading = {"apiVersion": "device.margo.org/v1alpha1", "kind": "DeviceCapabilitiesManifest"}
-    properties = document["properties"]
-    cpus = properties.get("cpus")
+    properties = dict(document["properties"])
+    cpus = properties.pop("cpus", None)
     if SPEECHES[dialect].flat:
-        sent = {key: value for key, value in document.items() if key != "labels"}
-        properties = {"cpu" if key == "cpus" else key: value for key, value in properties.items()}
-        return dict(sent, properties=properties, **heading)
-    sent = {key: value for key, value in properties.items() if key not in HOSTING_PROPERTIES}
+        if cpus:
+            properties["cpu"] = cpus
+        sent = dict(document, properties=properties, **heading)
+        sent.pop("labels", None)
+        return sent
     names = ("memory", "storage", "peripherals", "interfaces")
     resources = {key: properties[key] for key in names if key in properties}
     if cpus:
         resources["cpu"] = max(cpus, key=lambda cpu: cpu["cores"])                  # never summed (C-203)
     if resources:
-        sent["resources"] = resources
+        properties["resources"] = resources
     types = properties.get("supportedDeploymentTypes", ())
-    sent.setdefault("roles", [role for kind, role in ROLES if kind in types] or ["Gateway"])
-    return dict(heading, properties=sent)
+    properties.setdefault("roles", [role for kind, role in ROLES if kind in types] or ["Gateway"])
+    return dict(heading, properties={key: value for key, value in properties.items()
+                                     if key not in HOSTING_PROPERTIES})
 
 
 def make_older_status(document, dialect):
@@ -9991,27 +9987,27 @@ class Signed(Profile):
         config = self.config
         state = self.state
         now = time.time()
-        signer = load_signer(config)
-        check_own(signer.leaf, config, now)
+        signer = load_signer(config, now)
         warn_of_own(config, signer.leaf, self.store, now)
         source = SignedSource(config, signer, state)
         key = sha256_digest(signer.leaf.spki)
-        if not state["client"] or state["client"]["key"] != key:
+        client = state["client"] or {"id": "not known to the WFM", "key": ""}
+        check_enrollment(state, client["id"])
+        if client["key"] != key:
             if not keep:
                 raise Untrusted("this device is not onboarded with its key yet; `enroll` does that, or the"
                                 " next run", "NOT_ONBOARDED")
-            state["client"] = {"id": source.onboard(), "key": key}
+            client = state["client"] = {"id": source.onboard(), "key": key}
             self.store.save_state(state)
-        check_enrollment(state, state["client"]["id"])
-        source.adopt(state["client"]["id"])
+            check_enrollment(state, client["id"])
+        source.adopt(client["id"])
         return source
 
     def describe(self, now):
         return describe_own(self.config, load_signer, (self.state["client"] or {}).get("id", ""), now)
 
     def check(self, now):
-        signer = load_signer(self.config)
-        check_own(signer.leaf, self.config, now)
+        signer = load_signer(self.config, now)
         run_signature(b"a test of this device's own", signer)
         if load_public_key(signer.key) != signer.leaf.spki:
             raise Untrusted(f"identity.key {signer.key} is not the key of identity.certificate")
@@ -10283,42 +10279,39 @@ class GitSource:
         self.secret = save_secret(header) if header else None
         self.heads, self.reporter = {}, None
         self.context = self.url.startswith("https:") and make_tls_context(
-            (), config.identity.ca, config.wfm.min_tls)
+            (), config.identity.ca, config.wfm.min_tls, direct=True)        # git itself asks no proxy
 
     def git(self, command, *arguments, timeout=60, codes=(0,), env=None, limit=MAX_LISTING, **options):
         """One git command on the repository: its Output.
 
+        command: its fixed words as one would type them; arguments: what follows.
         It has bounds of memory and of what it writes, and raises Refused where it wants more than these or
-        prints more than `limit` bytes.  Raises CommandError unless it ends with one of `codes` (None: any).
+        prints more than `limit` bytes.  Raises CommandError unless it ends with one of `codes`.
         """
         most = GIT_MEMORY + self.config.policy.max_unpacked // DOCUMENTS
         bounds = {"RLIMIT_DATA": most, "RLIMIT_FSIZE": self.config.policy.max_unpacked}
-        folder = self.repository
-        if command == "ls-remote":
-            folder = os.path.join(self.home, "none")                    # what is spoilt stops no poll (P-14)
-        before = os.umask(0o077)                    # what git writes is below the state directory
+        # what is spoilt stops no poll (P-14)
+        words = command.split()
+        folder = os.path.join(self.home, "none") if words[0] == "ls-remote" else self.repository
+        files = [self.secret.fileno()] if self.secret else []
+        include = ["-c", f"include.path=/proc/self/fd/{files[0]}"] if files else []
         try:
-            files = [self.secret.fileno()] if self.secret else []
-            command_line = ["git", f"--git-dir={folder}"]
-            for number in files:
-                command_line += ["-c", f"include.path=/proc/self/fd/{number}"]
-            output = run_command([*command_line, command, *arguments], timeout, env or self.env, self.home,
-                                 limit, files=files, limits=bounds, **options)
+            output = run_command(["git", f"--git-dir={folder}", *include, *words, *arguments], timeout,
+                                 env or self.env, self.home, limit, files=files, limits=bounds, **options)
         except CommandError as error:
             if error.code == "TOO_MUCH":
-                self.refuse(command, f"prints more than {limit} bytes")
+                self.refuse(words[0], f"prints more than {limit} bytes")
             raise
-        finally:
-            os.umask(before)
         # git has no code of its own for it, nor other words in any language but this one (LC_ALL)
         if output.code and re.search("[Oo]ut of memory", output.stderr):
-            self.refuse(command, f"takes more than {most} bytes of memory")
-        if codes and output.code not in codes:
-            raise CommandError(f"git {command}: {output.stderr or f'exit code {output.code}'}")
+            self.refuse(words[0], f"takes more than {most} bytes of memory")
+        if output.code not in codes:
+            raise CommandError(f"git {words[0]}: {output.stderr or f'exit code {output.code}'}")
         return output
 
     def refuse(self, command, words):
-        """Raises Refused for a git command that wants more than it may have."""
+        """Raises Refused for a git command that wants more than it may have; pieces of a pack may be left."""
+        remove_folder(self.repository)
         raise Refused(f"{self.url}: git {command} {words}, all that it may; keep less in the repository, set"
                       " git.path, or see policy.max_unpacked") from None
 
@@ -10330,9 +10323,9 @@ class GitSource:
         """
         wait = self.config.wfm.timeout
         try:
-            if self.context and not self.heads and not ask_proxy(self.url):     # git itself asks no proxy
+            if self.context and not self.heads:
                 fetch_chain(self.url, self.context, wait)
-            output = self.git("ls-remote", "--", self.url, ref, timeout=4 * wait)
+            output = self.git("ls-remote --", self.url, ref, timeout=4 * wait)
         except (CommandError, Untrusted, Unreachable) as error:
             raise self.ask_reason(error, "git-upload-pack") from None
         found = re.search(rf"^([0-9a-f]{{40}}|[0-9a-f]{{64}})\t{re.escape(ref)}$",
@@ -10354,10 +10347,7 @@ class GitSource:
                     headers["Authorization"] = self.header
                 where = f"{self.url}/info/refs?service={service}"
                 answer = request("GET", where, headers, None, self.context, wfm.timeout, MAX_ANSWER)
-                denial = "set git.token_file"
-                if self.header:
-                    denial = "mend the token in git.token_file, which is refused"
-                check_response(answer, self.url, (200,), time.time(), denial)
+                check_response(answer, self.url, (200,), time.time(), "see git.token_file")
             except MargoError as fault:
                 fault.message += "; set identity.ca" if fault.stranger else ""
                 return fault
@@ -10378,9 +10368,7 @@ class GitSource:
         if accepted and accepted["digest"] == self.make_digest(head) and not accepted.get("incomplete"):
             return None
         base = accepted["version"] if accepted else None
-        head, (entries, documents, ignored) = self.work(lambda: self.fetch_files(base))
-        for name in ignored[:MAX_NAMED]:
-            log("info", "ignored: not an ApplicationDeployment", name=name)
+        head, (entries, documents) = self.work(lambda: self.fetch_files(base))
         new = {digest: data for digest, data in documents.items() if load_artifact(digest) is None}
         return Desired(head, None, self.make_digest(head), entries, new)
 
@@ -10413,12 +10401,15 @@ class GitSource:
         accepted commit, which a server gives if it still has it.  Raises Refused, Untrusted.
         """
         self.prepare()
-        if base and not self.has(base):
-            self.fetch(f"{base}:refs/margo/base", "--depth=1", codes=(0, 1, 128))
-        elif base:
-            self.git("update-ref", "refs/margo/base", base)
+        try:
+            if base and self.has(base):
+                self.git("update-ref refs/margo/base", base)
+            elif base:
+                self.fetch(f"{base}:refs/margo/base", "--depth=1")
+        except CommandError as error:
+            log("debug", "the server gives no single commits", reason=error.message)
         self.fetch(f"+{self.branch}:refs/margo/head", *([] if base else ["--depth=1"]))
-        head = self.git("rev-parse", "--verify", "refs/margo/head").stdout.decode().strip()
+        head = self.git("rev-parse --verify refs/margo/head").stdout.decode().strip()
         if self.config.git.verify_signatures:
             self.ask_signature(head)
         there = base if base and self.has(base) else None
@@ -10437,40 +10428,38 @@ class GitSource:
         """Makes the bare repository where there is none, and anew where many fetches have piled up: nothing
         tidies it.
         """
-        packs = os.path.join(self.repository, "objects", "pack")
-        if os.path.isdir(packs) and len(os.listdir(packs)) <= 3 * MAX_PACKS:
+        if os.path.isdir(self.repository) and len(self.list_packs()) <= 3 * MAX_PACKS:
             return
         remove_folder(self.repository)
-        known = self.heads[self.branch] if self.branch in self.heads else self.fetch_head(self.branch)
+        known = self.heads.get(self.branch) or self.fetch_head(self.branch)
         form = ["--object-format=sha256"] if len(known or "") == 64 else []
-        self.git("init", "--quiet", "--bare", "--template=", *form)
+        self.git("init --quiet --bare --template=", *form)
+
+    def list_packs(self):
+        """The paths of what was fetched."""
+        packs = os.path.join(self.repository, "objects", "pack")
+        return [os.path.join(folder, name) for folder, _, names in os.walk(packs) for name in names]
 
     def has(self, commit):
         """Whether a commit is in the repository."""
-        return not self.git("cat-file", "-e", f"{commit}^{{commit}}", codes=(0, 1, 128)).code
+        return not self.git("cat-file -e", f"{commit}^{{commit}}", codes=(0, 1, 128)).code
 
     def follows(self, base, head):
         """Whether a commit follows on another one."""
-        return not self.git("merge-base", "--is-ancestor", base, head, codes=(0, 1)).code
+        return not self.git("merge-base --is-ancestor", base, head, codes=(0, 1)).code
 
-    def fetch(self, refspec, *options, codes=(0,)):
+    def fetch(self, refspec, *options):
         """Fetches one ref; a pack may have policy.max_unpacked bytes, and raises Refused where it has more.
 
         """
         limit = self.config.policy.max_unpacked
-        packs = os.path.join(self.repository, "objects", "pack")
         try:
-            output = self.git("fetch", "--quiet", "--no-tags", "--no-recurse-submodules", *options, "--",
-                              self.url, refspec, timeout=PULL_TIMEOUT, codes=None)
-            paths = [os.path.join(packs, name) for name in os.listdir(packs)] if os.path.isdir(packs) else []
-            if output.code and max(map(os.path.getsize, paths), default=0) >= limit:
-                raise Refused(f"{self.url}: more than {limit} bytes to fetch; keep large files elsewhere, or"
-                              " see policy.max_unpacked")
-        except Refused:
-            remove_folder(self.repository)          # with the piece of a pack that it left
+            self.git("fetch --quiet --no-tags --no-recurse-submodules", *options, "--", self.url, refspec,
+                     timeout=PULL_TIMEOUT)
+        except CommandError:
+            if max(map(os.path.getsize, self.list_packs()), default=0) >= limit:
+                self.refuse("fetch", f"has more than {limit} bytes to fetch")
             raise
-        if output.code not in codes:
-            raise CommandError(f"git fetch: {output.stderr}")
 
     def ask_signature(self, head):
         """Raises Untrusted unless a commit is signed by one of git.allowed_signers: ssh's file of that, or
@@ -10485,13 +10474,13 @@ class GitSource:
             data = read_file(signers, MAX_CERTIFICATES) or b""
             if data[:1] > b"\x7f" or data.startswith(b"-----BEGIN PGP"):
                 run_command(["gpg", "--homedir", home, "--import", signers], 60, env)
-            verdict = self.git("log", "-1", "--format=%G?", head, "--", env=env).stdout.decode().strip()
+            verdict = self.git("log -1 --format=%G?", head, "--", env=env).stdout.decode().strip()
         if verdict != "G":
             words = "is not signed" if verdict == "N" else "has no good signature of git.allowed_signers"
             raise Untrusted(f"commit {head} {words} (git says {verdict}); the accepted state is kept")
 
     def read_files(self, head, base):
-        """What parse_files makes of the YAML files below git.path.
+        """([ManifestEntry], {digest: bytes}) of the YAML files below git.path.
 
         Links, submodules and all else are not looked at.
 
@@ -10502,33 +10491,38 @@ class GitSource:
         listing = self.list_tree(head)
         if self.config.git.path and not listing:
             raise Refused(f"it has no folder {self.config.git.path} (git.path); nothing is removed for that")
-        blobs, ignored = find_blobs(listing, policy.max_document)
-        for name in ignored[:MAX_NAMED]:
-            log("info", "ignored: not a file", name=name)
+        blobs, links = find_blobs(listing, policy.max_document)
         total = sum(size for _, _, size in blobs)
         if total > policy.max_unpacked // DOCUMENTS:
             raise Refused(f"{len(blobs)} documents of {total} bytes are more than"
                           f" 1/{DOCUMENTS} of policy.max_unpacked")
-        found = parse_files(self.read_blobs(blobs))
-        suspects = find_suspects(self.list_tree(base), listing, {*found[2]}) if base else []
-        for name, data in self.read_blobs(suspects):
-            if is_deployment(data):
-                raise Refused(f"{make_printable(name, 200)} held a deployment in the accepted commit, and is"
-                              " none now, or lies below what is no folder; nothing is removed for that:"
-                              " remove the file itself, or put it right")
-        return found
+        entries, documents, others = parse_files(self.read_blobs(blobs))
+        for words, names in (("a file", links), ("an ApplicationDeployment", others)):
+            for name in names[:MAX_NAMED]:
+                log("info", f"ignored: not {words}", name=name)
+        suspects = find_suspects(self.list_tree(base), listing, {*others}) if base else []
+        passed = parse_files(self.read_blobs(suspects))[2]
+        for name in [item[0] for item in suspects if item[0] not in passed][:1]:
+            raise Refused(f"{make_printable(name, 200)} held a deployment in the accepted commit, and is"
+                          " none now, or lies below what is no folder; nothing is removed for that:"
+                          " remove the file itself, or put it right")
+        return entries, documents
 
     def list_tree(self, commit):
         """What `git ls-tree` prints of all that lies below git.path in a commit."""
         below = [self.config.git.path + "/"] if self.config.git.path else []
-        return self.git("ls-tree", "-r", "-z", "-l", "--full-tree", "--", commit, *below).stdout
+        return self.git("ls-tree -r -z -l --full-tree --", commit, *below).stdout
 
     def read_blobs(self, blobs):
-        """[(name, bytes)] of [(name, blob, size)]."""
+        """Yields (name, bytes) of [(name, blob, size)]."""
         wanted = "".join(f"{blob}\n" for _, blob, _ in blobs).encode()
         limit = sum(size + 256 for _, _, size in blobs) + 1
-        data = self.git("cat-file", "--batch", data=wanted, limit=limit).stdout if blobs else b""
-        return split_blobs(data, blobs)
+        data = io.BytesIO(self.git("cat-file --batch", data=wanted, limit=limit).stdout)
+        for name, blob, size in blobs:
+            if data.readline() != f"{blob} blob {size}\n".encode():
+                raise CommandError(f"git cat-file: blob {blob} cannot be read")
+            yield name, data.read(size)
+            data.readline()
 
     def put_capabilities(self, device_id, document):
         """Reports what this device can do: to wfm.status_url, else as capabilities.json on its branch."""
@@ -10580,8 +10574,7 @@ class GitSource:
             if commit is None:
                 return
             try:
-                self.git("push", "--quiet", "--no-verify", "--no-follow-tags", "--", self.url,
-                         f"{commit}:{ref}",
+                self.git("push --quiet --no-verify --no-follow-tags --", self.url, f"{commit}:{ref}",
                          timeout=PULL_TIMEOUT)
                 self.heads[ref] = commit
                 return
@@ -10597,23 +10590,21 @@ class GitSource:
         None where it is so.
         """
         self.prepare()
-        old, parent = None, []
+        old, parent = None, ""
         if base:
             if not self.has(base):
                 self.fetch(f"+{ref}:refs/margo/status", "--depth=1")
-            found = self.git("cat-file", "blob", f"{base}:{path}", codes=(0, 128))
+            found = self.git("cat-file blob", f"{base}:{path}", codes=(0, 128))
             old = None if found.code else found.stdout
-            parent = [b"from " + base.encode()]
+            parent = f"from {base}\n"
         if old == content:
             return None
-        change = [b"D " + path.encode()]
-        if content is not None:
-            change = [f"M 100644 inline {path}\ndata {len(content)}".encode(), content]
-        stream = [b"commit refs/margo/next\nmark :1",
-                  f"committer margo-agent <margo-agent@localhost> {int(time.time())} +0000".encode(),
-                  b"data %d\n%s" % (len(message), message.encode())]
-        stream += parent + change + [b"get-mark :1", b"done", b""]
-        made = self.git("fast-import", "--quiet", "--force", "--done", data=b"\n".join(stream))
+        change = f"M 100644 inline {path}\ndata {len(content)}\n" if content else f"D {path}"
+        head = ("commit refs/margo/next\nmark :1\n"
+                f"committer margo-agent <margo-agent@localhost> {int(time.time())} +0000\n"
+                f"data {len(message)}\n{message}\n{parent}{change}").encode()
+        made = self.git("fast-import --quiet --force --done",
+                        data=head + (content or b"") + b"\nget-mark :1\ndone\n")
         return made.stdout.decode().strip()
 
 
@@ -10635,21 +10626,28 @@ def make_git_environment(config, home, environ):
     """
     from shlex import quote
     timeout = int(config.wfm.timeout) or 1
-    git = config.git
-    options = ["BatchMode=yes", "StrictHostKeyChecking=yes", f"ConnectTimeout={timeout}",
-               f"ServerAliveInterval={timeout}"]
-    if git.known_hosts:
-        options += [f'UserKnownHostsFile="{git.known_hosts}"', "GlobalKnownHostsFile=/dev/null"]
-    if git.ssh_key:
-        options += ["IdentitiesOnly=yes", f'IdentityFile="{git.ssh_key}"']
-    return {"PATH": environ.get("PATH", ""), **get_temporary(config.state_dir, environ),
-            "HOME": home, "LC_ALL": "C", "GIT_CONFIG_NOSYSTEM": "1", "GIT_ATTR_NOSYSTEM": "1",
-            "GIT_TERMINAL_PROMPT": "0", "GIT_SSH_VARIANT": "ssh", "GIT_LITERAL_PATHSPECS": "1",
-            "GIT_NO_REPLACE_OBJECTS": "1",
-            "GIT_SSH_COMMAND": " ".join(["ssh", "-F",
-                                         "/dev/null"] + [quote(f"-o{option}") for option in options])}
+    ssh = (f"ssh -F /dev/null -oBatchMode=yes -oStrictHostKeyChecking=yes -oConnectTimeout={timeout}"
+           f" -oServerAliveInterval={timeout}")
+    if config.git.known_hosts:
+        known = quote(f'-oUserKnownHostsFile="{config.git.known_hosts}"')
+        ssh += f" -oGlobalKnownHostsFile=/dev/null {known}"
+    if config.git.ssh_key:
+        key = quote(f'-oIdentityFile="{config.git.ssh_key}"')
+        ssh += f" -oIdentitiesOnly=yes {key}"
+    fixed = dict(line.split("=") for line in GIT_VARIABLES.split())
+    return dict(fixed, PATH=environ.get("PATH", ""), HOME=home, GIT_SSH_COMMAND=ssh,
+                **get_temporary(config.state_dir, environ))
 
 
+GIT_VARIABLES = """\
+LC_ALL=C
+GIT_CONFIG_NOSYSTEM=1
+GIT_ATTR_NOSYSTEM=1
+GIT_TERMINAL_PROMPT=0
+GIT_SSH_VARIANT=ssh
+GIT_LITERAL_PATHSPECS=1
+GIT_NO_REPLACE_OBJECTS=1
+"""
 # All that git may do: its configuration, whatever the machine's is (C-250).
 GIT_CONFIG = """\
 [protocol]
@@ -10689,23 +10687,18 @@ GIT_CONFIG = """\
 
 def make_git_config(config, home):
     """The configuration that git finds in its home, as bytes."""
-    settings = {
-        "http.lowSpeedTime": int(4 * config.wfm.timeout) or 1,
-        "http.sslVersion": f"tlsv{config.wfm.min_tls}",
-        "http.sslCAInfo": config.identity.ca,
-        "http.sslCAPath": config.identity.ca and os.path.join(home, "none"),
-        "gpg \"ssh\".allowedSignersFile": config.git.allowed_signers,
-    }
-    text = GIT_CONFIG
-    for name, value in settings.items():
-        section, _, key = name.rpartition(".")
-        if value:
-            text += f"[{section}]\n\t{key} = {make_quoted(str(value))}\n"
-    if config.wfm.url.startswith("file://"):        # whoever owns it: the operator named it
-        folder = config.wfm.url[len("file://"):].rstrip("/")
-        for place in (folder, folder + "/.git"):
-            text += f"[safe]\n\tdirectory = {make_quoted(place)}\n"
-    return text.encode()
+    folder = config.wfm.url.partition("file://")[2].rstrip("/")
+    settings = [
+        ("http", "lowSpeedTime", int(4 * config.wfm.timeout) or 1),
+        ("http", "sslVersion", f"tlsv{config.wfm.min_tls}"),
+        ("http", "sslCAInfo", config.identity.ca),
+        ("http", "sslCAPath", config.identity.ca and os.path.join(home, "none")),
+        ('gpg "ssh"', "allowedSignersFile", config.git.allowed_signers),
+        # whoever owns it: the operator named it
+        ("safe", "directory", folder),
+        ("safe", "directory", folder and folder + "/.git")]
+    return GIT_CONFIG.encode() + b"".join(f"[{section}]\n\t{key} = {make_quoted(str(value))}\n".encode()
+                                          for section, key, value in settings if value)
 
 
 def save_secret(header):
@@ -10748,16 +10741,15 @@ def parse_listing(listing):
     Names are as those of a file system.  Raises Refused for a name that none takes, CommandError for what git
     never prints.
     """
-    pattern = rb"([0-7]{6}) ([a-z]+) ([0-9a-f]+) +(-|[0-9]{1,18})\t(.+)"
-    for line in re.finditer(rb"[^\0]+", listing):
-        match = re.fullmatch(pattern, line.group(), re.S)
+    pattern = r"(100[0-7]{3} blob|[0-7]{6} [a-z]+) ([0-9a-f]+) +(?:-|([0-9]{1,18}))\t(.+)"
+    for line in listing.decode("utf-8", "surrogateescape").split("\0")[:-1]:
+        match = re.fullmatch(pattern, line, re.S)
         if not match:
-            raise CommandError(f"git ls-tree printed {make_printable(repr(line.group()), 200)}")
-        mode, kind, blob, size, name = [part.decode("utf-8", "surrogateescape") for part in match.groups()]
+            raise CommandError(f"git ls-tree printed {make_printable(line, 200)}")
+        kind, blob, size, name = match.groups()
         if len(name) > MAX_PATH:
             raise Refused(f"{make_printable(name, 200)} is a path of more than {MAX_PATH} characters")
-        is_file = kind == "blob" and mode.startswith("100") and size != "-"
-        yield name, is_file, blob, int(size) if is_file else 0
+        yield name, kind.startswith("100"), blob, int(size or 0)
 
 
 def find_blobs(listing, max_document):
@@ -10769,7 +10761,7 @@ def find_blobs(listing, max_document):
     for name, is_file, blob, size in parse_listing(listing):
         if not name.lower().endswith((".yaml", ".yml")):
             continue
-        if size > max_document:
+        if is_file and size > max_document:
             raise Refused(f"{make_printable(name, 200)}: {size} bytes are more than policy.max_document"
                           f" ({max_document})")
         if is_file:
@@ -10786,38 +10778,20 @@ def find_suspects(before, after, others):
 
     before, after: what `git ls-tree` prints of both commits; others: YAML files that hold no deployment now.
     Something else is one of those, a link, a submodule, a folder of that name, or any of them in place of a
-    folder above.
+    folder above.  All that meets a name is beside it where names are sorted, because no path lies in another.
     """
-    from bisect import bisect_right
-    blobs = {blob[0] + "/": blob for blob in find_blobs(before, float("inf"))[0]}
-    keys = sorted(blobs)
-    found = {name + "/" for name in others}
-    for name, is_file, _, _ in parse_listing(after):
-        key = name + "/"
-        place = bisect_right(keys, key)
-        above = keys[place - 1] if place else key
-        if key.startswith(above) and not (key == above and is_file):
-            found.add(above)
-        while place < len(keys) and keys[place].startswith(key):
-            found.add(keys[place])
-            place += 1
-    return [blobs[key] for key in keys if key in found]
-
-
-def split_blobs(data, blobs):
-    """[(name, bytes)] out of what `git cat-file --batch` prints for [(name, blob, size)].
-
-    Raises CommandError.
-    """
-    files, start = [], 0
-    for name, blob, size in blobs:
-        head = f"{blob} blob {size}\n".encode()
-        if not data.startswith(head, start) or len(data) < start + len(head) + size:
-            raise CommandError(f"git cat-file: blob {blob} cannot be read")
-        start += len(head)
-        files.append((name, data[start:start + size]))
-        start += size + 1
-    return files
+    from bisect import bisect_left
+    good = {name + "/": is_file and name not in others for name, is_file, _, _ in parse_listing(after)}
+    keys = sorted(good)
+    found = []
+    for blob in find_blobs(before, float("inf"))[0]:
+        key = blob[0] + "/"
+        place = bisect_left(keys, key)
+        beside = keys[max(0, place - 1):place + 1]
+        met = [other for other in beside if key.startswith(other) or other.startswith(key)]
+        if met and not good.get(key):
+            found.append(blob)
+    return found
 
 
 def parse_files(files):
@@ -10831,7 +10805,7 @@ def parse_files(files):
         shown = make_printable(name, 200)
         try:
             value = parse_file(data)
-            if not is_deployment(value):
+            if value is None:
                 ignored.append(name)
                 continue
             deployment_id = parse_document(value)[0].get("id")
@@ -10848,9 +10822,10 @@ def parse_files(files):
 
 
 def parse_file(data):
-    """The YAML value of a file.
+    """The value of a YAML file that is meant as an ApplicationDeployment, None of any other.
 
-    Raises ValueError where it holds something that stands for another file, or for nothing.
+    It says so, or is built as rc.3 has it, which does not say.  Raises ValueError where it holds something
+    that stands for another file, or for nothing.
     """
     if not data.strip():
         raise ValueError("it is empty; to remove a deployment, remove its file")
@@ -10858,31 +10833,15 @@ def parse_file(data):
     if not isinstance(value, (dict, list, type(None))):
         raise ValueError("it is bare text, as a pointer of Git LFS, a link that became a file, or an"
                          " encrypted file is")
-    members = value if isinstance(value, dict) else {}
-    if "sops" in members:
-        raise ValueError("it is encrypted by SOPS; commit what the agent can read")
-    if isinstance(members.get("spec"),
-                  dict) and "deploymentProfile" in members["spec"] and not is_deployment(value):
-        raise ValueError(f"kind: found {members.get('kind')!r}, expected 'ApplicationDeployment'")
-    return value
-
-
-def is_deployment(value):
-    """Whether a YAML value is meant as an ApplicationDeployment: it says so, or is built as rc.3 has it,
-    which does not say.
-
-    value: as read, or still bytes.
-    """
-    if isinstance(value, bytes):
-        try:
-            value = load_yaml(value)
-        except YAMLError:
-            return False
     if not isinstance(value, dict):
-        return False
-    if "kind" in value or "apiVersion" in value:
-        return value.get("kind") == "ApplicationDeployment"
-    return isinstance(value.get("spec"), dict) and "deploymentProfile" in value["spec"]
+        return None
+    if "sops" in value:
+        raise ValueError("it is encrypted by SOPS; commit what the agent can read")
+    named = value.get("kind") == "ApplicationDeployment"
+    built = isinstance(value.get("spec"), dict) and "deploymentProfile" in value["spec"]
+    if built and not named and {"kind", "apiVersion"} & value.keys():
+        raise ValueError(f"kind: found {value.get('kind')!r}, expected 'ApplicationDeployment'")
+    return value if built or named else None
 
 
 class Git(Profile):
@@ -10999,19 +10958,17 @@ def check_est_settings(config):
 CHECKS.append(check_est_settings)
 
 
-def parse_est_uri(members, document_url, public, held):
-    """(where to enroll or None, no faults) from the members of a discovery document.
-
-    Raises ValueError (E-092).
-    """
+def parse_est_uri(members, document_url, public):
+    """Where to enroll, or None, from the members of a discovery document; raises ValueError (E-092)."""
     if EST_FIELD not in members:
-        return None, []
-    return parse_discovered(EST_FIELD, read_root_url, members, document_url, public), []
+        return None
+    return parse_discovered(EST_FIELD, read_root_url, members, document_url, public)
 
 
 STATE["est"] = dict(WAIT, **{"token?": str, "used?": str, "key+": str, "answer+": str, "refused?": str})
-COMPANIONS["est"] = Companion(lambda config: config.identity.enrollment == "est", parse_est_uri,
-                              remark=lambda state, now: state["est"].get("refused") or "")
+COMPANIONS["est"] = Companion(
+    "place to enroll", lambda config: config.identity.enrollment == "est", parse_est_uri, lambda state: [],
+    remark=lambda state, now: state["est"].get("refused") or "")
 
 
 def make_renewal_time(leaf):
@@ -11094,9 +11051,10 @@ class Enrollment:
         mark = self.load_mark() if fault or self.asked or "token" in self.est else None
         strays = bool(leaf) and self.state["trust"].get("strays") == sha256_digest(leaf.der)
         now, downtime = self.clock.now, self.config.poll.downtime
+        end = float("inf") if fault else leaf.not_after
         # an SVID that would end in downtime is renewed all the same
-        lapses = not fault and is_within_whole(downtime, now, leaf.not_after)
-        silent = is_within_whole(downtime, now, now) and not lapses
+        silent = is_within_whole(downtime, now, now) and (
+            fault or not is_within_whole(downtime, now, leaf.not_after))
         step = find_est_step(self.est, leaf, fault, mark, self.clock, silent, self.asked, strays)
         if not step:
             return
@@ -11104,7 +11062,7 @@ class Enrollment:
         try:
             self.obtain(leaf, leaf if step == "renew" else None, mark)
         except (Unreachable, Untrusted, Refused, CommandError) as error:
-            self.note_fault(error, None if fault else leaf.not_after)
+            self.note_fault(error, end)
             if fault:
                 raise
             words = f"the own SVID, good until {make_time(leaf.not_after)}, is not renewed yet: {error}"
@@ -11120,7 +11078,7 @@ class Enrollment:
         settings, leaf = self.settings, None
         try:
             leaf = load_identity(self.config).leaf
-            check_own(leaf, self.config, self.clock.now)
+            load_identity(self.config, self.clock.now)
             if not os.path.exists(settings.key):
                 raise Untrusted(f"identity.key {settings.key}: the key is lost")
             if "token" in self.est:                 # the key may be one for the next SVID
@@ -11133,7 +11091,7 @@ class Enrollment:
         """The enrollment token's bytes, None where there is none any more."""
         path = self.settings.est.token_file
         data = read_file(path, 4 * KIB) if path else None
-        return None if data is None else re.sub(rb"\r?\n\Z", b"", data)
+        return data and data.rstrip(b"\r\n")
 
     def load_mark(self):
         """What find_est_step calls token."""
@@ -11157,8 +11115,8 @@ class Enrollment:
     def note_fault(self, error, end):
         """Keeps the back-off that follows from a fault (E-045, E-062).
 
-        end: when the SVID in use expires, or None; another attempt has to fit before that, whatever the
-        service asks (case 4.14).
+        end: when the SVID in use expires; another attempt has to fit before that, whatever the service asks
+        (case 4.14).
         """
         record = self.est
         refused = isinstance(error, Untrusted)
@@ -11169,18 +11127,15 @@ class Enrollment:
             log("info", error.message)
             record = {"failures": -1}               # it is none
             delay = 0 if asked else EST_FIRST
-        if end is not None:
-            left = end - self.clock.now
-            delay = min(delay, left / 4)
-            asked = min(asked, left / 2)
-        wait = make_wait(record, max(asked, delay), self.clock)
+        left = end - self.clock.now
+        wait = make_wait(record, max(min(asked, left / 2), min(delay, left / 4)), self.clock)
         self.keep(refused=error.message if refused else None, **wait)
 
     def finish(self):
         """Clears up after an activation: the token is erased, and never sent again (E-044)."""
         used = self.est.get("token") or self.est.get("used")
-        token = self.load_token()
-        if token and sha256_digest(token) == used and not remove_file(self.settings.est.token_file):
+        mark = self.load_mark()
+        if mark and mark == used and not remove_file(self.settings.est.token_file):
             log("warning", "the enrollment token has served and cannot be erased; remove it",
                 path=self.settings.est.token_file)
         self.state["est"] = {"used": used}
@@ -11200,7 +11155,7 @@ class Enrollment:
         if old and old.der == leaf.der:
             return                                  # an earlier run ended just after it had activated it
         chain = self.obtain_chain(leaf, issued, bundle)
-        own = make_identity(leaf, "", self.settings.key)
+        own = make_identity(leaf)
         if renewed:
             self.prove(chain, own, bundle)
         write_file(self.settings.certificate, chain.encode(), 0o644)
@@ -11271,17 +11226,14 @@ class Enrollment:
 
     def obtain_chain(self, leaf, issued, bundle):
         """The chain (PEM) from an issued leaf to the trust bundle; raises Untrusted, Unreachable."""
-        response = fetch_from_mis(self.find_url("cacerts"), self.config, {"Accept": CERTS_TYPE})     # E-039
-        try:
-            found = load_certificates(judge_est_response(response, "cacerts", time.time()))
-        except ValueError as error:
-            raise Untrusted(f"cacerts: {error}") from None
         ahead = leaf.not_before - time.time()
         if 0 < ahead <= CLOCK_SKEW:
             raise Pending(f"the SVID issued begins at {make_time(leaf.not_before)}, by a clock that is ahead"
                           " of ours", retry_after=ahead + 1)
+        response = fetch_from_mis(self.find_url("cacerts"), self.config, {"Accept": CERTS_TYPE})     # E-039
         try:
             check_validity(leaf, time.time())
+            found = load_certificates(judge_est_response(response, "cacerts", time.time()))
             return run_paths(leaf, found + issued, self.settings.key, bundle.anchors)
         except ValueError as error:
             raise Untrusted(f"the SVID issued does not lead to the trust bundle: {error}") from None
@@ -11289,8 +11241,8 @@ class Enrollment:
     def prove(self, chain, own, bundle):
         """Tries the renewed SVID on a conditional GET; it replaces the old one only if the WFM answers."""
         with lend_file(chain.encode()) as file:
-            own = own._replace(certificate_file=file.name)
-            source = Mtls(self.config, self.store, self.state).open_source(own, bundle, keep=False)
+            config = Settings(self.config, identity=Settings(self.settings, certificate=file.name))
+            source = Mtls(config, self.store, self.state).open_source(own, bundle, keep=False)
         source.fetch_manifest((self.state["accepted"] or {}).get("etag"))
 
 
@@ -11300,13 +11252,13 @@ def run_renewal_csr(leaf, key_file):
     `openssl req` would encode them again.
     """
     spki = load_public_key(key_file)
-    algorithm = make_der(0x30, make_der(0x06, b"\x2a\x86\x48\xce\x3d\x04\x03\x02"))  # ecdsa-with-SHA256
+    algorithm = b"\x30\x0a\x06\x08\x2a\x86\x48\xce\x3d\x04\x03\x02"                 # ecdsa-with-SHA256
     if b"\x2a\x86\x48\x86\xf7\x0d\x01\x01\x01" in spki[:40]:  # an RSA key
-        algorithm = make_der(0x30, make_der(0x06, b"\x2a\x86\x48\x86\xf7\x0d\x01\x01\x0b"), b"\x05\0")
-    extension_request = make_der(0x06, b"\x2a\x86\x48\x86\xf7\x0d\x01\x09\x0e")
+        algorithm = b"\x30\x0d\x06\x09\x2a\x86\x48\x86\xf7\x0d\x01\x01\x0b\x05\0"
+    extension_request = b"\x06\x09\x2a\x86\x48\x86\xf7\x0d\x01\x09\x0e"
     attribute = make_der(0x30, extension_request, make_der(0x31, make_der(0x30, leaf.alt_names)))
     content = make_der(0x30, b"\x02\x01\x00", leaf.subject, spki, make_der(0xA0, attribute))
-    signature = run_openssl(["dgst", "-sha256", "-sign", key_file], content)
+    signature = run_openssl("dgst -sha256 -sign", key_file, data=content)
     return make_der(0x30, content, algorithm, make_der(0x03, b"\0", signature))
 
 
@@ -11340,7 +11292,7 @@ def load_certificates(body):
         raise ValueError("EST answered 200 with something else than certificates:"
                          f" {make_printable(text, 100)!r}")
     try:
-        pem = run_openssl(["pkcs7", "-inform", "DER", "-print_certs"], data).decode("ascii", "replace")
+        pem = run_openssl("pkcs7 -inform DER -print_certs", data=data).decode("ascii", "replace")
     except CommandError:
         raise ValueError("openssl finds no certs-only message in it") from None
     found = parse_pem(pem)
@@ -11437,7 +11389,6 @@ CRL_FIELD = "crlUris"
 OID_CRL_NUMBER, OID_CRL_SCOPE = b"\x55\x1d\x14", b"\x55\x1d\x1c"
 MAX_LISTS = 32                      # that a discovery document may name
 CRL_PERIOD = 43200                  # seconds after which a list is asked for again, up to twice that (E-082)
-CRL_FIRST, CRL_CAP = 60, 3600       # seconds between attempts at a list that cannot be had
 
 Crl = define("Crl", "issuer issuer_key this_update next_update serials number",
     "What is used of a revocation list: raw name, identifier of its issuer's key or None, Unix seconds, the"
@@ -11488,18 +11439,6 @@ def is_revoked(leaf, crls):
     return any(leaf.serial in crl.serials for crl in find_lists(leaf, crls))
 
 
-def find_status_fault(leaf, crls, listed, now):
-    """Why the revocation status of a peer's leaf is not known, "" where it is (E-088)."""
-    end = max((crl.next_update for crl in find_lists(leaf, crls)), default=None)
-    if not listed and not crls:
-        return "the trust domain names no revocation list"
-    if end is None and len(crls) < len(listed):
-        return "a revocation list could not be had yet"
-    if end is None:
-        return "no revocation list at hand is by its issuer"
-    return "" if now <= end else f"the revocation list ended at {make_time(end)}"
-
-
 def find_list_fault(state, now):
     """Which of the revocation lists that discovery named says nothing of today, "" where all do (E-088)."""
     for url, record in state["crls"].items():
@@ -11547,10 +11486,10 @@ def refresh_revocation(config, store, state, source=None):
             delay = max(1, min(CRL_PERIOD * (1 + get_random()), left / 2))
             record.update(make_wait({"failures": -1}, delay, clock))
         except (MargoError, ValueError) as error:
-            delay = (1 - get_random()) * grow(CRL_FIRST, record.get("failures", 0) + 1, CRL_CAP)
-            record.update(make_wait(record, max(getattr(error, "retry_after", None) or 0, delay), clock))
             log("warning", "a revocation list cannot be had; what is at hand stays", url=url,
                 reason=str(error))
+            fault = error if isinstance(error, MargoError) else Untrusted(str(error))
+            record.update(make_hold(record, fault, clock, get_random()))
     for url in set(records) - set(listed):
         if clock.now > records[url].get("thisUpdate", 0) + records[url].get("validity", 0):
             del records[url]
@@ -11567,6 +11506,8 @@ def fetch_crl(config, store, state, url, source, now):
     """
     records = state["crls"]
     record = records[url]
+    if not re.fullmatch(r"https?://[^\s/?#@]+(/[^\s#]*)?", url):
+        raise ValueError("the discovery document names it, and it is no http or https URL")
     held = url in load_crls(store, state)
     headers = {"Accept": "*/*"}
     if held and record.get("etag"):
@@ -11607,16 +11548,21 @@ def load_issuers(config, store, source):
         chain = source.chain
         if len(chain) < 2:
             chain = ask_chain(source.url, source.context, config.wfm.timeout)
-        ders += [der for der in chain[1:] if ask_issuer(chain[0], der)]
+        leaf = make_pem(chain[:1]).encode()
+        command = "verify -partial_chain -trusted /dev/stdin"
+        ders += [der for der in chain[1:] if ask_signed(command, leaf, der)]
     return [parse_certificate(der) for der in ders]
 
 
-def ask_issuer(der, issuer):
-    """Whether a certificate (DER) is signed by the key of another one; openssl says it."""
-    with lend_file(make_pem([der]).encode()) as file:
-        command = ["verify", "-partial_chain", "-trusted", "/dev/stdin", file.name]
+def ask_signed(command, data, issuer):
+    """Whether a command of openssl, with a file of `data` at its end, finds that signed by an issuer's key.
+
+    issuer: its certificate (DER).
+    """
+    with lend_file(data) as file:
         try:
-            run_openssl(command, make_pem([issuer]).encode())
+            # the exit code says it in no old version
+            run_openssl(command, file.name, data=make_pem([issuer]).encode(), expected=b"OK")
         except CommandError:
             return False
     return True
@@ -11627,19 +11573,11 @@ def ask_signer(der, crl, issuers):
 
     Raises ValueError where there is none.
     """
-    with lend_file(der) as file:
-        command = ["crl", "-inform", "DER", "-noout", "-verify", "-in", file.name, "-CAfile", "/dev/stdin"]
-        for item in issuers:
-            if not is_issued(crl, item.subject, item.key):
-                continue
-            if item.key_usage is not None and CRL_SIGN not in item.key_usage:
-                continue
-            try:
-                # its exit code says it in no old version
-                run_openssl(command, make_pem([item.der]).encode(), b"verify OK")
-                return item
-            except CommandError:
-                pass                                # it is by another one
+    command = "crl -inform DER -noout -verify -CAfile /dev/stdin -in"
+    for item in issuers:
+        may = item.key_usage is None or CRL_SIGN in item.key_usage
+        if may and is_issued(crl, item.subject, item.key) and ask_signed(command, der, item.der):
+            return item
     raise ValueError("no issuer that is known, and may sign lists, has signed it")
 
 
@@ -11648,12 +11586,10 @@ def load_judge(config, store, state, source, keep):
 
     By `require` they are fetched before anything is said.
     """
-    mode, crls, listed = config.identity.revocation, [], ()
+    mode = config.identity.revocation
     if mode == "require" and keep:
         refresh_revocation(config, store, state, source)
-    if mode != "off":
-        crls = list(load_crls(store, state).values())
-        listed = state["trust"].get("crls") or ()
+    crls = list(load_crls(store, state).values()) if mode != "off" else []
     if is_revoked(source.identity.leaf, crls):
         log("error", "the own SVID is revoked; the WFM will refuse it, have a new one issued",
             id=source.client_id)
@@ -11661,29 +11597,25 @@ def load_judge(config, store, state, source, keep):
     def judge(leaf, now):
         if is_revoked(leaf, crls):
             raise Untrusted("the peer's certificate is revoked")
-        fault = find_status_fault(leaf, crls, listed, now)
-        if fault and mode == "require":
+        ends = [crl.next_update for crl in find_lists(leaf, crls)]
+        if mode == "off" or ends and now <= max(ends):
+            return
+        fault = find_list_fault(state, now) or "the trust domain names no revocation list by its issuer"
+        if ends:
+            fault = f"the revocation list ended at {make_time(max(ends))}"
+        if mode == "require":
             raise Untrusted("the WFM's revocation status is not known, and identity.revocation is require:"
                             f" {fault}")
-        if fault and (listed or crls):
+        if crls or state["trust"].get("crls"):
             log("warning", "the WFM's revocation status is not known", reason=fault)
     return judge
 
 
-def parse_crl_uris(members, document_url, public, held):
-    """([URL of a list], [words about what was passed over]) from a discovery document (E-080, E-091)."""
-    listed = members.get(CRL_FIELD, [])
-    if not isinstance(listed, list):
-        return [], [f"{CRL_FIELD} is no list"]
-    good, faults = [], []
-    for uri in listed[:MAX_LISTS]:
-        if isinstance(uri, str) and re.fullmatch(r"https?://[^\s/?#@]+(/[^\s#]*)?", uri):
-            good.append(uri)
-        else:
-            faults.append(f"{CRL_FIELD} holds {make_printable(str(uri), 100)}, which is no http or https URL")
-    if held and not good:
-        faults.append("it names no revocation lists any more; those at hand count until they end")
-    return good, faults
+def parse_crl_uris(members, document_url, public):
+    """[URL of a list] from a discovery document; what is none fails where it is asked for (E-080)."""
+    listed = members.get(CRL_FIELD) or []
+    listed = listed if isinstance(listed, list) else [listed]
+    return [make_printable(str(uri)) for uri in listed[:MAX_LISTS]]
 
 
 def load_own_flaw(store, state, leaf):
@@ -11711,10 +11643,10 @@ def refresh_after_poll(agent):
 STATE["crls"] = {"*": (dict(WAIT, **{"digest?": None}), dict(
     WAIT, digest=DIGEST_PATTERN, number=float, key=str, thisUpdate=float, validity=float, **{"etag?": str}))}
 COMPANIONS["crls"] = Companion(
-    lambda config: config.identity.revocation != "off", parse_crl_uris, flaw=load_own_flaw, judge=load_judge,
+    "revocation lists", lambda config: config.identity.revocation != "off", parse_crl_uris,
     # E-090
-    limits=lambda state: [item["validity"] for item in state["crls"].values() if item.get("validity")],
-    remark=find_list_fault)
+    lambda state: [item["validity"] for item in state["crls"].values() if item.get("validity")],
+    load_own_flaw, load_judge, find_list_fault)
 STEPS.insert(STEPS.index(Agent.exchange) + 1, refresh_after_poll)
 EXAMINE["lists"] = examine_lists
 
@@ -12278,7 +12210,8 @@ def run_verification(key, payload, signature):
     """Whether openssl finds that a payload is signed by a public key; ConfigError without openssl."""
     try:
         with lend_file(parse_base64(signature)) as file:
-            run_openssl(["dgst", "-sha256", "-verify", key, "-signature", file.name], payload, b"Verified OK")
+            run_openssl("dgst -sha256 -verify", key, "-signature", file.name, data=payload,
+                        expected=b"Verified OK")
     except (ValueError, CommandError):
         return False
     return True
@@ -12290,7 +12223,7 @@ def examine_images(agent):
     if not key:
         return "ok", ""
     try:
-        run_openssl(["pkey", "-pubin", "-in", key, "-noout"])
+        run_openssl("pkey -noout -pubin -in", key)
     except CommandError as error:
         raise ConfigError(f"policy.images.cosign_key: {key} is no public key ({error.message})") from None
     return "ok", f"images have to be signed by {key}"
