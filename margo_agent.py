@@ -6180,10 +6180,7 @@ class Registry:
         """One GET, by TLS where the URL says so."""
         secure = url.startswith("https:")
         if secure and self.context is None:
-            try:
-                self.context = make_tls_context(ca_file=self.settings.ca, min_tls="1.2")
-            except Untrusted as error:
-                raise ComponentError("PULL_FAILED", f"registries.{self.host}.ca: {error.message}") from None
+            self.context = make_tls_context(ca_file=self.settings.ca, min_tls="1.2")
         return request("GET", url, headers, None, self.context if secure else None, self.timeout, limit)
 
     def authenticate(self, challenges, name):
@@ -6317,7 +6314,7 @@ def parse_package_manifest(data, where, max_artifact, kind="compose"):
         digest = layer.get("digest")
         size = layer.get("size")
         check_shape(digest, DIGEST_PATTERN, "the layer's digest")
-        if not isinstance(size, int) or size is True or size < 1:
+        if type(size) is not int or size < 1:
             found = make_printable(str(size), 80)
             raise ValueError(f"the layer's size: found {found!r}, expected a number of bytes")
         if size > max_artifact:
@@ -6368,13 +6365,12 @@ def check_archive(data, max_unpacked, relaxed=False):
     tops = set()
     try:
         plain, members, end = unpack_tar(data, max_unpacked, MAX_ENTRIES)
-        loose = relaxed and any("/" not in re.sub(r"\A\./", "", member.name) and not member.isdir()
-                                for member in members)
+        loose = relaxed and any("/" not in strip_dot(member.name) and not member.isdir() for member in members)
         for member in members:
             add_entry(member, entries, tops, "package/" if loose else "")
         if any(piece.strip(b"\0") for piece in read_pieces(plain, end, max_unpacked)):
             raise ValueError(f"it is damaged at byte {end}")
-        if not entries and not tops:
+        if not tops:
             raise ValueError("it is empty")
         if sum(entry.size for entry in entries.values()) > max_unpacked:
             raise ValueError(f"its files have more than {max_unpacked} bytes (policy.max_unpacked)")
@@ -6386,11 +6382,16 @@ def check_archive(data, max_unpacked, relaxed=False):
         if compose is None or compose.kind != "file":
             raise ValueError("no compose.yaml in the top-level folder"
                              + (f" ({others[0]} is not taken for it)" if others else ""))
-        # in the order in which their bytes come
+        # first folders, then files in the order in which their bytes come
         return plain, sorted(entries.values(), key=lambda entry: (entry.kind == "link", entry.offset))
     except ValueError as error:
         raise ComponentError("ARCHIVE_INVALID",
                              f"Compose Archive refused: {make_printable(str(error))}") from None
+
+
+def strip_dot(name):
+    """A name of a tar entry without the ./ that it may begin with."""
+    return name[2:] if name.startswith("./") else name
 
 
 def add_entry(member, entries, tops, top=""):
@@ -6398,18 +6399,18 @@ def add_entry(member, entries, tops, top=""):
 
     top: the folder that an archive without one is taken to lie in.  Raises ValueError.
     """
-    name = member.name[2:] if member.name.startswith("./") else member.name
+    name = strip_dot(member.name)
     if name in ("", ".") and member.isdir():
         return
     absolute = name.startswith("/")
     name = top + name
-    parts = name.rstrip("/").split("/")
-    if absolute or {"..", "", "."} & set(parts) or not is_storable(name):
+    first, *parts = name.rstrip("/").split("/")
+    if absolute or {"..", "", "."} & {first, *parts} or not is_storable(name):
         raise ValueError(f"{make_printable(name)!r} is not a path inside the archive")
-    tops.add(parts[0])
+    path = "/".join(parts)
+    tops.add(first)
     if len(tops) > 1:
         raise ValueError(f"more than one top-level entry ({', '.join(sorted(tops))})")
-    path = "/".join(parts[1:])
     if member.isdir():
         entry = Entry(path, "folder", 0o755, None, 0, 0)
     elif not path:
@@ -6424,9 +6425,9 @@ def add_entry(member, entries, tops, top=""):
             )
         entry = Entry(path, "link", 0o777, member.linkname, 0, 0)
     elif member.islnk():
-        target = top + (member.linkname[2:] if member.linkname.startswith("./") else member.linkname)
-        source = entries.get("/".join(target.split("/")[1:])) if target.split("/")[0] in tops else None
-        if source is None or source.kind != "file":
+        target, _, inside = (top + strip_dot(member.linkname)).partition("/")
+        source = entries.get(inside)
+        if target != first or source is None or source.kind != "file":
             raise ValueError(
                 f"the hard link {name!r} leads to {member.linkname!r},"
                 " which is no earlier file of the archive"
@@ -6434,10 +6435,9 @@ def add_entry(member, entries, tops, top=""):
         entry = source._replace(path=path)
     else:
         raise ValueError(f"{name!r} is neither file, folder nor link")
-    if path and entries.get(path, entry) != entry or (path in entries and entry.kind != "folder"):
+    if path in entries and (entry.kind != "folder" or entries[path] != entry):
         raise ValueError(f"{name!r} occurs twice")
-    if path:
-        entries[path] = entry
+    entries[path] = entry
 
 
 def is_storable(path):
@@ -6486,21 +6486,29 @@ def resolve_link(path, entries, hops):
     return "/".join(resolved)
 
 
-def load_sameness(path, entry, plain, twin):
-    """Whether a path on the disk is what an Entry of an archive says.
+def load_entries(plain, entries, folder):
+    """Each Entry, its path below a folder, and the bytes of a file piece by piece.
 
-    plain: a file of its tar bytes.  twin: a path that already was found to hold the same bytes, or None.
+    plain: a file of the archive's tar bytes.  It would be unpacked anew to go back in it, so those of a hard
+    link are taken from the path of the file before.
     """
+    places = {}
+    for entry in entries:
+        path = os.path.join(folder, entry.path)
+        first = places.setdefault(entry.offset, path)
+        again = load_pieces(first) if first != path else read_pieces(plain, entry.offset, entry.size)
+        yield entry, path, again
+
+
+def load_sameness(entry, path, pieces):
+    """Whether a path on the disk is what an Entry of an archive says, a file of these bytes."""
     if os.path.islink(path) or entry.kind == "link":
         return os.path.islink(path) and os.readlink(path) == entry.link
     if entry.kind == "folder":
         return os.path.isdir(path)
-    if not os.path.isfile(path) or os.path.getsize(path) != entry.size:
-        return False
-    if os.stat(path).st_mode & 0o777 != entry.mode:
-        return False
-    pieces = load_pieces(twin) if twin else read_pieces(plain, entry.offset, entry.size)
-    return digest_pieces(pieces) == digest_pieces(load_pieces(path))
+    return (os.path.isfile(path) and os.path.getsize(path) == entry.size
+            and os.stat(path).st_mode & 0o777 == entry.mode
+            and digest_pieces(pieces) == digest_pieces(load_pieces(path)))
 
 
 def unpack_package(data, digest, parent, max_unpacked, relaxed=False):
@@ -6513,36 +6521,23 @@ def unpack_package(data, digest, parent, max_unpacked, relaxed=False):
     plain, entries = check_archive(data, max_unpacked, relaxed)
     work = folder + ".tmp"
     if os.path.isdir(folder):
-        places = {}
-        for entry in entries:
-            path = os.path.join(folder, entry.path)
-            twin = places.get(entry.offset) if entry.kind == "file" else None
-            if not load_sameness(path, entry, plain, twin):
-                break
-            if entry.kind == "file":
-                places.setdefault(entry.offset, path)
-        else:
+        if all(load_sameness(*found) for found in load_entries(plain, entries, folder)):
             return folder
         log("warning", "an unpacked package is not what its archive holds: made anew", folder=folder)
         remove_folder(folder)
     remove_folder(work)
-    create_folder(os.path.join(work, "content"))
-    places = {}
-    for entry in entries:
-        path = os.path.join(work, "content", entry.path)
+    create_folder(work)
+    content = os.path.join(work, "content")
+    for entry, path, pieces in load_entries(plain, entries, content):
+        # containers of other users read it (C-161)
         create_folder(path if entry.kind == "folder" else os.path.dirname(path), 0o755)
         if entry.kind == "file":
-            pieces = read_pieces(plain, entry.offset, entry.size)
-            if entry.offset in places:          # a hard link: the archive is not unpacked anew for it
-                pieces = load_pieces(places[entry.offset])
             write_file(path, pieces, entry.mode, os.path.join(work, "part"))
-            places[entry.offset] = path
         elif entry.kind == "link":
             os.symlink(entry.link, path)
-    os.chmod(os.path.join(work, "content"), 0o755)      # containers of other users read it (C-161)
-    for path, _, _ in os.walk(os.path.join(work, "content")):
+    for path, _, _ in os.walk(content):
         sync_folder(path)
-    os.rename(os.path.join(work, "content"), folder)
+    os.rename(content, folder)
     os.rmdir(work)
     sync_folder(parent)
     return folder
