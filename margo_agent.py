@@ -6117,13 +6117,11 @@ class Registry:
         Raises ComponentError PULL_UNAUTHORIZED, PULL_FAILED.
         """
         url = f"{self.scheme}://{self.address}/v2/{name}/{path}"
-        for attempt in range(2):
+        response = self.fetch(url, accept, limit)
+        if response.status == 401:
+            challenge = ", ".join(response.headers.get_all("WWW-Authenticate") or ())
+            self.authorization = self.authenticate(parse_challenge(challenge), name)
             response = self.fetch(url, accept, limit)
-            if response.status != 401 or attempt:
-                break
-            self.authorization = self.authenticate(
-                parse_challenge(", ".join(response.headers.get_all("WWW-Authenticate") or ())), name
-            )
         return self.check(response, url, limit)
 
     def check(self, response, url, limit):
@@ -6472,17 +6470,15 @@ def resolve_link(path, entries, hops):
             if not resolved:
                 raise ValueError(f"the link {path!r} leads out of the top-level folder")
             resolved.pop()
-            continue
-        if part in ("", "."):
-            continue
-        entry = entries.get("/".join(resolved + [part]))
-        if entry is None or entry.kind != "link":
+        elif part not in ("", "."):
             resolved.append(part)
-            continue
-        hops -= 1
-        if hops < 0 or entry.link.startswith("/"):
-            raise ValueError(f"the link {path!r} leads out of the top-level folder, or in a circle")
-        todo.extend(entry.link.split("/")[::-1])
+        entry = entries.get("/".join(resolved))
+        if entry and entry.kind == "link":
+            hops -= 1
+            if hops < 0 or entry.link.startswith("/"):
+                raise ValueError(f"the link {path!r} leads out of the top-level folder, or in a circle")
+            resolved.pop()
+            todo.extend(entry.link.split("/")[::-1])
     return "/".join(resolved)
 
 
