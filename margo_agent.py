@@ -6138,13 +6138,11 @@ class Registry:
         Raises ComponentError PULL_UNAUTHORIZED, PULL_FAILED.
         """
         url = f"{self.scheme}://{self.address}/v2/{name}/{path}"
-        for attempt in range(2):
+        response = self.fetch(url, accept, limit)
+        if response.status == 401:
+            challenge = ", ".join(response.headers.get_all("WWW-Authenticate") or ())
+            self.authorization = self.authenticate(parse_challenge(challenge), name)
             response = self.fetch(url, accept, limit)
-            if response.status != 401 or attempt:
-                break
-            self.authorization = self.authenticate(
-                parse_challenge(", ".join(response.headers.get_all("WWW-Authenticate") or ())), name
-            )
         return self.check(response, url, limit)
 
     def check(self, response, url, limit):
@@ -6201,10 +6199,7 @@ class Registry:
         """One GET, by TLS where the URL says so."""
         secure = url.startswith("https:")
         if secure and self.context is None:
-            try:
-                self.context = make_tls_context(ca_file=self.settings.ca, min_tls="1.2")
-            except Untrusted as error:
-                raise ComponentError("PULL_FAILED", f"registries.{self.host}.ca: {error.message}") from None
+            self.context = make_tls_context(ca_file=self.settings.ca, min_tls="1.2")
         return request("GET", url, headers, None, self.context if secure else None, self.timeout, limit)
 
     def authenticate(self, challenges, name):
@@ -6338,7 +6333,7 @@ def parse_package_manifest(data, where, max_artifact, kind="compose"):
         digest = layer.get("digest")
         size = layer.get("size")
         check_shape(digest, DIGEST_PATTERN, "the layer's digest")
-        if not isinstance(size, int) or size is True or size < 1:
+        if type(size) is not int or size < 1:
             found = make_printable(str(size), 80)
             raise ValueError(f"the layer's size: found {found!r}, expected a number of bytes")
         if size > max_artifact:
@@ -6389,13 +6384,12 @@ def check_archive(data, max_unpacked, relaxed=False):
     tops = set()
     try:
         plain, members, end = unpack_tar(data, max_unpacked, MAX_ENTRIES)
-        loose = relaxed and any("/" not in re.sub(r"\A\./", "", member.name) and not member.isdir()
-                                for member in members)
+        loose = relaxed and any("/" not in strip_dot(member.name) and not member.isdir() for member in members)
         for member in members:
             add_entry(member, entries, tops, "package/" if loose else "")
         if any(piece.strip(b"\0") for piece in read_pieces(plain, end, max_unpacked)):
             raise ValueError(f"it is damaged at byte {end}")
-        if not entries and not tops:
+        if not tops:
             raise ValueError("it is empty")
         if sum(entry.size for entry in entries.values()) > max_unpacked:
             raise ValueError(f"its files have more than {max_unpacked} bytes (policy.max_unpacked)")
@@ -6407,11 +6401,16 @@ def check_archive(data, max_unpacked, relaxed=False):
         if compose is None or compose.kind != "file":
             raise ValueError("no compose.yaml in the top-level folder"
                              + (f" ({others[0]} is not taken for it)" if others else ""))
-        # in the order in which their bytes come
+        # first folders, then files in the order in which their bytes come
         return plain, sorted(entries.values(), key=lambda entry: (entry.kind == "link", entry.offset))
     except ValueError as error:
         raise ComponentError("ARCHIVE_INVALID",
                              f"Compose Archive refused: {make_printable(str(error))}") from None
+
+
+def strip_dot(name):
+    """A name of a tar entry without the ./ that it may begin with."""
+    return name[2:] if name.startswith("./") else name
 
 
 def add_entry(member, entries, tops, top=""):
@@ -6419,18 +6418,18 @@ def add_entry(member, entries, tops, top=""):
 
     top: the folder that an archive without one is taken to lie in.  Raises ValueError.
     """
-    name = member.name[2:] if member.name.startswith("./") else member.name
+    name = strip_dot(member.name)
     if name in ("", ".") and member.isdir():
         return
     absolute = name.startswith("/")
     name = top + name
-    parts = name.rstrip("/").split("/")
-    if absolute or {"..", "", "."} & set(parts) or not is_storable(name):
+    first, *parts = name.rstrip("/").split("/")
+    if absolute or {"..", "", "."} & {first, *parts} or not is_storable(name):
         raise ValueError(f"{make_printable(name)!r} is not a path inside the archive")
-    tops.add(parts[0])
+    path = "/".join(parts)
+    tops.add(first)
     if len(tops) > 1:
         raise ValueError(f"more than one top-level entry ({', '.join(sorted(tops))})")
-    path = "/".join(parts[1:])
     if member.isdir():
         entry = Entry(path, "folder", 0o755, None, 0, 0)
     elif not path:
@@ -6445,9 +6444,9 @@ def add_entry(member, entries, tops, top=""):
             )
         entry = Entry(path, "link", 0o777, member.linkname, 0, 0)
     elif member.islnk():
-        target = top + (member.linkname[2:] if member.linkname.startswith("./") else member.linkname)
-        source = entries.get("/".join(target.split("/")[1:])) if target.split("/")[0] in tops else None
-        if source is None or source.kind != "file":
+        target, _, inside = (top + strip_dot(member.linkname)).partition("/")
+        source = entries.get(inside)
+        if target != first or source is None or source.kind != "file":
             raise ValueError(
                 f"the hard link {name!r} leads to {member.linkname!r},"
                 " which is no earlier file of the archive"
@@ -6455,10 +6454,9 @@ def add_entry(member, entries, tops, top=""):
         entry = source._replace(path=path)
     else:
         raise ValueError(f"{name!r} is neither file, folder nor link")
-    if path and entries.get(path, entry) != entry or (path in entries and entry.kind != "folder"):
+    if path in entries and (entry.kind != "folder" or entries[path] != entry):
         raise ValueError(f"{name!r} occurs twice")
-    if path:
-        entries[path] = entry
+    entries[path] = entry
 
 
 def is_storable(path):
@@ -6493,35 +6491,41 @@ def resolve_link(path, entries, hops):
             if not resolved:
                 raise ValueError(f"the link {path!r} leads out of the top-level folder")
             resolved.pop()
-            continue
-        if part in ("", "."):
-            continue
-        entry = entries.get("/".join(resolved + [part]))
-        if entry is None or entry.kind != "link":
+        elif part not in ("", "."):
             resolved.append(part)
-            continue
-        hops -= 1
-        if hops < 0 or entry.link.startswith("/"):
-            raise ValueError(f"the link {path!r} leads out of the top-level folder, or in a circle")
-        todo.extend(entry.link.split("/")[::-1])
+        entry = entries.get("/".join(resolved))
+        if entry and entry.kind == "link":
+            hops -= 1
+            if hops < 0 or entry.link.startswith("/"):
+                raise ValueError(f"the link {path!r} leads out of the top-level folder, or in a circle")
+            resolved.pop()
+            todo.extend(entry.link.split("/")[::-1])
     return "/".join(resolved)
 
 
-def load_sameness(path, entry, plain, twin):
-    """Whether a path on the disk is what an Entry of an archive says.
+def load_entries(plain, entries, folder):
+    """Each Entry, its path below a folder, and the bytes of a file piece by piece.
 
-    plain: a file of its tar bytes.  twin: a path that already was found to hold the same bytes, or None.
+    plain: a file of the archive's tar bytes.  It would be unpacked anew to go back in it, so those of a hard
+    link are taken from the path of the file before.
     """
+    places = {}
+    for entry in entries:
+        path = os.path.join(folder, entry.path)
+        first = places.setdefault(entry.offset, path)
+        again = load_pieces(first) if first != path else read_pieces(plain, entry.offset, entry.size)
+        yield entry, path, again
+
+
+def load_sameness(entry, path, pieces):
+    """Whether a path on the disk is what an Entry of an archive says, a file of these bytes."""
     if os.path.islink(path) or entry.kind == "link":
         return os.path.islink(path) and os.readlink(path) == entry.link
     if entry.kind == "folder":
         return os.path.isdir(path)
-    if not os.path.isfile(path) or os.path.getsize(path) != entry.size:
-        return False
-    if os.stat(path).st_mode & 0o777 != entry.mode:
-        return False
-    pieces = load_pieces(twin) if twin else read_pieces(plain, entry.offset, entry.size)
-    return digest_pieces(pieces) == digest_pieces(load_pieces(path))
+    return (os.path.isfile(path) and os.path.getsize(path) == entry.size
+            and os.stat(path).st_mode & 0o777 == entry.mode
+            and digest_pieces(pieces) == digest_pieces(load_pieces(path)))
 
 
 def unpack_package(data, digest, parent, max_unpacked, relaxed=False):
@@ -6534,36 +6538,23 @@ def unpack_package(data, digest, parent, max_unpacked, relaxed=False):
     plain, entries = check_archive(data, max_unpacked, relaxed)
     work = folder + ".tmp"
     if os.path.isdir(folder):
-        places = {}
-        for entry in entries:
-            path = os.path.join(folder, entry.path)
-            twin = places.get(entry.offset) if entry.kind == "file" else None
-            if not load_sameness(path, entry, plain, twin):
-                break
-            if entry.kind == "file":
-                places.setdefault(entry.offset, path)
-        else:
+        if all(load_sameness(*found) for found in load_entries(plain, entries, folder)):
             return folder
         log("warning", "an unpacked package is not what its archive holds: made anew", folder=folder)
         remove_folder(folder)
     remove_folder(work)
-    create_folder(os.path.join(work, "content"))
-    places = {}
-    for entry in entries:
-        path = os.path.join(work, "content", entry.path)
+    create_folder(work)
+    content = os.path.join(work, "content")
+    for entry, path, pieces in load_entries(plain, entries, content):
+        # containers of other users read it (C-161)
         create_folder(path if entry.kind == "folder" else os.path.dirname(path), 0o755)
         if entry.kind == "file":
-            pieces = read_pieces(plain, entry.offset, entry.size)
-            if entry.offset in places:          # a hard link: the archive is not unpacked anew for it
-                pieces = load_pieces(places[entry.offset])
             write_file(path, pieces, entry.mode, os.path.join(work, "part"))
-            places[entry.offset] = path
         elif entry.kind == "link":
             os.symlink(entry.link, path)
-    os.chmod(os.path.join(work, "content"), 0o755)      # containers of other users read it (C-161)
-    for path, _, _ in os.walk(os.path.join(work, "content")):
+    for path, _, _ in os.walk(content):
         sync_folder(path)
-    os.rename(os.path.join(work, "content"), folder)
+    os.rename(content, folder)
     os.rmdir(work)
     sync_folder(parent)
     return folder
@@ -8850,6 +8841,7 @@ def make_pem(ders):
 # column is `column` (-1 at the end and at a marker).
 
 MAX_DEPTH = 64                      # levels of collections
+AFTER = " \t\n", " \t\n,[]{}"       # what stands behind an indicator, and what in a flow collection
 
 INT_PATTERN = r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+"
 FLOAT_PATTERN = (
@@ -8860,7 +8852,6 @@ CONSTANTS = {"": None, "~": None, "null": None, "Null": None, "NULL": None, "tru
              "false": False, "False": False, "FALSE": False}
 # what stands behind a backslash, and what each of these means
 ESCAPES = dict(zip('0abt\tnvfre "/\\N_LP', '\0\a\b\t\t\n\v\f\r\x1b "/\\\x85\xa0\u2028\u2029'))
-TAGS = ("!", "str", "int", "float", "bool", "null", "map", "seq")
 
 
 class YAMLError(ValueError):
@@ -8882,6 +8873,11 @@ class PlainFloat(float):
     """A number that keeps its spelling, such as 1.10, in `source`."""
 
 
+# what a plain scalar may be where it has a tag; with the first two it stays text
+TAGS = {"!": (), "str": (), "int": (int, PlainInt), "float": (float, PlainFloat), "bool": (bool,),
+        "null": (type(None),), "map": (), "seq": ()}
+
+
 def load_yaml(text):
     """Reads one YAML 1.2 document (str or UTF-8 bytes) into dict, list, str, int, float, bool, None.
 
@@ -8891,9 +8887,9 @@ def load_yaml(text):
     """
     if isinstance(text, (bytes, bytearray)):
         try:
-            text = bytes(text).decode("utf-8")
+            text = text.decode("utf-8")
         except UnicodeDecodeError as error:
-            line = bytes(text[:error.start]).count(b"\n") + 1
+            line = text.count(b"\n", 0, error.start) + 1
             raise YAMLError("not UTF-8; save it as UTF-8", line, 1) from None
     return YAMLReader(text).read_document()
 
@@ -8919,19 +8915,19 @@ class YAMLReader:
     # what ends a line of a plain scalar in a block, and in a flow collection
     STOP = (re.compile(r":(?=[ \t\n])|[ \t]#|\n"), re.compile(r":(?=[ \t\n,\[\]{}])|[ \t]#|[\n,\[\]{}]"))
     MARKER = re.compile(r"(?:---|\.\.\.)(?=[ \t\n])")
-    NAME = re.compile(r"[^\s,\[\]{}]+")
+    ALIAS = re.compile(r"\*([^\s,\[\]{}]+)")
     # a plain key: quoted, it is text
     MERGE = re.compile(r"(?:\?\s+)?(?:&\S+\s+)?<<")
-    PROPERTY = re.compile(r"(?:&([^\s,\[\]{}]+)|(!<[^\s<>]+>|![^\s,\[\]{}]*))(?:[ \t]+|(?=[\n,\]}]))")
-    # what is not itself in a quoted scalar
+    PROPERTY = re.compile(r"(&[^\s,\[\]{}]+|!<[^\s<>]+>|![^\s,\[\]{}]*)(?:[ \t]+|(?=[\n,\]}]))")
+    # what is not itself in a quoted scalar, or ends it
     QUOTED = {
-        '"': re.compile(r"\\(?:\n[ \t\n]*|x[0-9a-fA-F]{2}|u[0-9a-fA-F]{4}|U[0-9a-fA-F]{8}|.)"
+        '"': re.compile(r"\"|\\(?:\n[ \t\n]*|x[0-9a-fA-F]{2}|u[0-9a-fA-F]{4}|U[0-9a-fA-F]{8}|.)"
                         r"|(?:(?<![ \t])|(?<=\\[ \t]))[ \t]*\n[ \t\n]*"),
-        "'": re.compile(r"''|(?<![ \t])[ \t]*\n[ \t\n]*"),
+        "'": re.compile(r"''?|(?<![ \t])[ \t]*\n[ \t\n]*"),
     }
     # its opposite takes 3 ms to compile
     FORBIDDEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x84\x86-\x9f\ud800-\udfff\ufeff\ufffe\uffff]")
-    HEADER = re.compile(r"([|>])(?:([-+])([1-9])?|([1-9])([-+])?)?(?:[ \t]+#[^\n]*|[ \t]*)\n")
+    HEADER = re.compile(r"([|>])([-+]?[1-9]?|[1-9][-+])(?:[ \t]+#[^\n]*|[ \t]*)\n")
     NUMBER = re.compile(f"(?:({INT_PATTERN})|({FLOAT_PATTERN}))\\Z")
 
     def __init__(self, text):
@@ -8941,7 +8937,7 @@ class YAMLReader:
         self.cut = text[text.rfind("\n") + 1:].strip(" ") != ""
         self.text = text if text.endswith("\n") else text + "\n"
         self.position, self.column, self.depth, self.nodes = 0, 0, 0, 0
-        self.closed = -1                            # where the last quoted scalar or flow collection ended
+        self.kind = ""                              # of the last node, see make_node
         self.anchors = {}
         bad = self.FORBIDDEN.search(self.text)
         if bad:
@@ -8955,9 +8951,7 @@ class YAMLReader:
         raise YAMLError(message, self.text.count("\n", 0, start) + 1, position - start + 1)
 
     def count(self, nodes=1):
-        """Counts nodes, lines, and each 16 characters that an alias repeats: no small document becomes huge.
-
-        """
+        """Counts nodes, lines, and each 16 characters that an alias repeats: nothing small becomes huge."""
         self.nodes += nodes
         if self.nodes > MAX_NODES:
             self.fail(f"more than {MAX_NODES} nodes and lines")
@@ -9019,23 +9013,16 @@ class YAMLReader:
         if not self.skip():
             self.fail("more on this line than belongs to the value; a text with a colon in it needs quotes")
 
-    def look(self, position):
-        """What follows on white space: (where, how many lines end before it, its column)."""
-        end = self.GAP.match(self.text, position).end()
-        line = self.text[self.text.rfind("\n", 0, end) + 1:end]
-        return end, self.text.count("\n", position, end), len(line) - len(line.lstrip(" "))
+    def is_outside(self, position, parent):
+        """Whether what stands first on its line cannot go on with a scalar indented deeper than `parent`."""
+        indent = self.text[self.text.rfind("\n", 0, position) + 1:position]
+        column = len(indent) - len(indent.lstrip(" "))
+        return column <= parent or position == len(self.text) or (
+            not column and bool(self.MARKER.match(self.text, position)))
 
-    def is_outside(self, position, column, parent):
-        """Whether a line cannot go on with a scalar that is indented deeper than `parent`."""
-        return column <= parent or column == 0 and bool(self.MARKER.match(self.text, position))
-
-    def at_indicator(self, characters):
-        """Whether an indicator stands here: one of these characters, then white space."""
-        return self.text[self.position] in characters and self.text[self.position + 1] in " \t\n"
-
-    def at_colon(self):
-        """Whether a colon stands here that ends a key in a flow collection."""
-        return self.text[self.position] == ":" and self.text[self.position + 1] in " \t\n,[]{}"
+    def at_indicator(self, characters, after=AFTER[False]):
+        """Whether an indicator stands here: one of these characters, then white space or what else may."""
+        return self.text[self.position] in characters and self.text[self.position + 1] in after
 
     # Blocks
 
@@ -9046,7 +9033,7 @@ class YAMLReader:
         collection may start on this line.
         """
         text, start = self.text, self.position
-        above = (None, None)
+        above = {}
         while True:
             column = None
             if self.skip():
@@ -9057,55 +9044,49 @@ class YAMLReader:
                 column = self.position - text.rfind("\n", 0, self.position) - 1
             start, compact = self.position, False
             own = self.read_properties()
-            if own == (None, None) or text[self.position] not in "#\n":
+            if not own or text[self.position] not in "#\n":
                 break
             above = self.join(above, own)
-        if text[self.position] in "|>":
-            return self.make_node(self.read_block_scalar(parent), "quoted", self.join(above, own))
         if self.at_indicator("-?"):
-            if column is None or own != (None, None):
+            if column is None or own:
                 self.fail("a block collection cannot start here")
             if text[self.position] == "-":
                 return self.make_node(self.descend(self.read_sequence, column), "seq", above)
             return self.make_node(self.descend(self.read_mapping, column), "map", above)
         content = self.read_content(parent, False)
-        end = self.position
-        self.position = self.SPACE.match(text, end).end()
+        self.position = self.SPACE.match(text, self.position).end()
         if column is not None and self.at_indicator(":"):
             self.position = start
             return self.make_node(self.descend(self.read_mapping, column), "map", above)
-        self.position = end
         node = self.make_node(*content, self.join(above, own))
         self.end_line()
         return node
 
     def join(self, above, own):
         """Anchor and tag of a node whose properties stand on several lines."""
-        if above[0] and own[0] or above[1] and own[1]:
+        if above.keys() & own.keys():
             self.fail("a second anchor or tag for one node")
-        return above[0] or own[0], above[1] or own[1]
+        return {**above, **own}
 
     def read_properties(self):
-        """(anchor, tag) that stand here in either order, None for what is not there; white space after them.
+        """The anchor and tag that stand here in either order, and white space after them.
 
-        An anchor is (its name, its place, how many nodes were before it), a tag (its name, its place).
+        They are {& or !: (the anchor with its &, or the tag's name; its place; how many nodes were before)}.
         """
-        anchor = tag = None
+        found = {}
         while self.text[self.position] in "&!":
             match = self.PROPERTY.match(self.text, self.position)
-            if not match or (anchor if match.group(1) else tag):
+            sign = self.text[self.position]
+            if not match or sign in found:
                 self.fail("an anchor or tag without name or white space after it, or a second one")
-            if match.group(1):
-                anchor = match.group(1), self.position, self.nodes
-                # open: an alias to it from inside would be endless
-                self.anchors[anchor[0]] = self.position
-            else:
-                name = re.sub(r"\A!<tag:yaml\.org,2002:(.*)>\Z|\A!!(\w+)\Z", r"\1\2", match.group(2))
-                if name not in TAGS:
-                    self.fail(f"tag {match.group(2)} is not supported")
-                tag = name, self.position
+            name = re.sub(r"\A!<tag:yaml\.org,2002:(.*)>\Z|\A!!(\w+)\Z", r"\1\2", match.group(1))
+            if sign == "&":                         # open: an alias to it from inside would be endless
+                self.anchors[name] = self.position
+            elif name not in TAGS:
+                self.fail(f"tag {match.group(1)} is not supported")
+            found[sign] = name, self.position, self.nodes
             self.position = match.end()
-        return anchor, tag
+        return found
 
     def descend(self, read, *arguments):
         """What `read` returns, one level deeper."""
@@ -9116,23 +9097,29 @@ class YAMLReader:
         self.depth -= 1
         return value
 
-    def make_node(self, value, kind, properties=(None, None)):
+    def make_node(self, value, kind, properties):
         """A node by its kind (plain, quoted, alias, seq or map), anchor and tag; it is counted."""
-        anchor, tag = properties
-        name, place = tag or (None, None)
+        tag, place, _ = properties.get("!", (None, 0, 0))
+        anchor, start, nodes = properties.get("&", (None, 0, 0))
+        self.kind = kind
         if kind == "alias":
-            if anchor or tag:
+            if properties:
                 self.fail("an alias has neither anchor nor tag")
             return value
         if kind in ("plain", "quoted"):
-            value = self.make_scalar(value, name, kind == "plain")
-        elif name not in (None, "!", kind):
-            self.fail(f"tag !!{name} does not fit this collection", place)
+            value = self.make_scalar(value, tag, kind == "plain")
+        elif tag not in (None, "!", kind):
+            self.fail(f"tag !!{tag} does not fit this collection", place)
         self.count()
-        # else one that began later has that name now
-        if anchor and self.anchors[anchor[0]] == anchor[1]:
-            self.anchors[anchor[0]] = value, self.nodes - anchor[2] + (self.position - anchor[1]) // 16
+        if anchor and self.anchors[anchor] == start:    # else one that began later has that name now
+            self.anchors[anchor] = value, self.nodes - nodes + (self.position - start) // 16
         return value
+
+    def is_next(self, column):
+        """Whether a line follows whose first thing stands in the column of a collection."""
+        if self.column > column:
+            self.fail("wrong indentation")
+        return self.column == column
 
     def read_sequence(self, column):
         """A block sequence whose dashes stand in `column`."""
@@ -9140,9 +9127,7 @@ class YAMLReader:
         while True:
             self.position += 1
             items.append(self.read_block(column))
-            if self.column > column:
-                self.fail("wrong indentation")
-            if self.column != column or not self.at_indicator("-"):
+            if not self.is_next(column) or not self.at_indicator("-"):
                 return items
 
     def read_mapping(self, column):
@@ -9160,9 +9145,7 @@ class YAMLReader:
                 key = self.read_key(column)
                 value = self.read_block(column, True, compact=False)
             pairs.append((key, value, start))
-            if self.column > column:
-                self.fail("wrong indentation")
-            if self.column != column:
+            if not self.is_next(column):
                 return self.make_mapping(pairs)
 
     def read_key(self, column):
@@ -9217,49 +9200,40 @@ class YAMLReader:
         header = self.HEADER.match(text, self.position)
         if not header:
             self.fail("the header of a block scalar is | or >, then at most + or - and a digit")
-        chomp = header.group(2) or header.group(5)
-        digit = header.group(3) or header.group(4)
-        line = end = header.end()
-        first = re.compile(r"[ \n]*").match(text, line).end()
-        if digit:
-            indent = max(parent, 0) + int(digit)
-        else:
-            line = end = max(line, text.rfind("\n", 0, first) + 1)
-            indent = first - line
-        if digit or first < len(text) and not self.is_outside(first, indent, parent):
-            if "\n" + " " * (indent + 1) in text[header.end() - 1:line]:
-                self.fail("an empty line is indented deeper than the first line of the block scalar", line)
-            last = re.compile(rf"\n(?! {{{indent}}}| *(?:\n|\Z))|\n(?=(?:---|\.\.\.)[ \t\n])")
-            match = last.search(text, line - 1)
-            end = match.start() + 1 if match else len(text)
-        content = "\n" * text.count("\n", header.end(), line)
-        content += re.sub(rf"(?m)^ {{0,{indent}}}", "", text[line:end])
+        style, marks = header.groups()
+        start, digit = header.end(), marks.strip("+-")
+        first = re.compile(r"[ \n]*").match(text, start).end()
+        line = text.rfind("\n", 0, first) + 1
+        indent = max(parent, 0) + int(digit) if digit else first - line
+        if not digit and self.is_outside(first, parent):
+            indent = first                          # it has none but empty lines, however deep
+        elif not digit and "\n" + " " * (indent + 1) in text[start - 1:line]:
+            self.fail("an empty line is indented deeper than the first line of the block scalar", line)
+        last = re.compile(rf"\n(?:(?! {{{indent}}}| *\n)|(?=(?:---|\.\.\.)[ \t\n])|\Z)")
+        end = last.search(text, start - 1).end()
+        content = re.sub(rf"(?m)^ {{0,{indent}}}", "", text[start:end])
         if self.cut and end == len(text):
             content = content[:-1]
         if re.compile(" *\t").match(text, end):
             self.fail("a tab in the indentation of a block scalar", end)
-        self.position = end - 1
-        self.skip()
+        self.position = end - 1                     # the end of its last line
         body = content.rstrip("\n")
         tail = content[len(body):]
-        if header.group(1) == ">":              # a line end between two lines that are not indented further
+        if style == ">":                # a line end between two lines that are not indented further
             body = re.sub(r"(?m)^([^ \t\n].*)\n(\n*)(?=[^ \t\n])",
                           lambda match: match.group(1) + (match.group(2) or " "), body)
-        if chomp == "+":
+        if "+" in marks:
             return body + tail
-        return body if chomp == "-" or not body else body + tail[:1]
+        return body if "-" in marks or not body else body + tail[:1]
 
     def make_scalar(self, text, tag, plain):
         """A scalar's text to its value by tag or, for a plain one, by the core schema."""
         if tag in ("str", "!") or tag is None and not plain:
             return text
         value = self.resolve_plain(text)
-        if tag is None:
-            return value
         if tag == "float" and re.match(r"[-+]?[0-9]+\Z", text):
             value = float(value)
-        kinds = {bool: "bool", int: "int", PlainInt: "int", float: "float", PlainFloat: "float"}
-        if tag != ("null" if value is None else kinds.get(type(value))):
+        if tag and type(value) not in TAGS[tag]:
             self.fail(f"{text[:60]!r} does not fit its tag !!{tag}")
         return value
 
@@ -9273,8 +9247,7 @@ class YAMLReader:
         if match.group(1):
             if len(text) > 400:
                 self.fail("a number of more than 400 digits")
-            base = {"0o": 8, "0x": 16}.get(text[:2], 10)
-            number = PlainInt(text[2:] if base != 10 else text, base)
+            number = PlainInt(text, {"0o": 8, "0x": 16}.get(text[:2], 10))
         else:
             number = PlainFloat(text.lower().replace(".inf", "inf").replace(".nan", "nan"))
         if repr(number) == text:
@@ -9283,24 +9256,23 @@ class YAMLReader:
         return number
 
     def read_content(self, parent, flow):
-        """(value, its kind) of a node of flow style, without its properties; of a scalar its text."""
+        """(value, its kind) of a scalar, an alias or a flow collection; of a scalar its text."""
         character = self.text[self.position]
         if character == "*":
             return self.read_alias(), "alias"
         if character in "[{":
             value = self.descend(self.read_flow_collection, parent)
-            self.closed = self.position
             return value, "seq" if character == "[" else "map"
         if character in "\"'":
-            text = self.read_quoted(character, parent)
-            self.closed = self.position
-            return text, "quoted"
+            return self.read_quoted(character, parent), "quoted"
+        if character in "|>" and not flow:
+            return self.read_block_scalar(parent), "quoted"
         return self.read_plain(parent, flow), "plain"
 
     def read_alias(self):
         """The value of an anchor that stands before."""
-        match = self.NAME.match(self.text, self.position + 1)
-        known = self.anchors.get(match.group()) if match else None
+        match = self.ALIAS.match(self.text, self.position)
+        known = self.anchors.get("&" + match.group(1)) if match else None
         if not isinstance(known, tuple):
             self.fail("an alias to nothing before it")
         self.position = match.end()
@@ -9311,64 +9283,55 @@ class YAMLReader:
 
     def read_plain(self, parent, flow):
         """A plain scalar's text, folded over its lines; empty where a block's key is."""
-        text, position = self.text, self.position
+        text, start, pieces = self.text, self.position, []
         if not flow and self.at_indicator(":"):
             return ""
-        character = text[position]
-        if character in ",[]{}#&*!|>'\"%@`" or character in "-?:" and text[position + 1] in (
-                " \t\n,[]{}" if flow else " \t\n"):
-            self.fail(f"a value cannot start with {character!r} here")
-        stop = self.STOP[flow].search(text, position)
-        pieces = [text[position:stop.start()].rstrip(" \t")]
-        self.position += len(pieces[0])
-        while text[stop.start()] == "\n":
-            start, ends, column = self.look(stop.start())
-            if start == len(text) or self.is_outside(start, column, parent) or text[start] == "#":
-                break
-            if flow and (text[start] in ",[]{}" or text[start] == ":" and text[start + 1] in " \t\n,[]{}"):
-                break
-            stop = self.STOP[flow].search(text, start)
-            if text[stop.start()] == ":" and not flow:
+        if text[start] in ",[]{}#&*!|>'\"%@`" or self.at_indicator("-?:", AFTER[flow]):
+            self.fail(f"a value cannot start with {text[start]!r} here")
+        while True:
+            stop = self.STOP[flow].search(text, start).start()
+            if pieces and text[stop] == ":" and not flow:
                 self.fail("a key on a line that continues a value; is the indentation right, and is a blank"
                           " behind the colon before it?", start)
-            pieces += ["\n" * (ends - 1) or " ", text[start:stop.start()].rstrip(" \t")]
+            pieces.append(text[start:stop].rstrip(" \t"))
             self.position = start + len(pieces[-1])
+            if text[stop] != "\n":
+                break
+            start = self.GAP.match(text, stop).end()
+            if self.is_outside(start, parent) or text[start] == "#" or (
+                    flow and self.STOP[flow].match(text, start)):
+                break
+            pieces.append("\n" * (text.count("\n", stop, start) - 1) or " ")
         return "".join(pieces)
 
     def read_quoted(self, quote, parent):
         """A quoted scalar's text."""
-        text, start = self.text, self.position
-        special = re.compile(r'["\\]' if quote == '"' else "'")
-        end = start + 1
+        pieces, end = [], self.position + 1
         while True:
-            match = special.search(text, end)
-            if not match:
-                self.fail("a quoted value is not closed", start)
-            end = match.end()
-            if match.group() == quote and (quote == '"' or text[end] != quote):
-                break
-            end += 1                                # over what is escaped
-
-        def replace(match):
+            match = self.QUOTED[quote].search(self.text, end)
+            if not match or match.end() == len(self.text):
+                self.fail("a quoted value is not closed")
             piece = match.group()
-            place = start + 1 + match.start()
-            if piece == "''":
-                return "'"
-            if piece[0] == "\\" and piece[1] != "\n":
-                return self.make_character(piece, place)
-            after, ends, column = self.look(place + (piece[0] == "\\"))
-            if self.is_outside(after, column, parent):
-                self.fail("a quoted value is continued with too little indentation", after)
-            return "\n" * (ends - 1) or ("" if piece[0] == "\\" else " ")
-
-        self.position = end
-        return self.QUOTED[quote].sub(replace, text[start + 1:end - 1])
+            pieces.append(self.text[end:match.start()])
+            end = match.end()
+            if piece == quote:
+                self.position = end
+                return "".join(pieces)
+            if "\n" in piece:
+                if self.is_outside(end, parent):
+                    self.fail("a quoted value is continued with too little indentation", end)
+                piece = "\n" * (piece.count("\n") - 1) or ("" if piece[0] == "\\" else " ")
+            elif piece == "''":
+                piece = quote
+            else:
+                piece = self.make_character(piece, match.start())
+            pieces.append(piece)
 
     def make_character(self, escape, position):
         """The character of an escape in a double-quoted scalar."""
         if escape[1:] in ESCAPES:
             return ESCAPES[escape[1:]]
-        number = int(escape[2:] or "-1", 16) 
+        number = int(escape[2:] or "-1", 16)
         if not 0 <= number <= 0x10FFFF or 0xD800 <= number <= 0xDFFF:
             # halves of a surrogate pair too: YAML takes each by itself
             self.fail(f"{escape} is no character", position)
@@ -9376,8 +9339,9 @@ class YAMLReader:
 
     # Flow
 
-    def skip_flow(self, parent):
-        """White space, line ends and comments between the parts of a flow collection."""
+    def skip_flow(self, parent, indicator=0):
+        """Goes over an indicator, where there is one, white space, line ends and comments between parts."""
+        self.position += indicator
         ended = self.skip(True)
         if self.position == len(self.text):
             self.fail("a flow collection is not closed")
@@ -9392,28 +9356,23 @@ class YAMLReader:
         closing = "]" if text[self.position] == "[" else "}"
         items = []                                  # of a mapping: (key, value, position)
         while True:
-            self.position += 1
-            self.skip_flow(parent)
-            start = self.position
+            self.skip_flow(parent, 1)
+            start, value = self.position, None
             if text[start] == closing:
                 break
             explicit = self.at_indicator("?")
             if explicit:
-                self.position += 1
-                self.skip_flow(parent)
+                self.skip_flow(parent, 1)
             key = self.read_flow_node(parent)
-            value, end = None, self.position
-            self.skip_flow(parent)
             # After a quoted key or a collection the colon may stand close to the value.
-            paired = self.at_colon() or self.closed == end and text[self.position] == ":"
+            paired = self.at_indicator(":", AFTER[True]) or (
+                text[self.position] == ":" and self.kind not in ("plain", "alias"))
             if paired:
                 if closing == "]" and not explicit:
                     self.check_key(start)
-                self.position += 1
-                self.skip_flow(parent)
+                self.skip_flow(parent, 1)
                 value = self.read_flow_node(parent)
-                self.skip_flow(parent)
-            elif end == start:
+            elif self.position == start:
                 self.fail("a value is missing before the comma")
             if closing == "}":
                 items.append((key, value, start))
@@ -9427,13 +9386,14 @@ class YAMLReader:
         return items if closing == "]" else self.make_mapping(items)
 
     def read_flow_node(self, parent):
-        """A node in a flow collection, an empty one where there is nothing before its end."""
+        """A node in a flow collection, an empty one where there is nothing before its end; blanks behind."""
         properties = self.read_properties()
-        if properties != (None, None):
+        if properties:
             self.skip_flow(parent)
-        if self.text[self.position] in ",]}" or self.at_colon():
-            return self.make_node("", "plain", properties)
-        return self.make_node(*self.read_content(parent, True), properties)
+        empty = self.text[self.position] in ",]}" or self.at_indicator(":", AFTER[True])
+        node = self.make_node(*("", "plain") if empty else self.read_content(parent, True), properties)
+        self.skip_flow(parent)
+        return node
 
 
 def measure_depth(value):
