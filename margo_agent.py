@@ -3406,10 +3406,10 @@ Changes = define("Changes", "kept idle making leaving",
     "What becomes of the services of a project: {name: Container} that go on, names of those that need"
     " no start, [Service] to be made, and [[Container]] that leave, those that stop together in one list,"
     " whoever depends on others first.")
-Job = define("Job", "workload project folder known deadline current runs volumes",
+Job = define("Job", "workload project folder known deadline current restarts volumes",
     "One apply: what runs, in which folder its files are, what an earlier apply returned, until when;"
-    " {service: id of its container} as far as it has come, the ids of what ran before, {service: {path:"
-    " volume}} as it was.")
+    " {service: id of its container} as far as it has come, {id: how often it had been restarted} of what ran"
+    " before, {service: {path: volume}} of volumes to which nobody gave a name.")
 Shown = define("Shown", "state code restarts health volumes check said",
     "One container as `inspect` shows it: the engine's word for its state, numbers, the word for its health"
     " where there is a check, {path: name} of volumes in it, its Check or None, what that has printed last.",
@@ -3419,6 +3419,9 @@ Check = define("Check", "interval retries start",
 # How docker shows a container, in podman's form.
 DOCKER_FORM = ('{"Id":{{json .ID}},"Names":[{{json .Names}}],"State":{{json .State}},'
                '"Status":{{json .Status}},"Labels":{%s}}')
+# What podman, or docker, says of itself, by our words.
+INFO = {"architecture": ("arch", "Architecture"), "root": ("graphRoot", "DockerRootDir"),
+        "version": ("Version", "ServerVersion"), "network": ("networkBackend",)}
 PULL_NOTE = 60                      # seconds between two lines of the log about a pull
 LOG_LINES = 4000                    # of a log that are looked at for its end
 MAX_LOG = 256 * KIB                 # bytes of them
@@ -3427,7 +3430,8 @@ RUNS_TOO = {"amd64": "386", "arm64": "arm"}         # what a processor usually r
 LACKS = (("podman", "4.7", "`host-gateway` is the gateway of the first network"),
          ("podman", "4.8", "a volume's `driver_opts` have no `size`; `tmpfs` of a service has"),
          ("docker", "20.10", "`host-gateway` fails"))
-NO_PROGRAM = "/.margo-trial"        # what a trial of docker's starts
+# With these an engine looks a program up, and the kernel does not start it: its environment is too long.
+UNSTARTABLE = ["--ulimit=stack=262144", *(f"--env=MARGO_TRIAL_{name}=" + "x" * 100000 for name in "AB")]
 # An engine's words for what does not run.
 AT_REST = ("exited", "created", "initialized", "stopped", "configured")
 
@@ -3498,28 +3502,29 @@ def mask(text, values):
 def is_usable(container, service, known):
     """Whether a container was made for a service as it is wanted, and can go on from its state."""
     ours = not known or known["hash"] != service.hash or known.get("id", container.id) == container.id
-    return ours and container.hash == service.hash and container.state in (
-        "running", "exited", "created", "initialized", "stopped", "restarting")
+    return ours and (container.service, container.hash) == (service.name, service.hash) and (
+        container.state in AT_REST or container.state in ("running", "restarting"))
 
 
 def plan_services(services, present, known, networks):
     """The Changes that lead from what is there to what is wanted (P-7, P-16).
 
     present: [Container] of this component; known: what an earlier apply returned; networks: names of those
-    that are about to be made.  Whose network is made anew, or who shares a namespace of a service that starts
-    anew, is made anew, too.
+    that are about to be made.  Made anew is, too, whose network is, who shares a namespace of a service that
+    starts anew, and who holds a port or address that one needs which is made before it.
     """
     kept, making = {}, []
     idle = set()
+    rivals = find_rivals(services)
     for service in services:
         facts = known.get(service.name)
-        mine = [item for item in present if item.service == service.name]
-        usable = [item for item in mine if is_usable(item, service, facts)]
-        joined = {name for name, *_ in service.networks} & networks
-        if usable and not joined and idle.issuperset(service.shares):
-            container = min(usable, key=lambda item: item.state != "running")
-            kept[service.name] = container
-            if container.state == "running" or facts and facts["finished"] and facts["hash"] == service.hash:
+        usable = [item for item in present if is_usable(item, service, facts)]
+        running = [item for item in usable if item.state == "running"]
+        displaced = running and any((service.name, other.name) in rivals for other in making)
+        joined = networks.intersection(item.network for item in service.networks)
+        if usable and not displaced and not joined and idle.issuperset(service.shares):
+            kept[service.name] = (running or usable)[0]
+            if running or facts and facts["finished"] and facts["hash"] == service.hash:
                 idle.add(service.name)
         else:
             making.append(service)
@@ -3530,37 +3535,34 @@ def plan_services(services, present, known, networks):
 def order_leaving(services, leaving):
     """[[Container]]: those that stop at once in one list, each before what it depends on.
 
-    What the file no longer names goes first.
+    What the file no longer names is in the first one.
     """
-    by_name = {}
-    names = {service.name for service in services}
+    levels, groups = {}, {}
+    for service in reversed(services):              # whoever depends on others comes first here
+        level = levels.setdefault(service.name, 0)
+        for name in service.depends_on:
+            levels[name] = max(levels.get(name, 0), level + 1)
     for item in leaving:
-        by_name.setdefault(item.service, []).append(item)
-    groups = [([], [item for item in leaving if item.service not in names])]
-    for service in reversed(services):
-        if any(service.name in other.depends_on for other in groups[-1][0]):
-            groups.append(([], []))
-        groups[-1][0].append(service)
-        groups[-1][1].extend(by_name.get(service.name, ()))
-    return [items for _, items in groups if items]
+        groups.setdefault(levels.get(item.service, 0), []).append(item)
+    return [groups[level] for level in sorted(groups)]
 
 
-def is_same_network(labels, internal, arguments):
+def is_same_network(labels, facts, arguments):
     """Whether a network that is there is what these create arguments make.
 
     One that an agent made before there was such a mark may be, unless it is open and should not be.
     """
     if LABEL_HASH in labels:
         return f"--label={LABEL_HASH}={labels[LABEL_HASH]}" in arguments
-    return internal == ("--internal" in arguments)
+    return facts.get("internal", False) == ("--internal" in arguments)
 
 
 def plan_networks(wanted, there, project):
     """What becomes of networks: ({name: create arguments} to be made, [names] to go before, and last).
 
-    wanted: as in a Project; there: {name: (labels, whether it is internal)} of those and of all others of
-    this compose project.  One of somebody else stays as it is.  One that is no longer wanted goes first where
-    a new one may be after its addresses.
+    wanted: as in a Project; there: {name: (labels, facts)} of those and of all others of this compose
+    project.  One of somebody else stays as it is.  One that is no longer wanted goes first where a new one
+    may be after its addresses.
     """
     ours = {name for name, (labels, _) in there.items() if labels.get(LABEL_PROJECT) == project}
     new = {name: arguments for name, arguments in wanted.items() if arguments is not None and (
@@ -3572,41 +3574,71 @@ def plan_networks(wanted, there, project):
 
 
 # Options of `create` that a trial goes without: they need a network, or another container, or a run.
-UNTRIED = ("--(init\\Z|publish|add-host|dns|mac-address|health|no-health|restart|pid=c|ipc=c)|"
+UNTRIED = ("--(init\\Z|volume|tmpfs|publish|add-host|dns|mac-address|health|no-health|restart|pid=c|ipc=c)|"
            "--sysctl=\"?net[./]ipv[46][./](conf|neigh)[./]")
 
 
 def make_trial(service, engine):
     """The Service of a trial, see ComposeDriver.rehearse.
 
-    Docker can only start it, so that it has a program there that no image has.  Nothing is labelled anew for
-    SELinux while another container uses it.
+    Docker can only start it, so that it is made unstartable.  Nothing is labelled anew for SELinux while
+    another container uses it.
     """
-    arguments = []
-    for argument in service.arguments:
-        head, _, options = argument.rpartition(":")
-        if argument.startswith("--volume=") and "/" not in options:
-            options = ",".join(option for option in options.split(",") if option not in "zZ")
-            argument = ":".join(filter(None, [head, options]))
-        if not re.match(UNTRIED, argument):
-            arguments.append(argument)
-    command = service.command
-    if engine != "podman":
-        arguments = [item for item in arguments if not item.startswith("--entrypoint=")]
-        arguments.append(f"--entrypoint={NO_PROGRAM}")
-        command = []
-    return service._replace(arguments=arguments, command=command, shares=(), hash="",
-                            networks=[Attachment("none", None, None)])
+    arguments = [argument for argument in service.arguments if not re.match(UNTRIED, argument)]
+    for mount in service.mounts:
+        options = [option for option in mount.options if option not in ("z", "Z")]
+        arguments.append(make_mount_argument(mount._replace(options=options)))
+    arguments += UNSTARTABLE if engine != "podman" else []
+    return service._replace(arguments=arguments, shares=(), hash="", networks=[Attachment("none", None, None)])
 
 
-def find_subnets(text):
-    """The subnets in create arguments of a network, a line each, or in what an engine shows, as JSON."""
-    import ipaddress
-    try:
-        return [ipaddress.ip_network(subnet, False)
-                for subnet in re.findall('(?im)(?:^--subnet=|"subnet": *")([^"\n]*)', text)]
-    except ValueError as error:
-        raise make_fault(f"networks: {error}") from None
+def check_addresses(services, project, engine, there=None):
+    """Raises ComponentError for an address that a network cannot give: an engine says so at the start alone.
+
+    there: {name: (labels, facts)} of the networks that are there by now; without it an external one is passed
+    over, and one of which podman will choose the subnet.  Docker gives none out of what it has chosen itself.
+    """
+    for service in services:
+        for network, _, options in service.networks:
+            arguments = project.networks.get(network)
+            text = "\n".join(arguments or ())
+            chosen = arguments is None or engine == "podman" and "--subnet=" not in text
+            if chosen and there is not None:
+                text = make_json(there.get(network)).decode()
+            for option in (options or ()) if there is not None or not chosen else ():
+                kind, _, address = option.partition("=")
+                if kind in ("--ip", "--ip6") and not may_have_address(text, address):
+                    raise make_fault(f"services.{service.name}.networks: {make_printable(address, 60)!r} lies in"
+                                     f" no `subnet` of network {network}, or is the host's own there")
+
+
+def check_external(kind, wanted, there, services):
+    """Raises ComponentError where services use an external network or volume that is not there.
+
+    To the engine its name could be the beginning of another one's id.
+    """
+    used = {item.network for service in services for item in service.networks}
+    used.update(mount.source for service in services for mount in service.mounts)
+    missing = [name for name in wanted if wanted[name] is None and name in used and name not in there]
+    if missing:
+        raise ComponentError("INSTALL_FAILED", f"there is no {kind} {min(missing)} on this device;"
+                             " `external: true` takes one that is there")
+
+
+def find_rivals(services):
+    """{(service, an earlier one): what both would have}, of the host's ports and addresses in networks."""
+    taken, rivals = {}, {}
+    for service in services:
+        things = list(service.ports)
+        for network, _, options in service.networks:
+            things += [("", network, option.strip("-")) for option in options or ()]
+        for address, *key in things:
+            holders = taken.setdefault(tuple(key), [])
+            for held, other in holders:
+                if held == address or "" in (held, address):
+                    rivals[service.name, other] = f"{key[0]} {key[1]}"
+            holders.append((address, service.name))
+    return rivals
 
 
 def check_rivals(services):
@@ -3615,18 +3647,10 @@ def check_rivals(services):
     Who waits for another one's end can have what that had.
     """
     awaited = [pair for service in services for pair in service.depends_on.items()]
-    ended = [name for name, (condition, _) in awaited if condition == "service_completed_successfully"]
-    taken = {}
-    for service in services:
-        things = list(service.ports)
-        for network, _, options in service.networks:
-            things += [("", network, option.strip("-")) for option in options or ()]
-        for address, *key in things if service.name not in ended else ():
-            rivals = taken.setdefault(tuple(key), {})
-            if address in rivals or rivals and "" in (address, *rivals):
-                raise make_fault(f"services.{service.name}: it cannot have {key[0]} {key[1]} beside service"
-                                 f" {next(iter(rivals.values()))}")
-            rivals[address] = service.name
+    ended = {name for name, (condition, _) in awaited if condition == "service_completed_successfully"}
+    for names, thing in find_rivals(services).items():
+        if ended.isdisjoint(names):
+            raise make_fault(f"services.{names[0]}: it cannot have {thing} beside service {names[1]}")
 
 
 def ask_ports(services, known):
@@ -3656,31 +3680,32 @@ def ask_taken(address, number, protocol):
     return False
 
 
-def find_targets(service):
-    """({path} at which the compose file mounts something of a name, {path} of volumes without a name)."""
-    named = set(map(make_path, service.files))
-    unnamed = set()
-    for mount in service.mounts:
-        paths = unnamed if mount.kind == "volume" and not mount.source else named
-        paths.add(make_path(mount.target))
-    return named, unnamed
-
-
 def make_path(text):
     """A path in a container in its shortest spelling."""
     return re.sub("/+", "/", text).rstrip("/") or "/"
 
 
-def make_volume_names(service, project, before):
-    """{path: volume} for each volume to which nobody gave a name: in the file, or declared by the image.
+def make_volume_names(project, prefix, known, present, seen):
+    """{service: {path: volume}} for each volume to which nobody gave a name: in the file, or by the image.
 
-    It goes by a name of ours, so that whatever is made in the place of a container finds it.  before: {path:
-    volume} as it was in the container before, which an earlier agent may have left to the engine to name.
+    It goes by a name of ours, so that whatever is made in the place of a container finds it.  known, present,
+    seen: what an earlier apply returned and [Container] and {id: Shown} of what there is, where an earlier
+    agent may have left a volume to the engine to name.
     """
-    named, unnamed = find_targets(service)
+    before = {name: dict(facts.get("volumes", {})) for name, facts in known.items()}
+    for container in sorted(present, key=lambda item: item.state == "running"):
+        if container.id in seen:
+            before.setdefault(container.service, {}).update(seen[container.id].volumes)
     volumes = {}
-    for path in sorted(unnamed.union(map(make_path, service.declared)) - named):
-        volumes[path] = before.get(path) or f"{project}_{service.name}_{sha256_digest(path.encode())[7:19]}"
+    for service in project.services:
+        named = set(map(make_path, service.files))
+        unnamed = set(map(make_path, service.declared))
+        for mount in service.mounts:
+            paths = unnamed if mount.kind == "volume" and not mount.source else named
+            paths.add(make_path(mount.target))
+        there = before.get(service.name, {})
+        volumes[service.name] = {path: there.get(path) or (
+            f"{prefix}_{service.name}_{sha256_digest(path.encode())[7:19]}") for path in sorted(unnamed - named)}
     return volumes
 
 
@@ -3712,20 +3737,23 @@ def make_compose_driver(config, child=None, others=(), environ=None):
     """
     environ = dict(os.environ if environ is None else environ)
     environ.update(get_temporary(config.state_dir, environ))
+    setting = config.runtime.engine if config.runtime.compose != "off" else ""
     if child:
-        kinds = {CONNECTIONS.get(key) for key in child[1]} & {"podman", "docker"}
         environ = make_child_environment(environ, child[1])
-        engine = kinds and find_engine(max(kinds), environ)
-        return ComposeDriver(engine, config, environ, child, ["", *others]) if engine else None
-    engine = find_engine(config.runtime.engine, environ)
-    if config.runtime.compose == "off" or engine is None:
-        return None
-    return ComposeDriver(engine, config, environ, others=others)
+        setting = max({CONNECTIONS.get(key) for key in child[1]} & {"podman", "docker"}, default="")
+        others = ["", *others]
+    engine = setting and find_engine(setting, environ)
+    return ComposeDriver(engine, config, environ, child or ("", {}), others) if engine else None
 
 
 # Where podman looks for its own helpers, beside PATH.
 HELPER_FOLDERS = ("/usr/local/libexec/podman", "/usr/local/lib/podman", "/usr/libexec/podman",
                   "/usr/lib/podman")
+
+
+def list_active(containers):
+    """[id] of those containers that there is something to stop of."""
+    return [container.id for container in containers if container.state not in AT_REST]
 
 
 def find_containers(deployment_id, containers, component=None, kind=None):
@@ -3832,7 +3860,7 @@ class ComposeDriver:
         items = {"network": project.networks, "volume": project.volumes,
                  "container": dict.fromkeys(containers, [])}
         for kind, wanted in items.items():
-            for name, labels, facts in self.inspect_names(kind, list(wanted)):
+            for name, (labels, facts) in self.inspect_names(kind, list(wanted)).items():
                 owner = labels.get(LABEL_OWNER, "")
                 made_for = labels.get(LABEL_DEPLOYMENT, workload.deployment_id)
                 private = name.startswith(labels.get(LABEL_PROJECT, "/") + "_")
@@ -3847,20 +3875,20 @@ class ComposeDriver:
                                          f" {make_printable(owner, 300)}: {words}")
 
     def inspect_names(self, kind, names, there=()):
-        """[(name, labels, facts)] of the containers, networks or volumes of these names that there are.
+        """{name: (labels, facts)} of the containers, networks or volumes of these names that there are.
 
         facts: as the engine shows it, its words in lower case.  there: what has to be shown, because it is
         there (D-16).
         """
         output = self.run([kind, "inspect"] + names, 60) if names else Output(0, b"", "")
-        found = []
+        found = {}
         for item in parse_answer(output.stdout or b"[]", self.engine, list):
             facts = {key.lower(): value for key, value in item.items()}
             name = facts["name"].lstrip("/")
             labels = facts.get("labels") or facts.get("config", {}).get("Labels") or {}
             if name in names:                       # what is asked for may be the beginning of an id, too
-                found.append((name, labels, facts))
-        if not {name for name, _, _ in found}.issuperset(there):
+                found[name] = labels, facts
+        if not set(there).issubset(found):
             raise CommandError(f"{self.engine} {kind} inspect failed: {output.stderr[-500:]}")
         return found
 
@@ -3892,11 +3920,10 @@ class ComposeDriver:
         """
         if not self.info:
             told = self.ask([self.engine, "info", "--format={{json .}}"])
-            host, store, version = (told.get(key) or {} for key in ("host", "store", "version"))
-            self.info = {"architecture": host.get("arch") or told.get("Architecture", ""),
-                         "root": store.get("graphRoot") or told.get("DockerRootDir", ""),
-                         "version": version.get("Version") or told.get("ServerVersion", ""),
-                         "network": host.get("networkBackend", "")}
+            for part in ("host", "store", "version"):
+                told.update(told.get(part) or {})
+            self.info = {key: next((told[name] for name in names if told.get(name)), "")
+                         for key, names in INFO.items()}
         return self.info
 
     def list_lacks(self):
@@ -4003,6 +4030,7 @@ class ComposeDriver:
         try:
             text = read_inside(folder, "compose.yaml", "compose.yaml").encode("utf-8", "surrogateescape")
             project = make_project(load_yaml(text), workload, self.config.policy, self.engine, folder)
+            check_addresses(project.services, project, self.engine)
         except YAMLError as error:
             raise make_fault(str(error)) from None
         except ComponentError as error:             # it may show what a parameter has put into the file
@@ -4137,24 +4165,26 @@ class ComposeDriver:
         ComponentError, CommandError.
         """
         workload, project = prepared
+        self.free_names(workload.project)
         present = self.look_up(workload)
-        runs = {container.id for container in present if container.state == "running"}
-        volumes = self.look_at_volumes(known, present)
-        job = Job(workload, project, os.path.dirname(workload.folder), known, deadline, {}, runs, volumes)
+        seen = self.inspect([container.id for container in present])
+        restarts = {container.id: seen[container.id].restarts for container in present
+                    if container.state == "running" and container.id in seen}
+        volumes = make_volume_names(project, workload.project, known, present, seen)
+        job = Job(workload, project, os.path.dirname(workload.folder), known, deadline, {}, restarts, volumes)
         check_rivals(project.services)
-        if not self.remote and runs <= {facts.get("id") for facts in known.values()}:   # else who holds what?
+        own = {facts.get("id") for facts in known.values()}
+        if not self.remote and own.issuperset(restarts):        # else who holds what?
             ask_ports(project.services, known)
         finished = self.carry_through(job, present)
         started = {container.id: container.started for container in self.look_up(workload)}
-        seen = self.inspect(job.current.values())
         result = {}
         for service in project.services:
             container_id = job.current.get(service.name, "")
-            volumes = seen[container_id].volumes if container_id in seen else {}
             result[service.name] = {
                 "hash": service.hash, "finished": service.name in finished, "image": service.image,
                 "id": container_id, "started": started.get(container_id, 0), "ports": service.ports,
-                "volumes": {path: volumes[path] for path in sorted(set(volumes) - find_targets(service)[0])}}
+                "volumes": volumes[service.name]}
         return result
 
     def look_up(self, workload):
@@ -4183,61 +4213,63 @@ class ComposeDriver:
         """
         services = job.project.services
         project = job.workload.project
-        new, first, last = plan_networks(job.project.networks, self.look_at_networks(job), project)
+        networks = self.list_networks(job.workload.deployment_id, project, "INSTALL_FAILED",
+                                      job.project.networks)
+        new, first, last = plan_networks(job.project.networks, networks, project)
         changes = plan_services(services, present, job.known, set(new))
-        self.ask_external(job.project, changes.making)
+        volumes = self.create_volumes(job)
+        check_external("network", job.project.networks, networks, changes.making)
+        check_external("volume", job.project.volumes, volumes, changes.making)
         leaving = [container for group in changes.leaving for container in group]
+        stopping = [list_active(group) for group in changes.leaving]
         first = self.ask_free(first, job.project.networks, leaving)
         job.current.update({name: container.id for name, container in changes.kept.items()})
-        names = {name: container.name for name, container in changes.kept.items()}
-        self.create_shared(job, "volume", job.project.volumes)
-        self.try_networks(job, new, first)
-        if any(container.state not in AT_REST for container in leaving):
-            for service in changes.making:
-                self.rehearse(service, job)
+        self.try_networks(job, new, [networks[name][1] for name in first])
+        for service in changes.making if any(stopping) else ():
+            self.rehearse(service, job)
+        there = {name: item for name, item in networks.items() if name not in first}
         if not first:
-            self.create_all(job, new, changes.making, leaving, names)
+            self.create_all(job, new, changes.kept, leaving)
+            there.update(self.inspect_names("network", list(new)))
+        check_addresses(changes.making, job.project, self.engine, there)
         try:
             stopped = job.deadline
-            for group in changes.leaving:
-                active = [container.id for container in group if container.state not in AT_REST]
-                stopped = self.stop(active, stopped) if active else stopped
+            for ids in stopping:
+                stopped = self.stop(ids, stopped)
             if first:
-                self.remove_containers(leaving, job.deadline)
+                self.discard([container.id for container in leaving], job.deadline)
                 leaving = []
                 for name in first:
                     self.carry_out(job, ["network", "rm", name])
-                self.create_all(job, new, changes.making, leaving, names)
+                self.create_all(job, new, changes.kept, leaving)
             for service in services:
                 self.await_dependencies(service, job)
-                if service.name not in changes.idle:
-                    self.start(service, job, service.name in changes.kept)
+                if service.name not in changes.idle and not self.start(service, job, changes.kept):
+                    return self.carry_through(job, self.look_up(job.workload))
             names = [service.name for service in services]
-            finished = self.await_startup(names, job) if job.workload.wait else set()
+            settle = self.config.runtime.settle
+            finished = self.await_startup(names, job, settle) if job.workload.wait else set()
         except FAULTS:
             if leaving and self.config.runtime.on_failure != "rollback":    # kept for the way back alone
                 self.run(["rm", "--force"] + [container.id for container in leaving], 60)
             raise
-        self.remove_containers([container._replace(state="exited") for container in leaving], job.deadline)
+        self.discard([container.id for container in leaving], job.deadline)
         for name in last:
             if self.run(["network", "rm", name], 60).code:
                 log("warning", "a network that is not needed any more stays: somebody else uses it",
                     network=name)
         return finished
 
-    def look_at_networks(self, job):
-        """The networks that are there of those that the project names or that were made for it.
+    def list_networks(self, deployment_id, project, code, names=()):
+        """{name: (labels, facts)} of the networks of these names and of all that were made for a project.
 
-        {name: (labels, whether it is internal)}; one of somebody else is shown without labels.
+        One of somebody else is shown without labels.
         """
-        mark = f"--filter=label={LABEL_PROJECT}={job.workload.project}"
-        names = self.carry_out(job, ["network", "ls", mark, "--format={{.Name}}"]).stdout.decode().split()
-        there = {}
-        for name, labels, facts in self.inspect_names(
-                "network", sorted({*names, *job.project.networks}), names):
-            ours = is_ours(self.claim, job.workload.deployment_id, labels.get(LABEL_OWNER, ""))
-            there[name] = labels if ours else {}, facts.get("internal", False)
-        return there
+        mark = f"--filter=label={LABEL_PROJECT}={project}"
+        found = self.run(["network", "ls", mark, "--format={{.Name}}"], 60, code).stdout.decode().split()
+        there = self.inspect_names("network", sorted({*found, *names}), found)
+        return {name: (labels if is_ours(self.claim, deployment_id, labels.get(LABEL_OWNER, "")) else {}, facts)
+                for name, (labels, facts) in there.items()}
 
     def ask_free(self, names, wanted, leaving):
         """Those of these networks that nobody uses once these containers have left.
@@ -4248,103 +4280,75 @@ class ComposeDriver:
         for name in names:
             form = ["--all", "--no-trunc", f"--filter=network={name}", "--format={{.ID}}"]
             ids = self.run(["ps"] + form, 60, "INSTALL_FAILED").stdout.decode().split()
-            strange = [item for item in ids if item not in {container.id for container in leaving}]
-            if strange and name in wanted:
-                words = f"network {name} is defined anew, and container {strange[0][:12]} is in it"
-                raise ComponentError(
-                    "INSTALL_FAILED", f"{words}, which is not of this component: disconnect it")
+            strange = set(ids).difference(container.id for container in leaving)
             if not strange:
                 free.append(name)
+            elif name in wanted:
+                words = f"network {name} is defined anew, and container {min(strange)[:12]} is in it"
+                raise ComponentError(
+                    "INSTALL_FAILED", f"{words}, which is not of this component: disconnect it")
         return free
 
-    def try_networks(self, job, new, first):
-        """Raises ComponentError for a network that could not be made once the first have gone (K23).
+    def try_networks(self, job, new, going):
+        """Raises ComponentError for a network that could not be made once others have gone (K23).
 
         It is made by another name and removed again, unless it may want addresses that those have still.
+        going: what the engine shows of those.
         """
-        going = make_json([facts for _, _, facts in self.inspect_names("network", first)]).decode()
-        for name, arguments in new.items() if first else ():
-            subnets = find_subnets("\n".join(arguments))
-            held = subnets and find_subnets(going)
+        for name, arguments in new.items() if going else ():
+            subnets = find_ranges("subnet", "\n".join(arguments))
+            held = subnets and find_ranges("subnet", make_json(going).decode())
             if subnets and not any(one.overlaps(other) for one in subnets for other in held):
                 self.carry_out(job, ["network", "create", *arguments, f"{name}-try"])
                 self.carry_out(job, ["network", "rm", f"{name}-try"])
 
-    def create_shared(self, job, kind, items):
-        """Networks or volumes that are not there yet; items: {name: create arguments, or None}."""
-        for name, arguments in items.items():
-            there = [] if arguments is None else self.inspect_names(kind, [name])
-            for _, _, facts in there:
-                kept = (facts.get("options") or {}).get("type", "") == "tmpfs"
-                if kind == "volume" and kept != ("--opt=type=tmpfs" in arguments):
+    def create_volumes(self, job):
+        """Makes the volumes that are not there yet; those that were, as inspect_names shows them."""
+        labels = make_arguments("--label", make_shared_labels(job.workload))
+        volumes = {name: labels for paths in job.volumes.values() for name in paths.values()}
+        volumes.update(job.project.volumes)
+        there = self.inspect_names("volume", list(volumes))
+        for name, arguments in volumes.items():
+            if arguments is not None and name not in there:
+                self.carry_out(job, ["volume", "create", *arguments, name])
+            elif arguments is not None:
+                kept = (there[name][1].get("options") or {}).get("type", "") == "tmpfs"
+                if kept != ("--opt=type=tmpfs" in arguments):
                     log("warning", "a volume is there with other driver_opts, and stays so", volume=name)
-            if arguments is not None and not there:
-                self.carry_out(job, [kind, "create"] + arguments + [name])
+        return there
 
-    def ask_external(self, project, services):
-        """Raises ComponentError where services use an external network or volume that is not there.
+    def create_all(self, job, networks, kept, leaving):
+        """Makes networks and what is not kept of the containers, each by the name of its service.
 
-        To the engine its name could be the beginning of another one's id.
+        One that leaves and has that name gets another one before.  Nothing is stopped yet, so that this is no
+        part of the outage.
         """
-        used = {item.network for service in services for item in service.networks}
-        used.update(mount.source for service in services for mount in service.mounts)
-        for kind, items in (("network", project.networks), ("volume", project.volumes)):
-            names = {name for name, arguments in items.items() if arguments is None and name in used}
-            for name in sorted(names.difference(item[0] for item in self.inspect_names(kind, list(names)))):
-                raise ComponentError("INSTALL_FAILED", f"there is no {kind} {name} on this device;"
-                                     " `external: true` takes one that is there")
-
-    def look_at_volumes(self, known, present):
-        """{service: {path: volume}} of what is there for each service, or was when it was installed."""
-        volumes = {name: dict(facts.get("volumes", {})) for name, facts in known.items()}
-        seen = self.inspect([container.id for container in present])
-        for container in sorted(present, key=lambda item: item.state == "running"):
-            if container.id in seen:
-                volumes.setdefault(container.service, {}).update(seen[container.id].volumes)
-        return volumes
-
-    def create_all(self, job, networks, services, leaving, names):
-        """Makes networks and containers, and gives each container the name of its service.
-
-        One that leaves and has that name gets another one before.  names: {service: name} of containers that
-        are kept.  Nothing is stopped yet, so that this is no part of the outage.
-        """
-        self.create_shared(job, "network", networks)
+        for name, arguments in networks.items():
+            self.carry_out(job, ["network", "create", *arguments, name])
         held = {container.name: container.id for container in leaving}
-        making = {service.name: service for service in services}
-        for service in [*names, *making]:
-            own = make_container_name(job.workload.project, service)
-            if own in held:                         # it may have gone meanwhile
-                self.run(["rename", held[own], f"{own}-old-{held[own][:12]}"], 60)
-            if service in making:
-                job.current[service] = self.create(making[service], job, own)
-            elif names[service] != own:
-                self.rename(job, job.current[service], own)
-
-    def rename(self, job, container_id, name):
-        """Renames a container."""
-        arguments = ["rename", container_id, name]
-        if self.run(arguments, job.deadline - time.monotonic()).code:
-            self.free_name(name)
-            self.carry_out(job, arguments)
+        for service in job.project.services:
+            name = make_container_name(job.workload.project, service.name)
+            if name in held:                        # it may have gone meanwhile
+                self.run(["rename", held[name], f"{name}-old-{held[name][:12]}"], 60)
+            if service.name not in kept:
+                job.current[service.name] = self.create(service, job, name)
+            elif kept[service.name].name != name:
+                self.carry_out(job, ["rename", kept[service.name].id, name])
 
     def create(self, service, job, name):
         """Makes the container of a service, joined to its networks, not started yet; its id.
 
-        Where that fails because the engine remembers something wrongly, that is put right, and it is tried
-        again.
+        Where that fails because its image is damaged, that is put right, and it is tried again.
         """
         labels = make_labels(job.workload, service.name, service.hash)
         marks = [f"--name={name}"] + [f"--label={key}={item}" for key, item in labels.items()]
         arguments = ["create", *marks, *self.prepare_options(service, job), service.image, *service.command]
         handed = find_handed(service.environment)
         output = self.run(arguments, job.deadline - time.monotonic(), more=handed)
-        if not output.code:
-            words = output.stdout.decode("utf-8", "replace").split()
-        else:
-            if not self.free_name(name):
-                self.renew_image(service, marks)
-            words = self.carry_out(job, arguments, handed).stdout.decode("utf-8", "replace").split()
+        if output.code:
+            self.renew_image(service, job)
+            output = self.carry_out(job, arguments, handed)
+        words = output.stdout.decode("utf-8", "replace").split()
         for network, aliases, addresses in service.networks[1:]:
             aliases = [f"--alias={alias}" for alias in [service.name] + aliases]
             self.carry_out(job, ["network", "connect"] + aliases + addresses + [network, name])
@@ -4368,17 +4372,14 @@ class ComposeDriver:
         output = self.run(["init" if self.engine == "podman" else "start", container_id],
                           job.deadline - time.monotonic())
         self.run(["rm", "--force", container_id], 60, "REMOVE_FAILED")
-        if output.code and NO_PROGRAM not in output.stderr:     # else nothing lacks but that
+        if output.code:
             words = mask(find_cause(output.stderr), job.workload.parameters.values())
             raise ComponentError("INSTALL_FAILED",
                                  f"service {service.name} could not be started: {self.engine}: {words}")
 
     def prepare_options(self, service, job):
-        """The options of `create` for a service; its files are written, and its volumes made."""
-        project = job.workload.project
-        volumes = make_volume_names(service, project, job.volumes.get(service.name, {}))
-        labels = make_arguments("--label", make_shared_labels(job.workload))
-        self.create_shared(job, "volume", {volume: labels for volume in volumes.values()})
+        """The options of `create` for a service; its files are written."""
+        volumes = job.volumes[service.name]
         # Else podman hands in the agent's own proxy, password and all.
         options = ["--http-proxy=false"] if self.engine == "podman" else []
         options += self.write_environment(service, job.folder) + self.write_files(service, job.folder)
@@ -4388,7 +4389,7 @@ class ComposeDriver:
         first = service.networks[0]
         options.append(f"--network={first[0]}")
         for owner in service.shares:                # whose container may have another name yet
-            name = f"=container:{make_container_name(project, owner)}"
+            name = f"=container:{make_container_name(job.workload.project, owner)}"
             now = f"=container:{job.current[owner]}"
             options = [option[:-len(name)] + now if option.endswith(name) else option for option in options]
         if self.engine == "podman" and any(option.endswith(":host-gateway") for option in options):
@@ -4406,18 +4407,19 @@ class ComposeDriver:
         gateways = self.run(["network", "inspect", form, network], 60).stdout.decode().split()
         return min(gateways, key=lambda item: ":" in item, default="127.0.0.1")
 
-    def free_name(self, name):
-        """Frees a name that storage alone holds, as a killed `podman create` leaves it; whether it was so."""
+    def free_names(self, project):
+        """Frees names of a project that storage alone holds, as a killed `podman create` leaves them."""
         if self.engine != "podman":
-            return False
+            return
         output = self.run(["ps", "--all", "--external", "--format=json"], 60)
-        held = parse_answer(output.stdout.strip() or b"[]", self.engine, lambda items: [
-            item["Id"] for item in items or () if item["State"] == "storage" and name in item["Names"]])
-        if held:
-            log("warning", "a name is freed that the engine's storage held for no container", container=name)
-        return bool(held) and self.run(["rm", "--force"] + held, 60).code == 0
+        for item in parse_answer(output.stdout.strip() or b"[]", self.engine, lambda items: items or ()):
+            names = [name for name in item["Names"] or () if name.startswith(project + "-")]
+            if names and item["State"] == "storage":
+                log("warning", "a name is freed that the engine's storage held for no container",
+                    container=names[0])
+                self.run(["rm", "--force", item["Id"]], 60)
 
-    def renew_image(self, service, marks):
+    def renew_image(self, service, job):
         """Pulls an image of ours anew where not even a bare container can be made of it (P-1).
 
         Its registry has to have it.
@@ -4425,7 +4427,8 @@ class ComposeDriver:
         platform = [argument for argument in service.arguments if argument.startswith("--platform=")]
         if f"{self.device_id} {service.image}".strip() not in self.claim.images:
             return
-        probe = self.run(["create"] + marks + platform + ["--network=none", service.image, "true"], 60)
+        marks = make_arguments("--label", make_labels(job.workload, service.name, ""))
+        probe = self.run(["create", *marks, *platform, "--network=none", service.image, "true"], 60)
         if not probe.code:
             self.run(["rm", "--force"] + probe.stdout.decode().split()[-1:], 60, "INSTALL_FAILED")
             return
@@ -4441,17 +4444,19 @@ class ComposeDriver:
             self.pull(asked, PULL_TIMEOUT)
 
     def start(self, service, job, kept):
-        """Starts a service's container; a kept one that cannot start is made anew, with its network's."""
-        start = ["start", job.current[service.name]]
-        if not kept:
-            self.carry_out(job, start)
-        elif self.run(start, job.deadline - time.monotonic()).code:
+        """Starts a service's container; False where a kept one could not be started and is removed.
+
+        So are those of the services that share a namespace of it.
+        """
+        arguments = ["start", job.current[service.name]]
+        if service.name not in kept:
+            self.carry_out(job, arguments)
+        elif self.run(arguments, job.deadline - time.monotonic()).code:
             log("warning", "a container that cannot be started is made anew", service=service.name)
-            again = [item for item in job.project.services if service.name in (item.name, *item.shares)]
-            for item in reversed(again):
-                self.carry_out(job, ["rm", "--force", job.current[item.name]])
-            self.create_all(job, {}, again, [], {})
-            self.carry_out(job, ["start", job.current[service.name]])
+            sharing = [item.name for item in job.project.services if service.name in item.shares]
+            self.discard([job.current[name] for name in [*sharing, service.name]], job.deadline)
+            return False
+        return True
 
     def write_environment(self, service, folder):
         """The environment by a file of mode 0600, never on a command line; what no line can hold, by name."""
@@ -4499,63 +4504,56 @@ class ComposeDriver:
             names = [name for name, (wanted, _) in service.depends_on.items()
                      if wanted == condition and name in job.current]
             if names:
-                self.await_startup(names, job, settle=0, complete=condition.endswith("successfully"))
+                self.await_startup(names, job, 0, condition.endswith("successfully"))
 
-    def await_startup(self, names, job, settle=None, complete=False):
-        """Waits until all these services run, are healthy, and stay so for runtime.settle.
+    def await_startup(self, names, job, settle, complete=False):
+        """Waits until all these services run, are healthy, and stay so for `settle` seconds.
 
         Returns the set of those that finished with exit code 0.  Raises ComponentError at once for one that
         failed (C-164), or when the time is over.  Earlier restarts of what ran before are forgiven.
         complete: wait for their end instead.
         """
-        settle = self.config.runtime.settle if settle is None else settle
-        checks, before, calm = {}, None, None
+        checks, calm = {}, None
         began = time.monotonic()
         secrets = job.workload.parameters.values()
         while True:
             seen = self.inspect([job.current[name] for name in names])
-            before = before or {key: seen[key].restarts if key in job.runs else 0 for key in seen}
             facts = {}
             for name in names:
                 key = job.current[name]
                 if key in seen:
-                    restarts = seen[key].restarts - before.get(key, 0)
+                    restarts = seen[key].restarts - job.restarts.get(key, 0)
                     health = self.ask_health(key, seen[key], checks)
                     facts[name] = seen[key]._replace(restarts=restarts, health=health)
             failure, waiting, finished = judge_startup(names, facts, complete)
+            now = time.monotonic()
+            late = now > job.deadline
+            if waiting and late:
+                words = f"not up within {job.deadline - began:.0f} s: {', '.join(waiting.values())}"
+                failure = next(iter(waiting)), "INSTALL_TIMEOUT", words
             if failure:
                 name, code, words = failure
                 raise ComponentError(code, mask(words, secrets) + self.tail_log(job.current[name], secrets))
-            now = time.monotonic()
             calm = None if waiting else calm or now
             restless = any(not facts[name].health for name in names if name not in finished)
-            if not waiting and (not restless or now - calm >= settle or now > job.deadline):
+            if not waiting and (not restless or late or now - calm >= settle):
                 return finished
-            if now > job.deadline:
-                words = f"not up within {job.deadline - began:.0f} s: {', '.join(waiting.values())}"
-                log_end = self.tail_log(job.current[next(iter(waiting))], secrets)
-                raise ComponentError("INSTALL_TIMEOUT", words + log_end)
             time.sleep(min(0.5, max(0.1, settle / 4)))
 
     def ask_health(self, container_id, seen, checks):
         """The health of a container in the engine's word, "" where nobody checks it.
 
-        podman may have nobody to run a check: it is run here.  A miss counts once an interval, after the
-        start period.  checks: {container: (word, misses, when the last one counted)}, which is kept up.
+        podman may have nobody to run a check: it is run here.  It may fail for so many intervals after the
+        start period, or after it passed last.  checks: {container: (word, until when it may fail)}, kept up.
         """
         if self.engine != "podman" or not seen.check or seen.state != "running":
             return seen.health
         now = time.monotonic()
-        word, misses, last = checks.get(container_id, ("starting", 0, now + seen.check.start))
+        patience = seen.check.interval * seen.check.retries
         if self.run(["healthcheck", "run", container_id], 120).code == 0:
-            word, misses = "healthy", 0
-        elif now - last >= seen.check.interval:
-            misses += 1
-            last = now
-        if misses >= seen.check.retries:
-            word = "unhealthy"
-        checks[container_id] = word, misses, last
-        return word
+            checks[container_id] = "healthy", now + patience
+        word, until = checks.setdefault(container_id, ("starting", now + seen.check.start + patience))
+        return "unhealthy" if now >= until else word
 
     def tend(self, containers, chance):
         """Runs one health check a cycle, of a container by chance, where podman has no systemd that does.
@@ -4595,6 +4593,8 @@ class ComposeDriver:
         Returns the deadline for what follows.  One that is not there any more is passed over.
         """
         patience = ["--ignore"] if self.engine == "podman" else []
+        if not ids:
+            return deadline
         try:
             code = self.run(["stop"] + patience + ids, deadline - time.monotonic()).code
         except CommandTimeout:
@@ -4608,11 +4608,12 @@ class ComposeDriver:
 
     def remove_containers(self, containers, deadline):
         """Stops containers within their own grace period and removes them."""
-        ids = [container.id for container in containers]
-        active = [container.id for container in containers if container.state not in AT_REST]
-        if active:
-            deadline = self.stop(active, deadline)  # what cannot be stopped is removed by force
-        for _ in containers:                        # one whose network another one shares goes after that one
+        deadline = self.stop(list_active(containers), deadline)     # what cannot be is removed by force
+        self.discard([container.id for container in containers], deadline)
+
+    def discard(self, ids, deadline):
+        """Removes containers; one whose namespace another one shares goes after that one."""
+        for _ in ids[:]:
             output = self.run(["rm", "--force"] + ids, deadline - time.monotonic())
             if not output.code:
                 return
@@ -4640,12 +4641,11 @@ class ComposeDriver:
         left (P-11, D-21).
         """
         project = make_project_name(component, deployment_id)
+        self.free_names(project)
         there = find_containers(deployment_id, containers, component, "compose")
         self.remove_containers(there[::-1], deadline)
-        arguments = ["network", "ls", f"--filter=label={LABEL_PROJECT}={project}", "--format={{.Name}}"]
-        output = self.run(arguments, 60, "REMOVE_FAILED")
-        for name, labels, _ in self.inspect_names("network", output.stdout.decode().split()):
-            if is_ours(self.claim, deployment_id, labels.get(LABEL_OWNER, "")):
+        for name, (labels, _) in self.list_networks(deployment_id, project, "REMOVE_FAILED").items():
+            if labels:
                 self.run(["network", "rm", name], 60, "REMOVE_FAILED")
         for container in find_containers(deployment_id, self.observe(), component):
             raise ComponentError("REMOVE_FAILED", f"container {container.name} is still there")
@@ -4694,8 +4694,7 @@ def part_containers(containers, claim):
 
 def find_health(state, status):
     """(state, health) of a container from its state and its status, where `ps` alone shows it."""
-    health = re.search(r"\((?:health: )?(healthy|unhealthy|starting)\)\Z", str(status))
-    health = health.group(1) if health else ""
+    (health,) = re.findall(r"\((?:health: )?(healthy|unhealthy|starting)\)\Z", str(status)) or [""]
     return "unhealthy" if (state, health) == ("running", "unhealthy") else state, health
 
 
@@ -5443,6 +5442,10 @@ def make_networks(document, workload):
         arguments = make_options(value, ("internal", "enable_ipv6"))
         for item in value.ipam.config:
             arguments += make_options(item, ("subnet", "gateway", "ip_range"))
+        try:
+            find_ranges("subnet", "\n".join(arguments))
+        except ValueError as error:
+            raise make_fault(f"networks.{name}.ipam: {error}") from None
         mark = sha256_digest(make_json(make_arguments("--label", value.labels) + arguments))[7:39]
         networks[name] = make_shared(name, value, workload, f"networks.{name}",
                                      arguments + [f"--label={LABEL_HASH}={mark}"])
@@ -5677,11 +5680,7 @@ def make_attachments(name, service, reading, where):
     wanted = service.networks or read_value(["default"], SERVICE_FORM["networks"])
     joined = []
     for network, value in sorted(wanted.items(), key=lambda pair: -(pair[1].priority or 0)):
-        own, arguments = find_member(reading.networks, network, f"{where}.networks", "networks")
-        for address in filter(None, (value.ipv4_address, value.ipv6_address)):
-            if not may_have_address(arguments, address, reading.engine):
-                raise make_fault(f"{where}.networks.{network}: {make_printable(address, 60)!r} lies in no"
-                                 " `subnet` of this network's `ipam`")
+        own = find_member(reading.networks, network, f"{where}.networks", "networks")[0]
         options = make_options(value, ("ipv4_address", "ipv6_address", "mac_address"))
         aliases = dict.fromkeys((value.aliases or []) + reading.aliases.get(name, []))
         for alias in aliases:
@@ -5690,19 +5689,33 @@ def make_attachments(name, service, reading, where):
     return joined
 
 
-def may_have_address(arguments, address, engine):
-    """Whether a network with these create arguments can give an address; nobody knows where it is external.
-
-    Docker gives none out of a subnet that it has chosen itself.
+def find_ranges(kind, text):
+    """The subnets, gateways or ip_ranges of a network in its create arguments, a line each, or in what an
+    engine shows, as JSON; raises ValueError.
     """
     import ipaddress
-    subnets = [text[len("--subnet="):] for text in arguments or () if text.startswith("--subnet=")]
-    if arguments is None or engine == "podman" and not subnets:
-        return True
+    return [ipaddress.ip_network(item, False)
+            for item in re.findall(f'(?im)(?:^--|"){kind}(?:=|": *")([^"\n]+)', text)]
+
+
+def may_have_address(text, address):
+    """Whether a container can have an address in a network, by what find_ranges takes.
+
+    The ends of a subnet are nobody's, and the gateway is the host.
+    """
+    import ipaddress
     try:
-        return any(ipaddress.ip_address(address) in ipaddress.ip_network(text, False) for text in subnets)
+        address = ipaddress.ip_address(address)
+        subnets, gateways, ranges = [find_ranges(kind, text) for kind in ("subnet", "gateway", "ip-?range")]
     except ValueError:
         return False
+    for subnet in subnets:
+        if address in subnet:
+            taken = [item.network_address for item in gateways if item.network_address in subnet]
+            if not taken and not ranges:            # of which docker takes the first one
+                taken = [subnet.network_address + 1]
+            return address not in (subnet.network_address, subnet.broadcast_address, *taken)
+    return False
 
 
 def make_container_name(project, service):
