@@ -44,7 +44,8 @@ import os
 import re
 import sys
 import time
-from collections import ChainMap, namedtuple
+from collections import ChainMap
+from operator import itemgetter
 
 __version__ = "0.1.0"
 __all__ = ["main", "Agent", "load_config", "load_yaml", "status", "log", "PROFILES", "__version__",
@@ -59,9 +60,8 @@ __all__ = ["main", "Agent", "load_config", "load_yaml", "status", "log", "PROFIL
 # What optional rooms add where they are defined; nothing outside names anything in them.
 # See also SCHEMA, CHECKS, STEPS, DEVICES, ASSIGN, LISTENERS and COMPANIONS.
 PROFILES = {}                       # {wfm.profile: its Profile class}
-OPTIONS = {"enroll": {}}            # {command: {option: (name of its value, function of config and value)}}
-COMMANDS = {}                       # {name: (its function, to an exit code or nothing for 0; its options,
-                                    # each with what follows it; its operands)}; its docstring is its help
+COMMANDS = {}                       # {name: (its function of config and options, to an exit code or nothing
+                                    # for 0; its usage)}; its docstring is its help
 JUDGES = []                         # functions of (image, config) to the name by which it is pulled, once
                                     # nothing speaks against it; else ComponentError
 DRIVERS = {}                        # {deployment type: function of (config, child, others) to its driver or
@@ -79,6 +79,7 @@ MAX_DEPLOYMENTS = 10000             # entries of one state manifest
 DOCUMENTS = 8                       # all documents together: one part in so many of policy.max_unpacked
 MAX_NODES = 250000                  # members of a document: each takes some hundred bytes of memory
 MAX_DURATION = 3650 * 86400         # seconds of one setting; clocks and timers take no sum of centuries
+MAX_NUMBER = 1e300                  # larger ones are none: sums of them would leave what the processor knows
 MAX_VERSION = 2 ** 64 - 1           # manifestVersion is an unsigned 64 bit number (protocol 3.1)
 
 MANIFEST_TYPE = "application/vnd.margo.manifest.v1+json"
@@ -221,16 +222,41 @@ class Forbidden(ComponentError):
 # 2. Records
 # ----------------------------------------------------------------------------------------------------------
 
+class Record(tuple):
+    """A tuple whose places have names, made by `define`.
+
+    It is what collections.namedtuple makes, at a fifth of what that takes each time this file is loaded.
+    """
+
+    __slots__ = ()
+
+    def __new__(cls, *values, **named):
+        if named or len(values) != len(cls._fields):
+            found = {**cls._defaults, **dict(zip(cls._fields, values)), **named}
+            if len(values) > len(cls._fields) or found.keys() != set(cls._fields):
+                raise TypeError(f"{cls.__name__} has the fields {' '.join(cls._fields)}")
+            values = map(found.get, cls._fields)
+        return super().__new__(cls, values)
+
+    def _asdict(self):
+        return dict(zip(self._fields, self))
+
+    def _replace(self, **changes):
+        return type(self)(**dict(self._asdict(), **changes))
+
+
 def define(name, fields, meaning, *defaults):
-    """A record type: a named tuple of `fields`, documented by `meaning`; `defaults`: of the last fields.
+    """A record type: a tuple of named `fields`, documented by `meaning`; `defaults`: of the last fields.
 
     One with a deployment's id has a `key`, too: the id in lower case, by which the state knows it.
     """
-    record = namedtuple(name, fields, defaults=defaults)
-    record.__doc__ = meaning
-    if "deployment_id" in record._fields:           # ids are told apart without regard to case
-        record.key = property(lambda self: self.deployment_id.lower())
-    return record
+    fields = fields.split()
+    parts = {field: property(itemgetter(place)) for place, field in enumerate(fields)}
+    if "deployment_id" in fields:                   # ids are told apart without regard to case
+        parts["key"] = property(lambda self: self.deployment_id.lower())
+    last = fields[len(fields) - len(defaults):]
+    return type(name, (Record,), dict(parts, __slots__=(), __doc__=meaning, _fields=tuple(fields),
+                                      _defaults=dict(zip(last, defaults))))
 
 
 Certificate = define("Certificate",
@@ -1915,7 +1941,7 @@ class MtlsSource(HttpSource):
         self.memo = memo                            # the Store's, see load_memo
         self.client_id = identity.spiffe_id.text
         self.peer = identity.wfm_id
-        self.context = load_wfm_context(identity, bundle.anchors, config.wfm.min_tls)
+        self.context = load_wfm_context(config, bundle.anchors)
         self.judges = []  # functions (leaf, now) of companions, which raise Untrusted
         self.chain = []                             # what the WFM presented last (DER), leaf first
 
@@ -1926,10 +1952,9 @@ class MtlsSource(HttpSource):
 
     def check_peer(self, chain):
         """Raises Untrusted unless the peer is our WFM, and no companion has anything against it."""
-        now = time.time()
-        leaf = check_wfm(chain[0], self.identity, now)
+        leaf = check_wfm(chain[0], self.identity)
         for judge in self.judges:
-            judge(leaf, now)
+            judge(leaf, time.time())
         self.chain = chain
 
     def send_of(self, method, device_id, document=None):
@@ -2014,12 +2039,11 @@ class Mtls(Profile):
         store = self.store
         state = self.state
         now = time.time()
-        identity = self.identity = load_identity(config)
+        identity = self.identity = load_identity(config, now)
         check_enrollment(state, client_id or identity.spiffe_id.text)
-        check_own(identity.leaf, config, now)
         warn_of_own(config, identity.leaf, store, now)
         bundle = obtain_trust_bundle(config, store, state, identity.spiffe_id.trust_domain, now, keep)
-        judge_own_chain(identity, bundle, store, state)
+        judge_own_chain(config, identity.leaf, bundle, state)
         return self.open_source(identity, bundle, keep)
 
     def open_source(self, identity, bundle, keep):
@@ -2040,9 +2064,8 @@ class Mtls(Profile):
         return dict(found, warning="; ".join(filter(None, warnings)))
 
     def check(self, now):
-        own = load_identity(self.config)
-        check_own(own.leaf, self.config, now)
-        load_wfm_context(own, [own.leaf.der], self.config.wfm.min_tls)
+        own = load_identity(self.config, now)
+        load_wfm_context(self.config, [own.leaf.der])
         return judge_own(own.leaf, own.spiffe_id.text, self.config, now)
 
     def identify(self):
@@ -2401,34 +2424,32 @@ def read_target(target, load_document, config):
 # 11. Identity and trust
 # ----------------------------------------------------------------------------------------------------------
 
-EXPIRY_WARNING = 0.2  # share of the own certificate's lifetime that is left when `run` begins to warn
-EXPIRY_ADVICE = 0.25                # ... and when `doctor` does
+EXPIRY_WARNING = 0.2                # share of the own certificate's lifetime that is left when warnings begin
 CLOCK_SKEW = 300                    # seconds that another clock may be ahead of ours
 DRAFT = "the Margo draft of enrollment, renewal and revocation, which may still change"
 KEY_KINDS = {  # identity.algorithm: what openssl makes a key from; those that are not named sign by RSA
-    "ecdsa-p256-sha256": ["EC", "-pkeyopt", "ec_paramgen_curve:P-256"],
-    "ecdsa-p384-sha384": ["EC", "-pkeyopt", "ec_paramgen_curve:P-384"],
-    "ed25519": ["ED25519"]}
+    "ecdsa-p256-sha256": "EC -pkeyopt ec_paramgen_curve:P-256",
+    "ecdsa-p384-sha384": "EC -pkeyopt ec_paramgen_curve:P-384",
+    "ed25519": "ED25519"}
 
 SpiffeId = define("SpiffeId", "text trust_domain path",
                   "A SPIFFE ID, its trust domain and its path (with leading slash).")
-Identity = define("Identity", "spiffe_id wfm_id leaf certificate_file key_file",
-    "The own SVID: its SpiffeId, the text of the WFM's, which follows from it (C-009), the leaf Certificate,"
-    " the two files.")
+Identity = define("Identity", "spiffe_id wfm_id leaf",
+    "The own SVID: its SpiffeId, the text of the WFM's, which follows from it (C-009), the leaf Certificate.")
 TrustBundle = define("TrustBundle", "anchors sequence refresh_hint",
     "Trust anchors (DER), `spiffe_sequence`, `spiffe_refresh_hint` in seconds; each of these may be None.")
-Discovery = define("Discovery", "trust_domain bundle_uri parts faults",
-    "A discovery document: texts, {name: value} of what COMPANIONS read, words about what was left out.")
-Companion = define("Companion", "wanted parse limits flaw judge remark",
-    """What an optional room has to say about identity and trust; each member is a function, or None.
+Discovery = define("Discovery", "trust_domain bundle_uri parts",
+    "A discovery document: texts, and {name: value} of what COMPANIONS read.")
+Companion = define("Companion", "title wanted parse limits flaw judge remark",
+    """What an optional room has to say about identity and trust: its name, then functions, or None.
 
     wanted(config): whether its part of the discovery document is needed.
-    parse(members, document_url, public, held): (value of its part, [words about what was passed over]).
+    parse(members, document_url, public): its part of the members of that document.
     limits(state): [seconds] after each of which the trust bundle is asked for again at the latest.
     flaw(store, state, leaf): why an own SVID that is valid is of no use, "" where it is.
     judge(config, store, state, source, keep): a function (leaf, now) that raises Untrusted for a WFM's leaf.
     remark(state, now): what `status` should warn of, or "".
-    """, None, None, None, None, None, None)
+    """, None, None, None)
 COMPANIONS = {}  # {name of its part in state["trust"]: Companion}; optional rooms add themselves
 
 
@@ -2463,8 +2484,8 @@ def check_validity(certificate, now):
                          " the certificate renewed")
 
 
-def make_identity(leaf, certificate_file="", key_file=""):
-    """The own Identity from its leaf Certificate and two paths; raises ValueError."""
+def make_identity(leaf):
+    """The own Identity from its leaf Certificate; raises ValueError."""
     spiffe_id = check_leaf(leaf)
     match = re.fullmatch(r"(/margo/wfm/[^/]+)/client/[^/]+", spiffe_id.path)
     if not match:
@@ -2472,19 +2493,18 @@ def make_identity(leaf, certificate_file="", key_file=""):
                          " (spiffe://<trust domain>/margo/wfm/<wfm id>/client/<client id>); name the"
                          " certificate that was made for this device")
     wfm_id = f"spiffe://{spiffe_id.trust_domain}{match.group(1)}"
-    return Identity(spiffe_id, wfm_id, leaf, certificate_file, key_file)
+    return Identity(spiffe_id, wfm_id, leaf)
 
 
-def load_identity(config):
-    """The own SVID, from its files alone; raises Untrusted."""
-    settings = config.identity
-    return load_own(config, lambda leaf: make_identity(leaf, settings.certificate, settings.key))
+def load_identity(config, now=None):
+    """The own SVID, from its files alone; see load_own."""
+    return load_own(config, make_identity, now)
 
 
-def load_own(config, make):
-    """What `make` makes of the leaf Certificate in identity.certificate.
+def load_own(config, make, now=None):
+    """What `make` makes of the leaf Certificate in identity.certificate, which is valid `now` (Unix seconds).
 
-    Raises Untrusted: which file, and what is wrong with it.
+    now: None where that does not matter.  Raises Untrusted: which file, and what is wrong with it.
     """
     path = config.identity.certificate
     try:
@@ -2503,17 +2523,13 @@ def load_own(config, make):
             found = f"a {other.group(1).decode().lower()} and " if other else ""
             raise ValueError(f"it holds {found}no certificate in PEM; name the file that begins with"
                              " -----BEGIN CERTIFICATE-----")
-        return make(parse_certificate(chain[0]))
+        leaf = parse_certificate(chain[0])
+        own = make(leaf)
+        if now is not None:
+            check_validity(leaf, now)
+        return own
     except (StorageError, ValueError) as error:
         raise Untrusted(f"identity.certificate {path}: {error}") from None
-
-
-def check_own(leaf, config, now):
-    """Raises Untrusted unless the own certificate is valid now."""
-    try:
-        check_validity(leaf, now)
-    except ValueError as error:
-        raise Untrusted(f"identity.certificate {config.identity.certificate}: {error}") from None
 
 
 def check_enrollment(state, client_id):
@@ -2523,23 +2539,29 @@ def check_enrollment(state, client_id):
                         f" {state['enrollment']['id']}; unenroll first")
 
 
-def find_expiry(leaf, now, share=EXPIRY_WARNING):
+def find_expiry(leaf, now):
     """What to say of a certificate's end, "" while more than a share of its lifetime is left."""
     left = leaf.not_after - now
     if left < 0:
         return "expired"
-    if left < share * (leaf.not_after - leaf.not_before):
+    if left < EXPIRY_WARNING * (leaf.not_after - leaf.not_before):
         return f"expires in {left // 86400:.0f} days, at {make_time(leaf.not_after)}; have it renewed"
     return ""
 
 
-def warn_of_own(config, leaf, store, now):
-    """Warns once a day of an own certificate that ends soon, and of a key that others can read."""
-    memo = store.load_memo()
+def ask_warnings(config, leaf, now):
+    """[what to say] of an own certificate that ends soon, and of a key that others can read."""
     expiry = find_expiry(leaf, now)
     words = [expiry and f"the own certificate {expiry}", ask_looseness("identity.key", config.identity.key)]
-    if any(words) and not 0 <= now - memo.get("warnedAt", 0) < 86400:
-        for line in filter(None, words):
+    return list(filter(None, words))
+
+
+def warn_of_own(config, leaf, store, now):
+    """Warns once a day of the own certificate and key."""
+    memo = store.load_memo()
+    words = ask_warnings(config, leaf, now)
+    if words and not 0 <= now - memo.get("warnedAt", 0) < 86400:
+        for line in words:
             log("warning", line)
         memo["warnedAt"] = now
 
@@ -2560,9 +2582,9 @@ def describe_own(config, load, known_id, now):
 
 def judge_own(leaf, words, config, now):
     """What `doctor` says of an own certificate that can be used: (ok or warn, words)."""
-    expiry = find_expiry(leaf, now, EXPIRY_ADVICE)
-    fault = ask_looseness("identity.key", config.identity.key) or expiry and f"{words}, {expiry}"
-    return ("warn", fault) if fault else ("ok", f"{words}, {(leaf.not_after - now) // 86400:.0f} days left")
+    faults = ask_warnings(config, leaf, now)
+    words += f", {(leaf.not_after - now) // 86400:.0f} days left"
+    return ("warn", "; ".join([words, *faults])) if faults else ("ok", words)
 
 
 def note_draft(store, state, what):
@@ -2579,12 +2601,14 @@ def load_flaw(store, state, leaf):
     return next(filter(None, flaws), "")
 
 
-def check_wfm(der, identity, now):
-    """The peer's leaf; raises Untrusted unless it is the SVID of exactly our WFM (C-009 to C-014)."""
+def check_wfm(der, identity):
+    """The peer's leaf; raises Untrusted unless it is the SVID of exactly our WFM (C-009 to C-014).
+
+    That it is valid now, and leads to an anchor, OpenSSL has found before.
+    """
     try:
         leaf = parse_certificate(der or b"")
         peer = check_leaf(leaf)
-        check_validity(leaf, now)
     except ValueError as error:
         raise Untrusted(f"the WFM's certificate is no X.509-SVID: {error}") from None
     if peer.text != identity.wfm_id:
@@ -2593,10 +2617,10 @@ def check_wfm(der, identity, now):
     return leaf
 
 
-def load_wfm_context(identity, anchors, min_tls):
+def load_wfm_context(config, anchors):
     """The SSLContext towards the WFM: the own chain (C-004), the anchors (DER) and no others (C-006)."""
-    context = make_tls_context(anchors, min_tls=min_tls)
-    load_key_pair(context, identity.certificate_file, identity.key_file)
+    context = make_tls_context(anchors, min_tls=config.wfm.min_tls)
+    load_key_pair(context, config.identity.certificate, config.identity.key)
     return context
 
 
@@ -2606,21 +2630,19 @@ def load_key_pair(context, certificate_file, key_file, where="identity"):
     Raises Untrusted, also while an operator has replaced only one of the two files (E-010).
     """
     asked = []  # nobody can type a password here; to raise in there upsets Python 3.7
+    for name, path in (("certificate", certificate_file), ("key", key_file)):
+        if not os.path.exists(path):
+            raise Untrusted(f"{where}.{name} {path}: there is no such file")
     try:
         context.load_cert_chain(certificate_file, key_file, lambda: asked.append(True) or "")
-    except FileNotFoundError:
-        name, path = "key", key_file
-        if not os.path.exists(certificate_file):
-            name, path = "certificate", certificate_file
-        raise Untrusted(f"{where}.{name} {path}: there is no such file") from None
     except (OSError, ValueError) as error:
-        if asked:
-            raise Untrusted(f"{where}.key {key_file} is encrypted; store it unencrypted, mode 0600") from None
-        if "MISMATCH" in str(error):
-            raise Untrusted(f"{where}.key {key_file}: not the key of {where}.certificate"
-                            f" {certificate_file}; name the one that it was made with") from None
         words = "it holds no private key in PEM, or is unreadable; name the file that does"
-        if isinstance(error, PermissionError):
+        if asked:
+            words = "it is encrypted; store it unencrypted, mode 0600"
+        elif "MISMATCH" in str(error):
+            words = (f"not the key of {where}.certificate {certificate_file}; name the one that it was made"
+                     " with")
+        elif isinstance(error, PermissionError):
             words = "unreadable (Permission denied); run as root, or as its owner"
         raise Untrusted(f"{where}.key {key_file}: {words}") from None
 
@@ -2651,31 +2673,30 @@ def run_own_handshake(certificate_file, key_file, anchors):
             raise ValueError(getattr(error, "verify_message", None) or make_printable(str(error))) from None
 
 
-def judge_own_chain(identity, bundle, store, state):
+def judge_own_chain(config, own, bundle, state):
     """Raises Untrusted for a new own chain that does not lead to the trust bundle (E-012).
 
     A chain that once did is used on after the bundle has changed, because the WFM decides; `strays` in the
     state's trust then names its leaf.  The handshake is made once for each pair of leaf and bundle.
+    own: the leaf Certificate.
     """
-    mark = sha256_digest(identity.leaf.der + b"".join(bundle.anchors))
-    memo = store.load_memo()
-    if memo.get("checked") == mark:
+    leaf = sha256_digest(own.der)
+    pair = leaf + sha256_digest(b"".join(bundle.anchors))
+    if state["identity"] == pair:
         return
-    leaf = sha256_digest(identity.leaf.der)
     try:
-        run_own_handshake(identity.certificate_file, identity.key_file, bundle.anchors)
+        run_own_handshake(config.identity.certificate, config.identity.key, bundle.anchors)
     except ValueError as error:
-        message = (f"identity.certificate {identity.certificate_file}: its chain does not lead to the trust"
+        message = (f"identity.certificate {config.identity.certificate}: its chain does not lead to the trust"
                    f" bundle ({error})")
-        if state["identity"] != leaf:
-            raise Untrusted(f"{message}: it is certified by {make_name(identity.leaf.issuer)}; ask whoever"
-                            " runs the WFM for a certificate and a bundle that belong together") from None
+        if not (state["identity"] or "").startswith(leaf):
+            raise Untrusted(f"{message}: it is certified by {make_name(own.issuer)}; ask whoever runs the WFM"
+                            " for a certificate and a bundle that belong together") from None
         log("error", f"{message} any more; have it issued anew")
         state["trust"]["strays"] = leaf
         return
-    state["identity"] = leaf
+    state["identity"] = pair
     state["trust"].pop("strays", None)
-    memo["checked"] = mark
 
 
 # Trust bundle and discovery.
@@ -2722,11 +2743,11 @@ def check_sequence(bundle, trust, trust_domain):
                          " a rebuilt identity service: then unenroll and enroll again)")
 
 
-def parse_discovery(data, document_url, trust_domain, public, held=None):
+def parse_discovery(data, document_url, trust_domain, public):
     """A discovery document to a Discovery; raises ValueError (C-033 to C-035).
 
     trust_domain: of the own SVID, None where there is none yet.  public: whether the system's store vouched
-    for the document, which may then name no other origin.  held: the state's `trust`.
+    for the document, which may then name no other origin.
     """
     value = parse_json(data, "the discovery document")
     check_shape(value, {"trustDomain": "(?s).*"}, "the discovery document")
@@ -2735,11 +2756,8 @@ def parse_discovery(data, document_url, trust_domain, public, held=None):
         raise ValueError(f"it is for trust domain {make_printable(domain, 100)}, the own SVID is of"
                          f" {trust_domain}")
     uri = parse_discovered("trustBundleUri", read_url, value, document_url, public)
-    parts, faults = {}, []
-    for name, companion in COMPANIONS.items():
-        parts[name], passed = companion.parse(value, document_url, public, (held or {}).get(name))
-        faults += passed
-    return Discovery(domain, uri, parts, faults)
+    parts = {name: item.parse(value, document_url, public) for name, item in COMPANIONS.items()}
+    return Discovery(domain, uri, parts)
 
 
 def parse_discovered(name, reader, members, document_url, public):
@@ -2761,7 +2779,7 @@ def find_origin(url):
     return parts.hostname, parts.port or 443
 
 
-def fetch_discovery(config, trust_domain, now, held=None):
+def fetch_discovery(config, trust_domain, now):
     """The Discovery of identity.discovery; raises Unreachable, Untrusted, Refused.
 
     None where there is no such document and identity.trust_bundle is a URL (C-046).
@@ -2774,12 +2792,9 @@ def fetch_discovery(config, trust_domain, now, held=None):
     check_response(answer, where, (200,), now)
     public = not (settings.ca or settings.pins)
     try:
-        found = parse_discovery(answer.body, settings.discovery, trust_domain, public, held)
+        return parse_discovery(answer.body, settings.discovery, trust_domain, public)
     except ValueError as error:
         raise Untrusted(f"{where}: {error}") from None
-    for fault in found.faults:
-        log("warning", "part of the discovery document is passed over", reason=fault)
-    return found
 
 
 def is_remote(settings):
@@ -2812,12 +2827,12 @@ def is_bundle_due(config, state, hint, asked, now):
     hint: seconds after which the bundle at hand asks for it.  asked: when it was done last (Unix seconds).
     """
     trust = state["trust"]
-    wanted = [name for name, item in COMPANIONS.items() if config.identity.discovery and item.wanted(config)]
+    wanted = [name for name, item in COMPANIONS.items() if item.wanted(config)]
     if not trust.keys() >= {"source", *wanted}:
         return True
     periods = [hint or config.identity.refresh]
     for companion in COMPANIONS.values():
-        periods += companion.limits(state) if companion.limits else []
+        periods += companion.limits(state)
     return not asked <= now < asked + min(periods)
 
 
@@ -2852,12 +2867,15 @@ def fetch_trust_bundle(config, store, state, held, trust_domain, now, keep):
     """
     trust = state["trust"]
     url = config.identity.trust_bundle
-    found = fetch_discovery(config, trust_domain, now, trust) if config.identity.discovery else None
+    found = fetch_discovery(config, trust_domain, now) if config.identity.discovery else None
     if found:
         url, trust_domain = found.bundle_uri, found.trust_domain
     for name, companion in COMPANIONS.items():
         if companion.wanted(config) and (found or name not in trust):
-            trust[name] = found.parts[name] if found else None
+            part = found.parts[name] if found else None
+            if trust.get(name) and not part:
+                log("warning", f"it names no {companion.title} any more; what is at hand of that counts on")
+            trust[name] = part
     answer = fetch_from_mis(url, config)
     check_response(answer, f"trust bundle {url}", (200,), now)
     store.load_memo()["trust"] = now
@@ -2948,15 +2966,15 @@ def fetch_from_mis(url, config, headers=None, limit=MAX_CERTIFICATES):
 
 # Keys, which openssl makes and uses; the agent never holds a private one.
 
-def run_openssl(arguments, data=b"", expected=b""):
+def run_openssl(command, *values, data=b"", expected=b""):
     """What one openssl command prints on stdout.
 
-    Raises CommandError where it does not say `expected` or ends with another code than 0, and ConfigError
-    where there is no openssl.
+    command: its fixed words as one would type them; values: what follows.  Raises CommandError where it does
+    not say `expected` or ends with another code than 0, and ConfigError where there is no openssl.
     """
-    output = run_command(["openssl"] + arguments, 60, data=data)
+    output = run_command(["openssl", *command.split(), *values], 60, data=data)
     if output.code or expected not in output.stdout + output.stderr.encode():
-        raise CommandError(f"openssl {arguments[0]} failed: {output.stderr}")
+        raise CommandError(f"openssl {command.partition(' ')[0]} failed: {output.stderr}")
     return output.stdout
 
 
@@ -2977,21 +2995,20 @@ def obtain_key(path, algorithm=None):
     """
     if os.path.exists(path) or is_uri(path):        # whoever made the token made its key
         return False
-    kind = KEY_KINDS.get(algorithm or "ecdsa-p256-sha256", ["RSA", "-pkeyopt", "rsa_keygen_bits:3072"])
-    write_file(path, run_openssl(["genpkey", "-algorithm"] + kind, expected=b"PRIVATE KEY"))
+    kind = KEY_KINDS.get(algorithm or "ecdsa-p256-sha256", "RSA -pkeyopt rsa_keygen_bits:3072")
+    write_file(path, run_openssl("genpkey -algorithm " + kind, expected=b"PRIVATE KEY"))
     log("info", "new private key", path=path)
     return True
 
 
 def load_public_key(path):
     """The public key of a private one, as it stands in a certificate (DER); raises CommandError."""
-    return run_openssl(["pkey", "-in", path, "-pubout", "-outform", "DER"])
+    return run_openssl("pkey -pubout -outform DER -in", path)
 
 
 def run_csr(path, form="PEM"):
     """A PKCS#10 request for a key; it carries no names, because the issuer decides on them (E-035)."""
-    command = ["req", "-new", "-batch", "-sha256", "-subj", "/", "-outform", form, "-key", path]
-    return run_openssl(command, expected=b"CERTIFICATE REQUEST" if form == "PEM" else b"")
+    return run_openssl("req -new -batch -sha256 -subj / -outform", form, "-key", path)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -3216,23 +3233,27 @@ def detect_properties(state_dir, root="/", hostname=False):
     return found
 
 
-# What boards say that have nothing of their own to say, each run of signs a blank: words for nothing, the
-# name of the field itself, one character again and again; and what counts up or down, from whose start five
-# or more characters are taken.
-PLACEHOLDER = (
-    r"(?i)(to be filled.*|o ?e ?m|default( string)?|standard|none|null|empty|blank|invalid|tbd|test|dummy"
-    r"|un(known|defined|specified)|n ?a|serial( ?(number|no))?|03000200 0400 0500 0006 000700080009"
-    r"|not? ?(specified|applicable|available|provided|present|set|asset tag|serial( number)?)"
-    r"|(type ?[0-9]+ )?(system|chassis|base ?board|board|product) .*|[0 ]*|(?P<one>\S)((?P=one)| ){2,})")
+# What boards say that have nothing of their own to say, without blanks and signs; and what counts up or down,
+# from whose start five or more characters are taken.
+PLACEHOLDERS = frozenset((
+    "oem default defaultstring standard none null empty blank invalid tbd test dummy na unknown undefined"
+    " unspecified notspecified notapplicable notavailable notprovided notpresent notset noassettag noserial"
+    " noserialnumber serial serialno serialnumber 03000200040005000006000700080009").split())
 COUNTING = ("0123456789abcdef", "123456789abcdef", "12345678901234567890", "fedcba9876543210", "9876543210",
             "987654321")
 
 
 def is_placeholder(text):
-    """Whether the firmware's text says nothing of this one device."""
-    plain = re.sub(r"[\W_]+", " ", text).strip()
-    counts = len(text) > 4 and any(row.startswith(text.lower()) for row in COUNTING)
-    return counts or bool(re.fullmatch(PLACEHOLDER, plain))
+    """Whether the firmware's text says nothing of this one device.
+
+    So does the name of the field itself, such as `System Serial Number`, and one character again and again.
+    """
+    text = text.lower()
+    plain = re.sub(r"[\W_]", "", text)
+    repeats = len(set(plain)) == 1 and len(text) > 2
+    counts = len(plain) > 4 and any(row.startswith(plain) for row in COUNTING)
+    named = re.match(r"to be filled|(type ?[0-9]+ \W*)?(system|chassis|base ?board|board|product)\W", text)
+    return plain in PLACEHOLDERS or not plain.strip("0") or repeats or counts or bool(named)
 
 
 def detect_text(root, dmi, tree):
@@ -6136,13 +6157,11 @@ class Registry:
         Raises ComponentError PULL_UNAUTHORIZED, PULL_FAILED.
         """
         url = f"{self.scheme}://{self.address}/v2/{name}/{path}"
-        for attempt in range(2):
+        response = self.fetch(url, accept, limit)
+        if response.status == 401:
+            challenge = ", ".join(response.headers.get_all("WWW-Authenticate") or ())
+            self.authorization = self.authenticate(parse_challenge(challenge), name)
             response = self.fetch(url, accept, limit)
-            if response.status != 401 or attempt:
-                break
-            self.authorization = self.authenticate(
-                parse_challenge(", ".join(response.headers.get_all("WWW-Authenticate") or ())), name
-            )
         return self.check(response, url, limit)
 
     def check(self, response, url, limit):
@@ -6199,10 +6218,7 @@ class Registry:
         """One GET, by TLS where the URL says so."""
         secure = url.startswith("https:")
         if secure and self.context is None:
-            try:
-                self.context = make_tls_context(ca_file=self.settings.ca, min_tls="1.2")
-            except Untrusted as error:
-                raise ComponentError("PULL_FAILED", f"registries.{self.host}.ca: {error.message}") from None
+            self.context = make_tls_context(ca_file=self.settings.ca, min_tls="1.2")
         return request("GET", url, headers, None, self.context if secure else None, self.timeout, limit)
 
     def authenticate(self, challenges, name):
@@ -6336,7 +6352,7 @@ def parse_package_manifest(data, where, max_artifact, kind="compose"):
         digest = layer.get("digest")
         size = layer.get("size")
         check_shape(digest, DIGEST_PATTERN, "the layer's digest")
-        if not isinstance(size, int) or size is True or size < 1:
+        if type(size) is not int or size < 1:
             found = make_printable(str(size), 80)
             raise ValueError(f"the layer's size: found {found!r}, expected a number of bytes")
         if size > max_artifact:
@@ -6387,13 +6403,12 @@ def check_archive(data, max_unpacked, relaxed=False):
     tops = set()
     try:
         plain, members, end = unpack_tar(data, max_unpacked, MAX_ENTRIES)
-        loose = relaxed and any("/" not in re.sub(r"\A\./", "", member.name) and not member.isdir()
-                                for member in members)
+        loose = relaxed and any("/" not in strip_dot(member.name) and not member.isdir() for member in members)
         for member in members:
             add_entry(member, entries, tops, "package/" if loose else "")
         if any(piece.strip(b"\0") for piece in read_pieces(plain, end, max_unpacked)):
             raise ValueError(f"it is damaged at byte {end}")
-        if not entries and not tops:
+        if not tops:
             raise ValueError("it is empty")
         if sum(entry.size for entry in entries.values()) > max_unpacked:
             raise ValueError(f"its files have more than {max_unpacked} bytes (policy.max_unpacked)")
@@ -6405,11 +6420,16 @@ def check_archive(data, max_unpacked, relaxed=False):
         if compose is None or compose.kind != "file":
             raise ValueError("no compose.yaml in the top-level folder"
                              + (f" ({others[0]} is not taken for it)" if others else ""))
-        # in the order in which their bytes come
+        # first folders, then files in the order in which their bytes come
         return plain, sorted(entries.values(), key=lambda entry: (entry.kind == "link", entry.offset))
     except ValueError as error:
         raise ComponentError("ARCHIVE_INVALID",
                              f"Compose Archive refused: {make_printable(str(error))}") from None
+
+
+def strip_dot(name):
+    """A name of a tar entry without the ./ that it may begin with."""
+    return name[2:] if name.startswith("./") else name
 
 
 def add_entry(member, entries, tops, top=""):
@@ -6417,18 +6437,18 @@ def add_entry(member, entries, tops, top=""):
 
     top: the folder that an archive without one is taken to lie in.  Raises ValueError.
     """
-    name = member.name[2:] if member.name.startswith("./") else member.name
+    name = strip_dot(member.name)
     if name in ("", ".") and member.isdir():
         return
     absolute = name.startswith("/")
     name = top + name
-    parts = name.rstrip("/").split("/")
-    if absolute or {"..", "", "."} & set(parts) or not is_storable(name):
+    first, *parts = name.rstrip("/").split("/")
+    if absolute or {"..", "", "."} & {first, *parts} or not is_storable(name):
         raise ValueError(f"{make_printable(name)!r} is not a path inside the archive")
-    tops.add(parts[0])
+    path = "/".join(parts)
+    tops.add(first)
     if len(tops) > 1:
         raise ValueError(f"more than one top-level entry ({', '.join(sorted(tops))})")
-    path = "/".join(parts[1:])
     if member.isdir():
         entry = Entry(path, "folder", 0o755, None, 0, 0)
     elif not path:
@@ -6443,9 +6463,9 @@ def add_entry(member, entries, tops, top=""):
             )
         entry = Entry(path, "link", 0o777, member.linkname, 0, 0)
     elif member.islnk():
-        target = top + (member.linkname[2:] if member.linkname.startswith("./") else member.linkname)
-        source = entries.get("/".join(target.split("/")[1:])) if target.split("/")[0] in tops else None
-        if source is None or source.kind != "file":
+        target, _, inside = (top + strip_dot(member.linkname)).partition("/")
+        source = entries.get(inside)
+        if target != first or source is None or source.kind != "file":
             raise ValueError(
                 f"the hard link {name!r} leads to {member.linkname!r},"
                 " which is no earlier file of the archive"
@@ -6453,10 +6473,9 @@ def add_entry(member, entries, tops, top=""):
         entry = source._replace(path=path)
     else:
         raise ValueError(f"{name!r} is neither file, folder nor link")
-    if path and entries.get(path, entry) != entry or (path in entries and entry.kind != "folder"):
+    if path in entries and (entry.kind != "folder" or entries[path] != entry):
         raise ValueError(f"{name!r} occurs twice")
-    if path:
-        entries[path] = entry
+    entries[path] = entry
 
 
 def is_storable(path):
@@ -6491,35 +6510,41 @@ def resolve_link(path, entries, hops):
             if not resolved:
                 raise ValueError(f"the link {path!r} leads out of the top-level folder")
             resolved.pop()
-            continue
-        if part in ("", "."):
-            continue
-        entry = entries.get("/".join(resolved + [part]))
-        if entry is None or entry.kind != "link":
+        elif part not in ("", "."):
             resolved.append(part)
-            continue
-        hops -= 1
-        if hops < 0 or entry.link.startswith("/"):
-            raise ValueError(f"the link {path!r} leads out of the top-level folder, or in a circle")
-        todo.extend(entry.link.split("/")[::-1])
+        entry = entries.get("/".join(resolved))
+        if entry and entry.kind == "link":
+            hops -= 1
+            if hops < 0 or entry.link.startswith("/"):
+                raise ValueError(f"the link {path!r} leads out of the top-level folder, or in a circle")
+            resolved.pop()
+            todo.extend(entry.link.split("/")[::-1])
     return "/".join(resolved)
 
 
-def load_sameness(path, entry, plain, twin):
-    """Whether a path on the disk is what an Entry of an archive says.
+def load_entries(plain, entries, folder):
+    """Each Entry, its path below a folder, and the bytes of a file piece by piece.
 
-    plain: a file of its tar bytes.  twin: a path that already was found to hold the same bytes, or None.
+    plain: a file of the archive's tar bytes.  It would be unpacked anew to go back in it, so those of a hard
+    link are taken from the path of the file before.
     """
+    places = {}
+    for entry in entries:
+        path = os.path.join(folder, entry.path)
+        first = places.setdefault(entry.offset, path)
+        again = load_pieces(first) if first != path else read_pieces(plain, entry.offset, entry.size)
+        yield entry, path, again
+
+
+def load_sameness(entry, path, pieces):
+    """Whether a path on the disk is what an Entry of an archive says, a file of these bytes."""
     if os.path.islink(path) or entry.kind == "link":
         return os.path.islink(path) and os.readlink(path) == entry.link
     if entry.kind == "folder":
         return os.path.isdir(path)
-    if not os.path.isfile(path) or os.path.getsize(path) != entry.size:
-        return False
-    if os.stat(path).st_mode & 0o777 != entry.mode:
-        return False
-    pieces = load_pieces(twin) if twin else read_pieces(plain, entry.offset, entry.size)
-    return digest_pieces(pieces) == digest_pieces(load_pieces(path))
+    return (os.path.isfile(path) and os.path.getsize(path) == entry.size
+            and os.stat(path).st_mode & 0o777 == entry.mode
+            and digest_pieces(pieces) == digest_pieces(load_pieces(path)))
 
 
 def unpack_package(data, digest, parent, max_unpacked, relaxed=False):
@@ -6532,36 +6557,23 @@ def unpack_package(data, digest, parent, max_unpacked, relaxed=False):
     plain, entries = check_archive(data, max_unpacked, relaxed)
     work = folder + ".tmp"
     if os.path.isdir(folder):
-        places = {}
-        for entry in entries:
-            path = os.path.join(folder, entry.path)
-            twin = places.get(entry.offset) if entry.kind == "file" else None
-            if not load_sameness(path, entry, plain, twin):
-                break
-            if entry.kind == "file":
-                places.setdefault(entry.offset, path)
-        else:
+        if all(load_sameness(*found) for found in load_entries(plain, entries, folder)):
             return folder
         log("warning", "an unpacked package is not what its archive holds: made anew", folder=folder)
         remove_folder(folder)
     remove_folder(work)
-    create_folder(os.path.join(work, "content"))
-    places = {}
-    for entry in entries:
-        path = os.path.join(work, "content", entry.path)
+    create_folder(work)
+    content = os.path.join(work, "content")
+    for entry, path, pieces in load_entries(plain, entries, content):
+        # containers of other users read it (C-161)
         create_folder(path if entry.kind == "folder" else os.path.dirname(path), 0o755)
         if entry.kind == "file":
-            pieces = read_pieces(plain, entry.offset, entry.size)
-            if entry.offset in places:          # a hard link: the archive is not unpacked anew for it
-                pieces = load_pieces(places[entry.offset])
             write_file(path, pieces, entry.mode, os.path.join(work, "part"))
-            places[entry.offset] = path
         elif entry.kind == "link":
             os.symlink(entry.link, path)
-    os.chmod(os.path.join(work, "content"), 0o755)      # containers of other users read it (C-161)
-    for path, _, _ in os.walk(os.path.join(work, "content")):
+    for path, _, _ in os.walk(content):
         sync_folder(path)
-    os.rename(os.path.join(work, "content"), folder)
+    os.rename(content, folder)
     os.rmdir(work)
     sync_folder(parent)
     return folder
@@ -6754,14 +6766,16 @@ Problem = define("Problem", "type title detail retryable retry_after strategy er
     "", "", "", None, None, "", ())
 
 
-def make_tls_context(anchors=(), ca_file=None, min_tls="1.3"):
+def make_tls_context(anchors=(), ca_file=None, min_tls="1.3", direct=False):
     """An SSLContext that trusts the anchors (DER), or those of a PEM file, or without both the system's.
 
+    direct: what is asked by it goes through no proxy.
     Python's default loaders are not used: they would let any web certificate through where a trust bundle
     decides (C-006).
     """
     import ssl
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.direct = direct
     context.hostname_checks_common_name = False     # a name stands in subjectAltName (RFC 9525)
     context.set_ciphers(CIPHERS)
     try:
@@ -6797,15 +6811,16 @@ def request(method, url, headers, body, context, timeout, limit, check_peer=None
     where = f"{method} {url}"
     headers = {"User-Agent": f"margo-agent/{__version__}", **headers}
     message = urllib.request.Request(url, data=body, headers=headers, method=method)
+    proxy = "" if getattr(context, "direct", False) else ask_proxy(url)
     try:
-        with make_opener(context, check_peer).open(message, timeout=timeout) as response:
+        with make_opener(context, check_peer, proxy).open(message, timeout=timeout) as response:
             found = http.client.HTTPMessage()
             for name, value in response.headers.items():            # folded lines are one (RFC 9112, 5.2)
                 found[name] = re.sub(r"\s*[\r\n]\s*", " ", value)
             return Response(response.status, found, read_body(response, limit, timeout, where))
     except (OSError, http.client.HTTPException, ValueError) as error:
         reason = error.reason if isinstance(error, urllib.error.URLError) else error
-        raise make_network_error(where, reason, timeout, context, ask_proxy(url)) from None
+        raise make_network_error(where, reason, timeout, context, proxy) from None
 
 
 class Paced(io.RawIOBase):
@@ -6885,8 +6900,11 @@ def open_connection(address, timeout, source=None):
             peer.close()
 
 
-def make_opener(context, check_peer):
-    """The agent's own opener: it follows no redirect, keeps no cookie, and takes any status as an answer."""
+def make_opener(context, check_peer, proxy):
+    """The agent's own opener: it follows no redirect, keeps no cookie, and takes any status as an answer.
+
+    proxy: whether the environment's proxies are asked.
+    """
     import http.client
     import urllib.request
 
@@ -6929,8 +6947,9 @@ def make_opener(context, check_peer):
     setattr(handler, f"{scheme}_open", lambda message: handler.do_open(Connection, message))
     setattr(handler, f"{scheme}_request", handler.do_request_)
     opener = urllib.request.OpenerDirector()
-    for item in (urllib.request.ProxyHandler(), handler):
-        opener.add_handler(item)
+    if proxy:
+        opener.add_handler(urllib.request.ProxyHandler())
+    opener.add_handler(handler)
     return opener
 
 
@@ -7338,7 +7357,7 @@ def make_state():
     trust       {source, etag, sequence, refreshedAt, trustDomain}: of trust-bundle.json; {est, crls}: what
                 discovery named;
                 {strays}: digest of an own leaf that does not lead to it any more
-    identity    digest of the own leaf that was last found to lead to the trust bundle
+    identity    digests of the own leaf that was last found to lead to a trust bundle, and of that
     est         what is under way, and the back-off: see Enrollment
     crls        {URL: {digest, number, key, thisUpdate, validity, etag, modified; back-off}}: of the lists of
                 revocations in crls/
@@ -7353,15 +7372,12 @@ def make_state():
                 refused: what came after it}
     lastPoll    {at, result, detail} of the last cycle that had something to store
     """
-    return {
-        "schema": 2, "enrollment": None, "client": None, "accepted": None, "deployments": {}, "outbox": {},
-        "dropped": {}, "reported": {}, "trust": {}, "identity": None, "est": {}, "crls": {}, "drafts": [],
-        "patience": {}, "waits": {}, "waiting": None, "owners": [], "pulled": [], "history": [],
-        "lastPoll": None}
+    parts = {name: None if isinstance(form, tuple) else type(form)() for name, form in STATE.items()}
+    return dict(parts, schema=2)
 
 
-# What is read of it has to look like, see check_shape; a state with a digest is as this agent wrote it.
-VERSION = (float, str)
+# The forms of its parts, see check_shape.
+VERSION = (float, "[0-9a-f]{40,64}")                 # a commit's hash, with profile git
 WAIT = {"failures+": float, "at+": float, "delay+": float, "boot+": str, "uptime+": float, "since?": float}
 PACKAGE = {"reference": str, "digest": DIGEST_PATTERN}
 SERVICES = {"*": {"finished": bool, "hash": str, "image": str, "id?": str, "started+": float,
@@ -7371,26 +7387,28 @@ PART = {"name": str, "state": str, "error?": FAULT}
 RUNNING = {"digest": str, "packages": {"*": PACKAGE}, "images": [str], "type+": str, "mark+": str,
            "services+": {"*": SERVICES}}
 RECORD = {
-    "deploymentId": UUID_PATTERN, "name": str, "deviceId": str, "type": str, "state": str,
+    "deploymentId": UUID_PATTERN, "name": str, "deviceId": str, "type": str, "state": "|".join(STATES),
     "error": (None, FAULT),
     "adopted": {"digest": str, "version": VERSION}, "running": (None, RUNNING), "previous": (None, RUNNING),
-    "refused+": bool, "fallback": bool, "found+": bool, "fetched+": [str], "retry": WAIT, "repair": WAIT,
+    "refused": bool, "fallback": bool, "found": bool, "fetched": [str], "retry": WAIT, "repair": WAIT,
     "components": [dict(PART, services=SERVICES, **{"error": (None, FAULT), "package": (None, PACKAGE)})]}
-ACCEPTED = {"version": VERSION, "etag?": str, "digest": str, "acceptedAt": str,
+ACCEPTED = {"version": VERSION, "etag": (None, str), "digest": str, "acceptedAt": str,
             "deployments": [{"deploymentId": UUID_PATTERN, "digest": DIGEST_PATTERN}]}
+POLL = {"at": str, "result": str, "detail": str}
 STATE = {
-    "enrollment?": {"id": str, "devices+": {"*": (None, str)}}, "client?": {"id": str, "key": str},
-    "accepted?": ACCEPTED, "deployments": {"*": RECORD}, "reported": {"*": (None, str)}, "waits": {"*": WAIT},
-    "outbox": {"*": {"deploymentId": r"[\w-]{1,99}", "status+": {"state": str, "error?": FAULT},
-                     "components+": [PART]}},
-    "dropped": {"*": {"state": str, "at": str, "reason": str}}, "identity?": str, "drafts": [str],
+    "enrollment": (None, {"id": str, "devices+": {"*": (None, str)}}),
+    "client": (None, {"id": str, "key": str}), "accepted": (None, ACCEPTED), "deployments": {"*": RECORD},
+    "outbox": {"*": {"deploymentId": r"[\w-]{1,99}", "deviceId": str, "adoptedManifestVersion": VERSION,
+                     "status": {"state": str, "error?": FAULT}, "components": [PART]}},
+    "dropped": {"*": {"state": str, "at": str, "reason": str}}, "reported": {"*": (None, str)},
     "trust": {"source?": str, "etag?": str, "sequence?": float, "refreshedAt?": float, "trustDomain?": str,
               "strays+": str, "est?": str, "crls?": [str]},
-    "est": dict, "crls": dict, "patience": WAIT, "waiting?": str, "owners": [str], "pulled": [str],
+    "identity": (None, str), "est": {}, "crls": {}, "drafts": [str], "patience": WAIT, "waits": {"*": WAIT},
+    "waiting": (None, str), "owners": [str], "pulled": [str],
     "history": [{"version": VERSION, "at": str, "outcome": str, "refused+": str, "added": [str],
                  "changed": [str], "removed": [str], "names+": {"*": str}}],
-    "lastPoll?": {"at": (None, str), "result+": str, "detail+": str}}
-MEMO = {"lastPoll?": STATE["lastPoll?"], "etags+": {"*": str}, "warnedAt+": float, "checked?": str,
+    "lastPoll": (None, POLL)}
+MEMO = {"lastPoll?": POLL, "etags+": {"*": str}, "warnedAt+": float,
         "others?": [{"owner": str, "name": str, "type": str, "deploymentId": str}], "trust?": float,
         "boot?": str, "start+": float}
 
@@ -7478,9 +7496,11 @@ def parse_state(data, path):
     outbox = state["outbox"].values() if isinstance(state["outbox"], dict) else state["outbox"]
     try:
         state["outbox"] = {status["deploymentId"].lower(): status for status in outbox}
-        state["deployments"] = {key: migrate_record(record) for key, record in state["deployments"].items()}
+        records = [migrate_record(record) for record in state["deployments"].values()]
+        state["deployments"] = {record["deploymentId"].lower(): record for record in records}
     except (TypeError, KeyError, AttributeError):
         raise ValueError(f"{path} is not a state of this agent (outbox or deployments)") from None
+    check_shape(state, STATE, path)
     return state
 
 
@@ -7493,7 +7513,7 @@ def migrate_record(record):
     record = {key: value for key, value in record.items() if key not in OLD_FIELDS}
     if "services" not in (record.get("running") or ()):
         record["fallback"] = False                  # what is installed has been said to have a version before
-    return dict(record, retry={}, repair={})
+    return dict({"refused": False, "found": False, "fetched": []}, **dict(record, retry={}, repair={}))
 
 
 def shorten_errors(state):
@@ -7612,8 +7632,6 @@ class Store:
                 continue
             try:
                 state = parse_state(data, name)
-                if SUM not in data:
-                    check_shape(state, STATE, name)
             except ValueError as error:
                 fault = fault or error
                 continue
@@ -7678,7 +7696,7 @@ class Store:
         for name in os.listdir(self.path("artifacts")):
             if name not in keep and re.match("sha256-[0-9a-f]{64}", name):
                 os.remove(self.path("artifacts", name))
-        short = {digest.split(":")[1][:16] for digest in digests}
+        short = {digest[7:23] for digest in digests}
         form = re.compile(r"[0-9a-f]{16}(\.content)?|content-[0-9a-f]{32}(\.new)?")
         top = self.path("deployments")
         for folder, folders, files in os.walk(top):
@@ -8145,24 +8163,24 @@ class Settings(dict):
 # The kit of readers. A reader takes (value, base) and returns what it makes of the value, or raises
 # ValueError of what is expected. The value is YAML; `base` is the folder that relative file names start from.
 
-def scalar(expected, pattern=r"(?s).*", make=None):
-    """A reader of text of one form; a plain number keeps its spelling.  make: what is made of the text.
+def scalar(expected, pattern="", make=str, words=()):
+    """A reader of text of one form, or of one of some words; a plain number keeps its spelling.
 
-    It may raise ValueError.
+    make: what is made of the text.  It may raise ValueError.
     """
     def read(value, base):
         if isinstance(value, bool) or not isinstance(value, (str, int, float)):
             raise ValueError(expected)
         text = scalar_text(value)
-        if not re.fullmatch(pattern, text):
+        if pattern and not re.fullmatch(pattern, text) or words and text not in words:
             raise ValueError(expected)
-        return make(text) if make else text
+        return make(text)
     return read
 
 
 def choice(*words):
     """A reader of one of some words."""
-    return scalar("one of " + ", ".join(words), "|".join(map(re.escape, words)))
+    return scalar("one of " + ", ".join(words), words=words)
 
 
 def checked(expected, test):
@@ -8187,7 +8205,7 @@ def list_of(read_item, expected, least=0):
 
 def is_number(value):
     """Whether a value is a number that JSON can write; a boolean is none."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < float("inf")
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < MAX_NUMBER
 
 
 def get_kind(value):
@@ -8622,39 +8640,58 @@ def check_shape(value, shape, where):
     {member: shape}.  `?` after a member's name says that it may be missing or null, `+` that it may be
     missing; the name `*` stands for all.
     """
+    flaw = find_flaw(value, shape)
+    if flaw:
+        place, found, expected = flaw
+        place = (where + place).lstrip(".") or "the document"
+        raise ValueError(f"{place}: found {make_printable(str(found), 80)!r}, expected {expected}")
+
+
+EXPECTED = {dict: "a mapping", list: "a list", float: "a number", bool: "true or false", str: "text",
+            type(None): "null"}
+
+
+def find_flaw(value, shape):
+    """(place, what is there, what is expected there) of the first thing that a shape forbids, or None."""
     if isinstance(shape, tuple):
-        for inner in shape[:-1]:
-            try:
-                return check_shape(value, inner, where)
-            except ValueError:
-                pass
-        shape = shape[-1]
+        flaws = [find_flaw(value, inner) for inner in shape]
+        return None if None in flaws else flaws[-1]
     kind = shape if isinstance(shape, type) else type(shape)
-    expected = {dict: "a mapping", list: "a list", float: "a number", bool: "true or false"}.get(
-        kind, f"text of the form {shape}")
     fits = isinstance(value, kind)
     if kind is float:
-        fits = get_kind(value) == "number" and value >= 0
-    if isinstance(shape, str):
+        fits = is_number(value) and value >= 0
+    elif isinstance(shape, str):
         fits = fits and re.fullmatch(shape, value, re.ASCII)
+    elif isinstance(shape, list) and fits:
+        fits = len(shape) in (1, len(value))
     if not fits:
-        found = make_printable(str(value), 80)
-        raise ValueError(f"{where or 'the document'}: found {found!r}, expected {expected}")
+        expected = f"text of the form {shape}" if isinstance(shape, str) else EXPECTED[kind]
+        return "", value, expected
+    for key, item, inner in list_members(value, shape):
+        if inner is type(item) is not float:
+            continue                                # most are just text: a state has thousands of these
+        flaw = find_flaw(item, inner)
+        if flaw:
+            place = f"[{key}]" if isinstance(value, list) else f".{make_printable(key, 80)}"
+            return place + flaw[0], flaw[1], flaw[2]
+    return None
+
+
+def list_members(value, shape):
+    """[(place, item, its shape)] of all that a shape of a list or of a mapping asks for."""
     if isinstance(shape, list):
-        shapes = shape * len(value) if len(shape) == 1 else shape
-        for index, inner in enumerate(shapes):
-            check_shape(value[index] if index < len(value) else None, inner, f"{where}[{index}]")
-    if isinstance(shape, dict):
-        for name, inner in shape.items():
-            key = name.rstrip("?+")
-            wanted = value if key == "*" else {key}
-            for key in wanted if key == name else value.keys() & wanted:
-                place = f"{where}.{make_printable(key, 80)}" if where else key
-                if name[-1] == "?":
-                    inner = None, inner
-                elif key not in value and isinstance(inner, tuple):
-                    inner = inner[-1]               # what may be null has to be there all the same
-                check_shape(value.get(key), inner, place)
+        return zip(range(len(value)), value, shape * len(value))
+    found = []
+    for name, inner in shape.items() if isinstance(shape, dict) else ():
+        key = name.rstrip("?+")
+        if name == "*":
+            found += [(key, item, inner) for key, item in value.items()]
+        elif key not in value:                      # what may be null has to be there all the same
+            inner = inner[-1] if isinstance(inner, tuple) else inner
+            found += [(key, None, inner)] * (key == name)
+        elif value[key] is not None or name[-1] != "?":
+            found.append((key, value[key], inner))
+    return found
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -8705,8 +8742,10 @@ def parse_der(data):
 def make_der(tag, *parts):
     """One DER element around its parts."""
     body = b"".join(parts)
-    size = len(body).to_bytes((len(body).bit_length() + 7) // 8, "big")
-    return bytes([tag]) + (size or b"\0" if len(body) < 128 else bytes([0x80 | len(size)]) + size) + body
+    size = len(body).to_bytes(4, "big").lstrip(b"\0") or b"\0"
+    if len(body) > 127:
+        size = bytes([0x80 | len(size)]) + size
+    return bytes([tag]) + size + body
 
 
 def parse_certificate(der):
@@ -8808,8 +8847,7 @@ def parse_pem(text, label="CERTIFICATE"):
 
 def make_pem(ders):
     """Certificates (DER) as PEM text."""
-    import textwrap
-    bodies = ("\n".join(textwrap.wrap(make_base64(der), 64)) for der in ders)
+    bodies = ("\n".join(re.findall(".{1,64}", make_base64(der))) for der in ders)
     return "".join(f"-----BEGIN CERTIFICATE-----\n{body}\n-----END CERTIFICATE-----\n" for body in bodies)
 
 
@@ -8822,6 +8860,7 @@ def make_pem(ders):
 # column is `column` (-1 at the end and at a marker).
 
 MAX_DEPTH = 64                      # levels of collections
+AFTER = " \t\n", " \t\n,[]{}"       # what stands behind an indicator, and what in a flow collection
 
 INT_PATTERN = r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+"
 FLOAT_PATTERN = (
@@ -8832,7 +8871,6 @@ CONSTANTS = {"": None, "~": None, "null": None, "Null": None, "NULL": None, "tru
              "false": False, "False": False, "FALSE": False}
 # what stands behind a backslash, and what each of these means
 ESCAPES = dict(zip('0abt\tnvfre "/\\N_LP', '\0\a\b\t\t\n\v\f\r\x1b "/\\\x85\xa0\u2028\u2029'))
-TAGS = ("!", "str", "int", "float", "bool", "null", "map", "seq")
 
 
 class YAMLError(ValueError):
@@ -8854,6 +8892,11 @@ class PlainFloat(float):
     """A number that keeps its spelling, such as 1.10, in `source`."""
 
 
+# what a plain scalar may be where it has a tag; with the first two it stays text
+TAGS = {"!": (), "str": (), "int": (int, PlainInt), "float": (float, PlainFloat), "bool": (bool,),
+        "null": (type(None),), "map": (), "seq": ()}
+
+
 def load_yaml(text):
     """Reads one YAML 1.2 document (str or UTF-8 bytes) into dict, list, str, int, float, bool, None.
 
@@ -8863,9 +8906,9 @@ def load_yaml(text):
     """
     if isinstance(text, (bytes, bytearray)):
         try:
-            text = bytes(text).decode("utf-8")
+            text = text.decode("utf-8")
         except UnicodeDecodeError as error:
-            line = bytes(text[:error.start]).count(b"\n") + 1
+            line = text.count(b"\n", 0, error.start) + 1
             raise YAMLError("not UTF-8; save it as UTF-8", line, 1) from None
     return YAMLReader(text).read_document()
 
@@ -8891,19 +8934,19 @@ class YAMLReader:
     # what ends a line of a plain scalar in a block, and in a flow collection
     STOP = (re.compile(r":(?=[ \t\n])|[ \t]#|\n"), re.compile(r":(?=[ \t\n,\[\]{}])|[ \t]#|[\n,\[\]{}]"))
     MARKER = re.compile(r"(?:---|\.\.\.)(?=[ \t\n])")
-    NAME = re.compile(r"[^\s,\[\]{}]+")
+    ALIAS = re.compile(r"\*([^\s,\[\]{}]+)")
     # a plain key: quoted, it is text
     MERGE = re.compile(r"(?:\?\s+)?(?:&\S+\s+)?<<")
-    PROPERTY = re.compile(r"(?:&([^\s,\[\]{}]+)|(!<[^\s<>]+>|![^\s,\[\]{}]*))(?:[ \t]+|(?=[\n,\]}]))")
-    # what is not itself in a quoted scalar
+    PROPERTY = re.compile(r"(&[^\s,\[\]{}]+|!<[^\s<>]+>|![^\s,\[\]{}]*)(?:[ \t]+|(?=[\n,\]}]))")
+    # what is not itself in a quoted scalar, or ends it
     QUOTED = {
-        '"': re.compile(r"\\(?:\n[ \t\n]*|x[0-9a-fA-F]{2}|u[0-9a-fA-F]{4}|U[0-9a-fA-F]{8}|.)"
+        '"': re.compile(r"\"|\\(?:\n[ \t\n]*|x[0-9a-fA-F]{2}|u[0-9a-fA-F]{4}|U[0-9a-fA-F]{8}|.)"
                         r"|(?:(?<![ \t])|(?<=\\[ \t]))[ \t]*\n[ \t\n]*"),
-        "'": re.compile(r"''|(?<![ \t])[ \t]*\n[ \t\n]*"),
+        "'": re.compile(r"''?|(?<![ \t])[ \t]*\n[ \t\n]*"),
     }
     # its opposite takes 3 ms to compile
     FORBIDDEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x84\x86-\x9f\ud800-\udfff\ufeff\ufffe\uffff]")
-    HEADER = re.compile(r"([|>])(?:([-+])([1-9])?|([1-9])([-+])?)?(?:[ \t]+#[^\n]*|[ \t]*)\n")
+    HEADER = re.compile(r"([|>])([-+]?[1-9]?|[1-9][-+])(?:[ \t]+#[^\n]*|[ \t]*)\n")
     NUMBER = re.compile(f"(?:({INT_PATTERN})|({FLOAT_PATTERN}))\\Z")
 
     def __init__(self, text):
@@ -8913,7 +8956,7 @@ class YAMLReader:
         self.cut = text[text.rfind("\n") + 1:].strip(" ") != ""
         self.text = text if text.endswith("\n") else text + "\n"
         self.position, self.column, self.depth, self.nodes = 0, 0, 0, 0
-        self.closed = -1                            # where the last quoted scalar or flow collection ended
+        self.kind = ""                              # of the last node, see make_node
         self.anchors = {}
         bad = self.FORBIDDEN.search(self.text)
         if bad:
@@ -8927,9 +8970,7 @@ class YAMLReader:
         raise YAMLError(message, self.text.count("\n", 0, start) + 1, position - start + 1)
 
     def count(self, nodes=1):
-        """Counts nodes, lines, and each 16 characters that an alias repeats: no small document becomes huge.
-
-        """
+        """Counts nodes, lines, and each 16 characters that an alias repeats: nothing small becomes huge."""
         self.nodes += nodes
         if self.nodes > MAX_NODES:
             self.fail(f"more than {MAX_NODES} nodes and lines")
@@ -8991,23 +9032,16 @@ class YAMLReader:
         if not self.skip():
             self.fail("more on this line than belongs to the value; a text with a colon in it needs quotes")
 
-    def look(self, position):
-        """What follows on white space: (where, how many lines end before it, its column)."""
-        end = self.GAP.match(self.text, position).end()
-        line = self.text[self.text.rfind("\n", 0, end) + 1:end]
-        return end, self.text.count("\n", position, end), len(line) - len(line.lstrip(" "))
+    def is_outside(self, position, parent):
+        """Whether what stands first on its line cannot go on with a scalar indented deeper than `parent`."""
+        indent = self.text[self.text.rfind("\n", 0, position) + 1:position]
+        column = len(indent) - len(indent.lstrip(" "))
+        return column <= parent or position == len(self.text) or (
+            not column and bool(self.MARKER.match(self.text, position)))
 
-    def is_outside(self, position, column, parent):
-        """Whether a line cannot go on with a scalar that is indented deeper than `parent`."""
-        return column <= parent or column == 0 and bool(self.MARKER.match(self.text, position))
-
-    def at_indicator(self, characters):
-        """Whether an indicator stands here: one of these characters, then white space."""
-        return self.text[self.position] in characters and self.text[self.position + 1] in " \t\n"
-
-    def at_colon(self):
-        """Whether a colon stands here that ends a key in a flow collection."""
-        return self.text[self.position] == ":" and self.text[self.position + 1] in " \t\n,[]{}"
+    def at_indicator(self, characters, after=AFTER[False]):
+        """Whether an indicator stands here: one of these characters, then white space or what else may."""
+        return self.text[self.position] in characters and self.text[self.position + 1] in after
 
     # Blocks
 
@@ -9018,7 +9052,7 @@ class YAMLReader:
         collection may start on this line.
         """
         text, start = self.text, self.position
-        above = (None, None)
+        above = {}
         while True:
             column = None
             if self.skip():
@@ -9029,55 +9063,49 @@ class YAMLReader:
                 column = self.position - text.rfind("\n", 0, self.position) - 1
             start, compact = self.position, False
             own = self.read_properties()
-            if own == (None, None) or text[self.position] not in "#\n":
+            if not own or text[self.position] not in "#\n":
                 break
             above = self.join(above, own)
-        if text[self.position] in "|>":
-            return self.make_node(self.read_block_scalar(parent), "quoted", self.join(above, own))
         if self.at_indicator("-?"):
-            if column is None or own != (None, None):
+            if column is None or own:
                 self.fail("a block collection cannot start here")
             if text[self.position] == "-":
                 return self.make_node(self.descend(self.read_sequence, column), "seq", above)
             return self.make_node(self.descend(self.read_mapping, column), "map", above)
         content = self.read_content(parent, False)
-        end = self.position
-        self.position = self.SPACE.match(text, end).end()
+        self.position = self.SPACE.match(text, self.position).end()
         if column is not None and self.at_indicator(":"):
             self.position = start
             return self.make_node(self.descend(self.read_mapping, column), "map", above)
-        self.position = end
         node = self.make_node(*content, self.join(above, own))
         self.end_line()
         return node
 
     def join(self, above, own):
         """Anchor and tag of a node whose properties stand on several lines."""
-        if above[0] and own[0] or above[1] and own[1]:
+        if above.keys() & own.keys():
             self.fail("a second anchor or tag for one node")
-        return above[0] or own[0], above[1] or own[1]
+        return {**above, **own}
 
     def read_properties(self):
-        """(anchor, tag) that stand here in either order, None for what is not there; white space after them.
+        """The anchor and tag that stand here in either order, and white space after them.
 
-        An anchor is (its name, its place, how many nodes were before it), a tag (its name, its place).
+        They are {& or !: (the anchor with its &, or the tag's name; its place; how many nodes were before)}.
         """
-        anchor = tag = None
+        found = {}
         while self.text[self.position] in "&!":
             match = self.PROPERTY.match(self.text, self.position)
-            if not match or (anchor if match.group(1) else tag):
+            sign = self.text[self.position]
+            if not match or sign in found:
                 self.fail("an anchor or tag without name or white space after it, or a second one")
-            if match.group(1):
-                anchor = match.group(1), self.position, self.nodes
-                # open: an alias to it from inside would be endless
-                self.anchors[anchor[0]] = self.position
-            else:
-                name = re.sub(r"\A!<tag:yaml\.org,2002:(.*)>\Z|\A!!(\w+)\Z", r"\1\2", match.group(2))
-                if name not in TAGS:
-                    self.fail(f"tag {match.group(2)} is not supported")
-                tag = name, self.position
+            name = re.sub(r"\A!<tag:yaml\.org,2002:(.*)>\Z|\A!!(\w+)\Z", r"\1\2", match.group(1))
+            if sign == "&":                         # open: an alias to it from inside would be endless
+                self.anchors[name] = self.position
+            elif name not in TAGS:
+                self.fail(f"tag {match.group(1)} is not supported")
+            found[sign] = name, self.position, self.nodes
             self.position = match.end()
-        return anchor, tag
+        return found
 
     def descend(self, read, *arguments):
         """What `read` returns, one level deeper."""
@@ -9088,23 +9116,29 @@ class YAMLReader:
         self.depth -= 1
         return value
 
-    def make_node(self, value, kind, properties=(None, None)):
+    def make_node(self, value, kind, properties):
         """A node by its kind (plain, quoted, alias, seq or map), anchor and tag; it is counted."""
-        anchor, tag = properties
-        name, place = tag or (None, None)
+        tag, place, _ = properties.get("!", (None, 0, 0))
+        anchor, start, nodes = properties.get("&", (None, 0, 0))
+        self.kind = kind
         if kind == "alias":
-            if anchor or tag:
+            if properties:
                 self.fail("an alias has neither anchor nor tag")
             return value
         if kind in ("plain", "quoted"):
-            value = self.make_scalar(value, name, kind == "plain")
-        elif name not in (None, "!", kind):
-            self.fail(f"tag !!{name} does not fit this collection", place)
+            value = self.make_scalar(value, tag, kind == "plain")
+        elif tag not in (None, "!", kind):
+            self.fail(f"tag !!{tag} does not fit this collection", place)
         self.count()
-        # else one that began later has that name now
-        if anchor and self.anchors[anchor[0]] == anchor[1]:
-            self.anchors[anchor[0]] = value, self.nodes - anchor[2] + (self.position - anchor[1]) // 16
+        if anchor and self.anchors[anchor] == start:    # else one that began later has that name now
+            self.anchors[anchor] = value, self.nodes - nodes + (self.position - start) // 16
         return value
+
+    def is_next(self, column):
+        """Whether a line follows whose first thing stands in the column of a collection."""
+        if self.column > column:
+            self.fail("wrong indentation")
+        return self.column == column
 
     def read_sequence(self, column):
         """A block sequence whose dashes stand in `column`."""
@@ -9112,9 +9146,7 @@ class YAMLReader:
         while True:
             self.position += 1
             items.append(self.read_block(column))
-            if self.column > column:
-                self.fail("wrong indentation")
-            if self.column != column or not self.at_indicator("-"):
+            if not self.is_next(column) or not self.at_indicator("-"):
                 return items
 
     def read_mapping(self, column):
@@ -9132,9 +9164,7 @@ class YAMLReader:
                 key = self.read_key(column)
                 value = self.read_block(column, True, compact=False)
             pairs.append((key, value, start))
-            if self.column > column:
-                self.fail("wrong indentation")
-            if self.column != column:
+            if not self.is_next(column):
                 return self.make_mapping(pairs)
 
     def read_key(self, column):
@@ -9189,49 +9219,40 @@ class YAMLReader:
         header = self.HEADER.match(text, self.position)
         if not header:
             self.fail("the header of a block scalar is | or >, then at most + or - and a digit")
-        chomp = header.group(2) or header.group(5)
-        digit = header.group(3) or header.group(4)
-        line = end = header.end()
-        first = re.compile(r"[ \n]*").match(text, line).end()
-        if digit:
-            indent = max(parent, 0) + int(digit)
-        else:
-            line = end = max(line, text.rfind("\n", 0, first) + 1)
-            indent = first - line
-        if digit or first < len(text) and not self.is_outside(first, indent, parent):
-            if "\n" + " " * (indent + 1) in text[header.end() - 1:line]:
-                self.fail("an empty line is indented deeper than the first line of the block scalar", line)
-            last = re.compile(rf"\n(?! {{{indent}}}| *(?:\n|\Z))|\n(?=(?:---|\.\.\.)[ \t\n])")
-            match = last.search(text, line - 1)
-            end = match.start() + 1 if match else len(text)
-        content = "\n" * text.count("\n", header.end(), line)
-        content += re.sub(rf"(?m)^ {{0,{indent}}}", "", text[line:end])
+        style, marks = header.groups()
+        start, digit = header.end(), marks.strip("+-")
+        first = re.compile(r"[ \n]*").match(text, start).end()
+        line = text.rfind("\n", 0, first) + 1
+        indent = max(parent, 0) + int(digit) if digit else first - line
+        if not digit and self.is_outside(first, parent):
+            indent = first                          # it has none but empty lines, however deep
+        elif not digit and "\n" + " " * (indent + 1) in text[start - 1:line]:
+            self.fail("an empty line is indented deeper than the first line of the block scalar", line)
+        last = re.compile(rf"\n(?:(?! {{{indent}}}| *\n)|(?=(?:---|\.\.\.)[ \t\n])|\Z)")
+        end = last.search(text, start - 1).end()
+        content = re.sub(rf"(?m)^ {{0,{indent}}}", "", text[start:end])
         if self.cut and end == len(text):
             content = content[:-1]
         if re.compile(" *\t").match(text, end):
             self.fail("a tab in the indentation of a block scalar", end)
-        self.position = end - 1
-        self.skip()
+        self.position = end - 1                     # the end of its last line
         body = content.rstrip("\n")
         tail = content[len(body):]
-        if header.group(1) == ">":              # a line end between two lines that are not indented further
+        if style == ">":                # a line end between two lines that are not indented further
             body = re.sub(r"(?m)^([^ \t\n].*)\n(\n*)(?=[^ \t\n])",
                           lambda match: match.group(1) + (match.group(2) or " "), body)
-        if chomp == "+":
+        if "+" in marks:
             return body + tail
-        return body if chomp == "-" or not body else body + tail[:1]
+        return body if "-" in marks or not body else body + tail[:1]
 
     def make_scalar(self, text, tag, plain):
         """A scalar's text to its value by tag or, for a plain one, by the core schema."""
         if tag in ("str", "!") or tag is None and not plain:
             return text
         value = self.resolve_plain(text)
-        if tag is None:
-            return value
         if tag == "float" and re.match(r"[-+]?[0-9]+\Z", text):
             value = float(value)
-        kinds = {bool: "bool", int: "int", PlainInt: "int", float: "float", PlainFloat: "float"}
-        if tag != ("null" if value is None else kinds.get(type(value))):
+        if tag and type(value) not in TAGS[tag]:
             self.fail(f"{text[:60]!r} does not fit its tag !!{tag}")
         return value
 
@@ -9245,8 +9266,7 @@ class YAMLReader:
         if match.group(1):
             if len(text) > 400:
                 self.fail("a number of more than 400 digits")
-            base = {"0o": 8, "0x": 16}.get(text[:2], 10)
-            number = PlainInt(text[2:] if base != 10 else text, base)
+            number = PlainInt(text, {"0o": 8, "0x": 16}.get(text[:2], 10))
         else:
             number = PlainFloat(text.lower().replace(".inf", "inf").replace(".nan", "nan"))
         if repr(number) == text:
@@ -9255,24 +9275,23 @@ class YAMLReader:
         return number
 
     def read_content(self, parent, flow):
-        """(value, its kind) of a node of flow style, without its properties; of a scalar its text."""
+        """(value, its kind) of a scalar, an alias or a flow collection; of a scalar its text."""
         character = self.text[self.position]
         if character == "*":
             return self.read_alias(), "alias"
         if character in "[{":
             value = self.descend(self.read_flow_collection, parent)
-            self.closed = self.position
             return value, "seq" if character == "[" else "map"
         if character in "\"'":
-            text = self.read_quoted(character, parent)
-            self.closed = self.position
-            return text, "quoted"
+            return self.read_quoted(character, parent), "quoted"
+        if character in "|>" and not flow:
+            return self.read_block_scalar(parent), "quoted"
         return self.read_plain(parent, flow), "plain"
 
     def read_alias(self):
         """The value of an anchor that stands before."""
-        match = self.NAME.match(self.text, self.position + 1)
-        known = self.anchors.get(match.group()) if match else None
+        match = self.ALIAS.match(self.text, self.position)
+        known = self.anchors.get("&" + match.group(1)) if match else None
         if not isinstance(known, tuple):
             self.fail("an alias to nothing before it")
         self.position = match.end()
@@ -9283,64 +9302,55 @@ class YAMLReader:
 
     def read_plain(self, parent, flow):
         """A plain scalar's text, folded over its lines; empty where a block's key is."""
-        text, position = self.text, self.position
+        text, start, pieces = self.text, self.position, []
         if not flow and self.at_indicator(":"):
             return ""
-        character = text[position]
-        if character in ",[]{}#&*!|>'\"%@`" or character in "-?:" and text[position + 1] in (
-                " \t\n,[]{}" if flow else " \t\n"):
-            self.fail(f"a value cannot start with {character!r} here")
-        stop = self.STOP[flow].search(text, position)
-        pieces = [text[position:stop.start()].rstrip(" \t")]
-        self.position += len(pieces[0])
-        while text[stop.start()] == "\n":
-            start, ends, column = self.look(stop.start())
-            if start == len(text) or self.is_outside(start, column, parent) or text[start] == "#":
-                break
-            if flow and (text[start] in ",[]{}" or text[start] == ":" and text[start + 1] in " \t\n,[]{}"):
-                break
-            stop = self.STOP[flow].search(text, start)
-            if text[stop.start()] == ":" and not flow:
+        if text[start] in ",[]{}#&*!|>'\"%@`" or self.at_indicator("-?:", AFTER[flow]):
+            self.fail(f"a value cannot start with {text[start]!r} here")
+        while True:
+            stop = self.STOP[flow].search(text, start).start()
+            if pieces and text[stop] == ":" and not flow:
                 self.fail("a key on a line that continues a value; is the indentation right, and is a blank"
                           " behind the colon before it?", start)
-            pieces += ["\n" * (ends - 1) or " ", text[start:stop.start()].rstrip(" \t")]
+            pieces.append(text[start:stop].rstrip(" \t"))
             self.position = start + len(pieces[-1])
+            if text[stop] != "\n":
+                break
+            start = self.GAP.match(text, stop).end()
+            if self.is_outside(start, parent) or text[start] == "#" or (
+                    flow and self.STOP[flow].match(text, start)):
+                break
+            pieces.append("\n" * (text.count("\n", stop, start) - 1) or " ")
         return "".join(pieces)
 
     def read_quoted(self, quote, parent):
         """A quoted scalar's text."""
-        text, start = self.text, self.position
-        special = re.compile(r'["\\]' if quote == '"' else "'")
-        end = start + 1
+        pieces, end = [], self.position + 1
         while True:
-            match = special.search(text, end)
-            if not match:
-                self.fail("a quoted value is not closed", start)
-            end = match.end()
-            if match.group() == quote and (quote == '"' or text[end] != quote):
-                break
-            end += 1                                # over what is escaped
-
-        def replace(match):
+            match = self.QUOTED[quote].search(self.text, end)
+            if not match or match.end() == len(self.text):
+                self.fail("a quoted value is not closed")
             piece = match.group()
-            place = start + 1 + match.start()
-            if piece == "''":
-                return "'"
-            if piece[0] == "\\" and piece[1] != "\n":
-                return self.make_character(piece, place)
-            after, ends, column = self.look(place + (piece[0] == "\\"))
-            if self.is_outside(after, column, parent):
-                self.fail("a quoted value is continued with too little indentation", after)
-            return "\n" * (ends - 1) or ("" if piece[0] == "\\" else " ")
-
-        self.position = end
-        return self.QUOTED[quote].sub(replace, text[start + 1:end - 1])
+            pieces.append(self.text[end:match.start()])
+            end = match.end()
+            if piece == quote:
+                self.position = end
+                return "".join(pieces)
+            if "\n" in piece:
+                if self.is_outside(end, parent):
+                    self.fail("a quoted value is continued with too little indentation", end)
+                piece = "\n" * (piece.count("\n") - 1) or ("" if piece[0] == "\\" else " ")
+            elif piece == "''":
+                piece = quote
+            else:
+                piece = self.make_character(piece, match.start())
+            pieces.append(piece)
 
     def make_character(self, escape, position):
         """The character of an escape in a double-quoted scalar."""
         if escape[1:] in ESCAPES:
             return ESCAPES[escape[1:]]
-        number = int(escape[2:] or "-1", 16) 
+        number = int(escape[2:] or "-1", 16)
         if not 0 <= number <= 0x10FFFF or 0xD800 <= number <= 0xDFFF:
             # halves of a surrogate pair too: YAML takes each by itself
             self.fail(f"{escape} is no character", position)
@@ -9348,8 +9358,9 @@ class YAMLReader:
 
     # Flow
 
-    def skip_flow(self, parent):
-        """White space, line ends and comments between the parts of a flow collection."""
+    def skip_flow(self, parent, indicator=0):
+        """Goes over an indicator, where there is one, white space, line ends and comments between parts."""
+        self.position += indicator
         ended = self.skip(True)
         if self.position == len(self.text):
             self.fail("a flow collection is not closed")
@@ -9364,28 +9375,23 @@ class YAMLReader:
         closing = "]" if text[self.position] == "[" else "}"
         items = []                                  # of a mapping: (key, value, position)
         while True:
-            self.position += 1
-            self.skip_flow(parent)
-            start = self.position
+            self.skip_flow(parent, 1)
+            start, value = self.position, None
             if text[start] == closing:
                 break
             explicit = self.at_indicator("?")
             if explicit:
-                self.position += 1
-                self.skip_flow(parent)
+                self.skip_flow(parent, 1)
             key = self.read_flow_node(parent)
-            value, end = None, self.position
-            self.skip_flow(parent)
             # After a quoted key or a collection the colon may stand close to the value.
-            paired = self.at_colon() or self.closed == end and text[self.position] == ":"
+            paired = self.at_indicator(":", AFTER[True]) or (
+                text[self.position] == ":" and self.kind not in ("plain", "alias"))
             if paired:
                 if closing == "]" and not explicit:
                     self.check_key(start)
-                self.position += 1
-                self.skip_flow(parent)
+                self.skip_flow(parent, 1)
                 value = self.read_flow_node(parent)
-                self.skip_flow(parent)
-            elif end == start:
+            elif self.position == start:
                 self.fail("a value is missing before the comma")
             if closing == "}":
                 items.append((key, value, start))
@@ -9399,13 +9405,14 @@ class YAMLReader:
         return items if closing == "]" else self.make_mapping(items)
 
     def read_flow_node(self, parent):
-        """A node in a flow collection, an empty one where there is nothing before its end."""
+        """A node in a flow collection, an empty one where there is nothing before its end; blanks behind."""
         properties = self.read_properties()
-        if properties != (None, None):
+        if properties:
             self.skip_flow(parent)
-        if self.text[self.position] in ",]}" or self.at_colon():
-            return self.make_node("", "plain", properties)
-        return self.make_node(*self.read_content(parent, True), properties)
+        empty = self.text[self.position] in ",]}" or self.at_indicator(":", AFTER[True])
+        node = self.make_node(*("", "plain") if empty else self.read_content(parent, True), properties)
+        self.skip_flow(parent)
+        return node
 
 
 def measure_depth(value):
@@ -9481,7 +9488,7 @@ def parse_json(data, what, most=MAX_NODES):
         value = json.loads(data.decode("utf-8"), object_pairs_hook=make_object, parse_constant=refuse,
                            parse_int=read_int,
                            parse_float=read_float)
-        if re.search(rb"\\u[dD][89a-fA-F]", data):
+        if b"\\ud" in data.lower():
             make_json(value)                        # refuses a half character
         return value
     except UnicodeDecodeError:
@@ -9615,23 +9622,16 @@ Signer = define("Signer", "leaf key algorithm label components keyid alg",
     "What signs requests: the own leaf Certificate, its key (a file, or a URI that openssl knows), algorithm,"
     " and how RFC 9421 is spoken: label, components to cover, keyid, `alg` parameter (empty: not sent).")
 
-# What a public key is, by the object identifiers in it, and what it may sign by, the default first (C-065).
-KEY_ALGORITHMS = {
-    "2a8648ce3d0201 2a8648ce3d030107": ("ecdsa-p256-sha256",),
-    "2a8648ce3d0201 2b81040022": ("ecdsa-p384-sha384",),
-    "2a864886f70d010101": ("rsa-pss-sha512", "rsa-v1_5-sha256", "rsa-pss-sha256"),
-    "2a864886f70d01010a": ("rsa-pss-sha512", "rsa-pss-sha256"),
-    "2b6570": ("ed25519",),
-}
-# openssl's arguments of each algorithm, and the bytes of r and of s where it is ECDSA.
+# openssl's arguments of each algorithm, the bytes of r and of s where it is ECDSA, and which keys sign by it,
+# by the object identifiers in a public key; the first that fits a key is its default (C-065).
 PSS = "-sigopt rsa_padding_mode:pss -sigopt rsa_pss_saltlen:"
 SIGNING = {
-    "ecdsa-p256-sha256": ("-sha256", 32),
-    "ecdsa-p384-sha384": ("-sha384", 48),
-    "rsa-v1_5-sha256": ("-sha256", 0),
-    "rsa-pss-sha256": (f"-sha256 {PSS}32", 0),
-    "rsa-pss-sha512": (f"-sha512 {PSS}64", 0),
-    "ed25519": ("", 0),
+    "ecdsa-p256-sha256": ("-sha256", 32, "2a8648ce3d0201 2a8648ce3d030107"),
+    "ecdsa-p384-sha384": ("-sha384", 48, "2a8648ce3d0201 2b81040022"),
+    "rsa-pss-sha512": (f"-sha512 {PSS}64", 0, "2a864886f70d01010[1a]"),
+    "rsa-v1_5-sha256": ("-sha256", 0, "2a864886f70d010101"),
+    "rsa-pss-sha256": (f"-sha256 {PSS}32", 0, "2a864886f70d01010[1a]"),
+    "ed25519": ("", 0, "2b6570"),
 }
 ROLES = (("helm", "Standalone Cluster"), ("compose", "Standalone Device"))
 
@@ -9679,7 +9679,8 @@ def choose_algorithm(spki, wanted):
     Raises ValueError.
     """
     fields = parse_der(parse_der(parse_der(spki)[0][1])[0][1])
-    known = KEY_ALGORITHMS.get(" ".join(value.hex() for tag, value, _ in fields if tag == 0x06))
+    kind = " ".join(value.hex() for tag, value, _ in fields if tag == 0x06)
+    known = [name for name, (_, _, keys) in SIGNING.items() if re.fullmatch(keys, kind)]
     if not known:
         raise ValueError("its key is of no kind that signs requests: ECDSA P-256 or P-384, RSA, or Ed25519")
     if wanted and wanted not in known:
@@ -9698,9 +9699,9 @@ def make_signer(leaf, config):
     return Signer(leaf, config.identity.key, algorithm, wish.label, wish.components, keyid, alg)
 
 
-def load_signer(config):
-    """What signs requests for the own certificate; raises Untrusted."""
-    return load_own(config, lambda leaf: make_signer(leaf, config))
+def load_signer(config, now=None):
+    """What signs requests for the own certificate; see load_own."""
+    return load_own(config, lambda leaf: make_signer(leaf, config), now)
 
 
 def make_signature_base(method, url, headers, signer, created):
@@ -9733,13 +9734,13 @@ def parse_ecdsa(der, size):
 
 def run_signature(data, signer):
     """The signature over bytes by openssl, which alone sees the key; raises Untrusted, ConfigError."""
-    arguments, size = SIGNING[signer.algorithm]
+    arguments, size, _ = SIGNING[signer.algorithm]
     try:
         if arguments:
-            found = run_openssl(["dgst", *arguments.split(), "-sign", signer.key], data)
+            found = run_openssl(f"dgst {arguments} -sign", signer.key, data=data)
         else:                                       # Ed25519 takes a file that it can measure
             with lend_file(data) as file:
-                found = run_openssl(["pkeyutl", "-sign", "-inkey", signer.key, "-rawin", "-in", file.name])
+                found = run_openssl("pkeyutl -sign -rawin -inkey", signer.key, "-in", file.name)
         if not found:
             raise ValueError("it printed no signature")
         return parse_ecdsa(found, size) if size else found
@@ -9790,7 +9791,19 @@ def fetch_ca(config, path):
         print(f"{path}: compare its SHA-256 fingerprint {sha256_digest(anchor)[7:]}")
 
 
-OPTIONS["enroll"]["--fetch-ca"] = ("FILE", fetch_ca)
+def command_enroll_signed(config, options):
+    """Makes this device known to the WFM: checks its identity and reports its capabilities.
+
+    It may be repeated at any time.  `--fetch-ca FILE` first downloads the WFM's root CA (profile signed).
+
+    Example: margo_agent.py enroll
+    """
+    if "--fetch-ca" in options:
+        fetch_ca(config, options["--fetch-ca"])
+    command_enroll(config, options)
+
+
+COMMANDS["enroll"] = (command_enroll_signed, "[--fetch-ca FILE]")
 
 
 class SignedSource(HttpSource):
@@ -9908,22 +9921,24 @@ def parse_client_id(value, name):
 def make_older_capabilities(document, dialect):
     """Capabilities of rc.3 as the first preview release has them, without labels (protocol 3.5)."""
     heading = {"apiVersion": "device.margo.org/v1alpha1", "kind": "DeviceCapabilitiesManifest"}
-    properties = document["properties"]
-    cpus = properties.get("cpus")
+    properties = dict(document["properties"])
+    cpus = properties.pop("cpus", None)
     if SPEECHES[dialect].flat:
-        sent = {key: value for key, value in document.items() if key != "labels"}
-        properties = {"cpu" if key == "cpus" else key: value for key, value in properties.items()}
-        return dict(sent, properties=properties, **heading)
-    sent = {key: value for key, value in properties.items() if key not in HOSTING_PROPERTIES}
+        if cpus:
+            properties["cpu"] = cpus
+        sent = dict(document, properties=properties, **heading)
+        sent.pop("labels", None)
+        return sent
     names = ("memory", "storage", "peripherals", "interfaces")
     resources = {key: properties[key] for key in names if key in properties}
     if cpus:
         resources["cpu"] = max(cpus, key=lambda cpu: cpu["cores"])                  # never summed (C-203)
     if resources:
-        sent["resources"] = resources
+        properties["resources"] = resources
     types = properties.get("supportedDeploymentTypes", ())
-    sent.setdefault("roles", [role for kind, role in ROLES if kind in types] or ["Gateway"])
-    return dict(heading, properties=sent)
+    properties.setdefault("roles", [role for kind, role in ROLES if kind in types] or ["Gateway"])
+    return dict(heading, properties={key: value for key, value in properties.items()
+                                     if key not in HOSTING_PROPERTIES})
 
 
 def make_older_status(document, dialect):
@@ -9951,27 +9966,27 @@ class Signed(Profile):
         config = self.config
         state = self.state
         now = time.time()
-        signer = load_signer(config)
-        check_own(signer.leaf, config, now)
+        signer = load_signer(config, now)
         warn_of_own(config, signer.leaf, self.store, now)
         source = SignedSource(config, signer, state)
         key = sha256_digest(signer.leaf.spki)
-        if not state["client"] or state["client"]["key"] != key:
+        client = state["client"] or {"id": "not known to the WFM", "key": ""}
+        check_enrollment(state, client["id"])
+        if client["key"] != key:
             if not keep:
                 raise Untrusted("this device is not onboarded with its key yet; `enroll` does that, or the"
                                 " next run", "NOT_ONBOARDED")
-            state["client"] = {"id": source.onboard(), "key": key}
+            client = state["client"] = {"id": source.onboard(), "key": key}
             self.store.save_state(state)
-        check_enrollment(state, state["client"]["id"])
-        source.adopt(state["client"]["id"])
+            check_enrollment(state, client["id"])
+        source.adopt(client["id"])
         return source
 
     def describe(self, now):
         return describe_own(self.config, load_signer, (self.state["client"] or {}).get("id", ""), now)
 
     def check(self, now):
-        signer = load_signer(self.config)
-        check_own(signer.leaf, self.config, now)
+        signer = load_signer(self.config, now)
         run_signature(b"a test of this device's own", signer)
         if load_public_key(signer.key) != signer.leaf.spki:
             raise Untrusted(f"identity.key {signer.key} is not the key of identity.certificate")
@@ -10243,42 +10258,39 @@ class GitSource:
         self.secret = save_secret(header) if header else None
         self.heads, self.reporter = {}, None
         self.context = self.url.startswith("https:") and make_tls_context(
-            (), config.identity.ca, config.wfm.min_tls)
+            (), config.identity.ca, config.wfm.min_tls, direct=True)        # git itself asks no proxy
 
     def git(self, command, *arguments, timeout=60, codes=(0,), env=None, limit=MAX_LISTING, **options):
         """One git command on the repository: its Output.
 
+        command: its fixed words as one would type them; arguments: what follows.
         It has bounds of memory and of what it writes, and raises Refused where it wants more than these or
-        prints more than `limit` bytes.  Raises CommandError unless it ends with one of `codes` (None: any).
+        prints more than `limit` bytes.  Raises CommandError unless it ends with one of `codes`.
         """
         most = GIT_MEMORY + self.config.policy.max_unpacked // DOCUMENTS
         bounds = {"RLIMIT_DATA": most, "RLIMIT_FSIZE": self.config.policy.max_unpacked}
-        folder = self.repository
-        if command == "ls-remote":
-            folder = os.path.join(self.home, "none")                    # what is spoilt stops no poll (P-14)
-        before = os.umask(0o077)                    # what git writes is below the state directory
+        # what is spoilt stops no poll (P-14)
+        words = command.split()
+        folder = os.path.join(self.home, "none") if words[0] == "ls-remote" else self.repository
+        files = [self.secret.fileno()] if self.secret else []
+        include = ["-c", f"include.path=/proc/self/fd/{files[0]}"] if files else []
         try:
-            files = [self.secret.fileno()] if self.secret else []
-            command_line = ["git", f"--git-dir={folder}"]
-            for number in files:
-                command_line += ["-c", f"include.path=/proc/self/fd/{number}"]
-            output = run_command([*command_line, command, *arguments], timeout, env or self.env, self.home,
-                                 limit, files=files, limits=bounds, **options)
+            output = run_command(["git", f"--git-dir={folder}", *include, *words, *arguments], timeout,
+                                 env or self.env, self.home, limit, files=files, limits=bounds, **options)
         except CommandError as error:
             if error.code == "TOO_MUCH":
-                self.refuse(command, f"prints more than {limit} bytes")
+                self.refuse(words[0], f"prints more than {limit} bytes")
             raise
-        finally:
-            os.umask(before)
         # git has no code of its own for it, nor other words in any language but this one (LC_ALL)
         if output.code and re.search("[Oo]ut of memory", output.stderr):
-            self.refuse(command, f"takes more than {most} bytes of memory")
-        if codes and output.code not in codes:
-            raise CommandError(f"git {command}: {output.stderr or f'exit code {output.code}'}")
+            self.refuse(words[0], f"takes more than {most} bytes of memory")
+        if output.code not in codes:
+            raise CommandError(f"git {words[0]}: {output.stderr or f'exit code {output.code}'}")
         return output
 
     def refuse(self, command, words):
-        """Raises Refused for a git command that wants more than it may have."""
+        """Raises Refused for a git command that wants more than it may have; pieces of a pack may be left."""
+        remove_folder(self.repository)
         raise Refused(f"{self.url}: git {command} {words}, all that it may; keep less in the repository, set"
                       " git.path, or see policy.max_unpacked") from None
 
@@ -10290,9 +10302,9 @@ class GitSource:
         """
         wait = self.config.wfm.timeout
         try:
-            if self.context and not self.heads and not ask_proxy(self.url):     # git itself asks no proxy
+            if self.context and not self.heads:
                 fetch_chain(self.url, self.context, wait)
-            output = self.git("ls-remote", "--", self.url, ref, timeout=4 * wait)
+            output = self.git("ls-remote --", self.url, ref, timeout=4 * wait)
         except (CommandError, Untrusted, Unreachable) as error:
             raise self.ask_reason(error, "git-upload-pack") from None
         found = re.search(rf"^([0-9a-f]{{40}}|[0-9a-f]{{64}})\t{re.escape(ref)}$",
@@ -10314,10 +10326,7 @@ class GitSource:
                     headers["Authorization"] = self.header
                 where = f"{self.url}/info/refs?service={service}"
                 answer = request("GET", where, headers, None, self.context, wfm.timeout, MAX_ANSWER)
-                denial = "set git.token_file"
-                if self.header:
-                    denial = "mend the token in git.token_file, which is refused"
-                check_response(answer, self.url, (200,), time.time(), denial)
+                check_response(answer, self.url, (200,), time.time(), "see git.token_file")
             except MargoError as fault:
                 fault.message += "; set identity.ca" if fault.stranger else ""
                 return fault
@@ -10338,9 +10347,7 @@ class GitSource:
         if accepted and accepted["digest"] == self.make_digest(head) and not accepted.get("incomplete"):
             return None
         base = accepted["version"] if accepted else None
-        head, (entries, documents, ignored) = self.work(lambda: self.fetch_files(base))
-        for name in ignored[:MAX_NAMED]:
-            log("info", "ignored: not an ApplicationDeployment", name=name)
+        head, (entries, documents) = self.work(lambda: self.fetch_files(base))
         new = {digest: data for digest, data in documents.items() if load_artifact(digest) is None}
         return Desired(head, None, self.make_digest(head), entries, new)
 
@@ -10373,12 +10380,15 @@ class GitSource:
         accepted commit, which a server gives if it still has it.  Raises Refused, Untrusted.
         """
         self.prepare()
-        if base and not self.has(base):
-            self.fetch(f"{base}:refs/margo/base", "--depth=1", codes=(0, 1, 128))
-        elif base:
-            self.git("update-ref", "refs/margo/base", base)
+        try:
+            if base and self.has(base):
+                self.git("update-ref refs/margo/base", base)
+            elif base:
+                self.fetch(f"{base}:refs/margo/base", "--depth=1")
+        except CommandError as error:
+            log("debug", "the server gives no single commits", reason=error.message)
         self.fetch(f"+{self.branch}:refs/margo/head", *([] if base else ["--depth=1"]))
-        head = self.git("rev-parse", "--verify", "refs/margo/head").stdout.decode().strip()
+        head = self.git("rev-parse --verify refs/margo/head").stdout.decode().strip()
         if self.config.git.verify_signatures:
             self.ask_signature(head)
         there = base if base and self.has(base) else None
@@ -10397,40 +10407,38 @@ class GitSource:
         """Makes the bare repository where there is none, and anew where many fetches have piled up: nothing
         tidies it.
         """
-        packs = os.path.join(self.repository, "objects", "pack")
-        if os.path.isdir(packs) and len(os.listdir(packs)) <= 3 * MAX_PACKS:
+        if os.path.isdir(self.repository) and len(self.list_packs()) <= 3 * MAX_PACKS:
             return
         remove_folder(self.repository)
-        known = self.heads[self.branch] if self.branch in self.heads else self.fetch_head(self.branch)
+        known = self.heads.get(self.branch) or self.fetch_head(self.branch)
         form = ["--object-format=sha256"] if len(known or "") == 64 else []
-        self.git("init", "--quiet", "--bare", "--template=", *form)
+        self.git("init --quiet --bare --template=", *form)
+
+    def list_packs(self):
+        """The paths of what was fetched."""
+        packs = os.path.join(self.repository, "objects", "pack")
+        return [os.path.join(folder, name) for folder, _, names in os.walk(packs) for name in names]
 
     def has(self, commit):
         """Whether a commit is in the repository."""
-        return not self.git("cat-file", "-e", f"{commit}^{{commit}}", codes=(0, 1, 128)).code
+        return not self.git("cat-file -e", f"{commit}^{{commit}}", codes=(0, 1, 128)).code
 
     def follows(self, base, head):
         """Whether a commit follows on another one."""
-        return not self.git("merge-base", "--is-ancestor", base, head, codes=(0, 1)).code
+        return not self.git("merge-base --is-ancestor", base, head, codes=(0, 1)).code
 
-    def fetch(self, refspec, *options, codes=(0,)):
+    def fetch(self, refspec, *options):
         """Fetches one ref; a pack may have policy.max_unpacked bytes, and raises Refused where it has more.
 
         """
         limit = self.config.policy.max_unpacked
-        packs = os.path.join(self.repository, "objects", "pack")
         try:
-            output = self.git("fetch", "--quiet", "--no-tags", "--no-recurse-submodules", *options, "--",
-                              self.url, refspec, timeout=PULL_TIMEOUT, codes=None)
-            paths = [os.path.join(packs, name) for name in os.listdir(packs)] if os.path.isdir(packs) else []
-            if output.code and max(map(os.path.getsize, paths), default=0) >= limit:
-                raise Refused(f"{self.url}: more than {limit} bytes to fetch; keep large files elsewhere, or"
-                              " see policy.max_unpacked")
-        except Refused:
-            remove_folder(self.repository)          # with the piece of a pack that it left
+            self.git("fetch --quiet --no-tags --no-recurse-submodules", *options, "--", self.url, refspec,
+                     timeout=PULL_TIMEOUT)
+        except CommandError:
+            if max(map(os.path.getsize, self.list_packs()), default=0) >= limit:
+                self.refuse("fetch", f"has more than {limit} bytes to fetch")
             raise
-        if output.code not in codes:
-            raise CommandError(f"git fetch: {output.stderr}")
 
     def ask_signature(self, head):
         """Raises Untrusted unless a commit is signed by one of git.allowed_signers: ssh's file of that, or
@@ -10445,13 +10453,13 @@ class GitSource:
             data = read_file(signers, MAX_CERTIFICATES) or b""
             if data[:1] > b"\x7f" or data.startswith(b"-----BEGIN PGP"):
                 run_command(["gpg", "--homedir", home, "--import", signers], 60, env)
-            verdict = self.git("log", "-1", "--format=%G?", head, "--", env=env).stdout.decode().strip()
+            verdict = self.git("log -1 --format=%G?", head, "--", env=env).stdout.decode().strip()
         if verdict != "G":
             words = "is not signed" if verdict == "N" else "has no good signature of git.allowed_signers"
             raise Untrusted(f"commit {head} {words} (git says {verdict}); the accepted state is kept")
 
     def read_files(self, head, base):
-        """What parse_files makes of the YAML files below git.path.
+        """([ManifestEntry], {digest: bytes}) of the YAML files below git.path.
 
         Links, submodules and all else are not looked at.
 
@@ -10462,33 +10470,38 @@ class GitSource:
         listing = self.list_tree(head)
         if self.config.git.path and not listing:
             raise Refused(f"it has no folder {self.config.git.path} (git.path); nothing is removed for that")
-        blobs, ignored = find_blobs(listing, policy.max_document)
-        for name in ignored[:MAX_NAMED]:
-            log("info", "ignored: not a file", name=name)
+        blobs, links = find_blobs(listing, policy.max_document)
         total = sum(size for _, _, size in blobs)
         if total > policy.max_unpacked // DOCUMENTS:
             raise Refused(f"{len(blobs)} documents of {total} bytes are more than"
                           f" 1/{DOCUMENTS} of policy.max_unpacked")
-        found = parse_files(self.read_blobs(blobs))
-        suspects = find_suspects(self.list_tree(base), listing, {*found[2]}) if base else []
-        for name, data in self.read_blobs(suspects):
-            if is_deployment(data):
-                raise Refused(f"{make_printable(name, 200)} held a deployment in the accepted commit, and is"
-                              " none now, or lies below what is no folder; nothing is removed for that:"
-                              " remove the file itself, or put it right")
-        return found
+        entries, documents, others = parse_files(self.read_blobs(blobs))
+        for words, names in (("a file", links), ("an ApplicationDeployment", others)):
+            for name in names[:MAX_NAMED]:
+                log("info", f"ignored: not {words}", name=name)
+        suspects = find_suspects(self.list_tree(base), listing, {*others}) if base else []
+        passed = parse_files(self.read_blobs(suspects))[2]
+        for name in [item[0] for item in suspects if item[0] not in passed][:1]:
+            raise Refused(f"{make_printable(name, 200)} held a deployment in the accepted commit, and is"
+                          " none now, or lies below what is no folder; nothing is removed for that:"
+                          " remove the file itself, or put it right")
+        return entries, documents
 
     def list_tree(self, commit):
         """What `git ls-tree` prints of all that lies below git.path in a commit."""
         below = [self.config.git.path + "/"] if self.config.git.path else []
-        return self.git("ls-tree", "-r", "-z", "-l", "--full-tree", "--", commit, *below).stdout
+        return self.git("ls-tree -r -z -l --full-tree --", commit, *below).stdout
 
     def read_blobs(self, blobs):
-        """[(name, bytes)] of [(name, blob, size)]."""
+        """Yields (name, bytes) of [(name, blob, size)]."""
         wanted = "".join(f"{blob}\n" for _, blob, _ in blobs).encode()
         limit = sum(size + 256 for _, _, size in blobs) + 1
-        data = self.git("cat-file", "--batch", data=wanted, limit=limit).stdout if blobs else b""
-        return split_blobs(data, blobs)
+        data = io.BytesIO(self.git("cat-file --batch", data=wanted, limit=limit).stdout)
+        for name, blob, size in blobs:
+            if data.readline() != f"{blob} blob {size}\n".encode():
+                raise CommandError(f"git cat-file: blob {blob} cannot be read")
+            yield name, data.read(size)
+            data.readline()
 
     def put_capabilities(self, device_id, document):
         """Reports what this device can do: to wfm.status_url, else as capabilities.json on its branch."""
@@ -10540,8 +10553,7 @@ class GitSource:
             if commit is None:
                 return
             try:
-                self.git("push", "--quiet", "--no-verify", "--no-follow-tags", "--", self.url,
-                         f"{commit}:{ref}",
+                self.git("push --quiet --no-verify --no-follow-tags --", self.url, f"{commit}:{ref}",
                          timeout=PULL_TIMEOUT)
                 self.heads[ref] = commit
                 return
@@ -10557,23 +10569,21 @@ class GitSource:
         None where it is so.
         """
         self.prepare()
-        old, parent = None, []
+        old, parent = None, ""
         if base:
             if not self.has(base):
                 self.fetch(f"+{ref}:refs/margo/status", "--depth=1")
-            found = self.git("cat-file", "blob", f"{base}:{path}", codes=(0, 128))
+            found = self.git("cat-file blob", f"{base}:{path}", codes=(0, 128))
             old = None if found.code else found.stdout
-            parent = [b"from " + base.encode()]
+            parent = f"from {base}\n"
         if old == content:
             return None
-        change = [b"D " + path.encode()]
-        if content is not None:
-            change = [f"M 100644 inline {path}\ndata {len(content)}".encode(), content]
-        stream = [b"commit refs/margo/next\nmark :1",
-                  f"committer margo-agent <margo-agent@localhost> {int(time.time())} +0000".encode(),
-                  b"data %d\n%s" % (len(message), message.encode())]
-        stream += parent + change + [b"get-mark :1", b"done", b""]
-        made = self.git("fast-import", "--quiet", "--force", "--done", data=b"\n".join(stream))
+        change = f"M 100644 inline {path}\ndata {len(content)}\n" if content else f"D {path}"
+        head = ("commit refs/margo/next\nmark :1\n"
+                f"committer margo-agent <margo-agent@localhost> {int(time.time())} +0000\n"
+                f"data {len(message)}\n{message}\n{parent}{change}").encode()
+        made = self.git("fast-import --quiet --force --done",
+                        data=head + (content or b"") + b"\nget-mark :1\ndone\n")
         return made.stdout.decode().strip()
 
 
@@ -10595,21 +10605,28 @@ def make_git_environment(config, home, environ):
     """
     from shlex import quote
     timeout = int(config.wfm.timeout) or 1
-    git = config.git
-    options = ["BatchMode=yes", "StrictHostKeyChecking=yes", f"ConnectTimeout={timeout}",
-               f"ServerAliveInterval={timeout}"]
-    if git.known_hosts:
-        options += [f'UserKnownHostsFile="{git.known_hosts}"', "GlobalKnownHostsFile=/dev/null"]
-    if git.ssh_key:
-        options += ["IdentitiesOnly=yes", f'IdentityFile="{git.ssh_key}"']
-    return {"PATH": environ.get("PATH", ""), **get_temporary(config.state_dir, environ),
-            "HOME": home, "LC_ALL": "C", "GIT_CONFIG_NOSYSTEM": "1", "GIT_ATTR_NOSYSTEM": "1",
-            "GIT_TERMINAL_PROMPT": "0", "GIT_SSH_VARIANT": "ssh", "GIT_LITERAL_PATHSPECS": "1",
-            "GIT_NO_REPLACE_OBJECTS": "1",
-            "GIT_SSH_COMMAND": " ".join(["ssh", "-F",
-                                         "/dev/null"] + [quote(f"-o{option}") for option in options])}
+    ssh = (f"ssh -F /dev/null -oBatchMode=yes -oStrictHostKeyChecking=yes -oConnectTimeout={timeout}"
+           f" -oServerAliveInterval={timeout}")
+    if config.git.known_hosts:
+        known = quote(f'-oUserKnownHostsFile="{config.git.known_hosts}"')
+        ssh += f" -oGlobalKnownHostsFile=/dev/null {known}"
+    if config.git.ssh_key:
+        key = quote(f'-oIdentityFile="{config.git.ssh_key}"')
+        ssh += f" -oIdentitiesOnly=yes {key}"
+    fixed = dict(line.split("=") for line in GIT_VARIABLES.split())
+    return dict(fixed, PATH=environ.get("PATH", ""), HOME=home, GIT_SSH_COMMAND=ssh,
+                **get_temporary(config.state_dir, environ))
 
 
+GIT_VARIABLES = """\
+LC_ALL=C
+GIT_CONFIG_NOSYSTEM=1
+GIT_ATTR_NOSYSTEM=1
+GIT_TERMINAL_PROMPT=0
+GIT_SSH_VARIANT=ssh
+GIT_LITERAL_PATHSPECS=1
+GIT_NO_REPLACE_OBJECTS=1
+"""
 # All that git may do: its configuration, whatever the machine's is (C-250).
 GIT_CONFIG = """\
 [protocol]
@@ -10649,23 +10666,18 @@ GIT_CONFIG = """\
 
 def make_git_config(config, home):
     """The configuration that git finds in its home, as bytes."""
-    settings = {
-        "http.lowSpeedTime": int(4 * config.wfm.timeout) or 1,
-        "http.sslVersion": f"tlsv{config.wfm.min_tls}",
-        "http.sslCAInfo": config.identity.ca,
-        "http.sslCAPath": config.identity.ca and os.path.join(home, "none"),
-        "gpg \"ssh\".allowedSignersFile": config.git.allowed_signers,
-    }
-    text = GIT_CONFIG
-    for name, value in settings.items():
-        section, _, key = name.rpartition(".")
-        if value:
-            text += f"[{section}]\n\t{key} = {make_quoted(str(value))}\n"
-    if config.wfm.url.startswith("file://"):        # whoever owns it: the operator named it
-        folder = config.wfm.url[len("file://"):].rstrip("/")
-        for place in (folder, folder + "/.git"):
-            text += f"[safe]\n\tdirectory = {make_quoted(place)}\n"
-    return text.encode()
+    folder = config.wfm.url.partition("file://")[2].rstrip("/")
+    settings = [
+        ("http", "lowSpeedTime", int(4 * config.wfm.timeout) or 1),
+        ("http", "sslVersion", f"tlsv{config.wfm.min_tls}"),
+        ("http", "sslCAInfo", config.identity.ca),
+        ("http", "sslCAPath", config.identity.ca and os.path.join(home, "none")),
+        ('gpg "ssh"', "allowedSignersFile", config.git.allowed_signers),
+        # whoever owns it: the operator named it
+        ("safe", "directory", folder),
+        ("safe", "directory", folder and folder + "/.git")]
+    return GIT_CONFIG.encode() + b"".join(f"[{section}]\n\t{key} = {make_quoted(str(value))}\n".encode()
+                                          for section, key, value in settings if value)
 
 
 def save_secret(header):
@@ -10708,16 +10720,15 @@ def parse_listing(listing):
     Names are as those of a file system.  Raises Refused for a name that none takes, CommandError for what git
     never prints.
     """
-    pattern = rb"([0-7]{6}) ([a-z]+) ([0-9a-f]+) +(-|[0-9]{1,18})\t(.+)"
-    for line in re.finditer(rb"[^\0]+", listing):
-        match = re.fullmatch(pattern, line.group(), re.S)
+    pattern = r"(100[0-7]{3} blob|[0-7]{6} [a-z]+) ([0-9a-f]+) +(?:-|([0-9]{1,18}))\t(.+)"
+    for line in listing.decode("utf-8", "surrogateescape").split("\0")[:-1]:
+        match = re.fullmatch(pattern, line, re.S)
         if not match:
-            raise CommandError(f"git ls-tree printed {make_printable(repr(line.group()), 200)}")
-        mode, kind, blob, size, name = [part.decode("utf-8", "surrogateescape") for part in match.groups()]
+            raise CommandError(f"git ls-tree printed {make_printable(line, 200)}")
+        kind, blob, size, name = match.groups()
         if len(name) > MAX_PATH:
             raise Refused(f"{make_printable(name, 200)} is a path of more than {MAX_PATH} characters")
-        is_file = kind == "blob" and mode.startswith("100") and size != "-"
-        yield name, is_file, blob, int(size) if is_file else 0
+        yield name, kind.startswith("100"), blob, int(size or 0)
 
 
 def find_blobs(listing, max_document):
@@ -10729,7 +10740,7 @@ def find_blobs(listing, max_document):
     for name, is_file, blob, size in parse_listing(listing):
         if not name.lower().endswith((".yaml", ".yml")):
             continue
-        if size > max_document:
+        if is_file and size > max_document:
             raise Refused(f"{make_printable(name, 200)}: {size} bytes are more than policy.max_document"
                           f" ({max_document})")
         if is_file:
@@ -10746,38 +10757,20 @@ def find_suspects(before, after, others):
 
     before, after: what `git ls-tree` prints of both commits; others: YAML files that hold no deployment now.
     Something else is one of those, a link, a submodule, a folder of that name, or any of them in place of a
-    folder above.
+    folder above.  All that meets a name is beside it where names are sorted, because no path lies in another.
     """
-    from bisect import bisect_right
-    blobs = {blob[0] + "/": blob for blob in find_blobs(before, float("inf"))[0]}
-    keys = sorted(blobs)
-    found = {name + "/" for name in others}
-    for name, is_file, _, _ in parse_listing(after):
-        key = name + "/"
-        place = bisect_right(keys, key)
-        above = keys[place - 1] if place else key
-        if key.startswith(above) and not (key == above and is_file):
-            found.add(above)
-        while place < len(keys) and keys[place].startswith(key):
-            found.add(keys[place])
-            place += 1
-    return [blobs[key] for key in keys if key in found]
-
-
-def split_blobs(data, blobs):
-    """[(name, bytes)] out of what `git cat-file --batch` prints for [(name, blob, size)].
-
-    Raises CommandError.
-    """
-    files, start = [], 0
-    for name, blob, size in blobs:
-        head = f"{blob} blob {size}\n".encode()
-        if not data.startswith(head, start) or len(data) < start + len(head) + size:
-            raise CommandError(f"git cat-file: blob {blob} cannot be read")
-        start += len(head)
-        files.append((name, data[start:start + size]))
-        start += size + 1
-    return files
+    from bisect import bisect_left
+    good = {name + "/": is_file and name not in others for name, is_file, _, _ in parse_listing(after)}
+    keys = sorted(good)
+    found = []
+    for blob in find_blobs(before, float("inf"))[0]:
+        key = blob[0] + "/"
+        place = bisect_left(keys, key)
+        beside = keys[max(0, place - 1):place + 1]
+        met = [other for other in beside if key.startswith(other) or other.startswith(key)]
+        if met and not good.get(key):
+            found.append(blob)
+    return found
 
 
 def parse_files(files):
@@ -10791,7 +10784,7 @@ def parse_files(files):
         shown = make_printable(name, 200)
         try:
             value = parse_file(data)
-            if not is_deployment(value):
+            if value is None:
                 ignored.append(name)
                 continue
             deployment_id = parse_document(value)[0].get("id")
@@ -10808,9 +10801,10 @@ def parse_files(files):
 
 
 def parse_file(data):
-    """The YAML value of a file.
+    """The value of a YAML file that is meant as an ApplicationDeployment, None of any other.
 
-    Raises ValueError where it holds something that stands for another file, or for nothing.
+    It says so, or is built as rc.3 has it, which does not say.  Raises ValueError where it holds something
+    that stands for another file, or for nothing.
     """
     if not data.strip():
         raise ValueError("it is empty; to remove a deployment, remove its file")
@@ -10818,31 +10812,15 @@ def parse_file(data):
     if not isinstance(value, (dict, list, type(None))):
         raise ValueError("it is bare text, as a pointer of Git LFS, a link that became a file, or an"
                          " encrypted file is")
-    members = value if isinstance(value, dict) else {}
-    if "sops" in members:
-        raise ValueError("it is encrypted by SOPS; commit what the agent can read")
-    if isinstance(members.get("spec"),
-                  dict) and "deploymentProfile" in members["spec"] and not is_deployment(value):
-        raise ValueError(f"kind: found {members.get('kind')!r}, expected 'ApplicationDeployment'")
-    return value
-
-
-def is_deployment(value):
-    """Whether a YAML value is meant as an ApplicationDeployment: it says so, or is built as rc.3 has it,
-    which does not say.
-
-    value: as read, or still bytes.
-    """
-    if isinstance(value, bytes):
-        try:
-            value = load_yaml(value)
-        except YAMLError:
-            return False
     if not isinstance(value, dict):
-        return False
-    if "kind" in value or "apiVersion" in value:
-        return value.get("kind") == "ApplicationDeployment"
-    return isinstance(value.get("spec"), dict) and "deploymentProfile" in value["spec"]
+        return None
+    if "sops" in value:
+        raise ValueError("it is encrypted by SOPS; commit what the agent can read")
+    named = value.get("kind") == "ApplicationDeployment"
+    built = isinstance(value.get("spec"), dict) and "deploymentProfile" in value["spec"]
+    if built and not named and {"kind", "apiVersion"} & value.keys():
+        raise ValueError(f"kind: found {value.get('kind')!r}, expected 'ApplicationDeployment'")
+    return value if built or named else None
 
 
 class Git(Profile):
@@ -10959,19 +10937,17 @@ def check_est_settings(config):
 CHECKS.append(check_est_settings)
 
 
-def parse_est_uri(members, document_url, public, held):
-    """(where to enroll or None, no faults) from the members of a discovery document.
-
-    Raises ValueError (E-092).
-    """
+def parse_est_uri(members, document_url, public):
+    """Where to enroll, or None, from the members of a discovery document; raises ValueError (E-092)."""
     if EST_FIELD not in members:
-        return None, []
-    return parse_discovered(EST_FIELD, read_root_url, members, document_url, public), []
+        return None
+    return parse_discovered(EST_FIELD, read_root_url, members, document_url, public)
 
 
 STATE["est"] = dict(WAIT, **{"token?": str, "used?": str, "key+": str, "answer+": str, "refused?": str})
-COMPANIONS["est"] = Companion(lambda config: config.identity.enrollment == "est", parse_est_uri,
-                              remark=lambda state, now: state["est"].get("refused") or "")
+COMPANIONS["est"] = Companion(
+    "place to enroll", lambda config: config.identity.enrollment == "est", parse_est_uri, lambda state: [],
+    remark=lambda state, now: state["est"].get("refused") or "")
 
 
 def make_renewal_time(leaf):
@@ -11054,9 +11030,10 @@ class Enrollment:
         mark = self.load_mark() if fault or self.asked or "token" in self.est else None
         strays = bool(leaf) and self.state["trust"].get("strays") == sha256_digest(leaf.der)
         now, downtime = self.clock.now, self.config.poll.downtime
+        end = float("inf") if fault else leaf.not_after
         # an SVID that would end in downtime is renewed all the same
-        lapses = not fault and is_within_whole(downtime, now, leaf.not_after)
-        silent = is_within_whole(downtime, now, now) and not lapses
+        silent = is_within_whole(downtime, now, now) and (
+            fault or not is_within_whole(downtime, now, leaf.not_after))
         step = find_est_step(self.est, leaf, fault, mark, self.clock, silent, self.asked, strays)
         if not step:
             return
@@ -11064,7 +11041,7 @@ class Enrollment:
         try:
             self.obtain(leaf, leaf if step == "renew" else None, mark)
         except (Unreachable, Untrusted, Refused, CommandError) as error:
-            self.note_fault(error, None if fault else leaf.not_after)
+            self.note_fault(error, end)
             if fault:
                 raise
             words = f"the own SVID, good until {make_time(leaf.not_after)}, is not renewed yet: {error}"
@@ -11080,7 +11057,7 @@ class Enrollment:
         settings, leaf = self.settings, None
         try:
             leaf = load_identity(self.config).leaf
-            check_own(leaf, self.config, self.clock.now)
+            load_identity(self.config, self.clock.now)
             if not os.path.exists(settings.key):
                 raise Untrusted(f"identity.key {settings.key}: the key is lost")
             if "token" in self.est:                 # the key may be one for the next SVID
@@ -11093,7 +11070,7 @@ class Enrollment:
         """The enrollment token's bytes, None where there is none any more."""
         path = self.settings.est.token_file
         data = read_file(path, 4 * KIB) if path else None
-        return None if data is None else re.sub(rb"\r?\n\Z", b"", data)
+        return data and data.rstrip(b"\r\n")
 
     def load_mark(self):
         """What find_est_step calls token."""
@@ -11117,8 +11094,8 @@ class Enrollment:
     def note_fault(self, error, end):
         """Keeps the back-off that follows from a fault (E-045, E-062).
 
-        end: when the SVID in use expires, or None; another attempt has to fit before that, whatever the
-        service asks (case 4.14).
+        end: when the SVID in use expires; another attempt has to fit before that, whatever the service asks
+        (case 4.14).
         """
         record = self.est
         refused = isinstance(error, Untrusted)
@@ -11129,18 +11106,15 @@ class Enrollment:
             log("info", error.message)
             record = {"failures": -1}               # it is none
             delay = 0 if asked else EST_FIRST
-        if end is not None:
-            left = end - self.clock.now
-            delay = min(delay, left / 4)
-            asked = min(asked, left / 2)
-        wait = make_wait(record, max(asked, delay), self.clock)
+        left = end - self.clock.now
+        wait = make_wait(record, max(min(asked, left / 2), min(delay, left / 4)), self.clock)
         self.keep(refused=error.message if refused else None, **wait)
 
     def finish(self):
         """Clears up after an activation: the token is erased, and never sent again (E-044)."""
         used = self.est.get("token") or self.est.get("used")
-        token = self.load_token()
-        if token and sha256_digest(token) == used and not remove_file(self.settings.est.token_file):
+        mark = self.load_mark()
+        if mark and mark == used and not remove_file(self.settings.est.token_file):
             log("warning", "the enrollment token has served and cannot be erased; remove it",
                 path=self.settings.est.token_file)
         self.state["est"] = {"used": used}
@@ -11160,7 +11134,7 @@ class Enrollment:
         if old and old.der == leaf.der:
             return                                  # an earlier run ended just after it had activated it
         chain = self.obtain_chain(leaf, issued, bundle)
-        own = make_identity(leaf, "", self.settings.key)
+        own = make_identity(leaf)
         if renewed:
             self.prove(chain, own, bundle)
         write_file(self.settings.certificate, chain.encode(), 0o644)
@@ -11231,17 +11205,14 @@ class Enrollment:
 
     def obtain_chain(self, leaf, issued, bundle):
         """The chain (PEM) from an issued leaf to the trust bundle; raises Untrusted, Unreachable."""
-        response = fetch_from_mis(self.find_url("cacerts"), self.config, {"Accept": CERTS_TYPE})     # E-039
-        try:
-            found = load_certificates(judge_est_response(response, "cacerts", time.time()))
-        except ValueError as error:
-            raise Untrusted(f"cacerts: {error}") from None
         ahead = leaf.not_before - time.time()
         if 0 < ahead <= CLOCK_SKEW:
             raise Pending(f"the SVID issued begins at {make_time(leaf.not_before)}, by a clock that is ahead"
                           " of ours", retry_after=ahead + 1)
+        response = fetch_from_mis(self.find_url("cacerts"), self.config, {"Accept": CERTS_TYPE})     # E-039
         try:
             check_validity(leaf, time.time())
+            found = load_certificates(judge_est_response(response, "cacerts", time.time()))
             return run_paths(leaf, found + issued, self.settings.key, bundle.anchors)
         except ValueError as error:
             raise Untrusted(f"the SVID issued does not lead to the trust bundle: {error}") from None
@@ -11249,8 +11220,8 @@ class Enrollment:
     def prove(self, chain, own, bundle):
         """Tries the renewed SVID on a conditional GET; it replaces the old one only if the WFM answers."""
         with lend_file(chain.encode()) as file:
-            own = own._replace(certificate_file=file.name)
-            source = Mtls(self.config, self.store, self.state).open_source(own, bundle, keep=False)
+            config = Settings(self.config, identity=Settings(self.settings, certificate=file.name))
+            source = Mtls(config, self.store, self.state).open_source(own, bundle, keep=False)
         source.fetch_manifest((self.state["accepted"] or {}).get("etag"))
 
 
@@ -11260,13 +11231,13 @@ def run_renewal_csr(leaf, key_file):
     `openssl req` would encode them again.
     """
     spki = load_public_key(key_file)
-    algorithm = make_der(0x30, make_der(0x06, b"\x2a\x86\x48\xce\x3d\x04\x03\x02"))  # ecdsa-with-SHA256
+    algorithm = b"\x30\x0a\x06\x08\x2a\x86\x48\xce\x3d\x04\x03\x02"                 # ecdsa-with-SHA256
     if b"\x2a\x86\x48\x86\xf7\x0d\x01\x01\x01" in spki[:40]:  # an RSA key
-        algorithm = make_der(0x30, make_der(0x06, b"\x2a\x86\x48\x86\xf7\x0d\x01\x01\x0b"), b"\x05\0")
-    extension_request = make_der(0x06, b"\x2a\x86\x48\x86\xf7\x0d\x01\x09\x0e")
+        algorithm = b"\x30\x0d\x06\x09\x2a\x86\x48\x86\xf7\x0d\x01\x01\x0b\x05\0"
+    extension_request = b"\x06\x09\x2a\x86\x48\x86\xf7\x0d\x01\x09\x0e"
     attribute = make_der(0x30, extension_request, make_der(0x31, make_der(0x30, leaf.alt_names)))
     content = make_der(0x30, b"\x02\x01\x00", leaf.subject, spki, make_der(0xA0, attribute))
-    signature = run_openssl(["dgst", "-sha256", "-sign", key_file], content)
+    signature = run_openssl("dgst -sha256 -sign", key_file, data=content)
     return make_der(0x30, content, algorithm, make_der(0x03, b"\0", signature))
 
 
@@ -11300,7 +11271,7 @@ def load_certificates(body):
         raise ValueError("EST answered 200 with something else than certificates:"
                          f" {make_printable(text, 100)!r}")
     try:
-        pem = run_openssl(["pkcs7", "-inform", "DER", "-print_certs"], data).decode("ascii", "replace")
+        pem = run_openssl("pkcs7 -inform DER -print_certs", data=data).decode("ascii", "replace")
     except CommandError:
         raise ValueError("openssl finds no certs-only message in it") from None
     found = parse_pem(pem)
@@ -11397,7 +11368,6 @@ CRL_FIELD = "crlUris"
 OID_CRL_NUMBER, OID_CRL_SCOPE = b"\x55\x1d\x14", b"\x55\x1d\x1c"
 MAX_LISTS = 32                      # that a discovery document may name
 CRL_PERIOD = 43200                  # seconds after which a list is asked for again, up to twice that (E-082)
-CRL_FIRST, CRL_CAP = 60, 3600       # seconds between attempts at a list that cannot be had
 
 Crl = define("Crl", "issuer issuer_key this_update next_update serials number",
     "What is used of a revocation list: raw name, identifier of its issuer's key or None, Unix seconds, the"
@@ -11448,18 +11418,6 @@ def is_revoked(leaf, crls):
     return any(leaf.serial in crl.serials for crl in find_lists(leaf, crls))
 
 
-def find_status_fault(leaf, crls, listed, now):
-    """Why the revocation status of a peer's leaf is not known, "" where it is (E-088)."""
-    end = max((crl.next_update for crl in find_lists(leaf, crls)), default=None)
-    if not listed and not crls:
-        return "the trust domain names no revocation list"
-    if end is None and len(crls) < len(listed):
-        return "a revocation list could not be had yet"
-    if end is None:
-        return "no revocation list at hand is by its issuer"
-    return "" if now <= end else f"the revocation list ended at {make_time(end)}"
-
-
 def find_list_fault(state, now):
     """Which of the revocation lists that discovery named says nothing of today, "" where all do (E-088)."""
     for url, record in state["crls"].items():
@@ -11507,10 +11465,10 @@ def refresh_revocation(config, store, state, source=None):
             delay = max(1, min(CRL_PERIOD * (1 + get_random()), left / 2))
             record.update(make_wait({"failures": -1}, delay, clock))
         except (MargoError, ValueError) as error:
-            delay = (1 - get_random()) * grow(CRL_FIRST, record.get("failures", 0) + 1, CRL_CAP)
-            record.update(make_wait(record, max(getattr(error, "retry_after", None) or 0, delay), clock))
             log("warning", "a revocation list cannot be had; what is at hand stays", url=url,
                 reason=str(error))
+            fault = error if isinstance(error, MargoError) else Untrusted(str(error))
+            record.update(make_hold(record, fault, clock, get_random()))
     for url in set(records) - set(listed):
         if clock.now > records[url].get("thisUpdate", 0) + records[url].get("validity", 0):
             del records[url]
@@ -11527,6 +11485,8 @@ def fetch_crl(config, store, state, url, source, now):
     """
     records = state["crls"]
     record = records[url]
+    if not re.fullmatch(r"https?://[^\s/?#@]+(/[^\s#]*)?", url):
+        raise ValueError("the discovery document names it, and it is no http or https URL")
     held = url in load_crls(store, state)
     headers = {"Accept": "*/*"}
     if held and record.get("etag"):
@@ -11567,16 +11527,21 @@ def load_issuers(config, store, source):
         chain = source.chain
         if len(chain) < 2:
             chain = ask_chain(source.url, source.context, config.wfm.timeout)
-        ders += [der for der in chain[1:] if ask_issuer(chain[0], der)]
+        leaf = make_pem(chain[:1]).encode()
+        command = "verify -partial_chain -trusted /dev/stdin"
+        ders += [der for der in chain[1:] if ask_signed(command, leaf, der)]
     return [parse_certificate(der) for der in ders]
 
 
-def ask_issuer(der, issuer):
-    """Whether a certificate (DER) is signed by the key of another one; openssl says it."""
-    with lend_file(make_pem([der]).encode()) as file:
-        command = ["verify", "-partial_chain", "-trusted", "/dev/stdin", file.name]
+def ask_signed(command, data, issuer):
+    """Whether a command of openssl, with a file of `data` at its end, finds that signed by an issuer's key.
+
+    issuer: its certificate (DER).
+    """
+    with lend_file(data) as file:
         try:
-            run_openssl(command, make_pem([issuer]).encode())
+            # the exit code says it in no old version
+            run_openssl(command, file.name, data=make_pem([issuer]).encode(), expected=b"OK")
         except CommandError:
             return False
     return True
@@ -11587,19 +11552,11 @@ def ask_signer(der, crl, issuers):
 
     Raises ValueError where there is none.
     """
-    with lend_file(der) as file:
-        command = ["crl", "-inform", "DER", "-noout", "-verify", "-in", file.name, "-CAfile", "/dev/stdin"]
-        for item in issuers:
-            if not is_issued(crl, item.subject, item.key):
-                continue
-            if item.key_usage is not None and CRL_SIGN not in item.key_usage:
-                continue
-            try:
-                # its exit code says it in no old version
-                run_openssl(command, make_pem([item.der]).encode(), b"verify OK")
-                return item
-            except CommandError:
-                pass                                # it is by another one
+    command = "crl -inform DER -noout -verify -CAfile /dev/stdin -in"
+    for item in issuers:
+        may = item.key_usage is None or CRL_SIGN in item.key_usage
+        if may and is_issued(crl, item.subject, item.key) and ask_signed(command, der, item.der):
+            return item
     raise ValueError("no issuer that is known, and may sign lists, has signed it")
 
 
@@ -11608,12 +11565,10 @@ def load_judge(config, store, state, source, keep):
 
     By `require` they are fetched before anything is said.
     """
-    mode, crls, listed = config.identity.revocation, [], ()
+    mode = config.identity.revocation
     if mode == "require" and keep:
         refresh_revocation(config, store, state, source)
-    if mode != "off":
-        crls = list(load_crls(store, state).values())
-        listed = state["trust"].get("crls") or ()
+    crls = list(load_crls(store, state).values()) if mode != "off" else []
     if is_revoked(source.identity.leaf, crls):
         log("error", "the own SVID is revoked; the WFM will refuse it, have a new one issued",
             id=source.client_id)
@@ -11621,29 +11576,25 @@ def load_judge(config, store, state, source, keep):
     def judge(leaf, now):
         if is_revoked(leaf, crls):
             raise Untrusted("the peer's certificate is revoked")
-        fault = find_status_fault(leaf, crls, listed, now)
-        if fault and mode == "require":
+        ends = [crl.next_update for crl in find_lists(leaf, crls)]
+        if mode == "off" or ends and now <= max(ends):
+            return
+        fault = find_list_fault(state, now) or "the trust domain names no revocation list by its issuer"
+        if ends:
+            fault = f"the revocation list ended at {make_time(max(ends))}"
+        if mode == "require":
             raise Untrusted("the WFM's revocation status is not known, and identity.revocation is require:"
                             f" {fault}")
-        if fault and (listed or crls):
+        if crls or state["trust"].get("crls"):
             log("warning", "the WFM's revocation status is not known", reason=fault)
     return judge
 
 
-def parse_crl_uris(members, document_url, public, held):
-    """([URL of a list], [words about what was passed over]) from a discovery document (E-080, E-091)."""
-    listed = members.get(CRL_FIELD, [])
-    if not isinstance(listed, list):
-        return [], [f"{CRL_FIELD} is no list"]
-    good, faults = [], []
-    for uri in listed[:MAX_LISTS]:
-        if isinstance(uri, str) and re.fullmatch(r"https?://[^\s/?#@]+(/[^\s#]*)?", uri):
-            good.append(uri)
-        else:
-            faults.append(f"{CRL_FIELD} holds {make_printable(str(uri), 100)}, which is no http or https URL")
-    if held and not good:
-        faults.append("it names no revocation lists any more; those at hand count until they end")
-    return good, faults
+def parse_crl_uris(members, document_url, public):
+    """[URL of a list] from a discovery document; what is none fails where it is asked for (E-080)."""
+    listed = members.get(CRL_FIELD) or []
+    listed = listed if isinstance(listed, list) else [listed]
+    return [make_printable(str(uri)) for uri in listed[:MAX_LISTS]]
 
 
 def load_own_flaw(store, state, leaf):
@@ -11671,10 +11622,10 @@ def refresh_after_poll(agent):
 STATE["crls"] = {"*": (dict(WAIT, **{"digest?": None}), dict(
     WAIT, digest=DIGEST_PATTERN, number=float, key=str, thisUpdate=float, validity=float, **{"etag?": str}))}
 COMPANIONS["crls"] = Companion(
-    lambda config: config.identity.revocation != "off", parse_crl_uris, flaw=load_own_flaw, judge=load_judge,
+    "revocation lists", lambda config: config.identity.revocation != "off", parse_crl_uris,
     # E-090
-    limits=lambda state: [item["validity"] for item in state["crls"].values() if item.get("validity")],
-    remark=find_list_fault)
+    lambda state: [item["validity"] for item in state["crls"].values() if item.get("validity")],
+    load_own_flaw, load_judge, find_list_fault)
 STEPS.insert(STEPS.index(Agent.exchange) + 1, refresh_after_poll)
 EXAMINE["lists"] = examine_lists
 
@@ -11689,10 +11640,11 @@ def read_helm(value, base):
 
 
 Release = define("Release",
-    "deployment_id component name namespace chart values values_file wait content",
-    "A Helm release to be made: the chart's file, the values as a mapping and their file, and a digest of all"
-    " that makes it what it is.")
+    "deployment_id component name namespace chart secrets values_file wait content",
+    "A Helm release to be made: the chart's file, what may be secret among the values, their file, and a"
+    " digest of all that makes it what it is.")
 RELEASE_STATES = ("deployed", "failed", "pending", "uninstalling")
+UNOWNED = f"{LABEL_DEPLOYMENT},!{LABEL_OWNER}"      # the selector of releases older than owners' labels
 
 
 def make_owner_value(owner):
@@ -11705,31 +11657,28 @@ def parse_releases(data, records, owner=""):
 
     Raises CommandError.
     """
-    names = {make_release_name(component["name"], record["deploymentId"]):
-             (record["deploymentId"], component["name"])
-             for record in records for component in record["components"]}
+    names = list_release_names(records)
+
     def read(items):
         found = []
         for item in items or ():
-            match = re.fullmatch(rf"(.+)-({UUID_PATTERN})", item["name"])
-            if not match and item["name"] not in names:
-                continue                            # somebody else's, whatever its labels say
-            deployment_id, component = names.get(item["name"]) or (match.group(2), match.group(1))
-            state = "running" if item["status"] == "deployed" else item["status"]
-            found.append(Container(
-                f"{item['namespace']}/{item['name']}", item["name"], deployment_id, component, "release",
-                str(item["revision"]), state, "helm", owner=owner))
+            name = item["name"]
+            match = re.fullmatch(rf"(.+)-({UUID_PATTERN})", name)
+            if match:                               # others are somebody else's, whatever their labels say
+                component, deployment_id = names.get(name, match.groups())
+                state = "running" if item["status"] == "deployed" else item["status"]
+                found.append(Container(f"{item['namespace']}/{name}", name, deployment_id, component,
+                                       "release", str(item["revision"]), state, "helm", owner=owner))
         return found
 
     return parse_answer(data, "helm list", read)
 
 
-def list_texts(value):
-    """Every scalar below a value as text."""
-    if isinstance(value, (dict, list)):
-        items = value.values() if isinstance(value, dict) else value
-        return [text for item in items for text in list_texts(item)]
-    return [] if value is None or isinstance(value, bool) else [scalar_text(value)]
+def list_release_names(records):
+    """{name of a release: (component, deployment id)} of all components that records tell of."""
+    return {make_release_name(component["name"], record["deploymentId"]):
+            (component["name"], record["deploymentId"])
+            for record in records for component in record["components"]}
 
 
 def make_helm_driver(config, child=None, _=(), environ=None):
@@ -11765,9 +11714,7 @@ def make_values(deployment, component):
     values = {}
     for parameter, pointer in find_parameters(deployment, component):
         try:
-            items = parameter.value if isinstance(parameter.value, list) else [parameter.value]
-            if any(isinstance(item, float) and not abs(item) < float("inf") for item in items):
-                raise ValueError("JSON has no such number")
+            make_json(parameter.value)              # which has no infinite numbers
             set_value(values, parse_value_path(pointer), parameter.value)
         except ValueError as error:
             raise ComponentError("PARAMETER_INVALID", f"parameter {make_printable(parameter.name)}: pointer "
@@ -11780,40 +11727,38 @@ def parse_value_path(pointer):
 
     Raises ValueError.
     """
-    path, position = [], 0
-    token = re.compile(r"((?:[^.\[\]\\]|\\.)+)((?:\[[0-9]{1,3}\])*)(\.|\Z)", re.S)
-    while position < len(pointer) or not path or pointer.endswith("."):
-        match = token.match(pointer, position)
-        if not match:
-            raise ValueError("expected names parted by dots, each with [index] where it is a list")
-        path.append(re.sub(r"\\(.)", r"\1", match.group(1), flags=re.S))
-        path += [int(index) for index in re.findall("[0-9]+", match.group(2))]
-        position = match.end()
-        if len(path) > MAX_DEPTH:
-            raise ValueError(f"nested deeper than {MAX_DEPTH} levels")
-        if not match.group(3):
-            break
+    part = r"((?:[^.\[\]\\]|\\.)+)((?:\[[0-9]{1,3}\])*)"
+    if not re.fullmatch(rf"{part}(\.{part})*", pointer, re.S):
+        raise ValueError("expected names parted by dots, each with [index] where it is a list")
+    path = []
+    for name, indices in re.findall(part, pointer, re.S):
+        path.append(re.sub(r"\\(.)", r"\1", name, flags=re.S))
+        path += map(int, re.findall("[0-9]+", indices))
+    if len(path) > MAX_DEPTH:
+        raise ValueError(f"nested deeper than {MAX_DEPTH} levels")
     return path
 
 
-def set_value(values, path, value):
-    """Puts a value at a path of names and indices; raises ValueError where another one is in the way."""
-    place = values
-    for step, following in zip(path, path[1:] + [None]):
-        if isinstance(step, int):
-            place.extend([None] * (step + 1 - len(place)))
-        held = place[step] if isinstance(step, int) else place.get(step)
-        if following is None:
-            wanted = None
-        else:
-            wanted = list if isinstance(following, int) else dict
-        if held is not None and (not isinstance(held, wanted) if wanted else isinstance(held, dict)):
-            raise ValueError("another parameter puts something of another kind there")
-        if wanted is None:
-            place[step] = value
-        elif held is None:
-            place[step] = wanted()
-        place = place[step]
+def set_value(held, path, value):
+    """What is `held`, or None, with a value put at a path of names and indices below it.
+
+    Raises ValueError where another one is in the way.
+    """
+    if path:
+        kind = dict if isinstance(path[0], str) else list
+        fits = isinstance(held, (kind, type(None)))
+    else:
+        fits = not isinstance(held, dict)
+    if not fits:
+        raise ValueError("another parameter puts something of another kind there")
+    if not path:
+        return value
+    step, *rest = path
+    held = kind() if held is None else held
+    if kind is list:
+        held.extend([None] * (step + 1 - len(held)))
+    held[step] = set_value(held[step] if kind is list else held.get(step), rest, value)
+    return held
 
 
 def make_release_name(component, deployment_id):
@@ -11852,18 +11797,16 @@ class HelmDriver:
     def observe(self, records=(), claim=None):
         """Every release of ours in any state; raises CommandError.
 
-        Where no deployment is known to need Helm, nothing is asked.  claim: as for the ComposeDriver.
+        records: those of deployments that need Helm.  claim: as for the ComposeDriver.
         """
         found = []
         claim = self.claim = claim or self.claim
-        wanted = {make_release_name(component["name"], record["deploymentId"])
-                  for record in records for component in record["components"]}
-        for owner in dict.fromkeys([claim.owner, *sorted(claim.owners), ""]) if records else ():
-            selector = f"{LABEL_DEPLOYMENT},!{LABEL_OWNER}"
-            if owner:
-                selector = f"{LABEL_OWNER}={make_owner_value(owner)}"
+        missing = set(list_release_names(records))
+        for owner in dict.fromkeys([claim.owner, *sorted(claim.owners), ""]):
+            selector = f"{LABEL_OWNER}={make_owner_value(owner)}" if owner else UNOWNED
             found += part_containers(parse_releases(self.list(selector), records, owner), claim)[0]
-            if wanted <= {release.name for release in found}:
+            missing.difference_update(release.name for release in found)
+            if not missing:
                 break                               # under an earlier owner is only what is missing
         return found
 
@@ -11891,16 +11834,15 @@ class HelmDriver:
         """Raises ComponentError where a release of this name was made by somebody else."""
         options = f"--namespace={namespace}", f"--filter=^{re.escape(name)}$"
         if parse_json(self.list(self.make_foreign(), *options), "helm list") and not parse_json(
-                self.list(f"{LABEL_DEPLOYMENT},!{LABEL_OWNER}", *options), "helm list"):
+                self.list(UNOWNED, *options), "helm list"):
             raise ComponentError("NAME_TAKEN", f"release {name} in namespace {namespace} was not made by this"
                                  " agent: remove it there")
 
     def check(self, claim):
         """What `doctor` says of this driver; raises CommandError."""
-        record = {"deploymentId": "", "components": []}
         output = self.run(["version", "--short"], 60).stdout.decode("utf-8", "replace")
         version = make_printable(output.strip(), 60)
-        return f"helm {version} answers, {len(self.observe([record], claim))} releases of ours"
+        return f"helm {version} answers, {len(self.observe((), claim))} releases of ours"
 
     def prepare(self, deployment, component, known, store, fetched):
         """Fetches and verifies the chart and makes the values, and touches nothing that runs.
@@ -11915,13 +11857,12 @@ class HelmDriver:
         self.ask_name(name, deployment.namespace)
         folder = store.path("deployments", deployment.deployment_id.lower(), component.name)
         create_folder(folder)
-        values_file = os.path.join(folder, content + ".json")
+        values_file = os.path.join(folder, "values.json")
         write_file(values_file, make_json(values))
-        for other in set(os.listdir(folder)) - {content + ".json"}:
-            # a package of the time when it was a compose component goes by itself
-            remove_file(os.path.join(folder, other))
         chart = store.path("artifacts", package["digest"].replace(":", "-"))
-        return Release(deployment.deployment_id, component.name, name, deployment.namespace, chart, values,
+        parts = [parameter.value for parameter, _ in find_parameters(deployment, component.name)]
+        secrets = [str(item) for part in parts for item in (part if isinstance(part, list) else [part])]
+        return Release(deployment.deployment_id, component.name, name, deployment.namespace, chart, secrets,
                        values_file, component.wait, content), package
 
     def apply(self, release, containers, known, deadline):
@@ -11948,7 +11889,7 @@ class HelmDriver:
         output = self.carry_out(arguments + ["--wait"] * bool(release.wait), deadline)
         if output.code:
             code = "INSTALL_TIMEOUT" if time.monotonic() >= deadline - 0.5 else "INSTALL_FAILED"
-            words = mask(output.stderr, list_texts(release.values))
+            words = mask(output.stderr, release.secrets)
             raise ComponentError(code, f"helm upgrade failed: {words[-1500:]}")
         revision = parse_answer(output.stdout, "helm upgrade", lambda answer: answer["version"])
         return {"release": {"hash": str(revision), "finished": False, "image": "",
@@ -11990,21 +11931,11 @@ class HelmDriver:
             raise ComponentError(
                 "REMOVE_FAILED", f"release {ours[0].name} is still there: {words[0][-1000:]}")
 
-    @staticmethod
-    def list_ports(release):
-        """[]: none of this host."""
-        return []
-
-    def tail_log(self, container, secrets):
-        """Nothing: the cluster keeps the logs."""
+    def leave(self, *_):
+        """Nothing: logs, health checks and images are the cluster's, and ports none of this host."""
         return ""
 
-    def tend(self, containers, chance):
-        """Nothing: the cluster runs its own health checks."""
-
-    def remove_image(self, name):
-        """Never: images are the cluster's."""
-        return False
+    list_ports = tail_log = tend = remove_image = leave
 
 
 DRIVERS["helm"] = make_helm_driver
@@ -12258,7 +12189,8 @@ def run_verification(key, payload, signature):
     """Whether openssl finds that a payload is signed by a public key; ConfigError without openssl."""
     try:
         with lend_file(parse_base64(signature)) as file:
-            run_openssl(["dgst", "-sha256", "-verify", key, "-signature", file.name], payload, b"Verified OK")
+            run_openssl("dgst -sha256 -verify", key, "-signature", file.name, data=payload,
+                        expected=b"Verified OK")
     except (ValueError, CommandError):
         return False
     return True
@@ -12270,7 +12202,7 @@ def examine_images(agent):
     if not key:
         return "ok", ""
     try:
-        run_openssl(["pkey", "-pubin", "-in", key, "-noout"])
+        run_openssl("pkey -noout -pubin -in", key)
     except CommandError as error:
         raise ConfigError(f"policy.images.cosign_key: {key} is no public key ({error.message})") from None
     return "ok", f"images have to be signed by {key}"
@@ -12307,25 +12239,20 @@ def command_doctor(config, options):
             "identity": examine_identity, "wfm": examine_connection, "outbox": examine_outbox,
             "failed": examine_failed}
     found, code = [], 0
-    moot = set()                                    # what a run does not come to
-    skipped = set()
     checks = {**first, **EXAMINE, **last}
-    for name in checks:
-        if name in skipped:
-            continue
+    moot = ()                                       # what a run does not come to
+    for name, examine in checks.items():
         try:
-            level, words = checks[name](agent)
+            level, words = examine(agent)
         except FAULTS as error:
             fault = to_fault(error)
             words = fault.message
             level = "FAIL" if fault.exit and name not in moot else "warn"
             code = max(code, fault.exit if level == "FAIL" else 0)
             if name in ("state", "lock"):           # a run comes no further
-                moot.update(checks)
-            if isinstance(fault, Silence):          # it asks nobody
-                moot.update(("identity", "wfm"))
-            if name == "identity" or not fault.exit:
-                skipped.add("wfm")
+                moot = checks
+            elif isinstance(fault, Silence):        # it asks nobody
+                moot = moot or ("identity", "wfm")
         if words and words not in [row["message"] for row in found]:        # each cause once
             found.append({"name": name, "level": level.lower(), "message": words})
             if "--json" not in options:
@@ -12417,10 +12344,10 @@ def examine_storage(agent):
         raise StorageError(f"state_dir: {folder} is no folder that this user may write; make it, or run as"
                            " its owner")
     free, _ = get_space(folder)
-    need = agent.config.policy.max_unpacked + agent.config.policy.max_artifact
-    words = f"{agent.config.state_dir}, {free // MIB} MiB free"
     if free < SHARE * KIB and not os.path.exists(agent.store.path("reserve")):
         raise StorageError(f"state_dir: no space is left at {folder}; free some")
+    need = agent.config.policy.max_unpacked + agent.config.policy.max_artifact
+    words = f"{agent.config.state_dir}, {free // MIB} MiB free"
     if free > need:
         return "ok", words
     return "warn", f"{words}; one package may take {need // MIB} (policy.max_unpacked): free some"
@@ -12490,6 +12417,8 @@ def examine_connection(agent):
     url = agent.config.wfm.url
     proxy = ask_proxy(url) and f" through the proxy {ask_proxy(url)}"
     window = agent.config.poll.window
+    if agent.is_downtime():
+        return "ok", ""
     try:
         agent.connect(keep=False)
         if window and not is_within(window, time.localtime()):
@@ -12527,7 +12456,7 @@ def ask_peer(url, timeout):
     return f"{make_name(leaf.subject)}, certified by {make_name(leaf.issuer)}"
 
 
-COMMANDS["doctor"] = (command_doctor, {"--json": ""}, "")
+COMMANDS["doctor"] = (command_doctor, "[--json]")
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -12539,13 +12468,11 @@ def look_at(config, word):
 
     Raises ConfigError, StorageError.
     """
-    agent = Agent(config)
-    agent.state = agent.store.load_state()
+    agent = load_agent(config)
     record = find_record(agent.state, word)
-    home = record["deviceId"]
-    devices = [device for device in agent.devices if device.device_id == home]
+    devices = [device for device in agent.devices if device.device_id == record["deviceId"]]
     claim = obtain_claim(agent.get_profile(), agent.device_id)
-    seen = observe_devices(devices, [record], claim).get(home, Seen([], {}, {}))
+    seen = observe_devices(devices, [record], claim).get(record["deviceId"], Seen([], {}, {}))
     return agent, record, seen._replace(containers=find_containers(record["deploymentId"], seen.containers))
 
 
@@ -12559,18 +12486,12 @@ def command_describe(config, options):
     if not options["operands"]:
         return command_status(config, options)
     agent, record, seen = look_at(config, options["operands"][0])
-    adopted = record["adopted"]
-    target = Target(record["deploymentId"], adopted["digest"], adopted["version"])
-    deployment = read_target(target, agent.store.load_artifact, config).deployment
     clock = get_clock()
-    report = make_details(record, deployment, seen.containers, clock)
+    report = make_details(record, load_deployment(agent, record), seen.containers, clock)
     if "--json" in options:
         return print_json(report)
-    print_row(report["state"], f"{report['deploymentId']}  {report['name']}  on {report['deviceId']}")
+    print_deployment(report)
     print_row("document", f"{report['digest']}, of manifest version {report['version']}")
-    for part in report["components"]:
-        words = f"{part['name']}  {part['revision']}"
-        print_row(f"  {part['state']}", words + make_error_words(part["error"]))
     for item in report["containers"]:
         since = f" since {item['since']}" if item["since"] else ""
         ports = f"  ports {', '.join(item['ports'])}" if item["ports"] else ""
@@ -12622,11 +12543,12 @@ def command_logs(config, options):
     _, record, seen = look_at(config, name)
     for fault in seen.silent.values():
         raise fault
-    found = [item for item in seen.containers if item.service in services or not services]
-    driver = seen.drivers.get(found[0].type) if found else None
-    if not hasattr(driver, "engine"):
+    found = [item for item in seen.containers
+             if item.type == "compose" and item.service in (services or [item.service])]
+    if not found:
         where = make_printable(f"service {services[0]} of {name}" if services else name)
         raise ConfigError(f"{where} has no container here; `status {record['name']}` shows what there is")
+    driver = seen.drivers["compose"]
     if found[1:] and driver.engine == "docker":
         names = ", ".join(sorted(container.service for container in found))
         raise ConfigError(f"docker shows one container at a time; name one of the services {names}")
@@ -12665,10 +12587,10 @@ def command_config(config, options):
     if "--check" in options:
         print(f"{options['-c']} can be used")       # else it has been said why not
     elif "--example" in options:
-        print("\n".join(make_example(SCHEMA, EXAMPLE)))
+        print("\n".join(make_settings_lines(SCHEMA, EXAMPLE, True)))
     else:
         document = expand_environment(load_document(options["-c"]), os.environ, "", [])
-        print("\n".join(make_listing(SCHEMA, document or {})))
+        print("\n".join(make_settings_lines(SCHEMA, document or {}, False)))
 
 
 # What an example of a configuration sets, by names of examples/pki.sh; all else is commented out.
@@ -12678,39 +12600,33 @@ EXAMPLE = {"wfm": {"url": "https://localhost:8443"},
 PARTS = {"registries": ("registry.example:5000:", REGISTRY_SCHEMA), "  children": ("-", CHILD_SCHEMA)}
 
 
-def make_listing(schema, document, indent=""):
-    """The lines of a configuration that leaves nothing out: what the file does not say is marked."""
+def make_settings_lines(schema, document, example, indent=""):
+    """The lines of a configuration that leaves nothing out, each setting with what it is for.
+
+    What the document does not say has its default: marked so or, in an example, commented out.
+    """
     lines = []
     for key, entry in schema.items():
         value = document.get(key)
         if isinstance(entry, dict):
-            lines += [f"{indent}{key}:", *make_listing(entry, value or {}, indent + "  ")]
-            continue
-        reader, default, _ = entry
-        note = "  # default" if value is None else ""
-        if reader is read_environment and value:    # it may hold what nobody should see
-            value = dict.fromkeys(value, "...")
-        lines.append(f"{indent}{key}: {make_yaml(default if value is None else value)}{note}")
-    return lines
-
-
-def make_example(schema, chosen, indent=""):
-    """The lines of a configuration to start from: what is not `chosen` is commented out, with its default."""
-    lines = []
-    for key, entry in schema.items():
-        if isinstance(entry, dict):
-            lines += ["", f"{indent}{key}:", *make_example(entry, chosen.get(key, {}), indent + "  ")]
+            part = make_settings_lines(entry, value or {}, example, indent + "  ")
+            lines += ["", f"{indent}{key}:", *part]
             continue
         reader, default, meaning = entry
         try:
             reader(object(), "")
         except ValueError as error:                 # of what it would take
             meaning += f" ({str(error).partition(':')[0]})"
-        value = make_yaml(chosen.get(key, default))
-        lines += [f"{indent}# {meaning}", f"{indent}{'' if key in chosen else '# '}{key}: {value}".rstrip()]
-        if indent + key in PARTS:
-            name, schema = PARTS[indent + key]
-            lines += [f"{indent}# {line}" for line in [f"  {name}", *make_example(schema, {}, "    ")]]
+        if reader is read_environment and value:    # it may hold what nobody should see
+            value = dict.fromkeys(value, "...")
+        line = f"{key}: {make_yaml(default if value is None else value)}"
+        if value is None:
+            line = f"# {line}" if example else f"{line}  # default"
+        lines += [f"{indent}# {meaning}", f"{indent}{line}".rstrip()]
+        if example and indent + key in PARTS:
+            name, parts = PARTS[indent + key]
+            part = [f"  {name}", *make_settings_lines(parts, {}, example, "    ")]
+            lines += [f"{indent}# {line}" for line in part]
     return lines
 
 
@@ -12718,19 +12634,18 @@ def make_yaml(value):
     """A value as YAML on one line; None is nothing."""
     if value is None:
         return ""
-    text = make_json(value).decode()
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        return scalar_text(value)
     try:
-        return value if isinstance(value, str) and load_yaml(value) == value else text
-    except YAMLError:
-        return text
+        text = scalar_text(value)
+        if load_yaml(text) == value:
+            return text
+    except (TypeError, YAMLError):
+        pass                                        # it takes brackets, or quotes
+    return make_json(value).decode()
 
 
-COMMANDS.update(
-    status=(command_describe, {"--json": ""}, "[NAME]"),
-    logs=(command_logs, {"--tail": "N", "-f": ""}, "NAME [SERVICE]"),
-    config=(command_config, {"--check": "", "--example": ""}, ""))
+COMMANDS.update(status=(command_describe, "[NAME] [--json]"),
+                logs=(command_logs, "NAME [SERVICE] [--tail N] [-f]"),
+                config=(command_config, "[--check] [--example]"))
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -12808,37 +12723,33 @@ def start_watch(config, arguments):
     and it works where only the compiled file is installed.
     """
     import marshal
-    parts = {
-        part.__name__: part.__code__
-        for part in (notify, write_line, start_cycle, read_answer, count_wakes, reap, end_cycle, watch)
-    }
+    import signal
+    parts = notify, write_line, start_cycle, count_wakes, reap, end_cycle, watch
+    codes = marshal.dumps([part.__code__ for part in parts])
+    # A cycle is run as a module where this file's name allows that: Python then keeps its compiled form.
+    start = [os.path.abspath(__file__)]
+    folder, name = os.path.split(start[0])
+    stem, _, suffix = name.partition(".")
+    if suffix in ("py", "pyc"):
+        start = ["-c", f"import sys; sys.path.insert(0, {folder!r}); sys.exit(__import__({stem!r}).main())"]
+    child = [sys.executable, "-I", "-S", *start, *arguments, "--once"]
     last = "the daemon has ended" if log.level in ("debug", "info") else ""
-    words = make_child(arguments), CYCLE_RETRY, HUNG, STOP_LIMIT, last
+    words = child, CYCLE_RETRY, HUNG, STOP_LIMIT, last
     program = (f"import marshal, os, time\nLINE = {LINES[log.form]!r}\n"
-               f"for name, code in marshal.loads({marshal.dumps(parts)!r}).items():\n"
-               "    globals()[name] = type(lambda: None)(code, globals())\n"
+               f"for code in marshal.loads({codes!r}):\n"
+               "    globals()[code.co_name] = type(lambda: None)(code, globals())\n"
                f"raise SystemExit(watch(*{words!r}))\n")
     log("info", "the daemon has started", version=__version__, profile=config.wfm.profile,
         wfm=config.wfm.url, interval=f"{config.poll.interval:.0f} s")
+    # These wait until `watch` asks for them.
+    signals = signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     reader, writer = os.pipe()
     os.write(writer, program.encode())              # a pipe holds 64 KiB, this is far smaller
     os.close(writer)
     os.dup2(reader, 0)
     os.execv(sys.executable, [sys.executable, "-I", "-S", "-", "margo-agent"])
 
-
-def make_child(arguments):
-    """The command line of one cycle.
-
-    This file is run as a module where its name allows that, because Python then keeps its compiled form.
-    """
-    start = [os.path.abspath(__file__)]
-    folder, name = os.path.split(start[0])
-    stem, _, suffix = name.partition(".")
-    if suffix in ("py", "pyc"):
-        code = f"import sys; sys.path.insert(0, {folder!r}); sys.exit(__import__({stem!r}).main())"
-        start = ["-c", code]
-    return [sys.executable, "-I", "-S", *start, *arguments, "--once"]
 
 
 # The daemon's parent: these functions run in an interpreter that has nothing else of this file but `os`,
@@ -12868,7 +12779,7 @@ def write_line(level, text):
     """Writes one line as the log does."""
     line = LINE % (time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), level, text)
     try:
-        os.write(2, line.encode() if text else b"")
+        os.write(2, line.encode())
     except OSError:
         pass                                        # nobody listens any more
 
@@ -12880,12 +12791,12 @@ def start_cycle(child, signals):
     """
     import signal
     reader, writer = os.pipe()
-    os.set_blocking(reader, False)                  # a helper may keep the other end open
     pid = os.fork()
     if not pid:
         try:
+            for number in (signal.SIGHUP, signal.SIGINT):   # a terminal sends them to both of us
+                signal.signal(number, signal.SIG_IGN)
             signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
-            signal.signal(signal.SIGHUP, signal.SIG_IGN)
             os.set_inheritable(writer, True)
             os.execve(child[0], child, dict(os.environ, MARGO_DELAY_FD=str(writer)))
         except OSError as error:
@@ -12896,15 +12807,6 @@ def start_cycle(child, signals):
     os.close(writer)
     return pid, reader
 
-
-def read_answer(reader):
-    """What a cycle that has ended has said in its pipe, which is closed."""
-    try:
-        return os.read(reader, 1024)
-    except BlockingIOError:
-        return b""
-    finally:
-        os.close(reader)
 
 
 def count_wakes(pid):
@@ -12957,14 +12859,12 @@ def watch(child, fallback, hung, limit, last):
     """Runs cycles one after the other, for ever; returns the daemon's exit code.
 
     child: the command line of a cycle.  It says in a pipe how many seconds to wait after it (else `fallback`)
-    and how it went.  SIGTERM and SIGINT end the daemon after the current step; `last` is how its log ends.
-    SIGHUP starts a cycle at once; each cycle reads the configuration anew.  A cycle that has not woken from
-    a wait for `hung` seconds hangs, because its own waits are shorter: it is killed.  systemd's watchdog is
-    fed while cycles can be started and move.  Five cycles in a row that cannot be started end the daemon.
+    and how it went.  SIGTERM and SIGINT end the daemon after the current step; `last` ends its log.  SIGHUP
+    starts a cycle at once.  One that has not woken from a wait for `hung` seconds hangs, and is killed.
+    systemd's watchdog is fed while cycles can be started and move; if five in a row cannot be, it ends.
     """
     import signal
     signals = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD}
-    signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     address = os.environ.get("NOTIFY_SOCKET", "")
     beat = int(os.environ.get("WATCHDOG_USEC") or 0) / 2e6 or 3600.0
     notify(address, "READY=1")
@@ -12985,13 +12885,15 @@ def watch(child, fallback, hung, limit, last):
         if number in (signal.SIGTERM, signal.SIGINT):
             notify(address, "STOPPING=1")
             code = end_cycle(pid, limit) if pid else 0
-            write_line("info", last)
+            if last:
+                write_line("info", last)
             return code
         if number == signal.SIGHUP:
             due = 0
         status = reap(pid)
         if status is not None:
-            answer, _, words = read_answer(reader).partition(b" ")
+            answer, _, words = os.read(reader, 1024).partition(b" ")
+            os.close(reader)
             if words:
                 notify(address, "STATUS=" + words.decode("utf-8", "replace"))
             if status == 2 << 8 and not proven:     # the configuration has never worked
@@ -13017,13 +12919,10 @@ def watch(child, fallback, hung, limit, last):
 def command_enroll(config, options):
     """Makes this device known to the WFM: checks its identity and reports its capabilities.
 
-    It may be repeated at any time.  `--fetch-ca FILE` first downloads the WFM's root CA (profile signed).
+    It may be repeated at any time.
 
     Example: margo_agent.py enroll
     """
-    for name, (_, act) in OPTIONS["enroll"].items():
-        if name in options:
-            act(config, options[name])
     with Agent(config) as agent:
         agent.store.load_memo().clear()             # the trust bundle is asked for whatever its age
         agent.state["trust"].pop("refreshedAt", None)
@@ -13053,11 +12952,11 @@ def command_unenroll(config, options):
             print("not enrolled")
             return
         if "--purge" in options:
-            if purge(agent):
-                raise StorageError("not everything could be removed; nothing was forgotten, run unenroll"
-                                   " --purge again")
-            for drivers in agent.answering.values():
-                print_kept(drivers.get("compose"))
+            purge(agent)
+        kept = {key: record for key, record in state["deployments"].items() if record["state"] != "removed"}
+        if kept and "--purge" in options:
+            raise StorageError("not everything could be removed; nothing was forgotten, run unenroll --purge"
+                               " again")
         if state["enrollment"]:
             try:
                 devices = state["enrollment"].get("devices") or [agent.device_id]
@@ -13067,7 +12966,6 @@ def command_unenroll(config, options):
                 log("warning",
                     "the WFM does not know this client any more; the relationship is forgotten here",
                     reason=error.message)
-        kept = {key: record for key, record in state["deployments"].items() if record["state"] != "removed"}
         agent.state = dict(make_state(), deployments=kept, owners=state["owners"])
         agent.store.save_state(agent.state)
         for name in TRACES:
@@ -13077,21 +12975,18 @@ def command_unenroll(config, options):
         log("warning", "the next run enrolls again: stop cron or the service where that is not wanted")
 
 
-def print_kept(driver):
-    """Names the volumes that a ComposeDriver leaves behind: they hold what applications have stored."""
-    names = driver.list_volumes() if driver else []
-    if names:
-        print(f"kept: {len(names)} volumes, which `{driver.engine} volume rm {' '.join(names)}` removes")
-
-
 def purge(agent):
-    """Removes every workload and reports that; whether something could not be removed."""
+    """Removes every workload, as far as that goes, and reports it; names the volumes that are left behind."""
     if agent.state["enrollment"]:
         agent.connect()
     version = (agent.state["accepted"] or {}).get("version", 0)
     agent.reconcile({"version": version, "deployments": []})
     agent.flush_outbox()                            # also what an earlier purge could not report
-    return any(record["state"] != "removed" for record in agent.state["deployments"].values())
+    for drivers in agent.answering.values():
+        driver = drivers.get("compose")
+        names = driver.list_volumes() if driver else ()
+        if names:
+            print(f"kept: {len(names)} volumes, which `{driver.engine} volume rm {' '.join(names)}` removes")
 
 
 def command_plan(config, options):
@@ -13099,22 +12994,16 @@ def command_plan(config, options):
 
     Example: margo_agent.py plan --json
     """
-    agent = Agent(config)
-    agent.state = agent.store.load_state()
-    accepted, documents = fetch_accepted(agent)
-    actions, seen = [], {}
-    if accepted:
-        load = agent.store.load_artifact
-        actions, seen = agent.decide(accepted, lambda digest: documents.get(digest) or load(digest))
+    agent = load_agent(config)
+    accepted, load = fetch_accepted(agent)
+    actions, seen = agent.decide(accepted, load) if accepted else ([], {})
     others = ask_others(agent.answering)
     # What clears the way for an installation elsewhere is part of it.
-    moved = {action.deployment_id for action in actions if action.verb in ("install", "update")}
+    moved = {action.key for action in actions if action.verb in CHANGES}
     items = [{"deploymentId": action.deployment_id, "action": PRINTED.get(action.verb, action.verb),
-              "reason": action.reason, "deviceId": action.device_id}
-             for action in actions if action.verb != "clear" or action.deployment_id not in moved]
+              "reason": action.reason, "deviceId": action.device_id, "changes": load_changes(agent, action)}
+             for action in actions if action.verb != "clear" or action.key not in moved]
     version = accepted["version"] if accepted else None
-    for item in items:
-        item["changes"] = load_changes(agent, item, accepted, documents)
     if options.pop("--json", False):                # what fails after that is told on stderr alone
         print_json({"version": version, "actions": items, "others": others})
     else:
@@ -13129,47 +13018,56 @@ def command_plan(config, options):
         raise fault
 
 
-def load_changes(agent, item, accepted, documents):
+def load_agent(config):
+    """An Agent that only looks: it has read the state, and leaves its lock alone."""
+    agent = Agent(config)
+    agent.state = agent.store.load_state()
+    return agent
+
+
+def load_changes(agent, action):
     """What an update changes, in words that show no value: parameters, components' revisions, all else."""
-    record = agent.state["deployments"].get(item["deploymentId"].lower())
-    wanted = [entry["digest"] for entry in (accepted or {}).get("deployments", ())
-              if entry["deploymentId"].lower() == item["deploymentId"].lower()]
-    load = agent.store.load_artifact
-    if item["action"] != "update" or not record or not wanted or record["adopted"]["digest"] == wanted[0]:
+    record = agent.state["deployments"].get(action.key)
+    if action.verb != "update" or record["adopted"]["digest"] == action.target.digest:
         return []
-    both = []
-    for digest in (record["adopted"]["digest"], wanted[0]):
-        target = Target(item["deploymentId"], digest)
-        both.append(read_target(target, lambda key: documents.get(key) or load(key), agent.config).deployment)
-    return make_changes(*both) if all(both) else []
+    old = load_deployment(agent, record)
+    return make_changes(old, action.target.deployment) if old else []
+
+
+def load_deployment(agent, record):
+    """The Deployment that is worked on, from a record; None where its document cannot be read."""
+    target = Target(record["deploymentId"], record["adopted"]["digest"])
+    return read_target(target, agent.store.load_artifact, agent.config).deployment
 
 
 def make_changes(old, new):
     """What differs between two Deployments, in words."""
     parts = []
-    for word, field in (("parameter", "parameters"), ("component", "components")):
-        before, after = ({item.name: item for item in getattr(one, field)} for one in (old, new))
-        names = sorted({*before, *after})
-        parts += [f"{word} {name}" for name in names if before.get(name) != after.get(name)]
+    for word in ("parameter", "component"):
+        before, after = (getattr(one, word + "s") for one in (old, new))
+        changed = {item.name for item in before + after if item not in before or item not in after}
+        parts += [f"{word} {name}" for name in sorted(changed)]
     return parts or ["something else than parameters and components"]
 
 
 def fetch_accepted(agent):
-    """What the next run would accept, or has accepted before: (its part of the state, its new documents)."""
-    accepted = agent.state["accepted"]
+    """What the next run would accept, or has accepted before: (its part of the state, what loads its
+    documents).
+    """
+    stored = agent.store.load_artifact
     if agent.is_downtime():
         log("warning", "downtime: the WFM is not asked; this follows from what was accepted before")
-        return accepted, {}
+        return agent.state["accepted"], stored
     agent.check_patience(spread=False)
     agent.connect(keep=False)
     desired = agent.fetch_desired()
     if not desired:
-        return accepted, {}
+        return agent.state["accepted"], stored
     try:
         agent.check_removals(desired)
     except Waiting as error:
         log("warning", error.message)
-    return make_accepted(desired), desired.documents
+    return make_accepted(desired), lambda digest: desired.documents.get(digest) or stored(digest)
 
 
 def command_status(config, options):
@@ -13193,20 +13091,21 @@ def command_status(config, options):
     for item in document["dropped"]:
         print_row("dropped", f"{item['deploymentId']} {item['state']} at {item['at']}: {item['reason']}")
     for deployment in document["deployments"]:
-        where = f"  on {deployment['deviceId']}" if config.device.children else ""
-        print_row(deployment["state"], f"{deployment['deploymentId']}  {deployment['name']}{where}")
-        # Only a document that cannot be read leaves a deployment without components.
-        for part in deployment["components"] or [dict(deployment, name="")]:
-            print_row(f"  {part['state']}", part["name"] + make_error_words(part["error"]))
+        print_deployment(deployment)
     for item in document["waits"]:
         print_row("waits", f"until {item['until']} {item['reason']}")
     for words in make_others_words(document["others"]):
         print_row("other", f"{words}; it is left alone")
 
 
-def make_error_words(error):
-    """What follows the name of something that may have failed."""
-    return f"  {error['code']}: {error['message']}" if error["code"] else ""
+def print_deployment(item):
+    """Prints what make_deployment_report tells, and of a component its revision, where that is known, too."""
+    print_row(item["state"], f"{item['deploymentId']}  {item['name']}  on {item['deviceId']}")
+    # Only a document that cannot be read leaves a deployment without components.
+    for part in item["components"] or [dict(item, name="")]:
+        error = part["error"]
+        told = f"{error['code']}: {error['message']}" if error["code"] else ""
+        print_row(f"  {part['state']}", "  ".join(filter(None, (part["name"], part.get("revision"), told))))
 
 
 def print_row(name, words):
@@ -13225,22 +13124,20 @@ def make_deployment_report(record):
 
 
 def status(config):
-    """What the device knows, as the object that `status --json` prints; raises StorageError.
+    """What the device knows, as the object that `status --json` prints (contract); raises StorageError.
 
     config: what load_config returns.  Nobody is asked, neither the WFM nor the engine.
     """
     store = Store(config.state_dir)
-    return make_status_report(config, store.load_state(), store.load_memo(), get_clock())
-
-
-def make_status_report(config, state, memo, clock):
-    """The object of `status --json` (contract)."""
+    state = store.load_state()
+    memo = store.load_memo()
+    clock = get_clock()
     accepted = state["accepted"] or {}
     return {
         "version": __version__,
         "profile": config.wfm.profile,
         "enrolled": bool(state["enrollment"]),
-        "identity": PROFILES[config.wfm.profile](config, Store(config.state_dir), state).describe(clock.now),
+        "identity": PROFILES[config.wfm.profile](config, store, state).describe(clock.now),
         "desiredState": {key: accepted.get(key) for key in ("version", "etag", "acceptedAt")},
         "lastPoll": memo.get("lastPoll") or state["lastPoll"] or {"at": None, "result": None, "detail": ""},
         "outbox": len(state["outbox"]),
@@ -13279,9 +13176,8 @@ def command_capabilities(config, options):
 
     Example: margo_agent.py capabilities > capabilities.json
     """
-    agent = Agent(config)
-    profile = PROFILES[config.wfm.profile](config, agent.store, agent.store.load_state())
-    documents = list(map(profile.translate, load_capabilities(agent.devices, config).values()))
+    agent = load_agent(config)
+    documents = list(map(agent.get_profile().translate, load_capabilities(agent.devices, config).values()))
     print_json(documents if documents[1:] else documents[0])
 
 
@@ -13317,15 +13213,14 @@ def command_retry(config, options):
     """
     with Agent(config) as agent:
         state = agent.state
-        records = list(state["deployments"].values())
-        if options["operands"]:
-            records = [find_record(state, options["operands"][0])]
+        names = options["operands"]
+        records = [find_record(state, name) for name in names] or state["deployments"].values()
         failed = [record for record in records if record["state"] == "failed"]
-        if options["operands"] and not failed:
-            raise ConfigError(f"{options['operands'][0]} is no failed deployment; `status` lists them")
+        if names and not failed:
+            raise ConfigError(f"{names[0]} is no failed deployment; `status` lists them")
         for record in failed:
             record.update(retry={}, repair={})
-        if not options["operands"]:
+        if not names:
             state.update(patience={}, waits={})
             state["est"].update(delay=0)
         agent.store.save_state(state)
@@ -13355,29 +13250,31 @@ def command_version(config, options):
 
 
 def print_json(value):
-    """Prints one JSON document, for people and programs alike: nothing in it steers a terminal."""
+    """Prints one JSON document, for people and programs alike: nothing in it steers a terminal.
+
+    It is escaped where that would, or where the locale lacks a character.
+    """
     import json
-    encoding = (sys.stdout.encoding or "").lower().replace("-", "")
-    text = json.dumps(value, indent=2, ensure_ascii=encoding != "utf8")
-    print(re.sub(r"[^ -~\n]", lambda odd: odd.group() if odd.group().isprintable()
-                 else json.dumps(odd.group())[1:-1], text))
+    text = json.dumps(value, indent=2, ensure_ascii=False)
+    encoding = sys.stdout.encoding or "ascii"
+    shown = text.replace("\n", "").isprintable() and text == text.encode(encoding, "replace").decode(encoding)
+    print(text if shown else json.dumps(value, indent=2))
 
 
-JSON = {"--json": ""}
 for name, row in {
-    "enroll": (command_enroll, {name: word for name, (word, _) in OPTIONS["enroll"].items()}, ""),
-    "run": (command_run, {"--once": "", "--spread": "TIME", **JSON}, ""),
-    "plan": (command_plan, JSON, ""),
-    "status": (command_status, JSON, ""),
-    "history": (command_history, JSON, ""),
-    "capabilities": (command_capabilities, JSON, ""),
-    "csr": (command_csr, {"--out": "FILE"}, ""),
-    "retry": (command_retry, JSON, "[NAME]"),
-    "unenroll": (command_unenroll, {"--purge": ""}, ""),
-    "version": (command_version, JSON, ""),
+    "enroll": (command_enroll, ""),
+    "run": (command_run, "[--once] [--spread TIME] [--json]"),
+    "plan": (command_plan, "[--json]"),
+    "status": (command_status, "[--json]"),
+    "history": (command_history, "[--json]"),
+    "capabilities": (command_capabilities, "[--json]"),
+    "csr": (command_csr, "[--out FILE]"),
+    "retry": (command_retry, "[NAME] [--json]"),
+    "unenroll": (command_unenroll, "[--purge]"),
+    "version": (command_version, "[--json]"),
 }.items():
     COMMANDS.setdefault(name, row)                  # an optional room may know more of a command
-GLOBAL_OPTIONS = {"-c": "FILE", "-v": "", "-q": "", "--log-format": "text|json", "--help": ""}
+USAGE = "[-c FILE] [-v] [-q] [--log-format text|json] [--help]"     # before or behind any command
 SPELLINGS = {"--config": "-c", "--verbose": "-v", "--quiet": "-q", "-h": "--help", "help": "--help",
              "--version": "version"}
 
@@ -13385,46 +13282,56 @@ SPELLINGS = {"--config": "-c", "--verbose": "-v", "--quiet": "-q", "-h": "--help
 Misuse = define_fault("Misuse", 2, "CONFIGURATION", "The command line is wrong.", ConfigError)
 
 
+def parse_usage(usage):
+    """A usage such as `NAME [SERVICE] [--tail N] [-f]` to [operand] and {option: what follows it, or ""}."""
+    return usage.partition("[-")[0].split(), dict(re.findall(r"\[(-[^] ]+) ?([^]]*)\]", usage))
+
+
 def parse_arguments(arguments):
     """The command line as a dictionary: `command`, `operands`, `arguments` as given, and each option.
 
     Raises ConfigError.
     """
-    options = {"command": None, "operands": [], "arguments": list(arguments)}
+    options = {"command": "", "operands": [], "arguments": list(arguments)}
     rest = list(arguments)
+    usage = USAGE
     while rest:
         word = rest.pop(0)
-        word = word if options["command"] else SPELLINGS.get(word, word)
+        command = options["command"]
+        word = word if command else SPELLINGS.get(word, word)
         if word.startswith("-"):
-            parse_option(word, rest, options)
-        elif options["command"]:
-            if not word:
-                raise Misuse(f"{options['command']}: an empty word names nothing")
+            parse_option(word, rest, parse_usage(usage)[1], options)
+        elif not command:
+            options["command"] = check_word(word, "command", COMMANDS)
+            usage += COMMANDS[word][1]
+        elif word:
             options["operands"].append(word)
         else:
-            options["command"] = check_word(word, "command", COMMANDS)
+            raise Misuse(f"{command}: an empty word names nothing")
     if options.get("--log-format", "text") not in ("text", "json"):
         raise Misuse("--log-format: text or json")
+    if "-v" in options and "-q" in options:
+        raise Misuse("-v and -q: only one of them")
     return options
 
 
-def parse_option(word, rest, options):
-    """Adds an option to `options`, with its value, which may be the first word of the `rest`."""
-    known = dict(GLOBAL_OPTIONS, **(COMMANDS[options["command"]][1] if options["command"] else {}))
-    name, given, value = word.partition("=")
-    if not word.startswith("--"):                   # -cFILE, -vq
-        name = word[:2]
-        value = word[2:].lstrip("=")
+def parse_option(word, rest, known, options):
+    """Adds an option of {option: what follows it} to `options`; its value may be the first word of the rest.
+
+    A short one may be followed by its value (-cFILE), or by other short ones (-fv).
+    """
+    name, given, value = re.fullmatch(r"(--[^=]*|-.?)(=?)(.*)", word, re.S).groups()
     name = check_word(SPELLINGS.get(name, name), "option", known)
     if known[name]:
-        options[name] = value or (rest.pop(0) if rest and not given else "")
-        if not options[name]:
+        if not given and not value and rest:
+            value = rest.pop(0)
+        if not value:
             raise Misuse(f"{name}: needs a value: write {name} {known[name]}")
-        return
-    options[name] = True
-    if value and word.startswith("--"):
+    elif given:
         raise Misuse(f"{make_printable(word)}: takes no value")
-    rest[:0] = [f"-{value}"] * bool(value)
+    elif value:
+        rest.insert(0, f"-{value}")
+    options[name] = value or True
 
 
 def check_word(word, kind, known):
@@ -13443,9 +13350,8 @@ def print_help(command=None):
     if not command:                                 # Python's option -OO keeps no docstrings
         print((__doc__ or "\n\n\n\n").split("\n\n")[2] + "\n")
     for name in [command] if command else COMMANDS:
-        function, known, operands = COMMANDS[name]
-        words = f" {name} {operands}".rstrip()
-        words += "".join(f" [{option} {value}".rstrip() + "]" for option, value in known.items())
+        function, usage = COMMANDS[name]
+        words = f" {name} {usage}"
         first, _, more = (function.__doc__ or "").partition("\n\n")
         print(textwrap.fill(f"{words:27} {first}", 79, subsequent_indent=" " * 28))
         if command:
@@ -13462,8 +13368,8 @@ def run_main(arguments):
         return 0 if arguments else 2
     if not command:
         raise Misuse("no command; one of " + ", ".join(COMMANDS))
-    function, _, operands = COMMANDS[command]
-    operands = operands.split()
+    function, usage = COMMANDS[command]
+    operands, _ = parse_usage(usage)
     given = options["operands"]
     for extra in given[len(operands):]:
         raise Misuse(f"{make_printable(extra)}: {command} takes no such operand")
