@@ -3610,8 +3610,8 @@ def check_addresses(services, project, engine, there=None):
                 kind, _, address = option.partition("=")
                 if kind in ("--ip", "--ip6") and not may_have_address(text, address):
                     where = f"services.{service.name}.networks"
-                    raise make_fault(f"{where}: {make_printable(address, 60)!r} lies in no `subnet` of network"
-                                     f" {network}, or is the host's own there")
+                    raise make_fault(f"{where}: {make_printable(address, 60)!r} lies in no `subnet` of"
+                                     f" network {network}, or is the host's own there")
 
 
 def check_external(kind, wanted, there, services):
@@ -3795,10 +3795,10 @@ class ComposeDriver:
         self.claim = NOBODY                         # by what a container is ours, as of the last look
         self.info = {}                              # see ask_info
         self.strangers = []                         # [Container] not ours that the last look has shown
-        self.device_id, self.connection = child
+        self.device_id, connection = child
         self.others = frozenset(others)             # devices whose containers are not ours, even here
         remote = set(CONNECTIONS) - {"CONTAINERS_STORAGE_CONF", "KUBECONFIG"}
-        self.remote = not remote.isdisjoint(self.connection)
+        self.remote = not remote.isdisjoint(connection)
 
     def run(self, arguments, code=None, timeout=60, more=None):
         """The Output of one engine command; more: for its environment.
