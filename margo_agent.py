@@ -3646,13 +3646,16 @@ def find_rivals(services):
 def check_rivals(services):
     """Raises ComponentError for a port of the host, or an address, that two services would have at a time.
 
-    Who waits for another one's end can have what that had.
+    Who starts once another one has ended can have what that had.
     """
-    awaited = [pair for service in services for pair in service.depends_on.items()]
-    ended = {name for name, (condition, _) in awaited if condition == "service_completed_successfully"}
-    for names, thing in find_rivals(services).items():
-        if ended.isdisjoint(names):
-            raise make_fault(f"services.{names[0]}: it cannot have {thing} beside service {names[1]}")
+    rivals = find_rivals(services)
+    ended = set()
+    for service in services:                        # they are started in this order
+        ended.update(name for name, (condition, _) in service.depends_on.items()
+                     if condition == "service_completed_successfully")
+        for (name, other), thing in rivals.items():
+            if name == service.name and other not in ended:
+                raise make_fault(f"services.{name}: it cannot have {thing} beside service {other}")
 
 
 def ask_ports(services, known):
