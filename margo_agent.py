@@ -3431,7 +3431,7 @@ LACKS = (("podman", "4.7", "`host-gateway` is the gateway of the first network")
          ("podman", "4.8", "a volume's `driver_opts` have no `size`; `tmpfs` of a service has"),
          ("docker", "20.10", "`host-gateway` fails"))
 # With these an engine looks a program up, and the kernel does not start it: its environment is too long.
-UNSTARTABLE = ["--ulimit=stack=262144", *(f"--env=MARGO_TRIAL_{name}=" + "x" * 100000 for name in "AB")]
+UNSTARTABLE = ["--ulimit=stack=262144", *(f"--env=MARGO_TRIAL_{name}=" + "x" * 66000 for name in "AB")]
 # An engine's words for what does not run.
 AT_REST = ("exited", "created", "initialized", "stopped", "configured")
 
@@ -4498,13 +4498,10 @@ class ComposeDriver:
         output = self.run(["inspect", "--type=container"] + ids) if ids else Output(0, b"[]", "")
         seen = parse_answer(output.stdout.strip() or b"[]", self.engine,
                             lambda items: dict(map(parse_seen, items)))
-        if seen or not ids:                         # without those that are gone
-            return seen
-        if len(ids) < 2:
-            self.observe()                          # where it answers, the container itself is damaged
-            return {}
-        for container_id in ids:
-            seen.update(self.inspect([container_id]))
+        if ids and not seen:                        # where all are gone, or one alone is damaged
+            self.observe()
+            for container_id in ids if len(ids) > 1 else ():
+                seen.update(self.inspect([container_id]))
         return seen
 
     def await_dependencies(self, service, job):
