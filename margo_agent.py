@@ -3775,9 +3775,8 @@ def find_cause(stderr):
 
     Ids of 64 digits are cut to the 12 that the engine shows elsewhere.
     """
-    starts = [match.end() for match in re.finditer(r"(?:^|\\n)(?=Error)", stderr)]      # made printable
-    start = min(starts, default=0)
-    return re.sub(r"\b([0-9a-f]{12})[0-9a-f]{52}\b", r"\1", stderr[start:])[-1500:]
+    cause = re.split(r"(?:^|\\n)(?=Error)", stderr, maxsplit=1)[-1]       # made printable
+    return re.sub(r"\b([0-9a-f]{12})[0-9a-f]{52}\b", r"\1", cause)[-1500:]
 
 
 def is_before(version, other):
