@@ -3614,17 +3614,19 @@ def check_addresses(services, project, engine, there=None):
                                      f" network {network}, or is the host's own there")
 
 
-def check_external(kind, wanted, there, services):
+def check_external(project, networks, volumes, services):
     """Raises ComponentError where services use an external network or volume that is not there.
 
-    To the engine its name could be the beginning of another one's id.
+    networks, volumes: what is there, by its name.  To the engine a name could be the beginning of another
+    one's id.
     """
     used = {item.network for service in services for item in service.networks}
     used.update(mount.source for service in services for mount in service.mounts)
-    missing = [name for name in wanted if wanted[name] is None and name in used and name not in there]
-    if missing:
-        raise ComponentError("INSTALL_FAILED", f"there is no {kind} {min(missing)} on this device;"
-                             " `external: true` takes one that is there")
+    for kind, wanted, there in (("network", project.networks, networks), ("volume", project.volumes, volumes)):
+        for name in sorted(used.intersection(wanted).difference(there)):
+            if wanted[name] is None:
+                raise ComponentError("INSTALL_FAILED", f"there is no {kind} {name} on this device;"
+                                     " `external: true` takes one that is there")
 
 
 def find_rivals(services):
@@ -4223,28 +4225,25 @@ class ComposeDriver:
                                       job.project.networks)
         new, first, last = plan_networks(job.project.networks, networks, project)
         changes = plan_services(services, present, job.known, set(new))
-        volumes = self.create_volumes(job)
-        check_external("network", job.project.networks, networks, changes.making)
-        check_external("volume", job.project.volumes, volumes, changes.making)
-        leaving = [container for group in changes.leaving for container in group]
+        check_external(job.project, networks, self.create_volumes(job), changes.making)
+        leaving = {container.name: container.id for group in changes.leaving for container in group}
         stopping = [list_active(group) for group in changes.leaving]
         first = self.ask_free(first, job.project.networks, leaving)
         job.current.update({name: container.id for name, container in changes.kept.items()})
-        self.try_networks(job, new, [networks[name][1] for name in first])
+        self.try_networks(job, new, [networks.pop(name)[1] for name in first])
         for service in changes.making if any(stopping) else ():
             self.rehearse(service, job)
-        there = {name: item for name, item in networks.items() if name not in first}
         if not first:
             self.create_all(job, new, changes.kept, leaving)
-            there.update(self.inspect_names("network", list(new)))
-        check_addresses(changes.making, job.project, self.engine, there)
+            networks.update(self.inspect_names("network", list(new)))
+        check_addresses(changes.making, job.project, self.engine, networks)
         try:
             stopped = job.deadline
             for ids in stopping:
                 stopped = self.stop(ids, stopped)
             if first:
-                self.discard([container.id for container in leaving], job.deadline)
-                leaving = []
+                self.discard(leaving.values(), job.deadline)
+                leaving = {}
                 for name in first:
                     self.carry_out(job, ["network", "rm", name])
                 self.create_all(job, new, changes.kept, leaving)
@@ -4257,9 +4256,9 @@ class ComposeDriver:
             finished = self.await_startup(names, job, settle) if job.workload.wait else set()
         except FAULTS:
             if leaving and self.config.runtime.on_failure != "rollback":    # kept for the way back alone
-                self.run(["rm", "--force"] + [container.id for container in leaving])
+                self.run(["rm", "--force", *leaving.values()])
             raise
-        self.discard([container.id for container in leaving], job.deadline)
+        self.discard(leaving.values(), job.deadline)
         for name in last:
             if self.run(["network", "rm", name]).code:
                 log("warning", "a network that is not needed any more stays: somebody else uses it",
@@ -4280,7 +4279,7 @@ class ComposeDriver:
         return there
 
     def ask_free(self, names, wanted, leaving):
-        """Those of these networks that nobody uses once these containers have left.
+        """Those of these networks that nobody uses once containers have left, {name: id}.
 
         Raises ComponentError for a wanted one that somebody else uses.
         """
@@ -4288,7 +4287,7 @@ class ComposeDriver:
         for name in names:
             form = ["--all", "--no-trunc", f"--filter=network={name}", "--format={{.ID}}"]
             ids = self.run(["ps"] + form, "INSTALL_FAILED").stdout.decode().split()
-            strange = set(ids).difference(container.id for container in leaving)
+            strange = set(ids).difference(leaving.values())
             if not strange:
                 free.append(name)
             elif name in wanted:
@@ -4328,16 +4327,15 @@ class ComposeDriver:
     def create_all(self, job, networks, kept, leaving):
         """Makes networks and what is not kept of the containers, each by the name of its service.
 
-        One that leaves and has that name gets another one before.  Nothing is stopped yet, so that this is no
+        leaving: {name: id} of containers; one that has such a name gets another one before.  Nothing is stopped yet, so that this is no
         part of the outage.
         """
         for name, arguments in networks.items():
             self.carry_out(job, ["network", "create", *arguments, name])
-        held = {container.name: container.id for container in leaving}
         for service in job.project.services:
             name = make_container_name(job.workload.project, service.name)
-            if name in held:                        # it may have gone meanwhile
-                self.run(["rename", held[name], f"{name}-old-{held[name][:12]}"])
+            if name in leaving:                     # it may have gone meanwhile
+                self.run(["rename", leaving[name], f"{name}-old-{leaving[name][:12]}"])
             if service.name not in kept:
                 job.current[service.name] = self.create(service, job, name)
             elif kept[service.name].name != name:
@@ -4618,8 +4616,8 @@ class ComposeDriver:
 
     def discard(self, ids, deadline):
         """Removes containers; one whose namespace another one shares goes after that one."""
-        for _ in ids[:]:
-            output = self.run(["rm", "--force"] + ids, timeout=deadline - time.monotonic())
+        for _ in tuple(ids):
+            output = self.run(["rm", "--force", *ids], timeout=deadline - time.monotonic())
             if not output.code:
                 return
             ids = [container.id for container in self.observe() if container.id in ids]
