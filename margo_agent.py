@@ -3622,7 +3622,8 @@ def check_external(project, networks, volumes, services):
     """
     used = {item.network for service in services for item in service.networks}
     used.update(mount.source for service in services for mount in service.mounts)
-    for kind, wanted, there in (("network", project.networks, networks), ("volume", project.volumes, volumes)):
+    kinds = ("network", project.networks, networks), ("volume", project.volumes, volumes)
+    for kind, wanted, there in kinds:
         for name in sorted(used.intersection(wanted).difference(there)):
             if wanted[name] is None:
                 raise ComponentError("INSTALL_FAILED", f"there is no {kind} {name} on this device;"
@@ -4232,7 +4233,7 @@ class ComposeDriver:
         job.current.update({name: container.id for name, container in changes.kept.items()})
         self.try_networks(job, new, [networks.pop(name)[1] for name in first])
         for service in changes.making if any(stopping) else ():
-            self.rehearse(service, job)
+            self.rehearse(service, job, changes.idle)
         if not first:
             self.create_all(job, new, changes.kept, leaving)
             networks.update(self.inspect_names("network", list(new)))
@@ -4327,8 +4328,8 @@ class ComposeDriver:
     def create_all(self, job, networks, kept, leaving):
         """Makes networks and what is not kept of the containers, each by the name of its service.
 
-        leaving: {name: id} of containers; one that has such a name gets another one before.  Nothing is stopped yet, so that this is no
-        part of the outage.
+        leaving: {name: id} of containers; one that has such a name gets another one before.  Nothing is
+        stopped yet, so that this is no part of the outage.
         """
         for name, arguments in networks.items():
             self.carry_out(job, ["network", "create", *arguments, name])
@@ -4360,14 +4361,14 @@ class ComposeDriver:
             self.carry_out(job, ["network", "connect"] + aliases + addresses + [network, name])
         return words[-1] if words else name
 
-    def rehearse(self, service, job):
+    def rehearse(self, service, job, idle):
         """Raises ComponentError for what an engine finds out only when a container starts (K23).
 
         One of the same settings, without a network, is brought to where its program would run: its user and
         folders, devices, limits and the program are there by then, or not, while all that runs goes on.  What
-        ran here before need not be tried, nor what another service may have to lay out first in a volume.
+        ran here before need not be tried, nor what a service that is not idle may have to lay out in a volume.
         """
-        others = [item for item in job.project.services if item != service]
+        others = [item for item in job.project.services if item != service and item.name not in idle]
         mounts = [mount for item in others for mount in item.mounts]
         written = {mount.source for mount in mounts if mount.source and "ro" not in mount.options}
         known = job.known.get(service.name, {}).get("hash") == service.hash

@@ -908,8 +908,10 @@ class Handover(DriverCase):
         known = self.apply(make("1"))
         self.engine.forget_calls()
         self.apply(make("2"))
-        self.apply(make("1"), known)
+        known = self.apply(make("1"), known)
         self.assertNotIn("init", [call[0] for call in self.engine.calls()])
+        self.apply(make("1", user="1"), known)      # of which the other one goes on: its part is there
+        self.assertIn("init", [call[0] for call in self.engine.calls()])
         known = self.apply(make_document({}))
         self.apply(make_document({"command": ["x"]}), known)
         self.engine.forget_calls()
