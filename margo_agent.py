@@ -618,7 +618,7 @@ class Agent:
         action = step.action
         try:
             item = step.course.send(turn)
-            while not isinstance(item, Ready):
+            while not isinstance(item, set):
                 if not step.begun:
                     log("info", PRINTED.get(action.verb, action.verb), deployment=action.deployment_id,
                         reason=action.reason)
@@ -631,7 +631,7 @@ class Agent:
             if step.begun and record and action.verb != "clear":
                 self.tell(record)
             return False
-        step.takes = item.takes
+        step.takes = item
         return True
 
     def tell(self, record):
@@ -890,19 +890,21 @@ def judge_containers(found, facts, now, settle):
 
 Change = define("Change", "event name record deployment rollback kind",
     "What listeners are told of: install, update or removal of the component `name`; rollback: on the way"
-    " back to the version before; kind: the deployment type of what is removed.", None)
-Ready = define("Ready", "takes",
-    "What a step says once all that can fail or say no has been done, and nothing is touched: the host's"
-    " ports that it will take, as find_held_ports has them.  It is answered by the verb and the words of"
-    " find_turn.")
+    " back to the version before; kind: its deployment type.")
 # Functions (before or after, Change, Step, error or None) of optional rooms; `before` may raise Forbidden.
 LISTENERS = []
+
+
+def tell_listeners(moment, change, step, error=None):
+    """Tells every listener of a change, before or after it."""
+    for listener in LISTENERS:
+        listener(moment, change, step, error)
 
 
 class Step:
     """One action under way.
 
-    action, record      the Action, and the record that it begins with
+    action, record      the Action, and what its deployment's record says now
     takes, holds        ports of the host that it will take, and that it holds, see find_held_ports
     sight               what its device shows: Seen
     config, store       Settings and Store
@@ -912,14 +914,20 @@ class Step:
     before              Steps that clear what moves here, where it was
     fetched             digests of packages and names of images that it has fetched
     begun               whether it has changed something
+    name                the component that is worked on, or None
+    touched, services   whether anything was touched that runs, and {component: {service: facts}} of what
+                        was made to run
     """
 
     def __init__(self, verb, **facts):
         vars(self).update(facts)
         self.course = EXECUTE[verb](self)
-        self.before, self.fetched = [], []
+        self.before = []
+        self.fetched = []
         self.takes = set()
-        self.begun = False
+        self.services = {}
+        self.name = None
+        self.begun = self.touched = False
 
     def get_driver(self, kind):
         """The driver for a deployment type; raises ComponentError UNSUPPORTED_TYPE."""
@@ -936,207 +944,208 @@ class Step:
             raise target.error
         return target.deployment
 
-    def look(self, record):
-        """Looks anew at what there is of a deployment; raises CommandError."""
-        self.sight = self.sight._replace(containers=observe_all(self.sight.drivers, record))
+    def look(self):
+        """Looks anew at what there is of the deployment; raises CommandError."""
+        self.sight = self.sight._replace(containers=observe_all(self.sight.drivers, self.record))
 
-    def fail(self, record, name, error, refused=False):
-        """The record after a ComponentError of the component `name`, or of all (None)."""
-        return fail_record(record, name, error, get_clock(), get_random(), refused)
+    def find_containers(self):
+        """[Container] of the deployment."""
+        return find_containers(self.record["deploymentId"], self.sight.containers)
 
+    def list_dropped(self, deployment, components, rollback):
+        """[Change] for what there is of the deployment and is not wanted, last component first (D-19).
 
-class Notices:
-    """The changes of one step: listeners agree to all before the first is made, and hear of each."""
+        The engine is asked, and the memory only where nothing is wanted: something may be there that is no
+        container.
+        """
+        record = self.record
+        kind = record["type"]
+        here = record["deviceId"] == self.action.device_id      # else its device is forgotten
+        known = [(item["name"], kind) for item in reversed(record["components"])
+                 if item["state"] != "pending" and (kind in self.sight.drivers or here and item["services"])]
+        known = [] if components else known
+        wanted = [(component.name, deployment.type) for component in components]
+        there = {(item.component, item.type) for item in self.find_containers()}.difference(wanted, known)
+        return [Change("removal", name, record, deployment, rollback, kind)
+                for name, kind in sorted(there) + known]
 
-    def __init__(self, step):
-        self.step, self.agreed = step, []
-
-    def __enter__(self):
-        return self
-
-    def ask(self, change):
-        """Raises ComponentError where a listener forbids the change."""
-        for listener in LISTENERS:
-            listener("before", change, self.step, None)
-        self.agreed.append(change)
-
-    def tell(self, change, error=None):
-        """The change has been made, or nothing comes of it."""
-        self.agreed.remove(change)
-        for listener in LISTENERS:
-            listener("after", change, self.step, error)
-
-    def remove(self, change):
-        """Removes all of one component; raises ComponentError, CommandError."""
-        deadline = time.monotonic() + COMPONENT_TIMEOUT
-        driver = self.step.get_driver(change.kind)
-        driver.remove(change.record["deploymentId"], change.name, self.step.sight.containers, deadline)
-        self.tell(change)
-
-    def __exit__(self, kind, error, _):
-        for change in self.agreed[:] if isinstance(error, FAULTS) else ():
-            self.tell(change, to_fault(error))
-
-
-class Installation:
-    """A deployment on its way to a version: its record so far, and whether anything was touched."""
-
-    def __init__(self, record, step):
-        self.record, self.step = record, step
-        self.name, self.touched, self.services = None, False, {}
-
-    def run(self, deployment, packages, services, rollback=False):
-        """Makes a version run, and nothing else of its deployment.
+    def run(self, deployment, components, packages, services, rollback=False):
+        """Makes these components run, and nothing else of their deployment.
 
         All that can fail or say no comes first: everything is fetched and verified, and every listener agrees
-        (D-11, P-20).  Then it yields Ready, and after that the record at each change, which the caller makes
-        durable before the next one.  packages, services: what is known of the version, {component: package}
-        and {component: {service: facts}}.  rollback: the version before is brought back, in one go.
+        (D-11, P-20).  Then it takes its turn, and after that it yields the record at each change, which the
+        caller makes durable before the next one.  packages, services: what is known of the version,
+        {component: package} and {component: {service: facts}}.  rollback: it is the way back from a failure,
+        which is made in one go.
         """
-        step = self.step
         if rollback:
-            step.look(self.record)
-        prepared, changes = [], []
-        for component in deployment.components:
+            self.look()
+        prepared, changes, agreed = [], [], []
+        for component in components:
             self.name = component.name
-            driver = step.get_driver(deployment.type)
+            driver = self.get_driver(deployment.type)
             known = packages.get(self.name)
-            prepared.append(driver.prepare(deployment, component, known, step.store, step.fetched))
+            workload, package = driver.prepare(deployment, component, known, self.store, self.fetched)
+            prepared.append((component, driver, workload, package))
             event = "update" if rollback or known else "install"
-            changes.append(Change(event, self.name, self.record, deployment, rollback))
-        dropped = find_dropped(self.record, deployment, step.sight.containers, rollback)
-        with Notices(step) as notices:
-            for change in changes + dropped:
-                self.name = None if change.kind else change.name
-                notices.ask(change)
+            changes.append(Change(event, self.name, self.record, deployment, rollback, deployment.type))
+        changes += self.list_dropped(deployment, components, rollback)
+        try:
+            for change in changes:
+                self.name = change.name
+                self.get_driver(change.kind)        # what it drove may run still
+                tell_listeners("before", change, self)
+                agreed.append(change)
             self.name = None
-            if not rollback:
-                yield from self.take_turn([port for item, _ in prepared for port in driver.list_ports(item)])
-            for component, change, (workload, package) in zip(deployment.components, changes, prepared):
+            if components and not rollback:
+                yield from self.take_turn(prepared)
+            for component, driver, workload, package in prepared:
                 self.name = component.name
                 if not rollback:
                     self.record = set_component(self.record, self.name, "installing")
                     yield self.record
                 self.touched = True
                 deadline = time.monotonic() + component.timeout
-                known = services.get(self.name, {})
-                self.services[self.name] = driver.apply(workload, step.sight.containers, known, deadline)
-                notices.tell(change)
+                facts = driver.apply(workload, self.sight.containers, services.get(self.name, {}), deadline)
+                self.services[self.name] = facts
+                tell_listeners("after", agreed.pop(0), self)
                 self.record = set_component(self.record, self.name, "installed", package=package,
-                                            services=self.services[self.name])
+                                            services=facts)
                 if not rollback and self.record["state"] != "installed":    # said once nothing else is left
                     yield self.record
-            self.name = None
-            for change in dropped:
-                notices.remove(change)
+            for change in changes[len(prepared):]:
+                self.name = change.name
+                deadline = time.monotonic() + COMPONENT_TIMEOUT
+                self.get_driver(change.kind).remove(deployment.deployment_id, self.name,
+                                                    self.sight.containers, deadline)
+                tell_listeners("after", agreed.pop(0), self)
+                if not components:
+                    self.record = set_component(self.record, self.name, "removed")
+                    if not rollback and self.record["state"] != "removed":
+                        yield self.record
+        except FAULTS as error:
+            for change in agreed:
+                tell_listeners("after", change, self, to_fault(error))
+            raise
 
-    def take_turn(self, ports):
+    def take_turn(self, prepared):
         """Waits for its turn, after freeing its ports where others wait for them; then clears what moves."""
-        step = self.step
         verb = "stop"
+        takes = {(self.action.device_id, *port)
+                 for _, driver, workload, _ in prepared for port in driver.list_ports(workload)}
         while verb == "stop":
-            verb, words = yield Ready({(step.action.device_id, *port) for port in ports})
+            verb, words = yield takes
             if verb == "fail":
                 raise ComponentError("PORT_IN_USE", words)
-            while step.before:
-                try:
-                    clear(step.before.pop())
-                except (CommandError, ComponentError) as error:
-                    if isinstance(error, Forbidden):
-                        raise
-                    step.troubles.append(error.message)
+            while self.before:
+                self.before.pop().clear()
             ids = [facts["id"] for facts in list_facts(self.record) if facts.get("ports")]
             if verb == "stop" and ids:
                 self.touched = True
-                driver = step.get_driver(self.record["running"]["type"])
+                driver = self.get_driver(self.record["running"]["type"])
                 driver.stop(ids, time.monotonic() + COMPONENT_TIMEOUT)
-                step.look(self.record)
+                self.look()
 
-    def fail(self, error, deployment):
-        """The record after a failure; as runtime.on_failure says, the version before runs again (P-8)."""
-        name, words = self.name, error.message
-        code = error.code if isinstance(error, ComponentError) else "INSTALL_FAILED"
-        code = "OUT_OF_MEMORY" if isinstance(error, NoMemory) else code
-        begun = self.record["state"] != "pending"               # else it has only freed its ports
-        if self.touched and begun and self.step.config.runtime.on_failure != "rollback":
-            self.record = dict(self.record, fallback=False)     # it is left as it is, for inspection
-        elif self.touched and (self.record["fallback"] or not self.record["running"]):
-            words = f"{words}; {self.undo(deployment)}"
-        return self.step.fail(self.record, name, ComponentError(code, words, retry_after=error.retry_after))
+    def clear(self):
+        """Removes what the deployment has where it is not at home: no deployment fails by that.
+
+        Raises Forbidden.
+        """
+        try:
+            list(self.run(make_nothing(self.record), (), {}, {}))
+        except Forbidden:
+            raise
+        except (CommandError, ComponentError) as error:
+            self.troubles.append(error.message)
+
+    def fail(self, error, refused=False):
+        """The record after a ComponentError: of the component that is worked on, or else of all."""
+        names = [item["name"] for item in self.record["components"]]
+        name = self.name if self.name in names else None
+        return fail_record(self.record, name, error, get_clock(), get_random(), refused)
 
     def undo(self, deployment=None):
-        """Brings the version before back, or removes what was begun; what came of it, in words."""
+        """Brings the version before back, or takes away what was begun; what came of it, in words."""
+        before = self.record["running"]
+        there = self.find_containers()
         try:
-            return self.go_back() if self.record["running"] else self.take_back(deployment)
+            if before:
+                self.services = {}
+                old = self.load_deployment(before["digest"])
+                list(self.run(old, old.components, before["packages"], before["services"], rollback=True))
+                log("warning", "rolled back; the version before runs again",
+                    deployment=self.record["deploymentId"], digest=before["digest"])
+                self.record = dict(self.record, running=dict(before, services=self.services))
+                return "the version before runs again"
+            if there and self.record.get("found"):              # what ran before, of a lost state
+                driver = self.get_driver(there[0].type)
+                return driver.bring_back(there, time.monotonic() + COMPONENT_TIMEOUT)
+            list(self.run(deployment, (), {}, {}, rollback=True))
+            self.record = set_component(self.record, None, "pending", services={})
+            return "it is taken back until the next attempt"
         except TROUBLE as error:
             words = f"going back failed too: {to_fault(error).message}"
             log("error", words, deployment=self.record["deploymentId"])
             return words
 
-    def take_back(self, deployment):
-        """Leaves nothing that crashes on and on; what ran before it, of a lost state, runs again."""
-        before = find_containers(deployment.deployment_id, self.step.sight.containers)
-        if before and self.record.get("found"):
-            driver = self.step.get_driver(before[0].type)
-            return driver.bring_back(before, time.monotonic() + COMPONENT_TIMEOUT)
-        list(self.run(deployment._replace(components=[]), {}, {}, rollback=True))
-        self.record = set_component(self.record, None, "pending", services={})
-        return "it is taken back until the next attempt"
-
-    def go_back(self):
-        """Makes the version before run."""
-        before = self.record["running"]
-        self.services = {}
-        deployment = self.step.load_deployment(before["digest"])
-        list(self.run(deployment, before["packages"], before["services"], rollback=True))
-        log("warning", "rolled back; the version before runs again", deployment=self.record["deploymentId"],
-            digest=before["digest"])
-        self.record = dict(self.record, running=dict(before, services=self.services))
-        return "the version before runs again"
-
 
 def apply_install(step):
-    """Makes one deployment as its target says, new or not; a failure ends in a failed record."""
+    """Makes one deployment as its target says, new or not; a failure ends in a failed record.
+
+    Then the version before runs again, as runtime.on_failure says (P-8).
+    """
     target, record = step.action.target, step.record
-    known = list_parts(record, "package"), list_parts(record, "services")
+    deployment = target.deployment
+    packages = list_parts(record, "package")
+    services = list_parts(record, "services")
     running = record["running"]
     if running and running["digest"] == target.digest == record["adopted"]["digest"]:
         record = count_repair(record, get_clock())
     if record["state"] == "pending" and not running and not record["retry"]:
-        record = dict(record, found=bool(find_containers(target.deployment_id, step.sight.containers)))
-    job = Installation(begin_record(record, target), step)
-    yield job.record
+        record = dict(record, found=bool(step.find_containers()))
+    step.record = begin_record(record, target)
+    yield step.record
     try:
-        yield from job.run(target.deployment, *known)
-        yield finish_record(job.record, make_mark(step.config.runtime.environment))
+        yield from step.run(deployment, deployment.components, packages, services)
+        yield finish_record(step.record, make_mark(step.config.runtime.environment))
     except TROUBLE as error:
-        yield job.fail(to_fault(error), target.deployment)
+        fault = to_fault(error)
+        name = step.name
+        words = fault.message
+        code = fault.code if isinstance(fault, ComponentError) else "INSTALL_FAILED"
+        code = "OUT_OF_MEMORY" if isinstance(fault, NoMemory) else code
+        begun = step.record["state"] != "pending"               # else it has only freed its ports
+        if step.touched and begun and step.config.runtime.on_failure != "rollback":
+            step.record = dict(step.record, fallback=False)     # it is left as it is, for inspection
+        elif step.touched and (step.record["fallback"] or not running):
+            words = f"{words}; {step.undo(deployment)}"
+        step.name = name
+        yield step.fail(ComponentError(code, words, retry_after=fault.retry_after))
 
 
 def apply_restore(step):
     """Mends the version before while another one waits for its next attempt; its error stays (P-1, P-12)."""
     record = step.record
     yield record
-    job = Installation(count_repair(record, get_clock()), step)
-    job.undo()
+    step.record = count_repair(record, get_clock())
+    step.undo()
     components = [dict(new, state=old["state"], error=old["error"])
-                  for new, old in zip(job.record["components"], record["components"])]
-    yield dict(job.record, state=record["state"], error=record["error"], components=components)
+                  for new, old in zip(step.record["components"], record["components"])]
+    yield dict(step.record, state=record["state"], error=record["error"], components=components)
 
 
 def apply_give_up(step):
     """Fails a deployment that was repaired in vain too often, and says how its log ends (P-6, P-7)."""
     record, culprit = step.record, step.action.culprit
-    there = [container.id for container in find_containers(record["deploymentId"], step.sight.containers)
-             if (container.component, container.service) == culprit]
+    there = [item.id for item in step.find_containers() if (item.component, item.service) == culprit]
+    step.name = culprit[0]
     try:                                            # without its document nobody knows what to mask
-        digest = record["adopted"]["digest"]
-        deployment = step.load_deployment(digest)
-        secrets = make_variables(deployment, culprit[0]).values()
+        deployment = step.load_deployment(record["adopted"]["digest"])
+        secrets = make_variables(deployment, step.name).values()
         words = step.get_driver(deployment.type).tail_log((there or [""])[-1], secrets)
     except FAULTS:
         words = ""
-    failed = step.fail(record, culprit[0], ComponentError("UNSTABLE", step.action.reason + words))
+    failed = step.fail(ComponentError("UNSTABLE", step.action.reason + words))
     yield dict(failed, retry=dict(record["repair"], failures=failed["retry"]["failures"]))
 
 
@@ -1145,7 +1154,8 @@ def apply_refusal(step):
     record, target = step.record, step.action.target
     same = record["refused"] and record["adopted"]["digest"] == target.digest
     if not same or record["error"]["message"] != target.error.message:
-        yield step.fail(begin_record(record, target), None, target.error, refused=True)
+        step.record = begin_record(record, target)
+        yield step.fail(target.error, refused=True)
 
 
 def apply_nothing(step):
@@ -1156,72 +1166,42 @@ def apply_nothing(step):
 def apply_removal(step):
     """Removes all of a deployment, last component first; only an empty engine counts as removed (D-21)."""
     record = step.record
-    there = find_components(record["deploymentId"], step.sight.containers)
+    there = step.find_containers()
     if there and not record["components"]:          # the state was lost; they are still reported (C-131)
-        found = [dict(BLANK, name=name) for name in sorted({name for name, _ in there})]
-        record = dict(record, type=there[0][1], components=found)
+        found = [dict(BLANK, name=name) for name in sorted({item.component for item in there})]
+        record = dict(record, type=there[0].type, components=found)
     adopted = dict(record["adopted"], version=step.version)
-    record = dict(set_component(record, None, "removing"), error=None, adopted=adopted)
-    yield record
-    try:                                            # listeners are told of it
-        digest = (record["running"] or record["adopted"])["digest"]
-        deployment = step.load_deployment(digest)
-    except (ComponentError, StorageError):
-        deployment = make_nothing(record)
-    names = [component["name"] for component in record["components"]]
-    known = [(name, record["type"]) for name in names[::-1]]
-    here = record["deviceId"] == step.action.device_id          # else its device is forgotten
-    held = {component["name"] for component in record["components"] if here and component["services"]}
-    changes = [Change("removal", name, record, deployment, False, kind)
-               for name, kind in [item for item in there if item not in known] + known
-               if kind in step.sight.drivers or name in held]
-    name = None
+    step.record = dict(set_component(record, None, "removing"), error=None, adopted=adopted)
+    yield step.record
     try:
-        with Notices(step) as notices:
-            for change in changes:
-                name = change.name
-                step.get_driver(change.kind)        # it may run still
-                notices.ask(change)
-            for change in changes:
-                name = change.name
-                notices.remove(change)
-                if (name, change.kind) in known:
-                    record = set_component(record, name, "removed")
-                    if record["state"] != "removed":            # said below, once nothing is left
-                        yield record
+        try:                                        # listeners are told of it
+            deployment = step.load_deployment((record["running"] or record["adopted"])["digest"])
+        except (ComponentError, StorageError):
+            deployment = make_nothing(record)
+        yield from step.run(deployment, (), {}, {})
     except MargoError as error:
-        log("error", "removal failed", deployment=record["deploymentId"], component=name,
+        log("error", "removal failed", deployment=record["deploymentId"], component=step.name,
             reason=error.message)
         code = error.code if isinstance(error, ComponentError) else "REMOVE_FAILED"
-        failed = step.fail(record, name if name in names else None, ComponentError(code, error.message))
+        failed = step.fail(ComponentError(code, error.message))
         yield dict(failed, retry=dict(failed["retry"], leaving=True))
         return
     remove_folder(step.store.path("deployments", step.action.key))
-    yield dict(set_component(record, None, "removed"), running=None, previous=None)
-
-
-def clear(step):
-    """Removes what a deployment has where it is not at home; raises ComponentError, CommandError."""
-    record = dict(step.record, deviceId=step.action.device_id)
-    with Notices(step) as notices:
-        dropped = find_dropped(record, make_nothing(record), step.sight.containers)
-        for change in dropped:
-            notices.ask(change)
-        for change in dropped:
-            notices.remove(change)
+    yield dict(set_component(step.record, None, "removed"), running=None, previous=None)
 
 
 def apply_clearing(step):
     """Clears a device of what belongs elsewhere; where that cannot be done, no deployment fails."""
     yield None
     try:
-        clear(step)
-    except (CommandError, ComponentError) as error:
+        step.clear()
+    except Forbidden as error:
         step.troubles.append(error.message)
 
 
 # Each verb of a plan: a generator of a Step that carries it out.  It yields None or the record at each
-# change, and perhaps Ready; one that yields nothing has nothing to do.
+# change.  Once all that can fail or say no has been done, and nothing is touched, it may yield the ports of
+# the host that it will take (see find_held_ports), and is answered by the verb and the words of find_turn.
 EXECUTE = {"install": apply_install, "update": apply_install, "restore": apply_restore,
            "give_up": apply_give_up, "remove": apply_removal, "clear": apply_clearing,
            "refuse": apply_refusal, "keep": apply_nothing}
@@ -1230,19 +1210,6 @@ EXECUTE = {"install": apply_install, "update": apply_install, "restore": apply_r
 def make_nothing(record):
     """The Deployment of which nothing but its record is known."""
     return Deployment(record["deploymentId"], record["name"], "", "", record["type"], [], [], None)
-
-
-def find_components(deployment_id, containers):
-    """[(component, type)] of a deployment that there is something of; asks the engine, not the memory."""
-    return sorted({(item.component, item.type) for item in find_containers(deployment_id, containers)})
-
-
-def find_dropped(record, deployment, containers, rollback=False):
-    """[Change] for the components of a deployment that its document no longer has (D-19)."""
-    wanted = {(component.name, deployment.type) for component in deployment.components}
-    there = find_components(deployment.deployment_id, containers)
-    return [Change("removal", name, record, deployment, rollback, kind) for name, kind in there
-            if (name, kind) not in wanted]
 
 
 # ----------------------------------------------------------------------------------------------------------
