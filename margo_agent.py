@@ -308,12 +308,16 @@ class Agent:
         self.store = Store(config.state_dir)
         self.device_id = get_device_id(config.device)
         self.devices = load_devices(config, self.device_id)
-        self.state = None                           # what state.json holds, while a cycle has it
+        self.hold(make_state())
         self.source = None                          # connected when the WFM is first needed
-        self.profile = None                         # how wfm.profile is served, for the state at hand
-        self.answering = {}                         # {device id: {type: driver}} that answered the last look
+        self.seen = {}                              # {device id: Seen} of the last look
         self.asked = False                          # whether a person asks for an SVID, by `enroll`
         self.starting = 0                           # seconds until the first contact since the device started
+
+    def hold(self, state):
+        """Works with this state from now on, and serves wfm.profile by it."""
+        self.state = state
+        self.profile = PROFILES[self.config.wfm.profile](self.config, self.store, state)
 
     def cycle(self):
         """One cycle: every step in turn.  Returns an Outcome, which tells what went wrong.
@@ -335,7 +339,7 @@ class Agent:
         self.store.lock()
         empty_folder(self.store.path("tmp"))
         try:
-            self.state = self.store.load_state()
+            self.hold(self.store.load_state())
         except MargoError:
             self.store.unlock()
             raise
@@ -347,19 +351,13 @@ class Agent:
     def __exit__(self, *_):
         self.store.save_memo()
         self.store.unlock()
-        self.source = self.profile = None
+        self.source = None
 
     def connect(self, keep=True):
         """The source of the desired state, connected when it is needed; raises Untrusted, Unreachable."""
         if self.source is None:
-            self.source = self.get_profile().connect(keep)
+            self.source = self.profile.connect(keep)
         return self.source
-
-    def get_profile(self):
-        """How wfm.profile is served."""
-        if self.profile is None or self.profile.state is not self.state:
-            self.profile = PROFILES[self.config.wfm.profile](self.config, self.store, self.state)
-        return self.profile
 
     def check_patience(self, spread=True):
         """Raises Silence where nobody is to be asked now; spread: or where a fleet may just be starting."""
@@ -441,26 +439,12 @@ class Agent:
         """Makes a verified desired state the accepted one, durable: first its documents, then it (C-111)."""
         self.check_removals(desired)
         state = self.state
-        records = state["deployments"]
         for digest, data in desired.documents.items():
             self.store.save_artifact(digest, data)
         at = make_time(time.time())
         state["waiting"] = None
         state["history"] = make_history(state, desired, at)
         state["accepted"] = make_accepted(desired, at)
-        new = []
-        for target in list_targets(state["accepted"]):
-            record = records.get(target.key)
-            if not record:
-                new.append(read_target(target, self.store.load_artifact, self.config))
-            elif record["adopted"]["digest"] == target.digest and record["state"] not in GOING:
-                record["adopted"]["version"] = target.version       # the new manifest defines it, too (E-113)
-                enqueue_status(state, record)
-        for share in self.assign(new, {}):
-            for target in share.targets:
-                if not target.error:                # received, not started (protocol 5.1)
-                    records[target.key] = make_pending(target, self.device_id)
-                    enqueue_status(state, records[target.key])
         self.store.save_state(state)
         log("info", "desired state accepted", version=desired.version, deployments=len(desired.entries))
 
@@ -479,42 +463,57 @@ class Agent:
         known = [device.device_id for device in self.devices]
         return needs_document(target, record) or record["deviceId"] not in known
 
-    def assign(self, targets, silent):
-        """[Share] of each device.
-
-        silent: {device id: {deployment type: CommandError}} of what does not answer.
-        """
-        offers = {}
-        if any(target.deployment and target.deployment.constraints for target in targets):
-            offers = load_capabilities(self.devices, self.config)
-        silent = {device.device_id: silent.get(device.device_id, {}) for device in self.devices}
-        return ASSIGN[-1](targets, self.state["deployments"], self.devices, silent, offers)
-
     def decide(self, accepted, load_document):
-        """([Action], {device id: Seen}): what to do so that what was accepted runs, and what is there now.
+        """[Action]: what to do so that what was accepted runs; Agent.seen tells what is there now.
 
         The documents of what is not as it should be are read, and it is decided again: another device may
         have to run it.
         """
+        runtime = self.config.runtime
+        mark = make_mark(runtime.environment)
         records = self.state["deployments"]
         targets = [read_target(target, load_document, self.config) if self.is_needed(target) else target
                    for target in list_targets(accepted)]
         new = [begin_record(make_record(target, ""), target) for target in targets if target.deployment]
-        claim = obtain_claim(self.get_profile(), self.device_id)
-        seen = observe_devices(self.devices, [*records.values(), *new], claim)
-        self.answering = {device_id: sight.drivers for device_id, sight in seen.items()}
-        silent = {device_id: sight.silent for device_id, sight in seen.items()}
-        containers = {device_id: sight.containers for device_id, sight in seen.items()}
-        mark = make_mark(self.config.runtime.environment)
+        claim = obtain_claim(self.profile, self.device_id)
+        self.seen = observe_devices(self.devices, [*records.values(), *new], claim)
         while True:
-            shares = self.assign(targets, silent)
-            actions = make_actions(shares, records, containers, get_clock(), self.config.runtime.settle, mark)
+            offers = {}
+            if any(target.deployment and target.deployment.constraints for target in targets):
+                offers = load_capabilities(self.devices, self.config)
+            shares = ASSIGN[-1](targets, records, self.devices, self.seen, offers)
+            actions = make_actions(shares, records, self.seen, get_clock(), runtime.settle, mark)
             unread = {action.key for action in actions
                       if action.verb in CHANGES and not action.target.deployment}
             if not unread:
-                return actions, seen
+                return actions
             targets = [read_target(target, load_document, self.config) if target.key in unread else target
                        for target in targets]
+
+    def receive(self, actions):
+        """Notes that a manifest names these deployments, before any of them is begun.
+
+        One that is new is pending (protocol 5.1); one that stays as it is follows the new version (E-113).
+        """
+        records = self.state["deployments"]
+        changed = False
+        for action in actions:
+            target = action.target
+            record = records.get(action.key)
+            if not target or target.error:
+                continue
+            if not record:
+                record = begin_record(make_record(target, action.device_id), target)
+            elif record["adopted"]["digest"] == target.digest and record["state"] not in GOING and (
+                    record["adopted"]["version"] != target.version):
+                record = dict(record, adopted={"digest": target.digest, "version": target.version})
+            else:
+                continue
+            records[action.key] = record
+            enqueue_status(self.state, record)
+            changed = True
+        if changed:
+            self.store.save_state(self.state)
 
     def reconcile(self, accepted=None):
         """Makes what runs match what was accepted.
@@ -524,13 +523,14 @@ class Agent:
         accepted = accepted or self.state["accepted"]
         if not accepted:
             return                                  # what runs is left alone until a WFM says what should
-        actions, seen = self.decide(accepted, self.store.load_artifact)
+        actions = self.decide(accepted, self.store.load_artifact)
+        self.receive(actions)
         actions = [action for action in actions if action.verb != "keep"]
         if actions:
             self.prune()                            # before anything is pulled, too (P-5)
-        troubles = self.carry_out(actions, seen, accepted["version"])
+        troubles = self.carry_out(actions, accepted["version"])
         for device in self.devices:
-            sight = seen[device.device_id]
+            sight = self.seen[device.device_id]
             name = f"child device {device.device_id}: " if device.silence else ""
             troubles += [name + fault.message for fault in sight.silent.values()]
             for driver in () if self.changed else sight.drivers.values():
@@ -550,8 +550,8 @@ class Agent:
             return
         digests, images = find_needed(self.state)
         self.store.prune_artifacts(digests)
-        drivers = {make_prefix(device_id, self.device_id): found.values()
-                   for device_id, found in self.answering.items()}
+        drivers = {make_prefix(device_id, self.device_id): sight.drivers.values()
+                   for device_id, sight in self.seen.items()}
         for entry in self.state["pulled"]:
             device_id, space, name = entry.rpartition(" ")
             there = drivers.get(device_id + space, ())
@@ -559,7 +559,7 @@ class Agent:
                 log("info", "image pruned", image=entry)
                 self.state["pulled"] = [other for other in self.state["pulled"] if other != entry]
 
-    def carry_out(self, actions, seen, version):
+    def carry_out(self, actions, version):
         """Carries out a plan, group by group; returns what went wrong and fails no deployment, in words."""
         records = self.state["deployments"]
         troubles = []
@@ -567,9 +567,9 @@ class Agent:
             ready = {}
             for action in group:
                 self.check_stopping()
-                step = self.begin(action, seen, version, troubles)
+                step = self.begin(action, version, troubles)
                 if action.verb in CHANGES:
-                    step.before = [self.begin(other, seen, version, troubles) for other in actions
+                    step.before = [self.begin(other, version, troubles) for other in actions
                                    if other.verb == "clear" and other.key == action.key]
                 if self.advance(step):
                     ready[action.key] = step
@@ -592,18 +592,20 @@ class Agent:
         if self.stopping():
             raise Interrupted("ended before everything was done; the next run goes on from here")
 
-    def begin(self, action, seen, version, troubles):
+    def begin(self, action, version, troubles):
         """The Step of an action, before anything of it is done."""
+        target, verb = action.target, action.verb
         record = self.state["deployments"].get(action.key)
         home = record and record["deviceId"]
         holds = find_held_ports(record) if record else set()
-        if record and home not in seen and action.verb != "keep":
+        if record and home not in self.seen:
             log("warning", "its device is no longer configured; what runs there is forgotten",
                 deployment=action.deployment_id, device=home)
-        if not record or home != action.device_id and action.target and action.verb != "clear":
-            record = make_record(action.target or Target(action.deployment_id, ""), action.device_id)
-        sight = seen[action.device_id]
-        verb = action.verb
+        if not record or target and home != action.device_id:
+            record = make_record(target or Target(action.deployment_id, ""), action.device_id)
+        if verb == "clear":
+            record = dict(record, deviceId=action.device_id, components=[])
+        sight = self.seen[action.device_id]
         if self.is_downtime():
             verb, record = hold_quiet(action, record, sight.containers, get_clock())
         return Step(verb, action=action, record=record, holds=holds, sight=sight, config=self.config,
@@ -629,19 +631,14 @@ class Agent:
         except StopIteration:
             record = self.state["deployments"].get(action.key)
             if step.begun and record and action.verb != "clear":
-                self.tell(record)
+                level, why = "info", {}
+                if record["state"] == "failed":
+                    level = "error"
+                    why = {"code": record["error"]["code"], "reason": make_failure_words(record)}
+                log(level, record["state"], deployment=record["deploymentId"], name=record["name"], **why)
             return False
         step.takes = item
         return True
-
-    def tell(self, record):
-        """Logs what became of a deployment."""
-        facts = {"deployment": record["deploymentId"], "name": record["name"]}
-        level = "info"
-        if record["state"] == "failed":
-            level = "error"
-            facts.update(code=record["error"]["code"], reason=make_failure_words(record))
-        log(level, record["state"], **facts)
 
     def keep(self, step, record):
         """Makes a record durable, with what was fetched for it, and tells the WFM."""
@@ -689,9 +686,9 @@ class Agent:
         note_outcome(state, fault)
         memo = self.store.load_memo()
         memo["lastPoll"] = last = {"at": make_time(began), "result": result, "detail": detail}
-        if self.answering:
+        if self.seen:
             known = None if self.changed else memo.get("others")
-            memo["others"] = ask_others(self.answering, known)[:MAX_NAMED]
+            memo["others"] = ask_others(self.seen, known)[:MAX_NAMED]
         try:
             if make_state_data(state) != self.store.saved:
                 state["lastPoll"] = last
@@ -736,10 +733,10 @@ def needs_document(target, record):
     return record["state"] not in ("installed", "failed")
 
 
-def make_actions(shares, records, containers, clock, settle=0, mark=""):
+def make_actions(shares, records, seen, clock, settle=0, mark=""):
     """[Action] for all devices, in order: removals first.
 
-    records: those of all devices.  containers: {device id: [Container]}.  What a deployment has left on a
+    records: those of all devices.  seen: {device id: Seen}.  What a deployment has left on a
     device where it is not at home any more is cleared once it runs where it belongs, or when it is about to.
     """
     homes = {target.key: "" if target.error else target.device_id
@@ -747,7 +744,7 @@ def make_actions(shares, records, containers, clock, settle=0, mark=""):
     actions, strays = [], []
     placed = set()              # what runs where it belongs, or is about to
     for share in shares:
-        there = containers[share.device.device_id]
+        there = seen[share.device.device_id].containers
         placed.update(key for key, record in share.records.items() if record["state"] == "installed")
         for action in make_plan(share.targets, share.records, there, clock, settle, mark, share.unseen):
             action = hold_back(action, share)._replace(device_id=share.device.device_id)
@@ -1241,15 +1238,6 @@ def make_record(target, device_id):
 BLANK = {"services": {}, "package": None}           # of a component of which nothing else is known
 
 
-def make_pending(target, own_id):
-    """The record of what was received and is not begun (protocol 5.1).
-
-    What may run on any child is at home on this device, `own_id`, until it is placed.
-    """
-    home = target.device_id if target.deployment.device_id == target.device_id else own_id
-    return begin_record(make_record(target, home), target)
-
-
 def begin_record(record, target):
     """The record as work on a revision begins: all components pending, its version adopted (E-112, E-114).
 
@@ -1416,7 +1404,7 @@ def load_own_device(config, own_id):
     return [Device(own_id, config.device, make_drivers(config, others=others))]
 
 
-def assign_here(targets, records, devices, silent, offers):
+def assign_here(targets, records, devices, seen, offers):
     """[Share] of the one device there is; what is meant for another one is WRONG_DEVICE (protocol 9)."""
     device = devices[0]
     own_id, found = device.device_id, []
@@ -1429,7 +1417,7 @@ def assign_here(targets, records, devices, silent, offers):
                 error = ComponentError("WRONG_DEVICE",
                                        f"metadata.deviceId is {wanted}, this device is {own_id}")
         found.append(target._replace(error=error, device_id=own_id))
-    return [make_share(device, found, records, silent[own_id])]
+    return [make_share(device, found, records, seen[own_id].silent)]
 
 
 # What makes the devices that the agent serves, this one first: functions of (Settings, own device id).
@@ -1519,20 +1507,15 @@ def obtain_claim(profile, device_id):
     return make_claim(owner, profile.state)
 
 
-def find_nothing():
-    """The look at a child device that cannot be reached from here."""
-    raise CommandError("the engine's command that its connection needs is not installed here")
-
-
 def list_looks(drivers, records, claim=None):
-    """{deployment type: function that looks} of what has to be asked on one device.
+    """[(deployment type, function that looks)] of what has to be asked on one device.
 
     That is an engine in any case, because there may be leftovers (P-11), and a cluster where a deployment
     needs one.  claim: by what a workload is ours; None: as it was told last.
     """
     known = {kind: [record for record in records if kind in find_kinds(record)] for kind in drivers}
-    return {kind: lambda kind=kind: drivers[kind].observe(known[kind], claim)
-            for kind in drivers if kind == "compose" or known[kind]}
+    return [(kind, lambda kind=kind: drivers[kind].observe(known[kind], claim))
+            for kind in drivers if kind == "compose" or known[kind]]
 
 
 def try_look(function):
@@ -1548,13 +1531,14 @@ def observe_devices(devices, records, claim):
 
     records: those of all deployments that are there, or will be.  claim: by what a workload is ours.
     """
-    looks = []
-    seen = {device.device_id: Seen([], dict(device.drivers), {}) for device in devices}
+    seen, looks = {}, []
     for device in devices:
-        found = list_looks(device.drivers, records, claim)
+        silent = {}
         if device.silence and not device.drivers:
-            found = dict.fromkeys(("compose", "helm"), find_nothing)
-        looks += [(device.device_id, kind, function) for kind, function in found.items()]
+            words = "the engine's command that its connection needs is not installed here"
+            silent = dict.fromkeys(("compose", "helm"), CommandError(words))
+        seen[device.device_id] = Seen([], dict(device.drivers), silent)
+        looks += [(device.device_id, *look) for look in list_looks(device.drivers, records, claim)]
     functions = [function for _, _, function in looks]
     if len(looks) < 2:
         answers = list(map(try_look, functions))
@@ -1565,20 +1549,20 @@ def observe_devices(devices, records, claim):
     for (device_id, kind, _), answer in zip(looks, answers):
         if isinstance(answer, CommandError):
             seen[device_id].silent[kind] = answer
-            seen[device_id].drivers.pop(kind, None)
+            seen[device_id].drivers.pop(kind)
         else:
             seen[device_id].containers.extend(answer)
     return seen
 
 
-def ask_others(answering, known=None):
+def ask_others(seen, known=None):
     """[{owner, deploymentId, name, type}] of workloads of other owners, as the last look has shown.
 
-    answering: {device id: {type: driver}}.  known: an earlier list; then clusters are not asked again.
+    seen: {device id: what has its drivers}.  known: an earlier list; then clusters are not asked again.
     """
     others = {item["name"]: item for item in known or () if item["type"] == "helm"}
-    for device_id, drivers in answering.items():
-        for kind, driver in drivers.items():
+    for device_id, sight in seen.items():
+        for kind, driver in sight.drivers.items():
             found = try_look(driver.ask_strangers) if kind == "compose" or known is None else []
             if isinstance(found, CommandError):
                 log("warning", "workloads of other owners cannot be named", device=device_id,
@@ -1595,7 +1579,7 @@ def observe_all(drivers, record):
 
     Raises CommandError where something does not answer.
     """
-    return [container for look in list_looks(drivers, [record]).values() for container in look()]
+    return [container for _, look in list_looks(drivers, [record]) for container in look()]
 
 
 def find_kinds(record, target=None):
@@ -11976,12 +11960,11 @@ def load_child_devices(config, own_id):
     return devices
 
 
-def assign(targets, records, devices, silent, offers):
+def assign(targets, records, devices, seen, offers):
     """[Share] of each device: which deployment belongs where, or why on none; see assign_here and find_place.
 
-    targets: [Target].  records: {key: record}.  devices: [Device], the gateway first.  silent:
-    {device id: {deployment type: CommandError}} of what does not answer.  offers: {device id: capabilities
-    document}, where a rule asks for one.
+    targets: [Target].  records: {key: record}.  devices: [Device], the gateway first.  seen: {device id:
+    Seen}.  offers: {device id: capabilities document}, where a rule asks for one.
     """
     known = {device.device_id: device for device in devices}
     own_id, *children = known
@@ -11995,7 +11978,7 @@ def assign(targets, records, devices, silent, offers):
         if target.deployment and not error:
             others = [home for other, home in homes.items() if other != key]
             loads = {child: others.count(child) for child in children}
-            answers = {child: target.deployment.type not in silent[child] for child in children}
+            answers = {child: target.deployment.type not in seen[child].silent for child in children}
             reasons = {name: find_reason(target.deployment, device, offers) for name, device in known.items()}
             try:
                 homes[key] = find_place(target.deployment, before.get(key), own_id, answers, reasons.get,
@@ -12008,7 +11991,7 @@ def assign(targets, records, devices, silent, offers):
     for device_id, device in known.items():
         mine = {key: record for key, record in records.items() if before[key] == homes[key] == device_id}
         wanted = [target for target in found if target.device_id == device_id]
-        shares.append(make_share(device, wanted, mine, silent[device_id]))
+        shares.append(make_share(device, wanted, mine, seen[device_id].silent))
     return shares
 
 
@@ -12050,7 +12033,7 @@ def find_place(deployment, held, own_id, children, find_reason, loads):
 def examine_children(agent):
     """Whether every child device answers."""
     children = agent.devices[1:]
-    seen = observe_devices(children, [], obtain_claim(agent.get_profile(), agent.device_id))
+    seen = observe_devices(children, [], obtain_claim(agent.profile, agent.device_id))
     words = [f"{device_id} does not answer ({fault.message}); see its connection in device.children"
              for device_id, sight in seen.items() for fault in list(sight.silent.values())[:1]]
     if words:
@@ -12248,7 +12231,6 @@ def command_doctor(config, options):
     """
     log.level = log.level if "-v" in options else "error"       # what it finds, it says itself
     agent = Agent(config)
-    agent.state = make_state()
     first = {"state": examine_storage, "lock": examine_lock, "wait": examine_wait, "clock": examine_clock,
              "device": examine_device, "engine": examine_engine}
     last = {"others": examine_others, "registry": examine_registries, "labels": examine_labels,
@@ -12316,7 +12298,7 @@ def examine_device(agent):
 def examine_identity(agent):
     """Whether the own identity can be used; what an enrollment under way lacks, the last run has said."""
     try:
-        return agent.get_profile().check(time.time())
+        return agent.profile.check(time.time())
     except Untrusted as error:
         if agent.config.identity.get("enrollment") != "est":
             raise
@@ -12357,7 +12339,7 @@ def examine_failed(agent):
 
 def examine_storage(agent):
     """Whether the state can be read and written, and has room to grow."""
-    agent.state = agent.store.load_state()
+    agent.hold(agent.store.load_state())
     folder = agent.store.folder
     while not os.path.exists(folder):
         folder = os.path.dirname(folder) or "/"
@@ -12401,7 +12383,7 @@ def examine_engine(agent):
         wanted = agent.config.runtime.engine.replace("auto", "podman or docker")
         return "warn", (f"nothing here runs Compose applications; install {wanted}, or see runtime.compose"
                         " and runtime.engine")
-    claim = obtain_claim(agent.get_profile(), agent.device_id)
+    claim = obtain_claim(agent.profile, agent.device_id)
     words = [driver.check(claim) for driver in drivers.values()]
     lacks, notes = drivers["compose"].list_lacks() if "compose" in drivers else ([], [])
     return "warn" if lacks else "ok", "; ".join(words + lacks + notes)
@@ -12409,7 +12391,7 @@ def examine_engine(agent):
 
 def examine_others(agent):
     """Whether workloads of another owner run here: they are left alone, but may hold a port or a name."""
-    others = ask_others({device.device_id: device.drivers for device in agent.devices})
+    others = ask_others({device.device_id: device for device in agent.devices})
     words = "; ".join(make_others_words(others))
     return "warn", others and f"{len(others)} workloads are not this agent's and are left alone: {words}"
 
@@ -12452,7 +12434,7 @@ def examine_connection(agent):
         raise
     if desired:
         agent.check_removals(desired)
-        actions, _ = agent.decide(make_accepted(desired), lambda digest: desired.documents.get(digest)
+        actions = agent.decide(make_accepted(desired), lambda digest: desired.documents.get(digest)
                                   or agent.store.load_artifact(digest))
         refused = [f"{action.deployment_id}: {action.reason}" for action in actions
                    if action.verb == "refuse"]
@@ -12488,11 +12470,11 @@ def look_at(config, word):
     Raises ConfigError, StorageError.
     """
     agent = Agent(config)
-    agent.state = agent.store.load_state()
+    agent.hold(agent.store.load_state())
     record = find_record(agent.state, word)
     home = record["deviceId"]
     devices = [device for device in agent.devices if device.device_id == home]
-    claim = obtain_claim(agent.get_profile(), agent.device_id)
+    claim = obtain_claim(agent.profile, agent.device_id)
     seen = observe_devices(devices, [record], claim).get(home, Seen([], {}, {}))
     return agent, record, seen._replace(containers=find_containers(record["deploymentId"], seen.containers))
 
@@ -13004,8 +12986,8 @@ def command_unenroll(config, options):
             if purge(agent):
                 raise StorageError("not everything could be removed; nothing was forgotten, run unenroll"
                                    " --purge again")
-            for drivers in agent.answering.values():
-                print_kept(drivers.get("compose"))
+            for sight in agent.seen.values():
+                print_kept(sight.drivers.get("compose"))
         if state["enrollment"]:
             try:
                 devices = state["enrollment"].get("devices") or [agent.device_id]
@@ -13048,13 +13030,13 @@ def command_plan(config, options):
     Example: margo_agent.py plan --json
     """
     agent = Agent(config)
-    agent.state = agent.store.load_state()
+    agent.hold(agent.store.load_state())
     accepted, documents = fetch_accepted(agent)
-    actions, seen = [], {}
+    actions = []
     if accepted:
         load = agent.store.load_artifact
-        actions, seen = agent.decide(accepted, lambda digest: documents.get(digest) or load(digest))
-    others = ask_others(agent.answering)
+        actions = agent.decide(accepted, lambda digest: documents.get(digest) or load(digest))
+    others = ask_others(agent.seen)
     # What clears the way for an installation elsewhere is part of it.
     moved = {action.deployment_id for action in actions if action.verb in ("install", "update")}
     items = [{"deploymentId": action.deployment_id, "action": PRINTED.get(action.verb, action.verb),
@@ -13073,7 +13055,7 @@ def command_plan(config, options):
             print(f"{item['action']:8}{item['deploymentId']}  {where}{make_printable(item['reason'] + what)}")
         for words in make_others_words(others):
             print(f"other   {words}; it is left alone")
-    for fault in seen[agent.device_id].silent.values() if seen else ():
+    for fault in agent.seen[agent.device_id].silent.values() if accepted else ():
         raise fault
 
 

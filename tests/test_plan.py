@@ -264,7 +264,7 @@ class Places(unittest.TestCase):
             own = {key: record for key, record in records.items() if record["deviceId"] == homes.get(key, name) == name}
             mine = [target for target in targets if target.device_id == name]
             shares.append(margo_agent.Share(margo_agent.Device(name, None, {}), mine, own, {}))
-        there = {name: [make_container(item) for item in containers.get(name, ())] for name in ("gw", "gw/a")}
+        there = {name: margo_agent.Seen([make_container(item) for item in containers.get(name, ())], {}, {}) for name in ("gw", "gw/a")}
         actions = margo_agent.make_actions(shares, records, there, margo_agent.Clock(NOW, "", 0))
         return [(action.verb, action.device_id, action.reason) for action in actions]
 
