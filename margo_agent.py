@@ -57,7 +57,7 @@ __all__ = ["main", "Agent", "load_config", "load_yaml", "status", "log", "PROFIL
 # ----------------------------------------------------------------------------------------------------------
 
 # What optional rooms add where they are defined; nothing outside names anything in them.
-# See also SCHEMA, CHECKS, STEPS, DEVICES, ASSIGN, LISTENERS and COMPANIONS.
+# See also SCHEMA, CHECKS, STEPS, DEVICES, PLACES, LISTENERS and COMPANIONS.
 PROFILES = {}                       # {wfm.profile: its Profile class}
 OPTIONS = {"enroll": {}}            # {command: {option: (name of its value, function of config and value)}}
 COMMANDS = {}                       # {name: (its function, to an exit code or nothing for 0; its options,
@@ -284,9 +284,6 @@ Device = define("Device", "device_id settings drivers silence",
 Seen = define("Seen", "containers drivers silent",
     "What a device shows now: [Container], {deployment type: driver} of what answers, and {deployment type:"
     " CommandError} of what does not.")
-Share = define("Share", "device targets records unseen",
-    "What a device has to care for: its Device, [Target] that should run there, {key: record} of what is at"
-    " home there, {key: CommandError} of what cannot be seen now.")
 Outcome = define("Outcome", "code result detail delay",
     "How a cycle went: exit code, the word of `lastPoll.result`, detail for people, seconds to the next one.")
 
@@ -481,8 +478,8 @@ class Agent:
             offers = {}
             if any(target.deployment and target.deployment.constraints for target in targets):
                 offers = load_capabilities(self.devices, self.config)
-            shares = ASSIGN[-1](targets, records, self.devices, self.seen, offers)
-            actions = make_actions(shares, records, self.seen, get_clock(), runtime.settle, mark)
+            placed = place_targets(targets, records, self.devices, self.seen, offers)
+            actions = make_plan(placed, records, self.devices, self.seen, get_clock(), runtime.settle, mark)
             unread = {action.key for action in actions
                       if action.verb in CHANGES and not action.target.deployment}
             if not unread:
@@ -733,62 +730,47 @@ def needs_document(target, record):
     return record["state"] not in ("installed", "failed")
 
 
-def make_actions(shares, records, seen, clock, settle=0, mark=""):
-    """[Action] for all devices, in order: removals first.
+def make_plan(targets, records, devices, seen, clock, settle=0, mark=""):
+    """[Action] for all devices: removals first, to free what they hold, then the manifest's own order.
 
-    records: those of all devices.  seen: {device id: Seen}.  What a deployment has left on a
-    device where it is not at home any more is cleared once it runs where it belongs, or when it is about to.
+    targets: as place_targets returns them, deployment and error both None where needs_document said so.
+    records: the state's `deployments`.  devices: [Device], this one first.  seen: {device id: Seen}.
+    clock: a Clock.  settle, mark: `runtime.settle` and make_mark of `runtime.environment`.
+    What a deployment has left on another device than its own is cleared once it runs where it belongs, or is
+    about to.
     """
-    homes = {target.key: "" if target.error else target.device_id
-             for share in shares for target in share.targets}
-    actions, strays = [], []
+    wanted = {target.key: target for target in targets}
+    silences = {device.device_id: device.silence for device in devices}
+    homes = find_homes(records, devices)
+    there = {(homes[key], key): [] for key, record in records.items()
+             if record["state"] != "removed" and key not in wanted}
+    for home, sight in seen.items():
+        for container in sight.containers:
+            there.setdefault((home, container.key), []).append(container)
+    removals, actions = [], []
     placed = set()              # what runs where it belongs, or is about to
-    for share in shares:
-        there = seen[share.device.device_id].containers
-        placed.update(key for key, record in share.records.items() if record["state"] == "installed")
-        for action in make_plan(share.targets, share.records, there, clock, settle, mark, share.unseen):
-            action = hold_back(action, share)._replace(device_id=share.device.device_id)
-            record = records.get(action.key)
-            elsewhere = action.key in homes or record and action.key not in share.records
-            if action.verb == "remove" and elsewhere:
-                strays.append(action._replace(verb="clear"))
-                continue
-            if action.verb in CHANGES:
-                placed.add(action.key)
-                if record and record["running"] and record["deviceId"] != action.device_id:
-                    action = action._replace(reason=f"moves here from {record['deviceId']}")
-            actions.append(action)
-    for stray in strays:
-        home = homes.get(stray.key)
-        if home is None:
-            actions.append(stray)
-        elif home and stray.key in placed:
-            actions.append(stray._replace(reason=f"belongs on {home}"))
-    return sorted(actions, key=lambda action: action.verb not in ("remove", "clear"))
-
-
-def make_plan(targets, records, containers, clock, settle=0, mark="", unseen=()):
-    """[Action] for one device: removals first, to free what they hold, then the manifest's own order.
-
-    targets: [Target], deployment and error both None where needs_document said so.  records: those of the
-    state's `deployments` that are at home here.  containers: [Container] as observed.  clock: a Clock.
-    settle, mark: `runtime.settle` and make_mark of `runtime.environment`.  unseen: keys of deployments of
-    which not everything could be observed (then nothing is taken for drift).
-    """
-    wanted = {target.key for target in targets}
-    seen = {}
-    for container in containers:
-        seen.setdefault(container.key, []).append(container)
-    unwanted = {key: items[-1].deployment_id for key, items in seen.items()}
-    unwanted.update((key, record["deploymentId"]) for key, record in records.items()
-                    if record["state"] != "removed")
-    plan = [Action(unwanted[key], "remove", "not in the desired state") for key in sorted(unwanted)
-            if key not in wanted]
-    for target in targets:
-        there = None if target.key in unseen else seen.get(target.key, [])
-        action = make_action(target, records.get(target.key), there, clock, settle, mark)
-        plan.append(action._replace(target=target))
-    return plan
+    for key, target in wanted.items():
+        home = target.device_id
+        record = records.get(key) if homes.get(key) == home else None
+        fault = find_fault(seen[home], record, target)
+        containers = there.pop((home, key), [])
+        action = make_action(target, record, None if fault else containers, clock, settle, mark)
+        action = hold_back(action._replace(target=target, device_id=home), silences[home], record, fault)
+        if action.verb in CHANGES or record and record["state"] == "installed" and not target.error:
+            placed.add(key)
+        if action.verb in CHANGES and not record and key in records and records[key]["running"]:
+            action = action._replace(reason=f"moves here from {records[key]['deviceId']}")
+        actions.append(action)
+    for home, key in sorted(there):
+        target = wanted.get(key)
+        record = records.get(key)
+        here = record if homes.get(key) == home and not target else None
+        named = record["deploymentId"] if record else there[home, key][-1].deployment_id
+        reason = f"belongs on {target.device_id}" if target else "not in the desired state"
+        action = Action(named, "clear" if target or record and not here else "remove", reason, None, home)
+        if not target or key in placed:
+            removals.append(hold_back(action, silences[home], here, find_fault(seen[home], here)))
+    return removals + actions
 
 
 def make_action(target, record, containers, clock, settle, mark):
@@ -1404,26 +1386,21 @@ def load_own_device(config, own_id):
     return [Device(own_id, config.device, make_drivers(config, others=others))]
 
 
-def assign_here(targets, records, devices, seen, offers):
-    """[Share] of the one device there is; what is meant for another one is WRONG_DEVICE (protocol 9)."""
-    device = devices[0]
-    own_id, found = device.device_id, []
-    for target in targets:
-        error = target.error
-        if target.deployment and not error:
-            wanted = target.deployment.device_id or own_id
-            error = find_reason(target.deployment, device, offers)
-            if wanted != own_id:
-                error = ComponentError("WRONG_DEVICE",
-                                       f"metadata.deviceId is {wanted}, this device is {own_id}")
-        found.append(target._replace(error=error, device_id=own_id))
-    return [make_share(device, found, records, seen[own_id].silent)]
+def find_own_place(deployment, held, own_id, children, find_reason, loads):
+    """The id of the one device there is.
+
+    Raises ComponentError WRONG_DEVICE for what is meant for another one (protocol 9).
+    """
+    wanted = deployment.device_id or own_id
+    if wanted != own_id:
+        raise ComponentError("WRONG_DEVICE", f"metadata.deviceId is {wanted}, this device is {own_id}")
+    return own_id
 
 
 # What makes the devices that the agent serves, this one first: functions of (Settings, own device id).
 DEVICES = [load_own_device]
-# What says which deployment belongs on which device: the last one counts.  All are pure; see assign_here.
-ASSIGN = [assign_here]
+# What says on which device a deployment belongs, see find_own_place and find_place: the last one counts.
+PLACES = [find_own_place]
 
 
 def load_devices(config, own_id):
@@ -1448,34 +1425,57 @@ def find_reason(deployment, device, offers):
     return None
 
 
-def make_share(device, targets, records, silent):
-    """The Share of a device, from what should run there and what is at home there.
+def place_targets(targets, records, devices, seen, offers):
+    """[Target], each with the device where it is at home, and with why it cannot run there.
 
-    silent: {deployment type: CommandError} of what does not answer there.
+    records: {key: record}.  devices: [Device], this one first.  seen: {device id: Seen}.  offers:
+    {device id: capabilities document}, where a rule asks for one.
     """
-    wanted = {target.key: target for target in targets}
-    unseen = {}
-    for key in {**records, **wanted}:
-        for kind in sorted(find_kinds(records.get(key), wanted.get(key)) & set(silent)):
-            unseen[key] = silent[kind]
-    return Share(device, targets, records, unseen)
+    known = {device.device_id: device for device in devices}
+    own_id, *children = known
+    homes = find_homes(records, devices)
+    found = []
+    for target in targets:
+        home = homes.pop(target.key, None)
+        error = target.error
+        if target.deployment and not error:
+            loads = {child: [*homes.values()].count(child) for child in children}
+            answers = {child: target.deployment.type not in seen[child].silent for child in children}
+            reasons = {name: find_reason(target.deployment, device, offers) for name, device in known.items()}
+            try:
+                home = PLACES[-1](target.deployment, home, own_id, answers, reasons.get, loads)
+                error = reasons[home]
+            except ComponentError as fault:
+                error = fault
+        homes[target.key] = home or own_id
+        found.append(target._replace(error=error, device_id=homes[target.key]))
+    return found
 
 
-def hold_back(action, share):
+def find_homes(records, devices):
+    """{key: id of the device where a deployment is at home}; one whose device has gone is at home on this."""
+    ids = [device.device_id for device in devices]
+    return {key: record["deviceId"] if record["deviceId"] in ids else ids[0]
+            for key, record in records.items()}
+
+
+def find_fault(sight, record, target=None):
+    """The CommandError for which not all of a deployment can be seen on a device, or None.  sight: its Seen.
+    """
+    kinds = find_kinds(record, target).intersection(sight.silent)
+    return sight.silent[max(kinds)] if kinds else None
+
+
+def hold_back(action, silence, record, fault):
     """The action as far as it can be seen what is there: nothing is done blindfold (D-16).
 
-    It waits where this device itself does not answer; of another one the WFM is told the device's `silence`.
+    It waits where this device itself does not answer; of another one the WFM is told its `silence`.
     """
-    silence = share.device.silence
-    fault = share.unseen.get(action.key)
     if not fault or action.verb in ("keep", "refuse"):
         return action
     if not silence:
         return action._replace(verb="keep", reason=f"waits ({action.reason}): {fault.message}")
-    target = action.target
-    if not target:
-        adopted = share.records[action.key]["adopted"]
-        target = Target(action.deployment_id, adopted["digest"], adopted["version"])
+    target = action.target or Target(action.deployment_id, **record["adopted"])
     return action._replace(verb="refuse", reason=f"{silence.code}: {silence.message}",
                            target=target._replace(error=silence))
 
@@ -11960,41 +11960,6 @@ def load_child_devices(config, own_id):
     return devices
 
 
-def assign(targets, records, devices, seen, offers):
-    """[Share] of each device: which deployment belongs where, or why on none; see assign_here and find_place.
-
-    targets: [Target].  records: {key: record}.  devices: [Device], the gateway first.  seen: {device id:
-    Seen}.  offers: {device id: capabilities document}, where a rule asks for one.
-    """
-    known = {device.device_id: device for device in devices}
-    own_id, *children = known
-    before = {key: record["deviceId"] if record["deviceId"] in known else own_id
-              for key, record in records.items()}
-    homes = dict(before)
-    found = []
-    for target in targets:
-        key = target.key
-        error = target.error
-        if target.deployment and not error:
-            others = [home for other, home in homes.items() if other != key]
-            loads = {child: others.count(child) for child in children}
-            answers = {child: target.deployment.type not in seen[child].silent for child in children}
-            reasons = {name: find_reason(target.deployment, device, offers) for name, device in known.items()}
-            try:
-                homes[key] = find_place(target.deployment, before.get(key), own_id, answers, reasons.get,
-                                        loads)
-                error = reasons[homes[key]]
-            except ComponentError as fault:
-                error = fault
-        found.append(target._replace(error=error, device_id=homes.get(key, own_id)))
-    shares = []
-    for device_id, device in known.items():
-        mine = {key: record for key, record in records.items() if before[key] == homes[key] == device_id}
-        wanted = [target for target in found if target.device_id == device_id]
-        shares.append(make_share(device, wanted, mine, seen[device_id].silent))
-    return shares
-
-
 def find_place(deployment, held, own_id, children, find_reason, loads):
     """The id of the device that a deployment is for.
 
@@ -12008,7 +11973,7 @@ def find_place(deployment, held, own_id, children, find_reason, loads):
     if wanted == own_id or wanted in children:
         return wanted
     if not wanted.startswith(own_id + "/") or not (children or wanted == f"{own_id}/*"):
-        raise ComponentError("WRONG_DEVICE", f"metadata.deviceId is {wanted}, this device is {own_id}")
+        return find_own_place(deployment, held, own_id, children, find_reason, loads)
     if wanted != f"{own_id}/*":
         parent = wanted[:-2] if wanted.endswith("/*") else None
         if parent in children:
@@ -12043,7 +12008,7 @@ def examine_children(agent):
 
 EXAMINE.update(children=examine_children)
 DEVICES.append(load_child_devices)
-ASSIGN.append(assign)
+PLACES.append(find_place)
 
 
 # ----------------------------------------------------------------------------------------------------------
