@@ -322,13 +322,12 @@ class Agent:
         Raises Locked where another instance works, StorageError where the state cannot be read.
         """
         with self:
-            began = time.time()
             for step in STEPS:
                 try:
                     step(self)
                 except FAULTS as error:
-                    self.note_fault(to_fault(error), began)
-            return self.conclude(began)
+                    self.note_fault(to_fault(error))
+            return self.conclude()
 
     def __enter__(self):
         """Takes the state directory for this process and reads the state."""
@@ -340,6 +339,7 @@ class Agent:
         except MargoError:
             self.store.unlock()
             raise
+        self.began = time.time()
         self.faults = []                            # what went wrong in this cycle
         self.silent = False                         # whether the WFM is not spoken to any more in this cycle
         self.changed = False                        # whether this cycle had something to do
@@ -371,7 +371,7 @@ class Agent:
         """Whether the operator wants no communication now."""
         return is_within(self.config.poll.downtime, time.localtime())
 
-    def note_fault(self, error, began):
+    def note_fault(self, error):
         """Logs what went wrong, and keeps what follows from it: a back-off, and silence for this cycle.
 
         One time-out a cycle is enough, and without an SVID there is nothing to speak with.
@@ -388,7 +388,7 @@ class Agent:
             error.message += f"; {make_clock_fault(time.time(), stored)}"
         log("error", error.message, code=error.code)
         if final or isinstance(error, Refused):
-            clock = get_clock()._replace(now=began)
+            clock = get_clock()._replace(now=self.began)
             self.state["patience"] = make_patience(self.state["patience"], error, clock, get_random())
 
     def exchange(self):
@@ -565,9 +565,11 @@ class Agent:
             for action in group:
                 self.check_stopping()
                 step = self.begin(action, version, troubles)
-                if action.verb in CHANGES:
-                    step.before = [self.begin(other, version, troubles) for other in actions
-                                   if other.verb == "clear" and other.key == action.key]
+                if action.verb in CHANGES:          # it is cleared where it was, before it starts here
+                    step.before = [self.begin(action._replace(verb="clear", target=None, device_id=home),
+                                              version, troubles)
+                                   for home, sight in self.seen.items() if home != action.device_id
+                                   and find_containers(action.deployment_id, sight.containers)]
                 if self.advance(step):
                     ready[action.key] = step
             stopped = False
@@ -673,7 +675,7 @@ class Agent:
                     return answered                 # the others come next time
         return True
 
-    def conclude(self, began):
+    def conclude(self):
         """The Outcome of a cycle, kept where `status` finds it; writes the disk only if something changed."""
         state = self.state
         fault = max(self.faults, key=lambda fault: fault.exit, default=None)
@@ -682,7 +684,7 @@ class Agent:
         detail = fault.message if fault else ""
         note_outcome(state, fault)
         memo = self.store.load_memo()
-        memo["lastPoll"] = last = {"at": make_time(began), "result": result, "detail": detail}
+        memo["lastPoll"] = last = {"at": make_time(self.began), "result": result, "detail": detail}
         if self.seen:
             known = None if self.changed else memo.get("others")
             memo["others"] = ask_others(self.seen, known)[:MAX_NAMED]
@@ -736,8 +738,7 @@ def make_plan(targets, records, devices, seen, clock, settle=0, mark=""):
     targets: as place_targets returns them, deployment and error both None where needs_document said so.
     records: the state's `deployments`.  devices: [Device], this one first.  seen: {device id: Seen}.
     clock: a Clock.  settle, mark: `runtime.settle` and make_mark of `runtime.environment`.
-    What a deployment has left on another device than its own is cleared once it runs where it belongs, or is
-    about to.
+    What a deployment has left on another device than its own is cleared once it runs where it belongs.
     """
     wanted = {target.key: target for target in targets}
     silences = {device.device_id: device.silence for device in devices}
@@ -748,19 +749,20 @@ def make_plan(targets, records, devices, seen, clock, settle=0, mark=""):
         for container in sight.containers:
             there.setdefault((home, container.key), []).append(container)
     removals, actions = [], []
-    placed = set()              # what runs where it belongs, or is about to
+    settled = set()             # what runs where it belongs; where it is about to, its step clears the others
     for key, target in wanted.items():
         home = target.device_id
         record = records.get(key) if homes.get(key) == home else None
         fault = find_fault(seen[home], record, target)
         containers = there.pop((home, key), [])
-        action = make_action(target, record, None if fault else containers, clock, settle, mark)
-        action = hold_back(action._replace(target=target, device_id=home), silences[home], record, fault)
-        if action.verb in CHANGES or record and record["state"] == "installed" and not target.error:
-            placed.add(key)
-        if action.verb in CHANGES and not record and key in records and records[key]["running"]:
-            action = action._replace(reason=f"moves here from {records[key]['deviceId']}")
-        actions.append(action)
+        shown = None if fault else containers
+        verb, reason, *culprit = find_action(target, record, shown, clock, settle, mark)
+        if verb == "install" and key in records and records[key]["running"]:
+            reason = f"moves here from {records[key]['deviceId']}"
+        action = Action(target.deployment_id, verb, reason, target, home, *culprit)
+        actions.append(hold_back(action, silences[home], record, fault))
+        if record and record["state"] == "installed" and verb not in CHANGES and not target.error:
+            settled.add(key)
     for home, key in sorted(there):
         target = wanted.get(key)
         record = records.get(key)
@@ -768,49 +770,57 @@ def make_plan(targets, records, devices, seen, clock, settle=0, mark=""):
         named = record["deploymentId"] if record else there[home, key][-1].deployment_id
         reason = f"belongs on {target.device_id}" if target else "not in the desired state"
         action = Action(named, "clear" if target or record and not here else "remove", reason, None, home)
-        if not target or key in placed:
+        if not target or key in settled:
             removals.append(hold_back(action, silences[home], here, find_fault(seen[home], here)))
     return removals + actions
 
 
-def make_action(target, record, containers, clock, settle, mark):
-    """The Action for one deployment that is wanted; containers: its own."""
-    def act(verb, reason, culprit=None):
-        return Action(target.deployment_id, verb, reason, culprit=culprit)
+def find_action(target, record, containers, clock, settle, mark):
+    """(verb, reason) for one deployment that is wanted, and what is repaired in vain, see Action.
 
-    same = record and record["adopted"]["digest"] == target.digest
-    state = record and record["state"]
+    containers: its own, None where they cannot be seen.
+    """
+    if not record:
+        return ("refuse", make_refusal(target.error)) if target.error else ("install", "new")
+    running = record["running"]
+    state = record["state"]
+    same = record["adopted"]["digest"] == target.digest
     # A removal that failed says nothing of a deployment that is wanted again.
-    retry = find_wait(record["retry"], clock) if record and "leaving" not in record["retry"] else 0
-    pause = find_wait(record["repair"], clock) if record else 0
+    retry = 0 if "leaving" in record["retry"] else find_wait(record["retry"], clock)
+    pause = find_wait(record["repair"], clock)
     if same and state == "failed" and record["fallback"] and not pause and (target.error or retry):
-        words = find_drift(record["running"]["services"], containers, clock.now, settle)[1]
+        words = find_drift(running["services"], containers, clock.now, settle)[1]
         if words:
-            return act("restore", f"drift: {words}; the version before is brought back")
+            return "restore", f"drift: {words}; the version before is brought back"
     if target.error:
-        return act("refuse", f"{target.error.code}: {target.error.message}")
-    if record is None:
-        return act("install", "new")
-    change = "update" if record["running"] else "install"
+        return "refuse", make_refusal(target.error)
+    change = "update" if running else "install"
     if not same:
-        return act(change, "another revision")
+        return change, "another revision"
     if record["refused"]:
-        return act(change, "was refused before, and can be carried out now")
+        return change, "was refused before, and can be carried out now"
     if state == "failed" and retry:
-        return act("keep", f"failed ({record['error']['code']}); {make_due(record, clock)}")
+        return "keep", f"failed ({record['error']['code']}); {make_due(record, clock)}"
     if state == "failed":
-        return act(change, f"failed before, attempt {record['retry'].get('failures', 0) + 1}")
-    if state in ("pending", "removed") and not record["running"]:
-        return act("install", "new")
+        return change, f"failed before, attempt {record['retry'].get('failures', 0) + 1}"
+    if state in ("pending", "removed") and not running:
+        return "install", "new"
     if state != "installed":
-        return act(change, f"was interrupted while {state}")
+        return change, f"was interrupted while {state}"
     culprit, words = find_drift(list_parts(record, "services"), containers, clock.now, settle)
     if words and pause:
         words += f" although it was repaired {record['repair']['failures']} times"
-        return act("give_up", f"{words}; next attempt at {make_time(clock.now + pause)}", culprit)
-    if not words and record["type"] == "compose" and record["running"].get("mark", mark) != mark:
-        return act("update", "runtime.environment has changed")
-    return act("update", f"drift: {words}") if words else act("keep", "as desired")
+        return "give_up", f"{words}; next attempt at {make_time(clock.now + pause)}", culprit
+    if words:
+        return "update", f"drift: {words}"
+    if record["type"] == "compose" and running.get("mark", mark) != mark:
+        return "update", "runtime.environment has changed"
+    return "keep", "as desired"
+
+
+def make_refusal(error):
+    """A ComponentError as the reason for which nothing is done."""
+    return f"{error.code}: {error.message}"
 
 
 def hold_quiet(action, record, containers, clock):
@@ -1246,7 +1256,7 @@ def set_component(record, name, state, error=None, **facts):
     components = [dict(item, state=state, error=error, **facts) if name in (None, item["name"]) else item
                   for item in record["components"]]
     states = [component["state"] for component in components] or [state]
-    return dict(record, components=components, state=make_overall_state(states))
+    return dict(record, components=components, state=min(states, key=STATES.index))
 
 
 def fail_record(record, component, error, clock, jitter, refused=False):
@@ -1310,25 +1320,16 @@ def finish_record(record, mark=""):
                 found=False)
 
 
-def make_overall_state(states):
-    """The most severe of some component states (C-133)."""
-    return min(states, key=STATES.index)
-
-
 def make_status(record):
     """A DeploymentStatusManifest (protocol 3.6), with `error` only where there is one (C-131 to C-137)."""
-    status = {"state": record["state"]}
-    if record["state"] == "failed" and record["error"]:
-        status["error"] = record["error"]
-    components = []
-    for component in record["components"]:
-        entry = {"name": component["name"], "state": component["state"]}
-        if component["error"]:
-            entry["error"] = component["error"]
-        components.append(entry)
+    def tell(item, **more):
+        """The state of the deployment, or of a component."""
+        error = {"error": item["error"]} if item["error"] else {}
+        return dict(more, state=item["state"], **error)
+
     return {"deploymentId": record["deploymentId"], "deviceId": record["deviceId"],
-            "adoptedManifestVersion": record["adopted"]["version"], "status": status,
-            "components": components}
+            "adoptedManifestVersion": record["adopted"]["version"], "status": tell(record),
+            "components": [tell(component, name=component["name"]) for component in record["components"]]}
 
 
 def enqueue_status(state, record):
@@ -1476,8 +1477,7 @@ def hold_back(action, silence, record, fault):
     if not silence:
         return action._replace(verb="keep", reason=f"waits ({action.reason}): {fault.message}")
     target = action.target or Target(action.deployment_id, **record["adopted"])
-    return action._replace(verb="refuse", reason=f"{silence.code}: {silence.message}",
-                           target=target._replace(error=silence))
+    return action._replace(verb="refuse", reason=make_refusal(silence), target=target._replace(error=silence))
 
 
 def make_drivers(config, child=None, others=()):
@@ -1642,21 +1642,20 @@ def make_groups(actions, records):
     """[[Action]] in the order in which they are carried out; a group is made ready before any of it is done.
 
     What frees comes before what takes: removals and repairs, then the updates of what runs, as one group,
-    because one may take what another gives up; last what is new.  What is cleared because it moves is left to
-    the step by which it moves.
+    because one may take what another gives up; last what is new.
     """
-    moving = {action.key for action in actions if action.verb in CHANGES}
     first, updates, new = [], [], []
     for action in actions:
         record = records.get(action.key)
         running = record and record["running"]
-        if action.verb in CHANGES and not running:
-            new.append([action])
-        elif action.verb in CHANGES and (running["digest"], record["deviceId"]) != (
-                action.target.digest, action.device_id):
-            updates.append(action)
-        elif action.verb != "clear" or action.key not in moving:
+        if action.verb not in CHANGES:
             first.append([action])
+        elif not running:
+            new.append([action])
+        elif (running["digest"], record["deviceId"]) == (action.target.digest, action.device_id):
+            first.append([action])
+        else:
+            updates.append(action)
     return first + [updates] + new
 
 
@@ -13002,11 +13001,8 @@ def command_plan(config, options):
         load = agent.store.load_artifact
         actions = agent.decide(accepted, lambda digest: documents.get(digest) or load(digest))
     others = ask_others(agent.seen)
-    # What clears the way for an installation elsewhere is part of it.
-    moved = {action.deployment_id for action in actions if action.verb in ("install", "update")}
     items = [{"deploymentId": action.deployment_id, "action": PRINTED.get(action.verb, action.verb),
-              "reason": action.reason, "deviceId": action.device_id}
-             for action in actions if action.verb != "clear" or action.deployment_id not in moved]
+              "reason": action.reason, "deviceId": action.device_id} for action in actions]
     version = accepted["version"] if accepted else None
     for item in items:
         item["changes"] = load_changes(agent, item, accepted, documents)

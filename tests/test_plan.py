@@ -270,11 +270,11 @@ class Places(unittest.TestCase):
         actions = margo_agent.make_plan(targets, records, devices, there, margo_agent.Clock(NOW, "", 0))
         return [(action.verb, action.device_id, action.reason) for action in actions]
 
-    def test_what_moves_is_made_at_its_new_home_and_cleared_at_the_old_one(self):
+    def test_what_moves_is_made_at_its_new_home_by_the_step_that_clears_the_old_one(self):
         target, record = make_target()._replace(device_id="gw/a"), make_record(deviceId="gw")
         self.assertEqual(self.plan([target], [record], {"gw": [HELLO]}),
-                         [("clear", "gw", "belongs on gw/a"), ("install", "gw/a", "moves here from gw")])
-        self.assertEqual(self.plan([target], [], {"gw": [HELLO]}), [("clear", "gw", "belongs on gw/a"), ("install", "gw/a", "new")])    # a lost state
+                         [("install", "gw/a", "moves here from gw")])
+        self.assertEqual(self.plan([target], [], {"gw": [HELLO]}), [("install", "gw/a", "new")])    # a lost state
         self.assertEqual(self.plan([make_target(b"two")._replace(device_id="gw")], [record], {}), [("update", "gw", "another revision")])
         never = dict(record, running=None, state="failed")
         self.assertEqual(self.plan([target], [never], {}), [("install", "gw/a", "new")])
@@ -385,16 +385,9 @@ class Turns(unittest.TestCase):
         groups = [[action.deployment_id for action in group] for group in margo_agent.make_groups(actions, records)]
         self.assertEqual(groups, [["5"], ["2"], ["4"], ["1", "3"], ["0"]])
 
-    def test_what_is_cleared_because_it_moves_is_left_to_the_step_by_which_it_moves(self):
-        """Also the order within a move: made ready there, cleared here, started there."""
-        def group(*items):
-            actions = [margo_agent.Action(key, verb, "", make_target(), device) for key, verb, device in items]
-            return [[(action.verb, action.deployment_id) for action in found] for found in margo_agent.make_groups(actions, records)]
-
-        records = {"a": dict(make_record(), deviceId="gw")}
-        self.assertEqual(group(("a", "clear", "gw"), ("b", "clear", "gw"), ("a", "update", "gw/a")), [[("clear", "b")], [("update", "a")]])
-        self.assertEqual(group(("a", "clear", "gw/a"), ("a", "keep", "gw")), [[("clear", "a")], [("keep", "a")], []])
-        self.assertEqual(group(("c", "refuse", "gw"), ("c", "remove", "gw")), [[("refuse", "c")], [("remove", "c")], []])
+    def test_what_changes_nothing_is_a_group_of_its_own(self):
+        actions = [margo_agent.Action(HELLO, verb, "", make_target(), "gw") for verb in ("refuse", "clear", "remove")]
+        self.assertEqual(margo_agent.make_groups(actions, {}), [[action] for action in actions] + [[]])
 
 
 class Convergence(unittest.TestCase):

@@ -26,7 +26,9 @@ class Precedence(unittest.TestCase):
         """C-132, C-133: failed, removing, installing, pending, removed, installed."""
         order = ["failed", "removing", "installing", "pending", "removed", "installed"]
         for states in itertools.product(order, repeat=3):
-            self.assertEqual(margo_agent.make_overall_state(states), order[min(order.index(state) for state in states)])
+            components = [{"name": f"{number}", "state": state} for number, state in enumerate(states)]
+            record = margo_agent.set_component({"components": components}, "none of these", "installed")
+            self.assertEqual(record["state"], order[min(order.index(state) for state in states)])
 
     def test_the_overall_state_follows_each_component(self):
         record = make_record("db", "web")
