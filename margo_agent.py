@@ -288,6 +288,7 @@ Outcome = define("Outcome", "code result detail delay",
     "How a cycle went: exit code, the word of `lastPoll.result`, detail for people, seconds to the next one.")
 
 NOBODY = Claim("", (), (), ())
+NOTHING = Seen((), {}, {})
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -414,17 +415,17 @@ class Agent:
 
         An ETag that alone is new is kept in memory: two servers behind one name may differ in it (P-16).
         """
-        accepted = self.state["accepted"]
-        if not accepted:
-            return self.source.fetch_desired(None, self.store.load_artifact)
+        load = self.store.load_artifact
         memo = self.store.load_memo()
-        etag = memo.get("etags", {}).get(accepted["digest"], accepted["etag"])
-        needed = [target.digest for target in list_targets(accepted) if self.is_needed(target)]
-        lost = None in map(self.store.load_artifact, needed)        # it is fetched again (D-9)
-        asked = dict(accepted, etag=etag, incomplete=lost)
-        desired = self.source.fetch_desired(asked, self.store.load_artifact)
-        if not desired and asked["etag"] != etag:
-            memo["etags"] = {accepted["digest"]: asked["etag"]}
+        accepted = self.state["accepted"]
+        if accepted:
+            etag = memo.get("etags", {}).get(accepted["digest"], accepted["etag"])
+            needed = [target.digest for target in list_targets(accepted) if self.is_needed(target)]
+            lost = None in map(load, needed)        # it is fetched again (D-9)
+            accepted = dict(accepted, etag=etag, incomplete=lost)
+        desired = self.source.fetch_desired(accepted, load)
+        if accepted and not desired and accepted["etag"] != etag:
+            memo["etags"] = {accepted["digest"]: accepted["etag"]}
         return desired
 
     def report_capabilities(self, always=False):
@@ -442,6 +443,11 @@ class Agent:
         state["waiting"] = None
         state["history"] = make_history(state, desired, at)
         state["accepted"] = make_accepted(desired, at)
+        for target in list_targets(state["accepted"]):
+            record = state["deployments"].get(target.key)
+            if record and record["adopted"]["digest"] == target.digest and record["state"] not in GOING:
+                record["adopted"]["version"] = target.version       # the new manifest defines it, too (E-113)
+                enqueue_status(state, record)
         self.store.save_state(state)
         log("info", "desired state accepted", version=desired.version, deployments=len(desired.entries))
 
@@ -487,31 +493,6 @@ class Agent:
             targets = [read_target(target, load_document, self.config) if target.key in unread else target
                        for target in targets]
 
-    def receive(self, actions):
-        """Notes that a manifest names these deployments, before any of them is begun.
-
-        One that is new is pending (protocol 5.1); one that stays as it is follows the new version (E-113).
-        """
-        records = self.state["deployments"]
-        changed = False
-        for action in actions:
-            target = action.target
-            record = records.get(action.key)
-            if not target or target.error:
-                continue
-            if not record:
-                record = begin_record(make_record(target, action.device_id), target)
-            elif record["adopted"]["digest"] == target.digest and record["state"] not in GOING and (
-                    record["adopted"]["version"] != target.version):
-                record = dict(record, adopted={"digest": target.digest, "version": target.version})
-            else:
-                continue
-            records[action.key] = record
-            enqueue_status(self.state, record)
-            changed = True
-        if changed:
-            self.store.save_state(self.state)
-
     def reconcile(self, accepted=None):
         """Makes what runs match what was accepted.
 
@@ -521,7 +502,14 @@ class Agent:
         if not accepted:
             return                                  # what runs is left alone until a WFM says what should
         actions = self.decide(accepted, self.store.load_artifact)
-        self.receive(actions)
+        records = self.state["deployments"]
+        new = [action for action in actions
+               if action.target and not action.target.error and action.key not in records]
+        for action in new:                          # received, not started (protocol 5.1)
+            records[action.key] = begin_record(make_record(action.target, action.device_id), action.target)
+            enqueue_status(self.state, records[action.key])
+        if new:
+            self.store.save_state(self.state)
         actions = [action for action in actions if action.verb != "keep"]
         if actions:
             self.prune()                            # before anything is pulled, too (P-5)
@@ -545,14 +533,12 @@ class Agent:
         """
         if not self.config.runtime.prune:
             return
-        digests, images = find_needed(self.state)
-        self.store.prune_artifacts(digests)
-        drivers = {make_prefix(device_id, self.device_id): sight.drivers.values()
-                   for device_id, sight in self.seen.items()}
+        needed = find_needed(self.state)
+        self.store.prune_artifacts(needed)
         for entry in self.state["pulled"]:
-            device_id, space, name = entry.rpartition(" ")
-            there = drivers.get(device_id + space, ())
-            if name not in images and any(driver.remove_image(name) for driver in there):
+            device_id, _, name = entry.rpartition(" ")
+            sight = self.seen.get(device_id or self.device_id, NOTHING)
+            if name not in needed and any(driver.remove_image(name) for driver in sight.drivers.values()):
                 log("info", "image pruned", image=entry)
                 self.state["pulled"] = [other for other in self.state["pulled"] if other != entry]
 
@@ -641,7 +627,8 @@ class Agent:
 
     def keep(self, step, record):
         """Makes a record durable, with what was fetched for it, and tells the WFM."""
-        prefix = make_prefix(step.action.device_id, self.device_id)
+        device_id = step.action.device_id
+        prefix = "" if device_id == self.device_id else f"{device_id} "
         images = {prefix + name for name in step.fetched if not re.fullmatch(DIGEST_PATTERN, name)}
         self.state["pulled"] = sorted(images.union(self.state["pulled"]))
         if record["state"] not in ("installed", "removed"):     # the next attempt finds it here (P-15)
@@ -818,11 +805,6 @@ def find_action(target, record, containers, clock, settle, mark):
     return "keep", "as desired"
 
 
-def make_refusal(error):
-    """A ComponentError as the reason for which nothing is done."""
-    return f"{error.code}: {error.message}"
-
-
 def hold_quiet(action, record, containers, clock):
     """(verb, record) of an action in downtime: nothing is fetched (protocol 10), the version before runs."""
     versions = filter(None, (record["running"], record["previous"]))
@@ -935,7 +917,11 @@ class Step:
 
     def look(self):
         """Looks anew at what there is of the deployment; raises CommandError."""
-        self.sight = self.sight._replace(containers=observe_all(self.sight.drivers, self.record))
+        containers = []
+        for kind, driver in self.sight.drivers.items():
+            if is_asked(kind, self.record):
+                containers += driver.observe([self.record])
+        self.sight = self.sight._replace(containers=containers)
 
     def find_containers(self):
         """[Container] of the deployment."""
@@ -1381,12 +1367,6 @@ def acknowledge_status(state, key, refused="", at=""):
 # 7. Devices
 # ----------------------------------------------------------------------------------------------------------
 
-def load_own_device(config, own_id):
-    """[Device]: this one."""
-    others = [f"{own_id}/{child.id}" for child in config.device.children]
-    return [Device(own_id, config.device, make_drivers(config, others=others))]
-
-
 def find_own_place(deployment, held, own_id, children, find_reason, loads):
     """The id of the one device there is.
 
@@ -1398,15 +1378,17 @@ def find_own_place(deployment, held, own_id, children, find_reason, loads):
     return own_id
 
 
-# What makes the devices that the agent serves, this one first: functions of (Settings, own device id).
-DEVICES = [load_own_device]
+# What makes devices that the agent serves beside this one: functions of (Settings, own device id).
+DEVICES = []
 # What says on which device a deployment belongs, see find_own_place and find_place: the last one counts.
 PLACES = [find_own_place]
 
 
 def load_devices(config, own_id):
     """[Device] that the agent serves, this one first."""
-    return [device for load in DEVICES for device in load(config, own_id)]
+    others = [device for load in DEVICES for device in load(config, own_id)]
+    drivers = make_drivers(config, others=[device.device_id for device in others])
+    return [Device(own_id, config.device, drivers), *others]
 
 
 def find_reason(deployment, device, offers):
@@ -1467,6 +1449,11 @@ def find_fault(sight, record, target=None):
     return sight.silent[max(kinds)] if kinds else None
 
 
+def make_refusal(error):
+    """A ComponentError as the reason for which nothing is done."""
+    return f"{error.code}: {error.message}"
+
+
 def hold_back(action, silence, record, fault):
     """The action as far as it can be seen what is there: nothing is done blindfold (D-16).
 
@@ -1507,23 +1494,12 @@ def obtain_claim(profile, device_id):
     return make_claim(owner, profile.state)
 
 
-def list_looks(drivers, records, claim=None):
-    """[(deployment type, function that looks)] of what has to be asked on one device.
+def is_asked(kind, *records):
+    """Whether a driver is asked what there is of some deployments.
 
-    That is an engine in any case, because there may be leftovers (P-11), and a cluster where a deployment
-    needs one.  claim: by what a workload is ours; None: as it was told last.
+    An engine is in any case, because there may be leftovers (P-11), and a cluster where one of them needs it.
     """
-    known = {kind: [record for record in records if kind in find_kinds(record)] for kind in drivers}
-    return [(kind, lambda kind=kind: drivers[kind].observe(known[kind], claim))
-            for kind in drivers if kind == "compose" or known[kind]]
-
-
-def try_look(function):
-    """What it returns, or the CommandError that it raises."""
-    try:
-        return function()
-    except CommandError as error:
-        return error
+    return kind == "compose" or any(kind in find_kinds(record) for record in records)
 
 
 def observe_devices(devices, records, claim):
@@ -1537,21 +1513,30 @@ def observe_devices(devices, records, claim):
         if device.silence and not device.drivers:
             words = "the engine's command that its connection needs is not installed here"
             silent = dict.fromkeys(("compose", "helm"), CommandError(words))
-        seen[device.device_id] = Seen([], dict(device.drivers), silent)
-        looks += [(device.device_id, *look) for look in list_looks(device.drivers, records, claim)]
-    functions = [function for _, _, function in looks]
+        sight = seen[device.device_id] = Seen([], dict(device.drivers), silent)
+        looks += [(sight, kind) for kind in device.drivers if is_asked(kind, *records)]
+
+    def look(item):
+        """What a driver shows, or the CommandError that it raises."""
+        sight, kind = item
+        known = [record for record in records if kind in find_kinds(record)]
+        try:
+            return sight.drivers[kind].observe(known, claim)
+        except CommandError as error:
+            return error
+
     if len(looks) < 2:
-        answers = list(map(try_look, functions))
+        answers = list(map(look, looks))
     else:
         from concurrent.futures import ThreadPoolExecutor
         with ThreadPoolExecutor(LOOKS) as pool:
-            answers = list(pool.map(try_look, functions))
-    for (device_id, kind, _), answer in zip(looks, answers):
+            answers = list(pool.map(look, looks))
+    for (sight, kind), answer in zip(looks, answers):
         if isinstance(answer, CommandError):
-            seen[device_id].silent[kind] = answer
-            seen[device_id].drivers.pop(kind)
+            sight.silent[kind] = answer
+            sight.drivers.pop(kind)
         else:
-            seen[device_id].containers.extend(answer)
+            sight.containers.extend(answer)
     return seen
 
 
@@ -1563,23 +1548,16 @@ def ask_others(seen, known=None):
     others = {item["name"]: item for item in known or () if item["type"] == "helm"}
     for device_id, sight in seen.items():
         for kind, driver in sight.drivers.items():
-            found = try_look(driver.ask_strangers) if kind == "compose" or known is None else []
-            if isinstance(found, CommandError):
+            try:
+                found = driver.ask_strangers() if kind == "compose" or known is None else ()
+            except CommandError as error:
                 log("warning", "workloads of other owners cannot be named", device=device_id,
-                    reason=found.message)
+                    reason=error.message)
                 continue
             for item in found:
                 others[item.id] = {"owner": make_printable(item.owner), "name": item.name, "type": kind,
                                    "deploymentId": item.deployment_id}
     return list(others.values())
-
-
-def observe_all(drivers, record):
-    """Every container of ours on one device, as far as a deployment may have some there.
-
-    Raises CommandError where something does not answer.
-    """
-    return [container for _, look in list_looks(drivers, [record]) for container in look()]
 
 
 def find_kinds(record, target=None):
@@ -1599,26 +1577,19 @@ def make_mark(environment):
     return sha256_digest(make_json(environment))[7:23] if environment else ""
 
 
-def make_prefix(device_id, own_id):
-    """What stands before the name of an image that was pulled on a device, in the state's `pulled`."""
-    return "" if device_id == own_id else device_id + " "
-
-
 def find_needed(state):
-    """({artifact digest}, {image}) that the desired state and the last two versions of all need (P-5)."""
-    digests = {item["digest"] for item in (state["accepted"] or {}).get("deployments", ())}
-    images = set()
+    """{artifact's digest, image's name} that the desired state and the last two versions of all need (P-5).
+    """
+    needed = {item["digest"] for item in (state["accepted"] or {}).get("deployments", ())}
     for record in state["deployments"].values():
-        digests.update([record["adopted"]["digest"], *record["fetched"]])
-        images.update(record["fetched"])
+        needed.update([record["adopted"]["digest"], *record["fetched"]])
         packages = [*list_parts(record, "package").values()]
-        images.update(facts["image"] for item in record["components"] for facts in item["services"].values())
+        needed.update(facts["image"] for item in record["components"] for facts in item["services"].values())
         for version in filter(None, (record["running"], record["previous"])):
-            digests.add(version["digest"])
+            needed.update([version["digest"], *version["images"]])
             packages += version["packages"].values()
-            images.update(version["images"])
-        digests.update(package["digest"] for package in packages if package)
-    return digests, images
+        needed.update(package["digest"] for package in packages if package)
+    return needed
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -12439,7 +12410,7 @@ def look_at(config, word):
     home = record["deviceId"]
     devices = [device for device in agent.devices if device.device_id == home]
     claim = obtain_claim(agent.profile, agent.device_id)
-    seen = observe_devices(devices, [record], claim).get(home, Seen([], {}, {}))
+    seen = observe_devices(devices, [record], claim).get(home, NOTHING)
     return agent, record, seen._replace(containers=find_containers(record["deploymentId"], seen.containers))
 
 
