@@ -1740,8 +1740,8 @@ class HttpSource:
         accepted: the state's `accepted`, or None.  load_artifact: digest to bytes or None, of what is at
         hand.  Raises what `send` raises, and Refused.
         """
-        incomplete = bool(accepted and accepted.get("incomplete"))                  # one was lost here (D-9)
-        response = self.fetch_manifest(accepted.get("etag") if accepted and not incomplete else None)
+        incomplete = accepted and accepted.get("incomplete")                        # one was lost here (D-9)
+        response = self.fetch_manifest(accepted["etag"] if accepted and not incomplete else None)
         if response.status == 304:                                                  # C-102
             return None
         digest = sha256_digest(response.body)
@@ -1895,8 +1895,8 @@ class Profile:
         """What is wrong with a configuration for this profile: [(whether it is wrong, key, words)]."""
         url = config.wfm.url
         words = f"not set, and needed for profile {config.wfm.profile}{suffix}"
-        values = {key: config[key.split(".")[0]][key.split(".")[1]] for key in cls.settings}
-        return [(value is None, key, words) for key, value in values.items()] + [
+        parts = [key.split(".") for key in cls.settings]
+        return [(config[group][key] is None, f"{group}.{key}", words) for group, key in parts] + [
             (cls.https and not suffix and url and not url.startswith("https://"),
              "wfm.url", f"found {make_printable(url or '', 60)!r}, expected an absolute https URL")]
 
@@ -1992,8 +1992,8 @@ REVISION_PATTERN = (r"(0|[1-9]\d*)\.(0|[1-9]\d*)\.(0|[1-9]\d*)"
 # What the documents have to look like, see check_shape.  Members that are not named here are checked where
 # they are used, or nowhere (C-116).
 ARTIFACT = {"digest": DIGEST_PATTERN, "url": r"(?s).*"}             # no other algorithm (C-107)
-MANIFEST = {"deployments": [dict(ARTIFACT, deploymentId=UUID_PATTERN)], "bundle?": dict}
-BUNDLE = dict(ARTIFACT, mediaType=re.escape(BUNDLE_TYPE))
+MANIFEST = {"deployments": [dict(ARTIFACT, deploymentId=UUID_PATTERN)],
+            "bundle": (None, dict(ARTIFACT, mediaType=re.escape(BUNDLE_TYPE)))}
 CONSTRAINTS = {                                                     # protocol 3.2
     "capacityRequirements?": {
         "cpu?": {"cores": float, "architectures?": list},
@@ -2025,11 +2025,9 @@ def parse_manifest(data, base_url):
         value = parse_json(data, "the state manifest")
         check_shape(value, MANIFEST, "")
         version = parse_version(value.get("manifestVersion"))
-        bundle = value.get("bundle")
+        bundle = value["bundle"]
         if len(value["deployments"]) > MAX_DEPLOYMENTS:
             raise ValueError(f"deployments: expected a list of at most {MAX_DEPLOYMENTS}")
-        if "bundle" not in value:
-            raise ValueError("bundle: missing (it is null where there are no deployments)")
         if (bundle is None) != (not value["deployments"]):                          # C-114
             raise ValueError("bundle: is null if and only if there are no deployments")
         entries = {}
@@ -2043,7 +2041,6 @@ def parse_manifest(data, base_url):
                 raise ValueError(f"{where}.deploymentId: {name} occurs twice")
             entries[name.lower()] = ManifestEntry(name, item["digest"], parse_advice(item))
         if bundle is not None:
-            check_shape(bundle, BUNDLE, "bundle")
             path = f"/bundles/{bundle['digest']}"
             foreign = check_url(bundle["url"], path, base_url, "bundle") or foreign
     except ValueError as error:
@@ -2164,8 +2161,8 @@ def parse_deployment(data, deployment_id, values={}):
         names = {component.name for component in components}
         if not components or len(names) < len(components):
             raise ValueError(f"{where}.components: {'a name occurs twice' if names else 'none'}")
-        parameters = parse_parameters(spec, dialect.prefix if kind == "compose" else "", values)
-        check_targets(parameters, names)
+        prefix = dialect.prefix if kind == "compose" else ""
+        parameters = parse_parameters(spec, prefix, values, names)
     except ValueError as error:                     # a YAMLError is one
         raise ComponentError("INVALID_DEPLOYMENT", f"ApplicationDeployment: {error}") from None
     extensions = {"spec": find_extensions(spec), "deploymentProfile": find_extensions(profile)}
@@ -2220,25 +2217,21 @@ def find_extensions(value):
     return found
 
 
-def find_value(item, values):
-    """The value of a parameter: a draft lets a document name one that the device has, before its own."""
-    try:
-        return values[item["valueFrom"]["device"]["key"]]
-    except (KeyError, TypeError):
-        return item.get("value")
-
-
-def parse_parameters(spec, prefix, values):
-    """spec.parameters to a list of Parameter; raises ValueError.
+def parse_parameters(spec, prefix, values, names):
+    """spec.parameters to a list of Parameter; raises ValueError, also for one that reaches no component.
 
     prefix: a pattern of what older generations put before pointers; it is taken away.  values: what the
-    device has for parameters that ask for it.
+    device has for parameters that ask for it: a draft lets a document name one, before its own.  names: of
+    the components there are; further targets may be those of another profile.
     """
     parameters = []
     for name, item in (spec.get("parameters") or {}).items():
         where = f"spec.parameters.{make_printable(str(name), 80)}"
         check_shape(item, PARAMETER, where)
-        value = find_value(item, values)
+        try:
+            value = values[item["valueFrom"]["device"]["key"]]
+        except (KeyError, TypeError):
+            value = item.get("value")
         if any(isinstance(part, (dict, list)) for part in (value if isinstance(value, list) else [value])):
             raise ValueError(f"{where}.value: expected a scalar or a list of scalars")
         if value is None and "valueFrom" in item:
@@ -2246,23 +2239,12 @@ def parse_parameters(spec, prefix, values):
             raise ComponentError("PARAMETER_INVALID", f"{where}.valueFrom: {words}")
         targets = [(re.sub(f"^{prefix}", "", target["pointer"]), target["components"])
                    for target in item["targets"]]
+        reached = [str(component) for _, components in targets for component in components]
+        if reached and not names.intersection(reached):
+            raise ValueError(f"{where}.targets: {make_printable(reached[0], 80)!r} is not among the"
+                             f" components {', '.join(sorted(names))}")
         parameters.append(Parameter(str(name), value, targets))
     return parameters
-
-
-def check_targets(parameters, names):
-    """Raises ValueError for a parameter that reaches no component there is.
-
-    Further targets may be those of another profile.
-    """
-    for parameter in parameters:
-        named = [str(name) for _, components in parameter.targets for name in components]
-        if named and not names.intersection(named):
-            raise ValueError(
-                f"spec.parameters.{make_printable(parameter.name, 80)}.targets:"
-                f" {make_printable(named[0], 80)!r} is not"
-                f" among the components {', '.join(sorted(names))}"
-            )
 
 
 def parse_bundle(data, entries, max_unpacked, max_document=8 * MIB):
@@ -2290,10 +2272,10 @@ def parse_bundle(data, entries, max_unpacked, max_document=8 * MIB):
             if digest not in wanted:
                 raise ValueError(f"{name} has digest {digest}, which the manifest does not name")
             documents[digest] = content
-        missing = wanted - set(documents)
+        missing = wanted.difference(documents)
         if missing:
-            words = f"documents of the manifest are not in it, such as {min(missing)}"
-            raise ValueError(f"{len(missing)} {words}")
+            raise ValueError(f"{len(missing)} documents of the manifest are not in it,"
+                             f" such as {min(missing)}")
     except ValueError as error:
         raise Refused(f"bundle refused: {error}") from None
     return documents
@@ -3015,8 +2997,11 @@ def is_match(expression, look):
     if operator in ("Exists", "DoesNotExist"):
         return present == (operator == "Exists")
     if operator in ("ContainsAll", "ContainsAny"):
+        parts = get_expressions(expression, "itemSelector")     # their keys are relative to the item (C-211)
         combine = all if operator == "ContainsAll" else any
-        return is_contained(get_expressions(expression, "itemSelector"), value, combine)
+        return isinstance(value, list) and all(isinstance(item, dict) for item in value) and any(
+            combine([is_match(part, lambda key, item=item: find_pointer(item, key)) for part in parts])
+            for item in value)
     if operator in ("Gt", "Lt"):
         limit = parse_limit(values)
         return get_kind(value) == "number" and (value > limit if operator == "Gt" else value < limit)
@@ -3026,12 +3011,12 @@ def is_match(expression, look):
     kinds = set(map(get_kind, values))
     if kinds not in ({"text"}, {"number"}) and (kinds != {"boolean"} or len(values) > 1):
         raise ValueError("values must be texts, or numbers, or one boolean")
-    items = value if isinstance(value, list) else [value]
-    # another type is false for both (C-206)
-    if not items or None in map(get_kind, items) or items is value and "boolean" in map(get_kind, items):
+    listed = isinstance(value, list)
+    items = value if listed else [value]
+    there = list(map(get_kind, items))
+    if not items or None in there or listed and "boolean" in there:     # false for both (C-206)
         return False
-    found = any(get_kind(item) in kinds and item in values for item in items)
-    return found == (operator == "In")
+    return any(get_kind(item) in kinds and item in values for item in items) == (operator == "In")
 
 
 def parse_limit(values):
@@ -3042,18 +3027,6 @@ def parse_limit(values):
     if get_kind(limit) != "number":
         raise ValueError("values must be one number")
     return limit
-
-
-def is_contained(expressions, value, combine):
-    """Whether one object of an array meets all, or any, of a selector's expressions.
-
-    Their keys are relative to it (C-211).
-    """
-    if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
-        return False
-    return any(combine([is_match(expression, lambda key, item=item: find_pointer(item, key))
-                        for expression in expressions])
-               for item in value)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -10029,11 +10002,8 @@ def run_signature_check(data, url, key, config):
     import tempfile
     signature = fetch_file(f"{url}.asc", config, True) or fetch_file(f"{url}.sig", config, True)
     if not signature:
-        log(
-            "warning",
-            "the document names a key, but there is no signature of the package beside it (.asc or .sig)",
-            package=url,
-        )
+        log("warning", "the document names a key, but there is no signature of the package beside it (.asc or"
+            " .sig)", package=url)
         return
     with tempfile.TemporaryDirectory(prefix="margo-gpg-") as home:
         paths = [os.path.join(home, name) for name in ("key", "signature", "package")]
