@@ -420,7 +420,8 @@ class Agent:
         accepted = self.state["accepted"]
         if accepted:
             etag = memo.get("etags", {}).get(accepted["digest"], accepted["etag"])
-            needed = [target.digest for target in list_targets(accepted) if self.is_needed(target)]
+            needed = [target.digest for target in list_targets(accepted)
+                      if needs_document(target, self.state["deployments"].get(target.key))]
             lost = None in map(load, needed)        # it is fetched again (D-9)
             accepted = dict(accepted, etag=etag, incomplete=lost)
         desired = self.source.fetch_desired(accepted, load)
@@ -460,12 +461,6 @@ class Agent:
             raise Waiting(f"version {desired.version} would remove {len(gone)} deployments,"
                           f" policy.max_removals is {limit}; nothing is done until the next poll confirms it")
 
-    def is_needed(self, target):
-        """Whether deciding on a target takes its document."""
-        record = self.state["deployments"].get(target.key)
-        known = [device.device_id for device in self.devices]
-        return needs_document(target, record) or record["deviceId"] not in known
-
     def decide(self, accepted, load_document):
         """[Action]: what to do so that what was accepted runs; Agent.seen tells what is there now.
 
@@ -475,7 +470,8 @@ class Agent:
         runtime = self.config.runtime
         mark = make_mark(runtime.environment)
         records = self.state["deployments"]
-        targets = [read_target(target, load_document, self.config) if self.is_needed(target) else target
+        targets = [read_target(target, load_document, self.config)
+                   if needs_document(target, records.get(target.key)) else target
                    for target in list_targets(accepted)]
         new = [begin_record(make_record(target, ""), target) for target in targets if target.deployment]
         claim = obtain_claim(self.profile, self.device_id)
@@ -652,11 +648,9 @@ class Agent:
                 acknowledge_status(state, key)
             except (Refused, Unreachable, Untrusted) as error:
                 words = put_off_status(state, key, error, clock, get_random())
-                if key in state["outbox"]:
-                    self.faults.append(error)
-                    log("warning", words, deployment=key, reason=error.message)
-                else:
-                    log("error", f"{words}; it is dropped", deployment=key, reason=error.message)
+                waits = key in state["outbox"]
+                log("warning" if waits else "error", words, deployment=key, reason=error.message)
+                self.faults += [error] if waits else []
                 answered = error.status or isinstance(error, Refused)
                 if error.retry_after or not answered:
                     return answered                 # the others come next time
@@ -1340,7 +1334,8 @@ def put_off_status(state, key, error, clock, jitter):
     final = isinstance(error, Refused) and error.status >= 400
     if final or removed and 0 < wait["since"] <= clock.now - MAX_WAIT:
         acknowledge_status(state, key, error.message, make_time(clock.now))
-        return "the WFM refuses a status for good" if final else "the WFM has not taken a `removed` for a day"
+        words = "refuses a status for good" if final else "has not taken a `removed` for a day"
+        return f"the WFM {words}; it is dropped"
     state["waits"][key] = wait
     return "a status cannot be sent now and waits in the outbox"
 
@@ -8008,13 +8003,9 @@ def parse_size(text):
 class Settings(dict):
     """A part of the configuration: a dictionary whose keys are attributes too."""
 
-    __slots__ = ()
-
-    def __getattr__(self, name):
-        try:
-            return self[name]
-        except KeyError:
-            raise AttributeError(name) from None
+    def __init__(self, *parts, **values):
+        super().__init__(*parts, **values)
+        self.__dict__ = self
 
 
 # The kit of readers. A reader takes (value, base) and returns what it makes of the value, or raises
@@ -8406,7 +8397,7 @@ def make_config(document, base, environ):
     found = []
     config = make_settings(document, SCHEMA, base, "", found)
     faults += [(key, words) for key, words in found if key not in unset]    # else it is empty for that
-    registries = Settings()
+    registries = {}
     for host, entry in (config["registries"] or {}).items():
         registries[host] = make_settings(entry, REGISTRY_SCHEMA, base, f"registries.{host}.", faults)
         if not re.fullmatch(REGISTRY_PATTERN, host):
@@ -8514,7 +8505,7 @@ def check_shape(value, shape, where):
         fits = fits and re.fullmatch(shape, value, re.ASCII)
     if not fits:
         found = make_printable(str(value), 80)
-        raise ValueError(f"{where or 'the document'}: found {found!r}, expected {expected}")
+        raise ValueError(f"{make_printable(where or 'the document', 200)}: found {found!r}, expected {expected}")
     if isinstance(shape, list):
         shapes = shape * len(value) if len(shape) == 1 else shape
         for index, inner in enumerate(shapes):
@@ -8524,7 +8515,7 @@ def check_shape(value, shape, where):
             key = name.rstrip("?+")
             wanted = value if key == "*" else {key}
             for key in wanted if key == name else value.keys() & wanted:
-                place = f"{where}.{make_printable(key, 80)}" if where else key
+                place = f"{where}.{key}" if where else key
                 if name[-1] == "?":
                     inner = None, inner
                 elif key not in value and isinstance(inner, tuple):
