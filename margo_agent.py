@@ -481,7 +481,8 @@ class Agent:
             if any(target.deployment and target.deployment.constraints for target in targets):
                 offers = load_capabilities(self.devices, self.config)
             placed = place_targets(targets, records, self.devices, self.seen, offers)
-            actions = make_plan(placed, records, self.devices, self.seen, get_clock(), runtime.settle, mark)
+            actions = make_plan(placed, records, self.devices, self.seen, get_clock(), runtime.settle, mark,
+                                self.is_downtime())
             unread = {action.key for action in actions
                       if action.verb in CHANGES and not action.target.deployment}
             if not unread:
@@ -575,7 +576,7 @@ class Agent:
 
     def begin(self, action, version, troubles):
         """The Step of an action, before anything of it is done."""
-        target, verb = action.target, action.verb
+        target = action.target
         record = self.state["deployments"].get(action.key)
         home = record and record["deviceId"]
         holds = find_held_ports(record) if record else set()
@@ -584,13 +585,10 @@ class Agent:
                 deployment=action.deployment_id, device=home)
         if not record or target and home != action.device_id:
             record = make_record(target or Target(action.deployment_id, ""), action.device_id)
-        if verb == "clear":
+        if action.verb == "clear":
             record = dict(record, deviceId=action.device_id, components=[])
-        sight = self.seen[action.device_id]
-        if self.is_downtime():
-            verb, record = hold_quiet(action, record, sight.containers, get_clock())
-        return Step(verb, action=action, record=record, holds=holds, sight=sight, config=self.config,
-                    store=self.store, version=version, troubles=troubles)
+        return Step(action=action, record=record, holds=holds, sight=self.seen[action.device_id],
+                    config=self.config, store=self.store, version=version, troubles=troubles)
 
     def advance(self, step, turn=None):
         """Carries on with a step until it is ready to change something, or done; whether it is ready.
@@ -713,12 +711,13 @@ def needs_document(target, record):
     return record["state"] not in ("installed", "failed")
 
 
-def make_plan(targets, records, devices, seen, clock, settle=0, mark=""):
+def make_plan(targets, records, devices, seen, clock, settle=0, mark="", quiet=False):
     """[Action] for all devices: removals first, to free what they hold, then the manifest's own order.
 
     targets: as place_targets returns them, deployment and error both None where needs_document said so.
     records: the state's `deployments`.  devices: [Device], this one first.  seen: {device id: Seen}.
-    clock: a Clock.  settle, mark: `runtime.settle` and make_mark of `runtime.environment`.
+    clock: a Clock.  settle, mark: `runtime.settle` and make_mark of `runtime.environment`.  quiet: whether it
+    is downtime.
     What a deployment has left on another device than its own is cleared once it runs where it belongs.
     """
     wanted = {target.key: target for target in targets}
@@ -737,7 +736,7 @@ def make_plan(targets, records, devices, seen, clock, settle=0, mark=""):
         fault = find_fault(seen[home], record, target)
         containers = there.pop((home, key), [])
         shown = None if fault else containers
-        verb, reason, *culprit = find_action(target, record, shown, clock, settle, mark)
+        verb, reason, *culprit = find_action(target, record, shown, clock, settle, mark, quiet)
         if verb == "install" and key in records and records[key]["running"]:
             reason = f"moves here from {records[key]['deviceId']}"
         action = Action(target.deployment_id, verb, reason, target, home, *culprit)
@@ -756,25 +755,35 @@ def make_plan(targets, records, devices, seen, clock, settle=0, mark=""):
     return removals + actions
 
 
-def find_action(target, record, containers, clock, settle, mark):
+def find_action(target, record, containers, clock, settle, mark, quiet):
     """(verb, reason) for one deployment that is wanted, and what is repaired in vain, see Action.
 
-    containers: its own, None where they cannot be seen.
+    containers: its own, None where they cannot be seen.  In downtime (quiet) nothing is fetched (protocol
+    10), and the version before runs.
     """
+    silence = "downtime: nothing is fetched"
+    if not record and target.error:
+        return "refuse", make_refusal(target.error)
     if not record:
-        return ("refuse", make_refusal(target.error)) if target.error else ("install", "new")
+        return ("keep", silence) if quiet else ("install", "new")
     running = record["running"]
+    versions = [version["digest"] for version in (running, record["previous"]) if version]
+    quiet = quiet and target.digest not in versions
     state = record["state"]
     same = record["adopted"]["digest"] == target.digest
     # A removal that failed says nothing of a deployment that is wanted again.
     retry = 0 if "leaving" in record["retry"] else find_wait(record["retry"], clock)
-    pause = find_wait(record["repair"], clock)
-    if same and state == "failed" and record["fallback"] and not pause and (target.error or retry):
-        words = find_drift(running["services"], containers, clock.now, settle)[1]
+    pause = find_wait(record["repair"], clock) if same else 0   # another revision, another count
+    waits = quiet or same and state == "failed" and (target.error or retry)
+    before = record["fallback"] or running and not same         # whether it runs while this one waits
+    if waits and before and not pause:
+        words = find_drift(list_running(record), containers, clock.now, settle)[1]
         if words:
             return "restore", f"drift: {words}; the version before is brought back"
     if target.error:
         return "refuse", make_refusal(target.error)
+    if quiet:
+        return "keep", silence
     change = "update" if running else "install"
     if not same:
         return change, "another revision"
@@ -797,18 +806,6 @@ def find_action(target, record, containers, clock, settle, mark):
     if record["type"] == "compose" and running.get("mark", mark) != mark:
         return "update", "runtime.environment has changed"
     return "keep", "as desired"
-
-
-def hold_quiet(action, record, containers, clock):
-    """(verb, record) of an action in downtime: nothing is fetched (protocol 10), the version before runs."""
-    versions = filter(None, (record["running"], record["previous"]))
-    if action.verb not in CHANGES or action.target.digest in [version["digest"] for version in versions]:
-        return action.verb, record
-    record = begin_record(record, action.target)
-    there = find_containers(record["deploymentId"], containers)
-    mend = record["fallback"] and not find_wait(record["repair"], clock)
-    services = record["running"]["services"] if mend else {}
-    return "restore" if mend and find_drift(services, there, clock.now, 0)[1] else "keep", record
 
 
 def find_drift(services, containers, now, settle):
@@ -884,9 +881,9 @@ class Step:
                         was made to run
     """
 
-    def __init__(self, verb, **facts):
+    def __init__(self, **facts):
         vars(self).update(facts)
-        self.course = EXECUTE[verb](self)
+        self.course = EXECUTE[self.action.verb](self)
         self.before = []
         self.fetched = []
         self.takes = set()
@@ -1094,7 +1091,9 @@ def apply_install(step):
 
 def apply_restore(step):
     """Mends the version before while another one waits for its next attempt; its error stays (P-1, P-12)."""
-    record = step.record
+    record, target = step.record, step.action.target
+    if record["adopted"]["digest"] != target.digest:
+        record = begin_record(record, target)
     yield record
     step.record = count_repair(record, get_clock())
     step.undo()
@@ -1596,12 +1595,14 @@ def list_parts(record, part):
     return {item["name"]: item[part] for item in record["components"]}
 
 
+def list_running(record):
+    """{component: {service: facts}} of the version that runs, as far as known."""
+    return record["running"]["services"] if record["fallback"] else list_parts(record, "services")
+
+
 def list_facts(record):
     """[facts] of each service of the version that runs, as far as known."""
-    services = list_parts(record, "services")
-    if record["fallback"]:
-        services = record["running"]["services"]    # the version before runs still
-    return [facts for items in services.values() for facts in items.values()]
+    return [facts for items in list_running(record).values() for facts in items.values()]
 
 
 def make_groups(actions, records):
@@ -8505,7 +8506,8 @@ def check_shape(value, shape, where):
         fits = fits and re.fullmatch(shape, value, re.ASCII)
     if not fits:
         found = make_printable(str(value), 80)
-        raise ValueError(f"{make_printable(where or 'the document', 200)}: found {found!r}, expected {expected}")
+        place = make_printable(where or "the document", 200)
+        raise ValueError(f"{place}: found {found!r}, expected {expected}")
     if isinstance(shape, list):
         shapes = shape * len(value) if len(shape) == 1 else shape
         for index, inner in enumerate(shapes):

@@ -230,33 +230,33 @@ class Stability(unittest.TestCase):
 class Downtime(unittest.TestCase):
     """What is done of a plan while nobody may be asked: nothing that has to be fetched (protocol 10)."""
 
-    def hold(self, record, target, containers=(), verb="update"):
-        action = margo_agent.Action(HELLO, verb, "r", target, "device")
-        return margo_agent.hold_quiet(action, record, list(containers), margo_agent.Clock(NOW, "", 0))
+    def hold(self, record, target, containers=()):
+        (action,) = make_plan([target], {HELLO: record} if record else {}, list(containers), quiet=True)
+        return action.verb
 
     def test_what_is_at_hand_is_done(self):
-        """Drift is mended, a version that is or was there started; what changes nothing stays what it is."""
+        """Drift is mended, a version that is or was there started; what is not there waits."""
         before = {"digest": digest(b"two"), "packages": {}, "images": [], "services": {}}
         record = make_record(previous=before)
-        for verb, content in (("update", b"one"), ("update", b"two"), ("keep", b"three"), ("remove", b"three")):
-            self.assertEqual(self.hold(record, make_target(content), verb=verb), (verb, record))
+        for content, verb in ((b"one", "update"), (b"two", "update")):
+            self.assertEqual(self.hold(record, make_target(content)), verb)
+        self.assertEqual(self.hold(record, make_target(b"three"), [make_container()]), "keep")
+        self.assertEqual(self.hold(None, make_target()), "keep")
+        self.assertEqual(self.hold(None, make_target(error=margo_agent.ComponentError("X", "m"))), "refuse")
 
-    def test_another_revision_is_adopted_and_the_version_before_goes_on(self):
-        """E-112: pending, with nothing fetched; where the version before is broken, it is mended."""
-        verb, record = self.hold(make_record(previous=None), make_target(b"two"), [make_container()])
-        self.assertEqual((verb, record["state"], record["adopted"]["digest"], record["fallback"]), ("keep", "pending", digest(b"two"), True))
-        other = make_container(OTHER)
-        for containers in ([], [make_container(state="exited")], [other]):
-            self.assertEqual(self.hold(make_record(previous=None), make_target(b"two"), containers)[0], "restore")
-        self.assertEqual(self.hold(make_record(previous=None), make_target(b"two"), [make_container(), other])[0], "keep")
+    def test_another_revision_waits_and_the_version_before_goes_on(self):
+        """Where the version before is broken, it is mended."""
+        self.assertEqual(self.hold(make_record(previous=None), make_target(b"two"), [make_container()]), "keep")
+        for containers in ([], [make_container(state="exited")]):
+            self.assertEqual(self.hold(make_record(previous=None), make_target(b"two"), containers), "restore")
 
     def test_what_is_mended_in_vain_and_what_never_ran_is_left_alone(self):
-        waits = make_record(b"two", state="failed", repair=WAIT, previous=None, fallback=True)
+        waits = make_record(b"two", state="failed", repair=WAIT, previous=None, fallback=True, error={"code": "X"})
         waits["running"]["digest"] = digest(b"one")
-        self.assertEqual(self.hold(waits, make_target(b"three"))[0], "restore")           # another revision, another count
-        self.assertEqual(self.hold(waits, make_target(b"two"))[0], "keep")
-        self.assertEqual(self.hold(dict(waits, repair={}), make_target(b"two"))[0], "restore")
-        self.assertEqual(self.hold(make_record(running=None, previous=None), make_target(b"two"), [make_container(label="x")])[0], "keep")
+        self.assertEqual(self.hold(waits, make_target(b"three")), "restore")              # another revision, another count
+        self.assertEqual(self.hold(waits, make_target(b"two")), "keep")
+        self.assertEqual(self.hold(dict(waits, repair={}), make_target(b"two")), "restore")
+        self.assertEqual(self.hold(make_record(running=None, previous=None), make_target(b"two"), [make_container(label="x")]), "keep")
 
 
 class Places(unittest.TestCase):
