@@ -659,8 +659,15 @@ class Agent:
         state = self.state
         fault = max(self.faults, key=lambda fault: fault.exit, default=None)
         failed = any(record["state"] == "failed" for record in state["deployments"].values())
-        result, code = judge_cycle(fault, self.changed, failed, bool(state["outbox"] or state["waits"]))
+        silence = fault and not fault.exit          # the operator's own, which is no fault
+        waits = (state["outbox"] or state["waits"]) and not silence
         detail = fault.message if fault else ""
+        code = max(fault.exit if fault else 0, 1 if failed else 0, 3 if waits else 0)
+        result = "applied" if self.changed else "unchanged"
+        if fault and not silence:
+            result = fault.result
+        elif failed:
+            result = "failed"
         note_outcome(state, fault)
         memo = self.store.load_memo()
         memo["lastPoll"] = last = {"at": make_time(self.began), "result": result, "detail": detail}
@@ -679,21 +686,6 @@ class Agent:
 
 # What a cycle does, in order: functions of the Agent.  A MargoError ends that step alone.
 STEPS = [Agent.exchange, Agent.reconcile, Agent.flush_outbox]
-
-
-def judge_cycle(fault, changed, failed, waiting):
-    """(word of `lastPoll.result`, exit code) of a cycle; the operator's own silence is no fault.
-
-    fault: the worst MargoError, or None.  changed: whether there was something to do.  failed: whether a
-    deployment has failed.  waiting: whether a report waits to be taken.
-    """
-    silence = bool(fault) and not fault.exit
-    code = max(fault.exit if fault else 0, int(failed), 3 if waiting and not silence else 0)
-    if fault and not silence:
-        return fault.result, code
-    if failed:
-        return "failed", code
-    return "applied" if changed else "unchanged", code
 
 
 # ----------------------------------------------------------------------------------------------------------
