@@ -310,6 +310,7 @@ class Agent:
         self.source = None                          # connected when the WFM is first needed
         self.seen = {}                              # {device id: Seen} of the last look
         self.asked = False                          # whether a person asks for an SVID, by `enroll`
+        self.polled = False                         # whether the source has told the desired state
         self.starting = 0                           # seconds until the first contact since the device started
 
     def hold(self, state):
@@ -342,6 +343,7 @@ class Agent:
             raise
         self.began = time.time()
         self.faults = []                            # what went wrong in this cycle
+        self.polled = False
         self.silent = False                         # whether the WFM is not spoken to any more in this cycle
         self.changed = False                        # whether this cycle had something to do
         return self
@@ -427,6 +429,7 @@ class Agent:
         desired = self.source.fetch_desired(accepted, load)
         if accepted and not desired and accepted["etag"] != etag:
             memo["etags"] = {accepted["digest"]: accepted["etag"]}
+        self.polled = True
         return desired
 
     def report_capabilities(self, always=False):
@@ -436,15 +439,16 @@ class Agent:
 
     def accept(self, desired):
         """Makes a verified desired state the accepted one, durable: first its documents, then it (C-111)."""
-        self.check_removals(desired)
         state = self.state
+        at = make_time(time.time())
+        accepted = make_accepted(desired, at)
+        self.check_removals(accepted, state["deployments"])
         for digest, data in desired.documents.items():
             self.store.save_artifact(digest, data)
-        at = make_time(time.time())
         state["waiting"] = None
         state["history"] = make_history(state, desired, at)
-        state["accepted"] = make_accepted(desired, at)
-        for target in list_targets(state["accepted"]):
+        state["accepted"] = accepted
+        for target in list_targets(accepted):
             record = state["deployments"].get(target.key)
             if record and record["adopted"]["digest"] == target.digest and record["state"] not in GOING:
                 record["adopted"]["version"] = target.version       # the new manifest defines it, too (E-113)
@@ -452,13 +456,17 @@ class Agent:
         self.store.save_state(state)
         log("info", "desired state accepted", version=desired.version, deployments=len(desired.entries))
 
-    def check_removals(self, desired):
-        """Raises Waiting where a manifest removes more than is allowed and no second poll confirmed it."""
+    def check_removals(self, accepted, keys):
+        """Raises Waiting where a manifest removes more than is allowed and no second poll confirmed it.
+
+        accepted: as make_accepted returns it.  keys: of the deployments that are there.
+        """
         limit = self.config.policy.max_removals
-        gone = self.state["deployments"].keys() - {entry.key for entry in desired.entries}
-        if limit is not None and len(gone) > limit and self.state["waiting"] != desired.digest:
-            self.state["waiting"] = desired.digest
-            raise Waiting(f"version {desired.version} would remove {len(gone)} deployments,"
+        gone = set(keys).difference(target.key for target in list_targets(accepted))
+        confirmed = self.polled and self.state["waiting"] == accepted["digest"]
+        if limit is not None and len(gone) > limit and not confirmed:
+            self.state["waiting"] = accepted["digest"]
+            raise Waiting(f"version {accepted['version']} would remove {len(gone)} deployments,"
                           f" policy.max_removals is {limit}; nothing is done until the next poll confirms it")
 
     def decide(self, accepted, load_document):
@@ -500,6 +508,9 @@ class Agent:
             return                                  # what runs is left alone until a WFM says what should
         actions = self.decide(accepted, self.store.load_artifact)
         records = self.state["deployments"]
+        if "digest" in accepted:                    # what no record tells of is counted here (F-32)
+            removed = {action.key for action in actions if action.verb == "remove"}
+            self.check_removals(accepted, removed.difference(records))
         new = [action for action in actions
                if action.target and not action.target.error and action.key not in records]
         for action in new:                          # received, not started (protocol 5.1)
@@ -12323,8 +12334,9 @@ def examine_connection(agent):
             error.message += f"; there answers {ask_peer(url, agent.config.wfm.timeout)}"
         raise
     if desired:
-        agent.check_removals(desired)
-        actions = agent.decide(make_accepted(desired), lambda digest: desired.documents.get(digest)
+        accepted = make_accepted(desired)
+        agent.check_removals(accepted, agent.state["deployments"])
+        actions = agent.decide(accepted, lambda digest: desired.documents.get(digest)
                                   or agent.store.load_artifact(digest))
         refused = [f"{action.deployment_id}: {action.reason}" for action in actions
                    if action.verb == "refuse"]
@@ -12982,11 +12994,12 @@ def fetch_accepted(agent):
     desired = agent.fetch_desired()
     if not desired:
         return accepted, {}
+    accepted = make_accepted(desired)
     try:
-        agent.check_removals(desired)
+        agent.check_removals(accepted, agent.state["deployments"])
     except Waiting as error:
         log("warning", error.message)
-    return make_accepted(desired), desired.documents
+    return accepted, desired.documents
 
 
 def command_status(config, options):

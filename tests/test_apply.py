@@ -819,6 +819,23 @@ class Guard(ApplyCase):
         self.device.cycle(0)
         self.assertEqual(self.engine.containers(), {})
 
+    def test_what_is_only_on_the_engine_counts_and_waits_too(self):
+        """F-32: the state was lost, and a WFM that knows nothing of this device offers an empty manifest; a poll has to confirm it."""
+        self.device.set("policy.max_removals", 0)
+        self.wfm.add_package(support.make_compose())
+        self.publish()
+        self.device.cycle()
+        shutil.rmtree(self.device.state_dir)
+        self.wfm.withdraw()
+        self.assertIn("would remove 1 deployments", self.device.cycle(3))
+        self.wfm.fault({"path": "*/deployments", "status": 503, "headers": {"Retry-After": "0"}})
+        self.device.cycle(3)
+        self.assertEqual(len(self.engine.containers()), 1)
+        self.wfm.fault()
+        self.device.run("retry")
+        self.device.cycle(0)
+        self.assertEqual(self.engine.containers(), {})
+
     def test_a_wfm_that_thinks_better_of_it_removes_nothing(self):
         self.device.set("policy.max_removals", 0)
         self.wfm.add_package(support.make_compose())
