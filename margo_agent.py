@@ -8097,7 +8097,7 @@ def get_kind(value):
         return "boolean"
     if isinstance(value, str):
         return "text"
-    return "number" if is_number(value) else None
+    return "number" if isinstance(value, (int, float)) and abs(value) < float("inf") else None
 
 
 def is_mapping(value):
