@@ -779,6 +779,9 @@ def make_plan(targets, records, devices, seen, clock, settle=0, mark="", quiet=F
         named = record["deploymentId"] if record else there[home, key][-1].deployment_id
         reason = f"belongs on {target.device_id}" if target else "not in the desired state"
         action = Action(named, "clear" if target or record and not here else "remove", reason, None, home)
+        if here and "leaving" in here["retry"] and find_wait(here["retry"], clock):
+            words = f"cannot be removed ({here['error']['code']}); {make_due(here, clock)}"
+            action = action._replace(verb="keep", reason=words)
         if not target or key in settled:
             removals.append(hold_back(action, silences[home], here, find_fault(seen[home], here)))
     return removals + actions
@@ -1306,7 +1309,7 @@ REMEDIES = {
     "UNHEALTHY": "mend the application, or its health check",
     "UNSTABLE": "`logs NAME` shows why it stops again and again",
     "HOOK_FAILED": "do as the hook says, or see `hooks.run`",
-    "REMOVE_FAILED": "see what the engine says; the next run tries again",
+    "REMOVE_FAILED": "see what the engine says",
 }
 
 
@@ -10017,7 +10020,7 @@ def fetch_file(url, config, missing=False):
 
 
 def run_signature_check(data, url, key, config):
-    """Raises ComponentError unless gpg finds that the key signed the package, ConfigError where there is none.
+    """Raises ComponentError unless gpg finds that the key signed the package; ConfigError without a gpg.
 
     No signature to be had is a warning.
     """
@@ -12819,6 +12822,8 @@ def purge(agent):
     """Removes every workload, as far as that goes, and reports it; names the volumes that are left behind."""
     if agent.state["enrollment"]:
         agent.connect()
+    for record in agent.state["deployments"].values():
+        record["retry"] = {}                        # a person asks: nothing waits
     version = (agent.state["accepted"] or {}).get("version", 0)
     agent.reconcile({"version": version, "deployments": []})
     agent.flush_outbox()                            # also what an earlier purge could not report

@@ -360,8 +360,26 @@ class Failure(ApplyCase):
         self.assertEqual(self.wfm.statuses()[-2:], ["removing", "failed"])
         self.assertIn("busy", self.wfm.reports()[-1]["body"]["status"]["error"]["message"])
         self.engine.change(stubborn=False)
+        self.device.run("retry")
         self.device.cycle(0)
         self.assertEqual((self.wfm.statuses()[-1], self.engine.containers()), ("removed", {}))
+
+    def test_a_removal_that_fails_waits_before_it_is_tried_again(self):
+        """Contract, Failure: next attempts after 30 s, doubling; `status`, `plan` and `retry` know it, `unenroll --purge` does not wait."""
+        self.wfm.add_package(support.make_compose())
+        self.publish()
+        self.device.cycle()
+        self.wfm.withdraw()
+        self.engine.change(stubborn=True)
+        self.device.cycle(1)
+        self.engine.forget_calls()
+        self.device.cycle(1)
+        self.assertEqual([call[0] for call in self.engine.calls()], ["ps"])
+        self.assertEqual(self.device.plan()[HELLO][0], "keep")
+        self.assertIn("cannot be removed (REMOVE_FAILED); next attempt at", self.device.plan()[HELLO][1])
+        self.engine.change(stubborn=False)
+        self.assertIn("unenrolled", self.device.run("unenroll", "--purge").stdout)
+        self.assertEqual(self.engine.containers(), {})
 
     def test_what_is_wanted_again_after_its_removal_failed_is_there_at_once(self):
         """Contract, Failure: attempts wait until the digest changes; a removal was never an attempt at it."""
@@ -631,6 +649,7 @@ class NoDriver(ApplyCase):
         self.assertIn("UNSUPPORTED_TYPE", json.dumps(self.device.cycle(1) and self.state_of()))
         self.assertEqual(self.wfm.statuses(HELLO)[-1], "failed")
         self.device.set("runtime.compose", "builtin")
+        self.device.run("retry")
         self.device.cycle()
         self.assertEqual((self.wfm.statuses(HELLO)[-1], self.engine.containers()), ("removed", {}))
 
