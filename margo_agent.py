@@ -793,11 +793,7 @@ def find_action(target, record, containers, clock, settle, mark, quiet):
     containers: its own, None where they cannot be seen.  In downtime (quiet) nothing is fetched (protocol
     10), and the version before runs.
     """
-    silence = "downtime: nothing is fetched"
-    if not record and target.error:
-        return "refuse", make_refusal(target.error)
-    if not record:
-        return ("keep", silence) if quiet else ("install", "new")
+    record = record or make_record(target, "")
     running = record["running"]
     versions = [version["digest"] for version in (running, record["previous"]) if version]
     quiet = quiet and target.digest not in versions
@@ -815,7 +811,7 @@ def find_action(target, record, containers, clock, settle, mark, quiet):
     if target.error:
         return "refuse", make_refusal(target.error)
     if quiet:
-        return "keep", silence
+        return "keep", "downtime: nothing is fetched"
     change = "update" if running else "install"
     if not same:
         return change, "another revision"
@@ -967,18 +963,9 @@ class Step:
         return [Change("removal", name, record, deployment, rollback, kind)
                 for name, kind in sorted(there) + known]
 
-    def run(self, deployment, components, packages, services, rollback=False):
-        """Makes these components run, and nothing else of their deployment.
-
-        All that can fail or say no comes first: everything is fetched and verified, and every listener agrees
-        (D-11, P-20).  Then it takes its turn, and after that it yields the record at each change, which the
-        caller makes durable before the next one.  packages, services: what is known of the version,
-        {component: package} and {component: {service: facts}}.  rollback: it is the way back from a failure,
-        which is made in one go.
-        """
-        if rollback:
-            self.look()
-        prepared, changes, agreed = [], [], []
+    def prepare(self, deployment, components, packages, rollback):
+        """([(component, driver, workload, package)], [Change]): all is fetched and verified, nothing touched."""
+        prepared, changes = [], []
         for component in components:
             self.name = component.name
             driver = self.get_driver(deployment.type)
@@ -987,7 +974,21 @@ class Step:
             prepared.append((component, driver, workload, package))
             event = "update" if rollback or known else "install"
             changes.append(Change(event, self.name, self.record, deployment, rollback, deployment.type))
-        changes += self.list_dropped(deployment, components, rollback)
+        return prepared, changes + self.list_dropped(deployment, components, rollback)
+
+    def run(self, deployment, components, packages, services, rollback=False):
+        """Makes these components run, and nothing else of their deployment.
+
+        All that can fail or say no comes first: everything is fetched and verified, and every listener agrees
+        (D-11, P-20).  Then it waits for its turn.  After that it yields the record at each change, which the
+        caller makes durable before the next one.  packages, services: what is known of the version,
+        {component: package} and {component: {service: facts}}.  rollback: it is the way back from a failure;
+        nobody is asked, and nothing is yielded.
+        """
+        if rollback:
+            self.look()
+        prepared, changes = self.prepare(deployment, components, packages, rollback)
+        agreed = []
         try:
             for change in changes:
                 self.name = change.name
@@ -1275,17 +1276,13 @@ def fail_record(record, component, error, clock, jitter, refused=False):
 
     component: its name, or None where the deployment failed as a whole.  jitter: a number in [0, 1).
     """
-    source = error.source or component or record["name"]
-    told = {"code": error.code, "source": source, "message": error.message}
+    told = {"code": error.code, "source": error.source or record["name"], "message": error.message}
+    components = [dict(item, state="failed", error=dict(told, source=error.source or item["name"]))
+                  if component in (None, item["name"]) else item for item in record["components"]]
     if component:
-        record = set_component(record, component, "failed", told)
-        told = dict(told, source=record["name"], message=f"component {component} failed: {error.message}")
-    else:
-        components = [dict(item, state="failed", error=dict(told, source=error.source or item["name"]))
-                      for item in record["components"]]
-        record = dict(record, components=components)
+        told.update(source=record["name"], message=f"component {component} failed: {error.message}")
     retry = make_retry(record["retry"], error.retry_after, clock, jitter)
-    return dict(record, state="failed", error=told, refused=refused, retry=retry)
+    return dict(record, state="failed", error=told, refused=refused, retry=retry, components=components)
 
 
 # What to do about a deployment that has failed, by the code of its error; README has the same table.
@@ -1509,12 +1506,12 @@ def obtain_claim(profile, device_id):
     An identity that cannot be read now counts as the one before.
     """
     owners = profile.state["owners"]
-    last = owner = (owners or [""])[-1]
+    owner = owners[-1] if owners else ""
     try:
         owner = make_owner(profile.identify(), device_id)
     except Untrusted:
         pass
-    if owner != last:
+    if owner:
         before = [other for other in owners if other != owner]
         profile.state["owners"] = before[1 - HISTORY:] + [owner]
     return make_claim(owner, profile.state)
