@@ -504,8 +504,10 @@ class Agent:
         runtime = self.config.runtime
         mark = make_mark(runtime.environment)
         records = self.state["deployments"]
+        homes = find_homes(records, self.devices)   # of what was on a device that has gone, it takes it, too
+        known = {key: record for key, record in records.items() if record["deviceId"] == homes[key]}
         targets = [read_target(target, load_document, self.config)
-                   if needs_document(target, records.get(target.key)) else target
+                   if needs_document(target, known.get(target.key)) else target
                    for target in list_targets(accepted)]
         new = [begin_record(make_record(target, ""), target) for target in targets if target.deployment]
         claim = obtain_claim(self.profile, self.device_id)
