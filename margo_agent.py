@@ -503,11 +503,14 @@ class Agent:
         """
         runtime = self.config.runtime
         mark = make_mark(runtime.environment)
-        records = self.state["deployments"]
-        homes = find_homes(records, self.devices)   # of what was on a device that has gone, it takes it, too
-        known = {key: record for key, record in records.items() if record["deviceId"] == homes[key]}
+        records = dict(self.state["deployments"])
+        ids = [device.device_id for device in self.devices]
+        for key, record in records.items():
+            if record["deviceId"] not in ids:       # what was on a device that has gone begins anew, here
+                state = "removed" if record["state"] == "removed" else "pending"
+                records[key] = dict(record, deviceId=self.device_id, state=state)
         targets = [read_target(target, load_document, self.config)
-                   if needs_document(target, known.get(target.key)) else target
+                   if needs_document(target, records.get(target.key)) else target
                    for target in list_targets(accepted)]
         new = [begin_record(make_record(target, ""), target) for target in targets if target.deployment]
         claim = obtain_claim(self.profile, self.device_id)
@@ -746,15 +749,14 @@ def make_plan(targets, records, devices, seen, clock, settle=0, mark="", quiet=F
     """[Action] for all devices: removals first, to free what they hold, then the manifest's own order.
 
     targets: as place_targets returns them, deployment and error both None where needs_document said so.
-    records: the state's `deployments`.  devices: [Device], this one first.  seen: {device id: Seen}.
+    records: {key: record}, each at home on one of the devices.  devices: [Device].  seen: {device id: Seen}.
     clock: a Clock.  settle, mark: `runtime.settle` and make_mark of `runtime.environment`.  quiet: whether it
     is downtime.
     What a deployment has left on another device than its own is cleared once it runs where it belongs.
     """
     wanted = {target.key: target for target in targets}
     silences = {device.device_id: device.silence for device in devices}
-    homes = find_homes(records, devices)
-    there = {(homes[key], key): [] for key, record in records.items()
+    there = {(record["deviceId"], key): [] for key, record in records.items()
              if record["state"] != "removed" and key not in wanted}
     for home, sight in seen.items():
         for container in sight.containers:
@@ -763,13 +765,14 @@ def make_plan(targets, records, devices, seen, clock, settle=0, mark="", quiet=F
     settled = set()             # what runs where it belongs; where it is about to, its step clears the others
     for key, target in wanted.items():
         home = target.device_id
-        record = records.get(key) if homes.get(key) == home else None
+        before = records.get(key)
+        record = before if before and before["deviceId"] == home else None
         fault = find_fault(seen[home], record, target)
         containers = there.pop((home, key), [])
         shown = None if fault else containers
         verb, reason, *culprit = find_action(target, record, shown, clock, settle, mark, quiet)
-        if verb == "install" and key in records and records[key]["running"]:
-            reason = f"moves here from {records[key]['deviceId']}"
+        if not record and before and before["running"] and verb == "install":
+            reason = f"moves here from {before['deviceId']}"
         action = Action(target.deployment_id, verb, reason, target, home, *culprit)
         actions.append(hold_back(action, silences[home], record, fault))
         if record and record["state"] == "installed" and verb not in CHANGES and not target.error:
@@ -777,7 +780,7 @@ def make_plan(targets, records, devices, seen, clock, settle=0, mark="", quiet=F
     for home, key in sorted(there):
         target = wanted.get(key)
         record = records.get(key)
-        here = record if homes.get(key) == home and not target else None
+        here = record if record and record["deviceId"] == home and not target else None
         named = record["deploymentId"] if record else there[home, key][-1].deployment_id
         reason = f"belongs on {target.device_id}" if target else "not in the desired state"
         action = Action(named, "clear" if target or record and not here else "remove", reason, None, home)
@@ -1436,12 +1439,12 @@ def find_reason(deployment, device, offers):
 def place_targets(targets, records, devices, seen, offers):
     """[Target], each with the device where it is at home, and with why it cannot run there.
 
-    records: {key: record}.  devices: [Device], this one first.  seen: {device id: Seen}.  offers:
-    {device id: capabilities document}, where a rule asks for one.
+    records: {key: record}, each at home on one of the devices.  devices: [Device], this one first.  seen:
+    {device id: Seen}.  offers: {device id: capabilities document}, where a rule asks for one.
     """
     known = {device.device_id: device for device in devices}
     own_id, *children = known
-    homes = find_homes(records, devices)
+    homes = {key: record["deviceId"] for key, record in records.items()}
     found = []
     for target in targets:
         home = homes.pop(target.key, None)
@@ -1458,13 +1461,6 @@ def place_targets(targets, records, devices, seen, offers):
         homes[target.key] = home or own_id
         found.append(target._replace(error=error, device_id=homes[target.key]))
     return found
-
-
-def find_homes(records, devices):
-    """{key: id of the device where a deployment is at home}; one whose device has gone is at home on this."""
-    ids = [device.device_id for device in devices]
-    return {key: record["deviceId"] if record["deviceId"] in ids else ids[0]
-            for key, record in records.items()}
 
 
 def find_fault(sight, record, target=None):
