@@ -4257,7 +4257,8 @@ class ComposeDriver:
 
         One of the same settings, without a network, is brought to where its program would run: its user and
         folders, devices, limits and the program are there by then, or not, while all that runs goes on.  What
-        ran here before need not be tried, nor what a service that is not idle may have to lay out in a volume.
+        ran here before need not be tried, nor what may miss something in a volume that another service lays
+        out once it starts; idle: names of those that do not.
         """
         others = [item for item in job.project.services if item != service and item.name not in idle]
         mounts = [mount for item in others for mount in item.mounts]
