@@ -3496,7 +3496,7 @@ def check_addresses(services, project, engine, there=None):
             text = "\n".join(arguments or ())
             chosen = arguments is None or engine == "podman" and "--subnet=" not in text
             if chosen and there is not None:
-                text = make_json(there.get(network)).decode()
+                text = make_ranges(there.get(network, ({}, {}))[1])
             for option in (options or ()) if there is not None or not chosen else ():
                 kind, _, address = option.partition("=")
                 if kind in ("--ip", "--ip6") and not may_have_address(text, address):
@@ -4196,7 +4196,7 @@ class ComposeDriver:
         """
         for name, arguments in new.items() if going else ():
             subnets = find_ranges("subnet", "\n".join(arguments))
-            held = subnets and find_ranges("subnet", make_json(going).decode())
+            held = find_ranges("subnet", "\n".join(map(make_ranges, going)))
             if subnets and not any(one.overlaps(other) for one in subnets for other in held):
                 self.carry_out(job, ["network", "create", *arguments, f"{name}-try"])
                 self.carry_out(job, ["network", "rm", f"{name}-try"])
@@ -5594,6 +5594,11 @@ def find_ranges(kind, text):
             for item in re.findall(f'(?im)(?:^--|"){kind}(?:=|": *")([^"\n]+)', text)]
 
 
+def make_ranges(facts):
+    """What find_ranges takes of what an engine shows of a network."""
+    return make_json([facts.get(key) for key in ("ipam", "subnets", "plugins")]).decode()
+
+
 def may_have_address(text, address):
     """Whether a container can have an address in a network, by what find_ranges takes.
 
@@ -5603,15 +5608,13 @@ def may_have_address(text, address):
     try:
         address = ipaddress.ip_address(address)
         subnets, gateways, ranges = [find_ranges(kind, text) for kind in ("subnet", "gateway", "ip-?range")]
-    except ValueError:
+        subnet = next(subnet for subnet in subnets if address in subnet)
+        taken = [item.network_address for item in gateways if item.network_address in subnet]
+        if not taken and not ranges:                # of which docker takes the first one
+            taken = [subnet.network_address + 1]
+    except (ValueError, StopIteration):
         return False
-    for subnet in subnets:
-        if address in subnet:
-            taken = [item.network_address for item in gateways if item.network_address in subnet]
-            if not taken and not ranges:            # of which docker takes the first one
-                taken = [subnet.network_address + 1]
-            return address not in (subnet.network_address, subnet.broadcast_address, *taken)
-    return False
+    return address not in (subnet.network_address, subnet.broadcast_address, *taken)
 
 
 def make_container_name(project, service):
