@@ -4434,7 +4434,7 @@ class ComposeDriver:
             restless = any(not facts[name].health for name in names if name not in finished)
             if not waiting and (not restless or late or now - calm >= settle):
                 return finished
-            time.sleep(min(0.5, max(0.1, settle / 4)))
+            time.sleep(0.4)
 
     def ask_health(self, container_id, seen, checks):
         """The health of a container in the engine's word, "" where nobody checks it.
@@ -4488,11 +4488,11 @@ class ComposeDriver:
 
         Returns the deadline for what follows.  One that is not there any more is passed over.
         """
-        patience = ["--ignore"] if self.engine == "podman" else []
         if not ids:
             return deadline
+        passing = ["--ignore"] if self.engine == "podman" else []
         try:
-            code = self.run(["stop"] + patience + ids, timeout=deadline - time.monotonic()).code
+            code = self.run(["stop", *passing, *ids], timeout=deadline - time.monotonic()).code
         except CommandTimeout:
             code = 1
         if code:
