@@ -3494,10 +3494,11 @@ def check_addresses(services, project, engine, there=None):
         for network, _, options in service.networks:
             arguments = project.networks.get(network)
             text = "\n".join(arguments or ())
-            chosen = arguments is None or engine == "podman" and "--subnet=" not in text
-            if chosen and there is not None:
+            if arguments is None or engine == "podman" and "--subnet=" not in text:
+                if there is None:
+                    continue
                 text = make_ranges(there.get(network, ({}, {}))[1])
-            for option in (options or ()) if there is not None or not chosen else ():
+            for option in options or ():
                 kind, _, address = option.partition("=")
                 if kind in ("--ip", "--ip6") and not may_have_address(text, address):
                     where = f"services.{service.name}.networks"
