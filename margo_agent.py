@@ -4312,12 +4312,13 @@ class ComposeDriver:
         if self.engine != "podman":
             return
         output = self.run(["ps", "--all", "--external", "--format=json"])
-        for item in parse_answer(output.stdout.strip() or b"[]", self.engine, lambda items: items or ()):
-            names = [name for name in item["Names"] or () if name.startswith(project + "-")]
-            if names and item["State"] == "storage":
+        held = parse_answer(output.stdout.strip() or b"[]", self.engine, lambda items: {
+            item["Id"]: " ".join(item["Names"] or ()) for item in items or () if item["State"] == "storage"})
+        for container_id, name in held.items():
+            if name.startswith(project + "-"):
                 log("warning", "a name is freed that the engine's storage held for no container",
-                    container=names[0])
-                self.run(["rm", "--force", item["Id"]])
+                    container=name)
+                self.run(["rm", "--force", container_id])
 
     def renew_image(self, service, job):
         """Pulls an image of ours anew where not even a bare container can be made of it (P-1).
