@@ -2696,15 +2696,14 @@ def parse_trust_bundle(data):
 
 def parse_jwks(keys):
     """The anchors (DER) among the keys of a JWK Set; raises ValueError."""
-    import base64
     anchors = []
     for index, key in enumerate(keys):
         if not isinstance(key, dict) or key.get("use") != "x509-svid":
             continue
         x5c = key.get("x5c")
         first = x5c[0] if isinstance(x5c, list) and x5c else None
-        check_shape(first, ".+", f"keys[{index}].x5c")
-        anchors.append(base64.b64decode(first, validate=True))         # no white space there (RFC 7517, 4.7)
+        check_shape(first, r"\S+", f"keys[{index}].x5c")                # no white space there (RFC 7517, 4.7)
+        anchors.append(parse_base64(first))
     return anchors
 
 
@@ -2756,13 +2755,16 @@ def find_origin(url):
 def fetch_discovery(config, trust_domain, now):
     """The Discovery of identity.discovery; raises Unreachable, Untrusted, Refused.
 
-    None where there is no such document and identity.trust_bundle is a URL (C-046).
+    Without parts, and with identity.trust_bundle, where there is no such document (C-046).
     """
     settings = config.identity
+    known = Discovery(trust_domain, settings.trust_bundle, {})
+    if not settings.discovery:
+        return known
     where = f"identity.discovery {settings.discovery}"
     answer = fetch_from_mis(settings.discovery, config)
     if answer.status == 404 and "://" in (settings.trust_bundle or ""):
-        return None
+        return known
     check_response(answer, where, (200,), now)
     public = not (settings.ca or settings.pins)
     try:
@@ -2825,13 +2827,11 @@ def obtain_trust_bundle(config, store, state, trust_domain, now, keep=True, anew
     try:
         return fetch_trust_bundle(config, store, state, held, trust_domain, now, keep)
     except (ValueError, MargoError) as error:
-        if held:
-            log("warning", "the trust bundle cannot be refreshed; the one at hand stays in use",
-                reason=str(error))
-            return held
-        if isinstance(error, Unreachable):
-            raise
-        raise Untrusted(f"no usable trust bundle: {error}") from None
+        if not held:
+            raise error if isinstance(error, Unreachable) else Untrusted(f"no usable trust bundle: {error}")
+        log("warning", "the trust bundle cannot be refreshed; the one at hand stays in use",
+            reason=str(error))
+        return held
 
 
 def fetch_trust_bundle(config, store, state, held, trust_domain, now, keep):
@@ -2840,16 +2840,12 @@ def fetch_trust_bundle(config, store, state, held, trust_domain, now, keep):
     held: the one at hand, or None; where nothing is new, nothing is written.
     """
     trust = state["trust"]
-    url = config.identity.trust_bundle
-    found = fetch_discovery(config, trust_domain, now) if config.identity.discovery else None
-    if found:
-        url, trust_domain = found.bundle_uri, found.trust_domain
+    trust_domain, url, parts = fetch_discovery(config, trust_domain, now)
     for name, companion in COMPANIONS.items():
-        if companion.wanted(config) and (found or name not in trust):
-            part = found.parts[name] if found else None
-            if trust.get(name) and not part:
+        if companion.wanted(config) and (parts or name not in trust):
+            if trust.get(name) and not parts.get(name):
                 log("warning", f"it names no {companion.title} any more; what is at hand of that counts on")
-            trust[name] = part
+            trust[name] = parts.get(name)
     answer = fetch_from_mis(url, config)
     check_response(answer, f"trust bundle {url}", (200,), now)
     store.load_memo()["trust"] = now
@@ -8789,9 +8785,8 @@ def parse_pem(text, label="CERTIFICATE"):
 
 def make_pem(ders):
     """Certificates (DER) as PEM text."""
-    import textwrap
-    bodies = ("\n".join(textwrap.wrap(make_base64(der), 64)) for der in ders)
-    return "".join(f"-----BEGIN CERTIFICATE-----\n{body}\n-----END CERTIFICATE-----\n" for body in bodies)
+    import ssl
+    return "".join(map(ssl.DER_cert_to_PEM_cert, ders))
 
 
 # ----------------------------------------------------------------------------------------------------------
