@@ -44,7 +44,8 @@ import os
 import re
 import sys
 import time
-from collections import ChainMap, namedtuple
+from collections import ChainMap
+from operator import itemgetter
 
 __version__ = "0.1.0"
 __all__ = ["main", "Agent", "load_config", "load_yaml", "status", "log", "PROFILES", "__version__",
@@ -59,9 +60,8 @@ __all__ = ["main", "Agent", "load_config", "load_yaml", "status", "log", "PROFIL
 # What optional rooms add where they are defined; nothing outside names anything in them.
 # See also SCHEMA, CHECKS, STEPS, DEVICES, ASSIGN, LISTENERS and COMPANIONS.
 PROFILES = {}                       # {wfm.profile: its Profile class}
-OPTIONS = {"enroll": {}}            # {command: {option: (name of its value, function of config and value)}}
-COMMANDS = {}                       # {name: (its function, to an exit code or nothing for 0; its options,
-                                    # each with what follows it; its operands)}; its docstring is its help
+COMMANDS = {}                       # {name: (its function of config and options, to an exit code or nothing
+                                    # for 0; its usage)}; its docstring is its help
 JUDGES = []                         # functions of (image, config) to the name by which it is pulled, once
                                     # nothing speaks against it; else ComponentError
 DRIVERS = {}                        # {deployment type: function of (config, child, others) to its driver or
@@ -79,6 +79,7 @@ MAX_DEPLOYMENTS = 10000             # entries of one state manifest
 DOCUMENTS = 8                       # all documents together: one part in so many of policy.max_unpacked
 MAX_NODES = 250000                  # members of a document: each takes some hundred bytes of memory
 MAX_DURATION = 3650 * 86400         # seconds of one setting; clocks and timers take no sum of centuries
+MAX_NUMBER = 1e300                  # larger ones are none: sums of them would leave what the processor knows
 MAX_VERSION = 2 ** 64 - 1           # manifestVersion is an unsigned 64 bit number (protocol 3.1)
 
 MANIFEST_TYPE = "application/vnd.margo.manifest.v1+json"
@@ -221,16 +222,41 @@ class Forbidden(ComponentError):
 # 2. Records
 # ----------------------------------------------------------------------------------------------------------
 
+class Record(tuple):
+    """A tuple whose places have names, made by `define`.
+
+    It is what collections.namedtuple makes, at a fifth of what that takes each time this file is loaded.
+    """
+
+    __slots__ = ()
+
+    def __new__(cls, *values, **named):
+        if named or len(values) != len(cls._fields):
+            found = {**cls._defaults, **dict(zip(cls._fields, values)), **named}
+            if len(values) > len(cls._fields) or found.keys() != set(cls._fields):
+                raise TypeError(f"{cls.__name__} has the fields {' '.join(cls._fields)}")
+            values = map(found.get, cls._fields)
+        return super().__new__(cls, values)
+
+    def _asdict(self):
+        return dict(zip(self._fields, self))
+
+    def _replace(self, **changes):
+        return type(self)(**dict(self._asdict(), **changes))
+
+
 def define(name, fields, meaning, *defaults):
-    """A record type: a named tuple of `fields`, documented by `meaning`; `defaults`: of the last fields.
+    """A record type: a tuple of named `fields`, documented by `meaning`; `defaults`: of the last fields.
 
     One with a deployment's id has a `key`, too: the id in lower case, by which the state knows it.
     """
-    record = namedtuple(name, fields, defaults=defaults)
-    record.__doc__ = meaning
-    if "deployment_id" in record._fields:           # ids are told apart without regard to case
-        record.key = property(lambda self: self.deployment_id.lower())
-    return record
+    fields = fields.split()
+    parts = {field: property(itemgetter(place)) for place, field in enumerate(fields)}
+    if "deployment_id" in fields:                   # ids are told apart without regard to case
+        parts["key"] = property(lambda self: self.deployment_id.lower())
+    last = fields[len(fields) - len(defaults):]
+    return type(name, (Record,), dict(parts, __slots__=(), __doc__=meaning, _fields=tuple(fields),
+                                      _defaults=dict(zip(last, defaults))))
 
 
 Certificate = define("Certificate",
@@ -3203,23 +3229,27 @@ def detect_properties(state_dir, root="/", hostname=False):
     return found
 
 
-# What boards say that have nothing of their own to say, each run of signs a blank: words for nothing, the
-# name of the field itself, one character again and again; and what counts up or down, from whose start five
-# or more characters are taken.
-PLACEHOLDER = (
-    r"(?i)(to be filled.*|o ?e ?m|default( string)?|standard|none|null|empty|blank|invalid|tbd|test|dummy"
-    r"|un(known|defined|specified)|n ?a|serial( ?(number|no))?|03000200 0400 0500 0006 000700080009"
-    r"|not? ?(specified|applicable|available|provided|present|set|asset tag|serial( number)?)"
-    r"|(type ?[0-9]+ )?(system|chassis|base ?board|board|product) .*|[0 ]*|(?P<one>\S)((?P=one)| ){2,})")
+# What boards say that have nothing of their own to say, without blanks and signs; and what counts up or down,
+# from whose start five or more characters are taken.
+PLACEHOLDERS = frozenset((
+    "oem default defaultstring standard none null empty blank invalid tbd test dummy na unknown undefined"
+    " unspecified notspecified notapplicable notavailable notprovided notpresent notset noassettag noserial"
+    " noserialnumber serial serialno serialnumber 03000200040005000006000700080009").split())
 COUNTING = ("0123456789abcdef", "123456789abcdef", "12345678901234567890", "fedcba9876543210", "9876543210",
             "987654321")
 
 
 def is_placeholder(text):
-    """Whether the firmware's text says nothing of this one device."""
-    plain = re.sub(r"[\W_]+", " ", text).strip()
-    counts = len(text) > 4 and any(row.startswith(text.lower()) for row in COUNTING)
-    return counts or bool(re.fullmatch(PLACEHOLDER, plain))
+    """Whether the firmware's text says nothing of this one device.
+
+    So does the name of the field itself, such as `System Serial Number`, and one character again and again.
+    """
+    text = text.lower()
+    plain = re.sub(r"[\W_]", "", text)
+    repeats = len(set(plain)) == 1 and len(text) > 2
+    counts = len(plain) > 4 and any(row.startswith(plain) for row in COUNTING)
+    named = re.match(r"to be filled|(type ?[0-9]+ \W*)?(system|chassis|base ?board|board|product)\W", text)
+    return plain in PLACEHOLDERS or not plain.strip("0") or repeats or counts or bool(named)
 
 
 def detect_text(root, dmi, tree):
@@ -3372,10 +3402,10 @@ Changes = define("Changes", "kept idle making leaving",
     "What becomes of the services of a project: {name: Container} that go on, names of those that need"
     " no start, [Service] to be made, and [[Container]] that leave, those that stop together in one list,"
     " whoever depends on others first.")
-Job = define("Job", "workload project folder known deadline current runs volumes",
+Job = define("Job", "workload project folder known deadline current restarts volumes",
     "One apply: what runs, in which folder its files are, what an earlier apply returned, until when;"
-    " {service: id of its container} as far as it has come, the ids of what ran before, {service: {path:"
-    " volume}} as it was.")
+    " {service: id of its container} as far as it has come, {id: how often it had been restarted} of what ran"
+    " before, {service: {path: volume}} of volumes to which nobody gave a name.")
 Shown = define("Shown", "state code restarts health volumes check said",
     "One container as `inspect` shows it: the engine's word for its state, numbers, the word for its health"
     " where there is a check, {path: name} of volumes in it, its Check or None, what that has printed last.",
@@ -3385,6 +3415,9 @@ Check = define("Check", "interval retries start",
 # How docker shows a container, in podman's form.
 DOCKER_FORM = ('{"Id":{{json .ID}},"Names":[{{json .Names}}],"State":{{json .State}},'
                '"Status":{{json .Status}},"Labels":{%s}}')
+# What podman, or docker, says of itself, by our words.
+INFO = {"architecture": ("arch", "Architecture"), "root": ("graphRoot", "DockerRootDir"),
+        "version": ("Version", "ServerVersion"), "network": ("networkBackend",)}
 PULL_NOTE = 60                      # seconds between two lines of the log about a pull
 LOG_LINES = 4000                    # of a log that are looked at for its end
 MAX_LOG = 256 * KIB                 # bytes of them
@@ -3393,7 +3426,8 @@ RUNS_TOO = {"amd64": "386", "arm64": "arm"}         # what a processor usually r
 LACKS = (("podman", "4.7", "`host-gateway` is the gateway of the first network"),
          ("podman", "4.8", "a volume's `driver_opts` have no `size`; `tmpfs` of a service has"),
          ("docker", "20.10", "`host-gateway` fails"))
-NO_PROGRAM = "/.margo-trial"        # what a trial of docker's starts
+# With these an engine looks a program up, and the kernel does not start it: its environment is too long.
+UNSTARTABLE = ["--ulimit=stack=262144", *(f"--env=MARGO_TRIAL_{name}=" + "x" * 100000 for name in "AB")]
 # An engine's words for what does not run.
 AT_REST = ("exited", "created", "initialized", "stopped", "configured")
 
@@ -3464,28 +3498,29 @@ def mask(text, values):
 def is_usable(container, service, known):
     """Whether a container was made for a service as it is wanted, and can go on from its state."""
     ours = not known or known["hash"] != service.hash or known.get("id", container.id) == container.id
-    return ours and container.hash == service.hash and container.state in (
-        "running", "exited", "created", "initialized", "stopped", "restarting")
+    return ours and (container.service, container.hash) == (service.name, service.hash) and (
+        container.state in AT_REST or container.state in ("running", "restarting"))
 
 
 def plan_services(services, present, known, networks):
     """The Changes that lead from what is there to what is wanted (P-7, P-16).
 
     present: [Container] of this component; known: what an earlier apply returned; networks: names of those
-    that are about to be made.  Whose network is made anew, or who shares a namespace of a service that starts
-    anew, is made anew, too.
+    that are about to be made.  Made anew is, too, whose network is, who shares a namespace of a service that
+    starts anew, and who holds a port or address that one needs which is made before it.
     """
     kept, making = {}, []
     idle = set()
+    rivals = find_rivals(services)
     for service in services:
         facts = known.get(service.name)
-        mine = [item for item in present if item.service == service.name]
-        usable = [item for item in mine if is_usable(item, service, facts)]
-        joined = {name for name, *_ in service.networks} & networks
-        if usable and not joined and idle.issuperset(service.shares):
-            container = min(usable, key=lambda item: item.state != "running")
-            kept[service.name] = container
-            if container.state == "running" or facts and facts["finished"] and facts["hash"] == service.hash:
+        usable = [item for item in present if is_usable(item, service, facts)]
+        running = [item for item in usable if item.state == "running"]
+        displaced = running and any((service.name, other.name) in rivals for other in making)
+        joined = networks.intersection(item.network for item in service.networks)
+        if usable and not displaced and not joined and idle.issuperset(service.shares):
+            kept[service.name] = (running or usable)[0]
+            if running or facts and facts["finished"] and facts["hash"] == service.hash:
                 idle.add(service.name)
         else:
             making.append(service)
@@ -3496,37 +3531,34 @@ def plan_services(services, present, known, networks):
 def order_leaving(services, leaving):
     """[[Container]]: those that stop at once in one list, each before what it depends on.
 
-    What the file no longer names goes first.
+    What the file no longer names is in the first one.
     """
-    by_name = {}
-    names = {service.name for service in services}
+    levels, groups = {}, {}
+    for service in reversed(services):              # whoever depends on others comes first here
+        level = levels.setdefault(service.name, 0)
+        for name in service.depends_on:
+            levels[name] = max(levels.get(name, 0), level + 1)
     for item in leaving:
-        by_name.setdefault(item.service, []).append(item)
-    groups = [([], [item for item in leaving if item.service not in names])]
-    for service in reversed(services):
-        if any(service.name in other.depends_on for other in groups[-1][0]):
-            groups.append(([], []))
-        groups[-1][0].append(service)
-        groups[-1][1].extend(by_name.get(service.name, ()))
-    return [items for _, items in groups if items]
+        groups.setdefault(levels.get(item.service, 0), []).append(item)
+    return [groups[level] for level in sorted(groups)]
 
 
-def is_same_network(labels, internal, arguments):
+def is_same_network(labels, facts, arguments):
     """Whether a network that is there is what these create arguments make.
 
     One that an agent made before there was such a mark may be, unless it is open and should not be.
     """
     if LABEL_HASH in labels:
         return f"--label={LABEL_HASH}={labels[LABEL_HASH]}" in arguments
-    return internal == ("--internal" in arguments)
+    return facts.get("internal", False) == ("--internal" in arguments)
 
 
 def plan_networks(wanted, there, project):
     """What becomes of networks: ({name: create arguments} to be made, [names] to go before, and last).
 
-    wanted: as in a Project; there: {name: (labels, whether it is internal)} of those and of all others of
-    this compose project.  One of somebody else stays as it is.  One that is no longer wanted goes first where
-    a new one may be after its addresses.
+    wanted: as in a Project; there: {name: (labels, facts)} of those and of all others of this compose
+    project.  One of somebody else stays as it is.  One that is no longer wanted goes first where a new one
+    may be after its addresses.
     """
     ours = {name for name, (labels, _) in there.items() if labels.get(LABEL_PROJECT) == project}
     new = {name: arguments for name, arguments in wanted.items() if arguments is not None and (
@@ -3538,41 +3570,71 @@ def plan_networks(wanted, there, project):
 
 
 # Options of `create` that a trial goes without: they need a network, or another container, or a run.
-UNTRIED = ("--(init\\Z|publish|add-host|dns|mac-address|health|no-health|restart|pid=c|ipc=c)|"
+UNTRIED = ("--(init\\Z|volume|tmpfs|publish|add-host|dns|mac-address|health|no-health|restart|pid=c|ipc=c)|"
            "--sysctl=\"?net[./]ipv[46][./](conf|neigh)[./]")
 
 
 def make_trial(service, engine):
     """The Service of a trial, see ComposeDriver.rehearse.
 
-    Docker can only start it, so that it has a program there that no image has.  Nothing is labelled anew for
-    SELinux while another container uses it.
+    Docker can only start it, so that it is made unstartable.  Nothing is labelled anew for SELinux while
+    another container uses it.
     """
-    arguments = []
-    for argument in service.arguments:
-        head, _, options = argument.rpartition(":")
-        if argument.startswith("--volume=") and "/" not in options:
-            options = ",".join(option for option in options.split(",") if option not in "zZ")
-            argument = ":".join(filter(None, [head, options]))
-        if not re.match(UNTRIED, argument):
-            arguments.append(argument)
-    command = service.command
-    if engine != "podman":
-        arguments = [item for item in arguments if not item.startswith("--entrypoint=")]
-        arguments.append(f"--entrypoint={NO_PROGRAM}")
-        command = []
-    return service._replace(arguments=arguments, command=command, shares=(), hash="",
-                            networks=[Attachment("none", None, None)])
+    arguments = [argument for argument in service.arguments if not re.match(UNTRIED, argument)]
+    for mount in service.mounts:
+        options = [option for option in mount.options if option not in ("z", "Z")]
+        arguments.append(make_mount_argument(mount._replace(options=options)))
+    arguments += UNSTARTABLE if engine != "podman" else []
+    return service._replace(arguments=arguments, shares=(), hash="", networks=[Attachment("none", None, None)])
 
 
-def find_subnets(text):
-    """The subnets in create arguments of a network, a line each, or in what an engine shows, as JSON."""
-    import ipaddress
-    try:
-        return [ipaddress.ip_network(subnet, False)
-                for subnet in re.findall('(?im)(?:^--subnet=|"subnet": *")([^"\n]*)', text)]
-    except ValueError as error:
-        raise make_fault(f"networks: {error}") from None
+def check_addresses(services, project, engine, there=None):
+    """Raises ComponentError for an address that a network cannot give: an engine says so at the start alone.
+
+    there: {name: (labels, facts)} of the networks that are there by now; without it an external one is passed
+    over, and one of which podman will choose the subnet.  Docker gives none out of what it has chosen itself.
+    """
+    for service in services:
+        for network, _, options in service.networks:
+            arguments = project.networks.get(network)
+            text = "\n".join(arguments or ())
+            chosen = arguments is None or engine == "podman" and "--subnet=" not in text
+            if chosen and there is not None:
+                text = make_json(there.get(network)).decode()
+            for option in (options or ()) if there is not None or not chosen else ():
+                kind, _, address = option.partition("=")
+                if kind in ("--ip", "--ip6") and not may_have_address(text, address):
+                    raise make_fault(f"services.{service.name}.networks: {make_printable(address, 60)!r} lies in"
+                                     f" no `subnet` of network {network}, or is the host's own there")
+
+
+def check_external(kind, wanted, there, services):
+    """Raises ComponentError where services use an external network or volume that is not there.
+
+    To the engine its name could be the beginning of another one's id.
+    """
+    used = {item.network for service in services for item in service.networks}
+    used.update(mount.source for service in services for mount in service.mounts)
+    missing = [name for name in wanted if wanted[name] is None and name in used and name not in there]
+    if missing:
+        raise ComponentError("INSTALL_FAILED", f"there is no {kind} {min(missing)} on this device;"
+                             " `external: true` takes one that is there")
+
+
+def find_rivals(services):
+    """{(service, an earlier one): what both would have}, of the host's ports and addresses in networks."""
+    taken, rivals = {}, {}
+    for service in services:
+        things = list(service.ports)
+        for network, _, options in service.networks:
+            things += [("", network, option.strip("-")) for option in options or ()]
+        for address, *key in things:
+            holders = taken.setdefault(tuple(key), [])
+            for held, other in holders:
+                if held == address or "" in (held, address):
+                    rivals[service.name, other] = f"{key[0]} {key[1]}"
+            holders.append((address, service.name))
+    return rivals
 
 
 def check_rivals(services):
@@ -3581,18 +3643,10 @@ def check_rivals(services):
     Who waits for another one's end can have what that had.
     """
     awaited = [pair for service in services for pair in service.depends_on.items()]
-    ended = [name for name, (condition, _) in awaited if condition == "service_completed_successfully"]
-    taken = {}
-    for service in services:
-        things = list(service.ports)
-        for network, _, options in service.networks:
-            things += [("", network, option.strip("-")) for option in options or ()]
-        for address, *key in things if service.name not in ended else ():
-            rivals = taken.setdefault(tuple(key), {})
-            if address in rivals or rivals and "" in (address, *rivals):
-                raise make_fault(f"services.{service.name}: it cannot have {key[0]} {key[1]} beside service"
-                                 f" {next(iter(rivals.values()))}")
-            rivals[address] = service.name
+    ended = {name for name, (condition, _) in awaited if condition == "service_completed_successfully"}
+    for names, thing in find_rivals(services).items():
+        if ended.isdisjoint(names):
+            raise make_fault(f"services.{names[0]}: it cannot have {thing} beside service {names[1]}")
 
 
 def ask_ports(services, known):
@@ -3622,31 +3676,32 @@ def ask_taken(address, number, protocol):
     return False
 
 
-def find_targets(service):
-    """({path} at which the compose file mounts something of a name, {path} of volumes without a name)."""
-    named = set(map(make_path, service.files))
-    unnamed = set()
-    for mount in service.mounts:
-        paths = unnamed if mount.kind == "volume" and not mount.source else named
-        paths.add(make_path(mount.target))
-    return named, unnamed
-
-
 def make_path(text):
     """A path in a container in its shortest spelling."""
     return re.sub("/+", "/", text).rstrip("/") or "/"
 
 
-def make_volume_names(service, project, before):
-    """{path: volume} for each volume to which nobody gave a name: in the file, or declared by the image.
+def make_volume_names(project, prefix, known, present, seen):
+    """{service: {path: volume}} for each volume to which nobody gave a name: in the file, or by the image.
 
-    It goes by a name of ours, so that whatever is made in the place of a container finds it.  before: {path:
-    volume} as it was in the container before, which an earlier agent may have left to the engine to name.
+    It goes by a name of ours, so that whatever is made in the place of a container finds it.  known, present,
+    seen: what an earlier apply returned and [Container] and {id: Shown} of what there is, where an earlier
+    agent may have left a volume to the engine to name.
     """
-    named, unnamed = find_targets(service)
+    before = {name: dict(facts.get("volumes", {})) for name, facts in known.items()}
+    for container in sorted(present, key=lambda item: item.state == "running"):
+        if container.id in seen:
+            before.setdefault(container.service, {}).update(seen[container.id].volumes)
     volumes = {}
-    for path in sorted(unnamed.union(map(make_path, service.declared)) - named):
-        volumes[path] = before.get(path) or f"{project}_{service.name}_{sha256_digest(path.encode())[7:19]}"
+    for service in project.services:
+        named = set(map(make_path, service.files))
+        unnamed = set(map(make_path, service.declared))
+        for mount in service.mounts:
+            paths = unnamed if mount.kind == "volume" and not mount.source else named
+            paths.add(make_path(mount.target))
+        there = before.get(service.name, {})
+        volumes[service.name] = {path: there.get(path) or (
+            f"{prefix}_{service.name}_{sha256_digest(path.encode())[7:19]}") for path in sorted(unnamed - named)}
     return volumes
 
 
@@ -3678,20 +3733,23 @@ def make_compose_driver(config, child=None, others=(), environ=None):
     """
     environ = dict(os.environ if environ is None else environ)
     environ.update(get_temporary(config.state_dir, environ))
+    setting = config.runtime.engine if config.runtime.compose != "off" else ""
     if child:
-        kinds = {CONNECTIONS.get(key) for key in child[1]} & {"podman", "docker"}
         environ = make_child_environment(environ, child[1])
-        engine = kinds and find_engine(max(kinds), environ)
-        return ComposeDriver(engine, config, environ, child, ["", *others]) if engine else None
-    engine = find_engine(config.runtime.engine, environ)
-    if config.runtime.compose == "off" or engine is None:
-        return None
-    return ComposeDriver(engine, config, environ, others=others)
+        setting = max({CONNECTIONS.get(key) for key in child[1]} & {"podman", "docker"}, default="")
+        others = ["", *others]
+    engine = setting and find_engine(setting, environ)
+    return ComposeDriver(engine, config, environ, child or ("", {}), others) if engine else None
 
 
 # Where podman looks for its own helpers, beside PATH.
 HELPER_FOLDERS = ("/usr/local/libexec/podman", "/usr/local/lib/podman", "/usr/libexec/podman",
                   "/usr/lib/podman")
+
+
+def list_active(containers):
+    """[id] of those containers that there is something to stop of."""
+    return [container.id for container in containers if container.state not in AT_REST]
 
 
 def find_containers(deployment_id, containers, component=None, kind=None):
@@ -3798,7 +3856,7 @@ class ComposeDriver:
         items = {"network": project.networks, "volume": project.volumes,
                  "container": dict.fromkeys(containers, [])}
         for kind, wanted in items.items():
-            for name, labels, facts in self.inspect_names(kind, list(wanted)):
+            for name, (labels, facts) in self.inspect_names(kind, list(wanted)).items():
                 owner = labels.get(LABEL_OWNER, "")
                 made_for = labels.get(LABEL_DEPLOYMENT, workload.deployment_id)
                 private = name.startswith(labels.get(LABEL_PROJECT, "/") + "_")
@@ -3813,20 +3871,20 @@ class ComposeDriver:
                                          f" {make_printable(owner, 300)}: {words}")
 
     def inspect_names(self, kind, names, there=()):
-        """[(name, labels, facts)] of the containers, networks or volumes of these names that there are.
+        """{name: (labels, facts)} of the containers, networks or volumes of these names that there are.
 
         facts: as the engine shows it, its words in lower case.  there: what has to be shown, because it is
         there (D-16).
         """
         output = self.run([kind, "inspect"] + names, 60) if names else Output(0, b"", "")
-        found = []
+        found = {}
         for item in parse_answer(output.stdout or b"[]", self.engine, list):
             facts = {key.lower(): value for key, value in item.items()}
             name = facts["name"].lstrip("/")
             labels = facts.get("labels") or facts.get("config", {}).get("Labels") or {}
             if name in names:                       # what is asked for may be the beginning of an id, too
-                found.append((name, labels, facts))
-        if not {name for name, _, _ in found}.issuperset(there):
+                found[name] = labels, facts
+        if not set(there).issubset(found):
             raise CommandError(f"{self.engine} {kind} inspect failed: {output.stderr[-500:]}")
         return found
 
@@ -3858,11 +3916,10 @@ class ComposeDriver:
         """
         if not self.info:
             told = self.ask([self.engine, "info", "--format={{json .}}"])
-            host, store, version = (told.get(key) or {} for key in ("host", "store", "version"))
-            self.info = {"architecture": host.get("arch") or told.get("Architecture", ""),
-                         "root": store.get("graphRoot") or told.get("DockerRootDir", ""),
-                         "version": version.get("Version") or told.get("ServerVersion", ""),
-                         "network": host.get("networkBackend", "")}
+            for part in ("host", "store", "version"):
+                told.update(told.get(part) or {})
+            self.info = {key: next((told[name] for name in names if told.get(name)), "")
+                         for key, names in INFO.items()}
         return self.info
 
     def list_lacks(self):
@@ -3969,6 +4026,7 @@ class ComposeDriver:
         try:
             text = read_inside(folder, "compose.yaml", "compose.yaml").encode("utf-8", "surrogateescape")
             project = make_project(load_yaml(text), workload, self.config.policy, self.engine, folder)
+            check_addresses(project.services, project, self.engine)
         except YAMLError as error:
             raise make_fault(str(error)) from None
         except ComponentError as error:             # it may show what a parameter has put into the file
@@ -4103,24 +4161,26 @@ class ComposeDriver:
         ComponentError, CommandError.
         """
         workload, project = prepared
+        self.free_names(workload.project)
         present = self.look_up(workload)
-        runs = {container.id for container in present if container.state == "running"}
-        volumes = self.look_at_volumes(known, present)
-        job = Job(workload, project, os.path.dirname(workload.folder), known, deadline, {}, runs, volumes)
+        seen = self.inspect([container.id for container in present])
+        restarts = {container.id: seen[container.id].restarts for container in present
+                    if container.state == "running" and container.id in seen}
+        volumes = make_volume_names(project, workload.project, known, present, seen)
+        job = Job(workload, project, os.path.dirname(workload.folder), known, deadline, {}, restarts, volumes)
         check_rivals(project.services)
-        if not self.remote and runs <= {facts.get("id") for facts in known.values()}:   # else who holds what?
+        own = {facts.get("id") for facts in known.values()}
+        if not self.remote and own.issuperset(restarts):        # else who holds what?
             ask_ports(project.services, known)
         finished = self.carry_through(job, present)
         started = {container.id: container.started for container in self.look_up(workload)}
-        seen = self.inspect(job.current.values())
         result = {}
         for service in project.services:
             container_id = job.current.get(service.name, "")
-            volumes = seen[container_id].volumes if container_id in seen else {}
             result[service.name] = {
                 "hash": service.hash, "finished": service.name in finished, "image": service.image,
                 "id": container_id, "started": started.get(container_id, 0), "ports": service.ports,
-                "volumes": {path: volumes[path] for path in sorted(set(volumes) - find_targets(service)[0])}}
+                "volumes": volumes[service.name]}
         return result
 
     def look_up(self, workload):
@@ -4149,61 +4209,63 @@ class ComposeDriver:
         """
         services = job.project.services
         project = job.workload.project
-        new, first, last = plan_networks(job.project.networks, self.look_at_networks(job), project)
+        networks = self.list_networks(job.workload.deployment_id, project, "INSTALL_FAILED",
+                                      job.project.networks)
+        new, first, last = plan_networks(job.project.networks, networks, project)
         changes = plan_services(services, present, job.known, set(new))
-        self.ask_external(job.project, changes.making)
+        volumes = self.create_volumes(job)
+        check_external("network", job.project.networks, networks, changes.making)
+        check_external("volume", job.project.volumes, volumes, changes.making)
         leaving = [container for group in changes.leaving for container in group]
+        stopping = [list_active(group) for group in changes.leaving]
         first = self.ask_free(first, job.project.networks, leaving)
         job.current.update({name: container.id for name, container in changes.kept.items()})
-        names = {name: container.name for name, container in changes.kept.items()}
-        self.create_shared(job, "volume", job.project.volumes)
-        self.try_networks(job, new, first)
-        if any(container.state not in AT_REST for container in leaving):
-            for service in changes.making:
-                self.rehearse(service, job)
+        self.try_networks(job, new, [networks[name][1] for name in first])
+        for service in changes.making if any(stopping) else ():
+            self.rehearse(service, job)
+        there = {name: item for name, item in networks.items() if name not in first}
         if not first:
-            self.create_all(job, new, changes.making, leaving, names)
+            self.create_all(job, new, changes.kept, leaving)
+            there.update(self.inspect_names("network", list(new)))
+        check_addresses(changes.making, job.project, self.engine, there)
         try:
             stopped = job.deadline
-            for group in changes.leaving:
-                active = [container.id for container in group if container.state not in AT_REST]
-                stopped = self.stop(active, stopped) if active else stopped
+            for ids in stopping:
+                stopped = self.stop(ids, stopped)
             if first:
-                self.remove_containers(leaving, job.deadline)
+                self.discard([container.id for container in leaving], job.deadline)
                 leaving = []
                 for name in first:
                     self.carry_out(job, ["network", "rm", name])
-                self.create_all(job, new, changes.making, leaving, names)
+                self.create_all(job, new, changes.kept, leaving)
             for service in services:
                 self.await_dependencies(service, job)
-                if service.name not in changes.idle:
-                    self.start(service, job, service.name in changes.kept)
+                if service.name not in changes.idle and not self.start(service, job, changes.kept):
+                    return self.carry_through(job, self.look_up(job.workload))
             names = [service.name for service in services]
-            finished = self.await_startup(names, job) if job.workload.wait else set()
+            settle = self.config.runtime.settle
+            finished = self.await_startup(names, job, settle) if job.workload.wait else set()
         except FAULTS:
             if leaving and self.config.runtime.on_failure != "rollback":    # kept for the way back alone
                 self.run(["rm", "--force"] + [container.id for container in leaving], 60)
             raise
-        self.remove_containers([container._replace(state="exited") for container in leaving], job.deadline)
+        self.discard([container.id for container in leaving], job.deadline)
         for name in last:
             if self.run(["network", "rm", name], 60).code:
                 log("warning", "a network that is not needed any more stays: somebody else uses it",
                     network=name)
         return finished
 
-    def look_at_networks(self, job):
-        """The networks that are there of those that the project names or that were made for it.
+    def list_networks(self, deployment_id, project, code, names=()):
+        """{name: (labels, facts)} of the networks of these names and of all that were made for a project.
 
-        {name: (labels, whether it is internal)}; one of somebody else is shown without labels.
+        One of somebody else is shown without labels.
         """
-        mark = f"--filter=label={LABEL_PROJECT}={job.workload.project}"
-        names = self.carry_out(job, ["network", "ls", mark, "--format={{.Name}}"]).stdout.decode().split()
-        there = {}
-        for name, labels, facts in self.inspect_names(
-                "network", sorted({*names, *job.project.networks}), names):
-            ours = is_ours(self.claim, job.workload.deployment_id, labels.get(LABEL_OWNER, ""))
-            there[name] = labels if ours else {}, facts.get("internal", False)
-        return there
+        mark = f"--filter=label={LABEL_PROJECT}={project}"
+        found = self.run(["network", "ls", mark, "--format={{.Name}}"], 60, code).stdout.decode().split()
+        there = self.inspect_names("network", sorted({*found, *names}), found)
+        return {name: (labels if is_ours(self.claim, deployment_id, labels.get(LABEL_OWNER, "")) else {}, facts)
+                for name, (labels, facts) in there.items()}
 
     def ask_free(self, names, wanted, leaving):
         """Those of these networks that nobody uses once these containers have left.
@@ -4214,103 +4276,75 @@ class ComposeDriver:
         for name in names:
             form = ["--all", "--no-trunc", f"--filter=network={name}", "--format={{.ID}}"]
             ids = self.run(["ps"] + form, 60, "INSTALL_FAILED").stdout.decode().split()
-            strange = [item for item in ids if item not in {container.id for container in leaving}]
-            if strange and name in wanted:
-                words = f"network {name} is defined anew, and container {strange[0][:12]} is in it"
-                raise ComponentError(
-                    "INSTALL_FAILED", f"{words}, which is not of this component: disconnect it")
+            strange = set(ids).difference(container.id for container in leaving)
             if not strange:
                 free.append(name)
+            elif name in wanted:
+                words = f"network {name} is defined anew, and container {min(strange)[:12]} is in it"
+                raise ComponentError(
+                    "INSTALL_FAILED", f"{words}, which is not of this component: disconnect it")
         return free
 
-    def try_networks(self, job, new, first):
-        """Raises ComponentError for a network that could not be made once the first have gone (K23).
+    def try_networks(self, job, new, going):
+        """Raises ComponentError for a network that could not be made once others have gone (K23).
 
         It is made by another name and removed again, unless it may want addresses that those have still.
+        going: what the engine shows of those.
         """
-        going = make_json([facts for _, _, facts in self.inspect_names("network", first)]).decode()
-        for name, arguments in new.items() if first else ():
-            subnets = find_subnets("\n".join(arguments))
-            held = subnets and find_subnets(going)
+        for name, arguments in new.items() if going else ():
+            subnets = find_ranges("subnet", "\n".join(arguments))
+            held = subnets and find_ranges("subnet", make_json(going).decode())
             if subnets and not any(one.overlaps(other) for one in subnets for other in held):
                 self.carry_out(job, ["network", "create", *arguments, f"{name}-try"])
                 self.carry_out(job, ["network", "rm", f"{name}-try"])
 
-    def create_shared(self, job, kind, items):
-        """Networks or volumes that are not there yet; items: {name: create arguments, or None}."""
-        for name, arguments in items.items():
-            there = [] if arguments is None else self.inspect_names(kind, [name])
-            for _, _, facts in there:
-                kept = (facts.get("options") or {}).get("type", "") == "tmpfs"
-                if kind == "volume" and kept != ("--opt=type=tmpfs" in arguments):
+    def create_volumes(self, job):
+        """Makes the volumes that are not there yet; those that were, as inspect_names shows them."""
+        labels = make_arguments("--label", make_shared_labels(job.workload))
+        volumes = {name: labels for paths in job.volumes.values() for name in paths.values()}
+        volumes.update(job.project.volumes)
+        there = self.inspect_names("volume", list(volumes))
+        for name, arguments in volumes.items():
+            if arguments is not None and name not in there:
+                self.carry_out(job, ["volume", "create", *arguments, name])
+            elif arguments is not None:
+                kept = (there[name][1].get("options") or {}).get("type", "") == "tmpfs"
+                if kept != ("--opt=type=tmpfs" in arguments):
                     log("warning", "a volume is there with other driver_opts, and stays so", volume=name)
-            if arguments is not None and not there:
-                self.carry_out(job, [kind, "create"] + arguments + [name])
+        return there
 
-    def ask_external(self, project, services):
-        """Raises ComponentError where services use an external network or volume that is not there.
+    def create_all(self, job, networks, kept, leaving):
+        """Makes networks and what is not kept of the containers, each by the name of its service.
 
-        To the engine its name could be the beginning of another one's id.
+        One that leaves and has that name gets another one before.  Nothing is stopped yet, so that this is no
+        part of the outage.
         """
-        used = {item.network for service in services for item in service.networks}
-        used.update(mount.source for service in services for mount in service.mounts)
-        for kind, items in (("network", project.networks), ("volume", project.volumes)):
-            names = {name for name, arguments in items.items() if arguments is None and name in used}
-            for name in sorted(names.difference(item[0] for item in self.inspect_names(kind, list(names)))):
-                raise ComponentError("INSTALL_FAILED", f"there is no {kind} {name} on this device;"
-                                     " `external: true` takes one that is there")
-
-    def look_at_volumes(self, known, present):
-        """{service: {path: volume}} of what is there for each service, or was when it was installed."""
-        volumes = {name: dict(facts.get("volumes", {})) for name, facts in known.items()}
-        seen = self.inspect([container.id for container in present])
-        for container in sorted(present, key=lambda item: item.state == "running"):
-            if container.id in seen:
-                volumes.setdefault(container.service, {}).update(seen[container.id].volumes)
-        return volumes
-
-    def create_all(self, job, networks, services, leaving, names):
-        """Makes networks and containers, and gives each container the name of its service.
-
-        One that leaves and has that name gets another one before.  names: {service: name} of containers that
-        are kept.  Nothing is stopped yet, so that this is no part of the outage.
-        """
-        self.create_shared(job, "network", networks)
+        for name, arguments in networks.items():
+            self.carry_out(job, ["network", "create", *arguments, name])
         held = {container.name: container.id for container in leaving}
-        making = {service.name: service for service in services}
-        for service in [*names, *making]:
-            own = make_container_name(job.workload.project, service)
-            if own in held:                         # it may have gone meanwhile
-                self.run(["rename", held[own], f"{own}-old-{held[own][:12]}"], 60)
-            if service in making:
-                job.current[service] = self.create(making[service], job, own)
-            elif names[service] != own:
-                self.rename(job, job.current[service], own)
-
-    def rename(self, job, container_id, name):
-        """Renames a container."""
-        arguments = ["rename", container_id, name]
-        if self.run(arguments, job.deadline - time.monotonic()).code:
-            self.free_name(name)
-            self.carry_out(job, arguments)
+        for service in job.project.services:
+            name = make_container_name(job.workload.project, service.name)
+            if name in held:                        # it may have gone meanwhile
+                self.run(["rename", held[name], f"{name}-old-{held[name][:12]}"], 60)
+            if service.name not in kept:
+                job.current[service.name] = self.create(service, job, name)
+            elif kept[service.name].name != name:
+                self.carry_out(job, ["rename", kept[service.name].id, name])
 
     def create(self, service, job, name):
         """Makes the container of a service, joined to its networks, not started yet; its id.
 
-        Where that fails because the engine remembers something wrongly, that is put right, and it is tried
-        again.
+        Where that fails because its image is damaged, that is put right, and it is tried again.
         """
         labels = make_labels(job.workload, service.name, service.hash)
         marks = [f"--name={name}"] + [f"--label={key}={item}" for key, item in labels.items()]
         arguments = ["create", *marks, *self.prepare_options(service, job), service.image, *service.command]
         handed = find_handed(service.environment)
         output = self.run(arguments, job.deadline - time.monotonic(), more=handed)
-        if not output.code:
-            words = output.stdout.decode("utf-8", "replace").split()
-        else:
-            if not self.free_name(name):
-                self.renew_image(service, marks)
-            words = self.carry_out(job, arguments, handed).stdout.decode("utf-8", "replace").split()
+        if output.code:
+            self.renew_image(service, job)
+            output = self.carry_out(job, arguments, handed)
+        words = output.stdout.decode("utf-8", "replace").split()
         for network, aliases, addresses in service.networks[1:]:
             aliases = [f"--alias={alias}" for alias in [service.name] + aliases]
             self.carry_out(job, ["network", "connect"] + aliases + addresses + [network, name])
@@ -4334,17 +4368,14 @@ class ComposeDriver:
         output = self.run(["init" if self.engine == "podman" else "start", container_id],
                           job.deadline - time.monotonic())
         self.run(["rm", "--force", container_id], 60, "REMOVE_FAILED")
-        if output.code and NO_PROGRAM not in output.stderr:     # else nothing lacks but that
+        if output.code:
             words = mask(find_cause(output.stderr), job.workload.parameters.values())
             raise ComponentError("INSTALL_FAILED",
                                  f"service {service.name} could not be started: {self.engine}: {words}")
 
     def prepare_options(self, service, job):
-        """The options of `create` for a service; its files are written, and its volumes made."""
-        project = job.workload.project
-        volumes = make_volume_names(service, project, job.volumes.get(service.name, {}))
-        labels = make_arguments("--label", make_shared_labels(job.workload))
-        self.create_shared(job, "volume", {volume: labels for volume in volumes.values()})
+        """The options of `create` for a service; its files are written."""
+        volumes = job.volumes[service.name]
         # Else podman hands in the agent's own proxy, password and all.
         options = ["--http-proxy=false"] if self.engine == "podman" else []
         options += self.write_environment(service, job.folder) + self.write_files(service, job.folder)
@@ -4354,7 +4385,7 @@ class ComposeDriver:
         first = service.networks[0]
         options.append(f"--network={first[0]}")
         for owner in service.shares:                # whose container may have another name yet
-            name = f"=container:{make_container_name(project, owner)}"
+            name = f"=container:{make_container_name(job.workload.project, owner)}"
             now = f"=container:{job.current[owner]}"
             options = [option[:-len(name)] + now if option.endswith(name) else option for option in options]
         if self.engine == "podman" and any(option.endswith(":host-gateway") for option in options):
@@ -4372,18 +4403,19 @@ class ComposeDriver:
         gateways = self.run(["network", "inspect", form, network], 60).stdout.decode().split()
         return min(gateways, key=lambda item: ":" in item, default="127.0.0.1")
 
-    def free_name(self, name):
-        """Frees a name that storage alone holds, as a killed `podman create` leaves it; whether it was so."""
+    def free_names(self, project):
+        """Frees names of a project that storage alone holds, as a killed `podman create` leaves them."""
         if self.engine != "podman":
-            return False
+            return
         output = self.run(["ps", "--all", "--external", "--format=json"], 60)
-        held = parse_answer(output.stdout.strip() or b"[]", self.engine, lambda items: [
-            item["Id"] for item in items or () if item["State"] == "storage" and name in item["Names"]])
-        if held:
-            log("warning", "a name is freed that the engine's storage held for no container", container=name)
-        return bool(held) and self.run(["rm", "--force"] + held, 60).code == 0
+        for item in parse_answer(output.stdout.strip() or b"[]", self.engine, lambda items: items or ()):
+            names = [name for name in item["Names"] or () if name.startswith(project + "-")]
+            if names and item["State"] == "storage":
+                log("warning", "a name is freed that the engine's storage held for no container",
+                    container=names[0])
+                self.run(["rm", "--force", item["Id"]], 60)
 
-    def renew_image(self, service, marks):
+    def renew_image(self, service, job):
         """Pulls an image of ours anew where not even a bare container can be made of it (P-1).
 
         Its registry has to have it.
@@ -4391,7 +4423,8 @@ class ComposeDriver:
         platform = [argument for argument in service.arguments if argument.startswith("--platform=")]
         if f"{self.device_id} {service.image}".strip() not in self.claim.images:
             return
-        probe = self.run(["create"] + marks + platform + ["--network=none", service.image, "true"], 60)
+        marks = make_arguments("--label", make_labels(job.workload, service.name, ""))
+        probe = self.run(["create", *marks, *platform, "--network=none", service.image, "true"], 60)
         if not probe.code:
             self.run(["rm", "--force"] + probe.stdout.decode().split()[-1:], 60, "INSTALL_FAILED")
             return
@@ -4407,17 +4440,19 @@ class ComposeDriver:
             self.pull(asked, PULL_TIMEOUT)
 
     def start(self, service, job, kept):
-        """Starts a service's container; a kept one that cannot start is made anew, with its network's."""
-        start = ["start", job.current[service.name]]
-        if not kept:
-            self.carry_out(job, start)
-        elif self.run(start, job.deadline - time.monotonic()).code:
+        """Starts a service's container; False where a kept one could not be started and is removed.
+
+        So are those of the services that share a namespace of it.
+        """
+        arguments = ["start", job.current[service.name]]
+        if service.name not in kept:
+            self.carry_out(job, arguments)
+        elif self.run(arguments, job.deadline - time.monotonic()).code:
             log("warning", "a container that cannot be started is made anew", service=service.name)
-            again = [item for item in job.project.services if service.name in (item.name, *item.shares)]
-            for item in reversed(again):
-                self.carry_out(job, ["rm", "--force", job.current[item.name]])
-            self.create_all(job, {}, again, [], {})
-            self.carry_out(job, ["start", job.current[service.name]])
+            sharing = [item.name for item in job.project.services if service.name in item.shares]
+            self.discard([job.current[name] for name in [*sharing, service.name]], job.deadline)
+            return False
+        return True
 
     def write_environment(self, service, folder):
         """The environment by a file of mode 0600, never on a command line; what no line can hold, by name."""
@@ -4465,63 +4500,56 @@ class ComposeDriver:
             names = [name for name, (wanted, _) in service.depends_on.items()
                      if wanted == condition and name in job.current]
             if names:
-                self.await_startup(names, job, settle=0, complete=condition.endswith("successfully"))
+                self.await_startup(names, job, 0, condition.endswith("successfully"))
 
-    def await_startup(self, names, job, settle=None, complete=False):
-        """Waits until all these services run, are healthy, and stay so for runtime.settle.
+    def await_startup(self, names, job, settle, complete=False):
+        """Waits until all these services run, are healthy, and stay so for `settle` seconds.
 
         Returns the set of those that finished with exit code 0.  Raises ComponentError at once for one that
         failed (C-164), or when the time is over.  Earlier restarts of what ran before are forgiven.
         complete: wait for their end instead.
         """
-        settle = self.config.runtime.settle if settle is None else settle
-        checks, before, calm = {}, None, None
+        checks, calm = {}, None
         began = time.monotonic()
         secrets = job.workload.parameters.values()
         while True:
             seen = self.inspect([job.current[name] for name in names])
-            before = before or {key: seen[key].restarts if key in job.runs else 0 for key in seen}
             facts = {}
             for name in names:
                 key = job.current[name]
                 if key in seen:
-                    restarts = seen[key].restarts - before.get(key, 0)
+                    restarts = seen[key].restarts - job.restarts.get(key, 0)
                     health = self.ask_health(key, seen[key], checks)
                     facts[name] = seen[key]._replace(restarts=restarts, health=health)
             failure, waiting, finished = judge_startup(names, facts, complete)
+            now = time.monotonic()
+            late = now > job.deadline
+            if waiting and late:
+                words = f"not up within {job.deadline - began:.0f} s: {', '.join(waiting.values())}"
+                failure = next(iter(waiting)), "INSTALL_TIMEOUT", words
             if failure:
                 name, code, words = failure
                 raise ComponentError(code, mask(words, secrets) + self.tail_log(job.current[name], secrets))
-            now = time.monotonic()
             calm = None if waiting else calm or now
             restless = any(not facts[name].health for name in names if name not in finished)
-            if not waiting and (not restless or now - calm >= settle or now > job.deadline):
+            if not waiting and (not restless or late or now - calm >= settle):
                 return finished
-            if now > job.deadline:
-                words = f"not up within {job.deadline - began:.0f} s: {', '.join(waiting.values())}"
-                log_end = self.tail_log(job.current[next(iter(waiting))], secrets)
-                raise ComponentError("INSTALL_TIMEOUT", words + log_end)
             time.sleep(min(0.5, max(0.1, settle / 4)))
 
     def ask_health(self, container_id, seen, checks):
         """The health of a container in the engine's word, "" where nobody checks it.
 
-        podman may have nobody to run a check: it is run here.  A miss counts once an interval, after the
-        start period.  checks: {container: (word, misses, when the last one counted)}, which is kept up.
+        podman may have nobody to run a check: it is run here.  It may fail for so many intervals after the
+        start period, or after it passed last.  checks: {container: (word, until when it may fail)}, kept up.
         """
         if self.engine != "podman" or not seen.check or seen.state != "running":
             return seen.health
         now = time.monotonic()
-        word, misses, last = checks.get(container_id, ("starting", 0, now + seen.check.start))
+        patience = seen.check.interval * seen.check.retries
         if self.run(["healthcheck", "run", container_id], 120).code == 0:
-            word, misses = "healthy", 0
-        elif now - last >= seen.check.interval:
-            misses += 1
-            last = now
-        if misses >= seen.check.retries:
-            word = "unhealthy"
-        checks[container_id] = word, misses, last
-        return word
+            checks[container_id] = "healthy", now + patience
+        word, until = checks.setdefault(container_id, ("starting", now + seen.check.start + patience))
+        return "unhealthy" if now >= until else word
 
     def tend(self, containers, chance):
         """Runs one health check a cycle, of a container by chance, where podman has no systemd that does.
@@ -4561,6 +4589,8 @@ class ComposeDriver:
         Returns the deadline for what follows.  One that is not there any more is passed over.
         """
         patience = ["--ignore"] if self.engine == "podman" else []
+        if not ids:
+            return deadline
         try:
             code = self.run(["stop"] + patience + ids, deadline - time.monotonic()).code
         except CommandTimeout:
@@ -4574,11 +4604,12 @@ class ComposeDriver:
 
     def remove_containers(self, containers, deadline):
         """Stops containers within their own grace period and removes them."""
-        ids = [container.id for container in containers]
-        active = [container.id for container in containers if container.state not in AT_REST]
-        if active:
-            deadline = self.stop(active, deadline)  # what cannot be stopped is removed by force
-        for _ in containers:                        # one whose network another one shares goes after that one
+        deadline = self.stop(list_active(containers), deadline)     # what cannot be is removed by force
+        self.discard([container.id for container in containers], deadline)
+
+    def discard(self, ids, deadline):
+        """Removes containers; one whose namespace another one shares goes after that one."""
+        for _ in ids[:]:
             output = self.run(["rm", "--force"] + ids, deadline - time.monotonic())
             if not output.code:
                 return
@@ -4606,12 +4637,11 @@ class ComposeDriver:
         left (P-11, D-21).
         """
         project = make_project_name(component, deployment_id)
+        self.free_names(project)
         there = find_containers(deployment_id, containers, component, "compose")
         self.remove_containers(there[::-1], deadline)
-        arguments = ["network", "ls", f"--filter=label={LABEL_PROJECT}={project}", "--format={{.Name}}"]
-        output = self.run(arguments, 60, "REMOVE_FAILED")
-        for name, labels, _ in self.inspect_names("network", output.stdout.decode().split()):
-            if is_ours(self.claim, deployment_id, labels.get(LABEL_OWNER, "")):
+        for name, (labels, _) in self.list_networks(deployment_id, project, "REMOVE_FAILED").items():
+            if labels:
                 self.run(["network", "rm", name], 60, "REMOVE_FAILED")
         for container in find_containers(deployment_id, self.observe(), component):
             raise ComponentError("REMOVE_FAILED", f"container {container.name} is still there")
@@ -4660,8 +4690,7 @@ def part_containers(containers, claim):
 
 def find_health(state, status):
     """(state, health) of a container from its state and its status, where `ps` alone shows it."""
-    health = re.search(r"\((?:health: )?(healthy|unhealthy|starting)\)\Z", str(status))
-    health = health.group(1) if health else ""
+    (health,) = re.findall(r"\((?:health: )?(healthy|unhealthy|starting)\)\Z", str(status)) or [""]
     return "unhealthy" if (state, health) == ("running", "unhealthy") else state, health
 
 
@@ -5409,6 +5438,10 @@ def make_networks(document, workload):
         arguments = make_options(value, ("internal", "enable_ipv6"))
         for item in value.ipam.config:
             arguments += make_options(item, ("subnet", "gateway", "ip_range"))
+        try:
+            find_ranges("subnet", "\n".join(arguments))
+        except ValueError as error:
+            raise make_fault(f"networks.{name}.ipam: {error}") from None
         mark = sha256_digest(make_json(make_arguments("--label", value.labels) + arguments))[7:39]
         networks[name] = make_shared(name, value, workload, f"networks.{name}",
                                      arguments + [f"--label={LABEL_HASH}={mark}"])
@@ -5643,11 +5676,7 @@ def make_attachments(name, service, reading, where):
     wanted = service.networks or read_value(["default"], SERVICE_FORM["networks"])
     joined = []
     for network, value in sorted(wanted.items(), key=lambda pair: -(pair[1].priority or 0)):
-        own, arguments = find_member(reading.networks, network, f"{where}.networks", "networks")
-        for address in filter(None, (value.ipv4_address, value.ipv6_address)):
-            if not may_have_address(arguments, address, reading.engine):
-                raise make_fault(f"{where}.networks.{network}: {make_printable(address, 60)!r} lies in no"
-                                 " `subnet` of this network's `ipam`")
+        own = find_member(reading.networks, network, f"{where}.networks", "networks")[0]
         options = make_options(value, ("ipv4_address", "ipv6_address", "mac_address"))
         aliases = dict.fromkeys((value.aliases or []) + reading.aliases.get(name, []))
         for alias in aliases:
@@ -5656,19 +5685,33 @@ def make_attachments(name, service, reading, where):
     return joined
 
 
-def may_have_address(arguments, address, engine):
-    """Whether a network with these create arguments can give an address; nobody knows where it is external.
-
-    Docker gives none out of a subnet that it has chosen itself.
+def find_ranges(kind, text):
+    """The subnets, gateways or ip_ranges of a network in its create arguments, a line each, or in what an
+    engine shows, as JSON; raises ValueError.
     """
     import ipaddress
-    subnets = [text[len("--subnet="):] for text in arguments or () if text.startswith("--subnet=")]
-    if arguments is None or engine == "podman" and not subnets:
-        return True
+    return [ipaddress.ip_network(item, False)
+            for item in re.findall(f'(?im)(?:^--|"){kind}(?:=|": *")([^"\n]+)', text)]
+
+
+def may_have_address(text, address):
+    """Whether a container can have an address in a network, by what find_ranges takes.
+
+    The ends of a subnet are nobody's, and the gateway is the host.
+    """
+    import ipaddress
     try:
-        return any(ipaddress.ip_address(address) in ipaddress.ip_network(text, False) for text in subnets)
+        address = ipaddress.ip_address(address)
+        subnets, gateways, ranges = [find_ranges(kind, text) for kind in ("subnet", "gateway", "ip-?range")]
     except ValueError:
         return False
+    for subnet in subnets:
+        if address in subnet:
+            taken = [item.network_address for item in gateways if item.network_address in subnet]
+            if not taken and not ranges:            # of which docker takes the first one
+                taken = [subnet.network_address + 1]
+            return address not in (subnet.network_address, subnet.broadcast_address, *taken)
+    return False
 
 
 def make_container_name(project, service):
@@ -6104,13 +6147,11 @@ class Registry:
         Raises ComponentError PULL_UNAUTHORIZED, PULL_FAILED.
         """
         url = f"{self.scheme}://{self.address}/v2/{name}/{path}"
-        for attempt in range(2):
+        response = self.fetch(url, accept, limit)
+        if response.status == 401:
+            challenge = ", ".join(response.headers.get_all("WWW-Authenticate") or ())
+            self.authorization = self.authenticate(parse_challenge(challenge), name)
             response = self.fetch(url, accept, limit)
-            if response.status != 401 or attempt:
-                break
-            self.authorization = self.authenticate(
-                parse_challenge(", ".join(response.headers.get_all("WWW-Authenticate") or ())), name
-            )
         return self.check(response, url, limit)
 
     def check(self, response, url, limit):
@@ -6167,10 +6208,7 @@ class Registry:
         """One GET, by TLS where the URL says so."""
         secure = url.startswith("https:")
         if secure and self.context is None:
-            try:
-                self.context = make_tls_context(ca_file=self.settings.ca, min_tls="1.2")
-            except Untrusted as error:
-                raise ComponentError("PULL_FAILED", f"registries.{self.host}.ca: {error.message}") from None
+            self.context = make_tls_context(ca_file=self.settings.ca, min_tls="1.2")
         return request("GET", url, headers, None, self.context if secure else None, self.timeout, limit)
 
     def authenticate(self, challenges, name):
@@ -6304,7 +6342,7 @@ def parse_package_manifest(data, where, max_artifact, kind="compose"):
         digest = layer.get("digest")
         size = layer.get("size")
         check_shape(digest, DIGEST_PATTERN, "the layer's digest")
-        if not isinstance(size, int) or size is True or size < 1:
+        if type(size) is not int or size < 1:
             found = make_printable(str(size), 80)
             raise ValueError(f"the layer's size: found {found!r}, expected a number of bytes")
         if size > max_artifact:
@@ -6355,13 +6393,12 @@ def check_archive(data, max_unpacked, relaxed=False):
     tops = set()
     try:
         plain, members, end = unpack_tar(data, max_unpacked, MAX_ENTRIES)
-        loose = relaxed and any("/" not in re.sub(r"\A\./", "", member.name) and not member.isdir()
-                                for member in members)
+        loose = relaxed and any("/" not in strip_dot(member.name) and not member.isdir() for member in members)
         for member in members:
             add_entry(member, entries, tops, "package/" if loose else "")
         if any(piece.strip(b"\0") for piece in read_pieces(plain, end, max_unpacked)):
             raise ValueError(f"it is damaged at byte {end}")
-        if not entries and not tops:
+        if not tops:
             raise ValueError("it is empty")
         if sum(entry.size for entry in entries.values()) > max_unpacked:
             raise ValueError(f"its files have more than {max_unpacked} bytes (policy.max_unpacked)")
@@ -6373,11 +6410,16 @@ def check_archive(data, max_unpacked, relaxed=False):
         if compose is None or compose.kind != "file":
             raise ValueError("no compose.yaml in the top-level folder"
                              + (f" ({others[0]} is not taken for it)" if others else ""))
-        # in the order in which their bytes come
+        # first folders, then files in the order in which their bytes come
         return plain, sorted(entries.values(), key=lambda entry: (entry.kind == "link", entry.offset))
     except ValueError as error:
         raise ComponentError("ARCHIVE_INVALID",
                              f"Compose Archive refused: {make_printable(str(error))}") from None
+
+
+def strip_dot(name):
+    """A name of a tar entry without the ./ that it may begin with."""
+    return name[2:] if name.startswith("./") else name
 
 
 def add_entry(member, entries, tops, top=""):
@@ -6385,18 +6427,18 @@ def add_entry(member, entries, tops, top=""):
 
     top: the folder that an archive without one is taken to lie in.  Raises ValueError.
     """
-    name = member.name[2:] if member.name.startswith("./") else member.name
+    name = strip_dot(member.name)
     if name in ("", ".") and member.isdir():
         return
     absolute = name.startswith("/")
     name = top + name
-    parts = name.rstrip("/").split("/")
-    if absolute or {"..", "", "."} & set(parts) or not is_storable(name):
+    first, *parts = name.rstrip("/").split("/")
+    if absolute or {"..", "", "."} & {first, *parts} or not is_storable(name):
         raise ValueError(f"{make_printable(name)!r} is not a path inside the archive")
-    tops.add(parts[0])
+    path = "/".join(parts)
+    tops.add(first)
     if len(tops) > 1:
         raise ValueError(f"more than one top-level entry ({', '.join(sorted(tops))})")
-    path = "/".join(parts[1:])
     if member.isdir():
         entry = Entry(path, "folder", 0o755, None, 0, 0)
     elif not path:
@@ -6411,9 +6453,9 @@ def add_entry(member, entries, tops, top=""):
             )
         entry = Entry(path, "link", 0o777, member.linkname, 0, 0)
     elif member.islnk():
-        target = top + (member.linkname[2:] if member.linkname.startswith("./") else member.linkname)
-        source = entries.get("/".join(target.split("/")[1:])) if target.split("/")[0] in tops else None
-        if source is None or source.kind != "file":
+        target, _, inside = (top + strip_dot(member.linkname)).partition("/")
+        source = entries.get(inside)
+        if target != first or source is None or source.kind != "file":
             raise ValueError(
                 f"the hard link {name!r} leads to {member.linkname!r},"
                 " which is no earlier file of the archive"
@@ -6421,10 +6463,9 @@ def add_entry(member, entries, tops, top=""):
         entry = source._replace(path=path)
     else:
         raise ValueError(f"{name!r} is neither file, folder nor link")
-    if path and entries.get(path, entry) != entry or (path in entries and entry.kind != "folder"):
+    if path in entries and (entry.kind != "folder" or entries[path] != entry):
         raise ValueError(f"{name!r} occurs twice")
-    if path:
-        entries[path] = entry
+    entries[path] = entry
 
 
 def is_storable(path):
@@ -6459,35 +6500,41 @@ def resolve_link(path, entries, hops):
             if not resolved:
                 raise ValueError(f"the link {path!r} leads out of the top-level folder")
             resolved.pop()
-            continue
-        if part in ("", "."):
-            continue
-        entry = entries.get("/".join(resolved + [part]))
-        if entry is None or entry.kind != "link":
+        elif part not in ("", "."):
             resolved.append(part)
-            continue
-        hops -= 1
-        if hops < 0 or entry.link.startswith("/"):
-            raise ValueError(f"the link {path!r} leads out of the top-level folder, or in a circle")
-        todo.extend(entry.link.split("/")[::-1])
+        entry = entries.get("/".join(resolved))
+        if entry and entry.kind == "link":
+            hops -= 1
+            if hops < 0 or entry.link.startswith("/"):
+                raise ValueError(f"the link {path!r} leads out of the top-level folder, or in a circle")
+            resolved.pop()
+            todo.extend(entry.link.split("/")[::-1])
     return "/".join(resolved)
 
 
-def load_sameness(path, entry, plain, twin):
-    """Whether a path on the disk is what an Entry of an archive says.
+def load_entries(plain, entries, folder):
+    """Each Entry, its path below a folder, and the bytes of a file piece by piece.
 
-    plain: a file of its tar bytes.  twin: a path that already was found to hold the same bytes, or None.
+    plain: a file of the archive's tar bytes.  It would be unpacked anew to go back in it, so those of a hard
+    link are taken from the path of the file before.
     """
+    places = {}
+    for entry in entries:
+        path = os.path.join(folder, entry.path)
+        first = places.setdefault(entry.offset, path)
+        again = load_pieces(first) if first != path else read_pieces(plain, entry.offset, entry.size)
+        yield entry, path, again
+
+
+def load_sameness(entry, path, pieces):
+    """Whether a path on the disk is what an Entry of an archive says, a file of these bytes."""
     if os.path.islink(path) or entry.kind == "link":
         return os.path.islink(path) and os.readlink(path) == entry.link
     if entry.kind == "folder":
         return os.path.isdir(path)
-    if not os.path.isfile(path) or os.path.getsize(path) != entry.size:
-        return False
-    if os.stat(path).st_mode & 0o777 != entry.mode:
-        return False
-    pieces = load_pieces(twin) if twin else read_pieces(plain, entry.offset, entry.size)
-    return digest_pieces(pieces) == digest_pieces(load_pieces(path))
+    return (os.path.isfile(path) and os.path.getsize(path) == entry.size
+            and os.stat(path).st_mode & 0o777 == entry.mode
+            and digest_pieces(pieces) == digest_pieces(load_pieces(path)))
 
 
 def unpack_package(data, digest, parent, max_unpacked, relaxed=False):
@@ -6500,36 +6547,23 @@ def unpack_package(data, digest, parent, max_unpacked, relaxed=False):
     plain, entries = check_archive(data, max_unpacked, relaxed)
     work = folder + ".tmp"
     if os.path.isdir(folder):
-        places = {}
-        for entry in entries:
-            path = os.path.join(folder, entry.path)
-            twin = places.get(entry.offset) if entry.kind == "file" else None
-            if not load_sameness(path, entry, plain, twin):
-                break
-            if entry.kind == "file":
-                places.setdefault(entry.offset, path)
-        else:
+        if all(load_sameness(*found) for found in load_entries(plain, entries, folder)):
             return folder
         log("warning", "an unpacked package is not what its archive holds: made anew", folder=folder)
         remove_folder(folder)
     remove_folder(work)
-    create_folder(os.path.join(work, "content"))
-    places = {}
-    for entry in entries:
-        path = os.path.join(work, "content", entry.path)
+    create_folder(work)
+    content = os.path.join(work, "content")
+    for entry, path, pieces in load_entries(plain, entries, content):
+        # containers of other users read it (C-161)
         create_folder(path if entry.kind == "folder" else os.path.dirname(path), 0o755)
         if entry.kind == "file":
-            pieces = read_pieces(plain, entry.offset, entry.size)
-            if entry.offset in places:          # a hard link: the archive is not unpacked anew for it
-                pieces = load_pieces(places[entry.offset])
             write_file(path, pieces, entry.mode, os.path.join(work, "part"))
-            places[entry.offset] = path
         elif entry.kind == "link":
             os.symlink(entry.link, path)
-    os.chmod(os.path.join(work, "content"), 0o755)      # containers of other users read it (C-161)
-    for path, _, _ in os.walk(os.path.join(work, "content")):
+    for path, _, _ in os.walk(content):
         sync_folder(path)
-    os.rename(os.path.join(work, "content"), folder)
+    os.rename(content, folder)
     os.rmdir(work)
     sync_folder(parent)
     return folder
@@ -7328,15 +7362,12 @@ def make_state():
                 refused: what came after it}
     lastPoll    {at, result, detail} of the last cycle that had something to store
     """
-    return {
-        "schema": 2, "enrollment": None, "client": None, "accepted": None, "deployments": {}, "outbox": {},
-        "dropped": {}, "reported": {}, "trust": {}, "identity": None, "est": {}, "crls": {}, "drafts": [],
-        "patience": {}, "waits": {}, "waiting": None, "owners": [], "pulled": [], "history": [],
-        "lastPoll": None}
+    parts = {name: None if isinstance(form, tuple) else type(form)() for name, form in STATE.items()}
+    return dict(parts, schema=2)
 
 
-# What is read of it has to look like, see check_shape; a state with a digest is as this agent wrote it.
-VERSION = (float, str)
+# The forms of its parts, see check_shape.
+VERSION = (float, "[0-9a-f]{40,64}")                 # a commit's hash, with profile git
 WAIT = {"failures+": float, "at+": float, "delay+": float, "boot+": str, "uptime+": float, "since?": float}
 PACKAGE = {"reference": str, "digest": DIGEST_PATTERN}
 SERVICES = {"*": {"finished": bool, "hash": str, "image": str, "id?": str, "started+": float,
@@ -7346,26 +7377,28 @@ PART = {"name": str, "state": str, "error?": FAULT}
 RUNNING = {"digest": str, "packages": {"*": PACKAGE}, "images": [str], "type+": str, "mark+": str,
            "services+": {"*": SERVICES}}
 RECORD = {
-    "deploymentId": UUID_PATTERN, "name": str, "deviceId": str, "type": str, "state": str,
+    "deploymentId": UUID_PATTERN, "name": str, "deviceId": str, "type": str, "state": "|".join(STATES),
     "error": (None, FAULT),
     "adopted": {"digest": str, "version": VERSION}, "running": (None, RUNNING), "previous": (None, RUNNING),
-    "refused+": bool, "fallback": bool, "found+": bool, "fetched+": [str], "retry": WAIT, "repair": WAIT,
+    "refused": bool, "fallback": bool, "found": bool, "fetched": [str], "retry": WAIT, "repair": WAIT,
     "components": [dict(PART, services=SERVICES, **{"error": (None, FAULT), "package": (None, PACKAGE)})]}
-ACCEPTED = {"version": VERSION, "etag?": str, "digest": str, "acceptedAt": str,
+ACCEPTED = {"version": VERSION, "etag": (None, str), "digest": str, "acceptedAt": str,
             "deployments": [{"deploymentId": UUID_PATTERN, "digest": DIGEST_PATTERN}]}
+POLL = {"at": str, "result": str, "detail": str}
 STATE = {
-    "enrollment?": {"id": str, "devices+": {"*": (None, str)}}, "client?": {"id": str, "key": str},
-    "accepted?": ACCEPTED, "deployments": {"*": RECORD}, "reported": {"*": (None, str)}, "waits": {"*": WAIT},
-    "outbox": {"*": {"deploymentId": r"[\w-]{1,99}", "status+": {"state": str, "error?": FAULT},
-                     "components+": [PART]}},
-    "dropped": {"*": {"state": str, "at": str, "reason": str}}, "identity?": str, "drafts": [str],
+    "enrollment": (None, {"id": str, "devices+": {"*": (None, str)}}),
+    "client": (None, {"id": str, "key": str}), "accepted": (None, ACCEPTED), "deployments": {"*": RECORD},
+    "outbox": {"*": {"deploymentId": r"[\w-]{1,99}", "deviceId": str, "adoptedManifestVersion": VERSION,
+                     "status": {"state": str, "error?": FAULT}, "components": [PART]}},
+    "dropped": {"*": {"state": str, "at": str, "reason": str}}, "reported": {"*": (None, str)},
     "trust": {"source?": str, "etag?": str, "sequence?": float, "refreshedAt?": float, "trustDomain?": str,
               "strays+": str, "est?": str, "crls?": [str]},
-    "est": dict, "crls": dict, "patience": WAIT, "waiting?": str, "owners": [str], "pulled": [str],
+    "identity": (None, str), "est": {}, "crls": {}, "drafts": [str], "patience": WAIT, "waits": {"*": WAIT},
+    "waiting": (None, str), "owners": [str], "pulled": [str],
     "history": [{"version": VERSION, "at": str, "outcome": str, "refused+": str, "added": [str],
                  "changed": [str], "removed": [str], "names+": {"*": str}}],
-    "lastPoll?": {"at": (None, str), "result+": str, "detail+": str}}
-MEMO = {"lastPoll?": STATE["lastPoll?"], "etags+": {"*": str}, "warnedAt+": float,
+    "lastPoll": (None, POLL)}
+MEMO = {"lastPoll?": POLL, "etags+": {"*": str}, "warnedAt+": float,
         "others?": [{"owner": str, "name": str, "type": str, "deploymentId": str}], "trust?": float,
         "boot?": str, "start+": float}
 
@@ -7453,9 +7486,11 @@ def parse_state(data, path):
     outbox = state["outbox"].values() if isinstance(state["outbox"], dict) else state["outbox"]
     try:
         state["outbox"] = {status["deploymentId"].lower(): status for status in outbox}
-        state["deployments"] = {key: migrate_record(record) for key, record in state["deployments"].items()}
+        records = [migrate_record(record) for record in state["deployments"].values()]
+        state["deployments"] = {record["deploymentId"].lower(): record for record in records}
     except (TypeError, KeyError, AttributeError):
         raise ValueError(f"{path} is not a state of this agent (outbox or deployments)") from None
+    check_shape(state, STATE, path)
     return state
 
 
@@ -7468,7 +7503,7 @@ def migrate_record(record):
     record = {key: value for key, value in record.items() if key not in OLD_FIELDS}
     if "services" not in (record.get("running") or ()):
         record["fallback"] = False                  # what is installed has been said to have a version before
-    return dict(record, retry={}, repair={})
+    return dict({"refused": False, "found": False, "fetched": []}, **dict(record, retry={}, repair={}))
 
 
 def shorten_errors(state):
@@ -7587,8 +7622,6 @@ class Store:
                 continue
             try:
                 state = parse_state(data, name)
-                if SUM not in data:
-                    check_shape(state, STATE, name)
             except ValueError as error:
                 fault = fault or error
                 continue
@@ -7653,7 +7686,7 @@ class Store:
         for name in os.listdir(self.path("artifacts")):
             if name not in keep and re.match("sha256-[0-9a-f]{64}", name):
                 os.remove(self.path("artifacts", name))
-        short = {digest.split(":")[1][:16] for digest in digests}
+        short = {digest[7:23] for digest in digests}
         form = re.compile(r"[0-9a-f]{16}(\.content)?|content-[0-9a-f]{32}(\.new)?")
         top = self.path("deployments")
         for folder, folders, files in os.walk(top):
@@ -8120,24 +8153,24 @@ class Settings(dict):
 # The kit of readers. A reader takes (value, base) and returns what it makes of the value, or raises
 # ValueError of what is expected. The value is YAML; `base` is the folder that relative file names start from.
 
-def scalar(expected, pattern=r"(?s).*", make=None):
-    """A reader of text of one form; a plain number keeps its spelling.  make: what is made of the text.
+def scalar(expected, pattern="", make=str, words=()):
+    """A reader of text of one form, or of one of some words; a plain number keeps its spelling.
 
-    It may raise ValueError.
+    make: what is made of the text.  It may raise ValueError.
     """
     def read(value, base):
         if isinstance(value, bool) or not isinstance(value, (str, int, float)):
             raise ValueError(expected)
         text = scalar_text(value)
-        if not re.fullmatch(pattern, text):
+        if pattern and not re.fullmatch(pattern, text) or words and text not in words:
             raise ValueError(expected)
-        return make(text) if make else text
+        return make(text)
     return read
 
 
 def choice(*words):
     """A reader of one of some words."""
-    return scalar("one of " + ", ".join(words), "|".join(map(re.escape, words)))
+    return scalar("one of " + ", ".join(words), words=words)
 
 
 def checked(expected, test):
@@ -8162,7 +8195,7 @@ def list_of(read_item, expected, least=0):
 
 def is_number(value):
     """Whether a value is a number that JSON can write; a boolean is none."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < float("inf")
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < MAX_NUMBER
 
 
 def get_kind(value):
@@ -8597,39 +8630,58 @@ def check_shape(value, shape, where):
     {member: shape}.  `?` after a member's name says that it may be missing or null, `+` that it may be
     missing; the name `*` stands for all.
     """
+    flaw = find_flaw(value, shape)
+    if flaw:
+        place, found, expected = flaw
+        place = (where + place).lstrip(".") or "the document"
+        raise ValueError(f"{place}: found {make_printable(str(found), 80)!r}, expected {expected}")
+
+
+EXPECTED = {dict: "a mapping", list: "a list", float: "a number", bool: "true or false", str: "text",
+            type(None): "null"}
+
+
+def find_flaw(value, shape):
+    """(place, what is there, what is expected there) of the first thing that a shape forbids, or None."""
     if isinstance(shape, tuple):
-        for inner in shape[:-1]:
-            try:
-                return check_shape(value, inner, where)
-            except ValueError:
-                pass
-        shape = shape[-1]
+        flaws = [find_flaw(value, inner) for inner in shape]
+        return None if None in flaws else flaws[-1]
     kind = shape if isinstance(shape, type) else type(shape)
-    expected = {dict: "a mapping", list: "a list", float: "a number", bool: "true or false"}.get(
-        kind, f"text of the form {shape}")
     fits = isinstance(value, kind)
     if kind is float:
-        fits = get_kind(value) == "number" and value >= 0
-    if isinstance(shape, str):
+        fits = is_number(value) and value >= 0
+    elif isinstance(shape, str):
         fits = fits and re.fullmatch(shape, value, re.ASCII)
+    elif isinstance(shape, list) and fits:
+        fits = len(shape) in (1, len(value))
     if not fits:
-        found = make_printable(str(value), 80)
-        raise ValueError(f"{where or 'the document'}: found {found!r}, expected {expected}")
+        expected = f"text of the form {shape}" if isinstance(shape, str) else EXPECTED[kind]
+        return "", value, expected
+    for key, item, inner in list_members(value, shape):
+        if inner is type(item) is not float:
+            continue                                # most are just text: a state has thousands of these
+        flaw = find_flaw(item, inner)
+        if flaw:
+            place = f"[{key}]" if isinstance(value, list) else f".{make_printable(key, 80)}"
+            return place + flaw[0], flaw[1], flaw[2]
+    return None
+
+
+def list_members(value, shape):
+    """[(place, item, its shape)] of all that a shape of a list or of a mapping asks for."""
     if isinstance(shape, list):
-        shapes = shape * len(value) if len(shape) == 1 else shape
-        for index, inner in enumerate(shapes):
-            check_shape(value[index] if index < len(value) else None, inner, f"{where}[{index}]")
-    if isinstance(shape, dict):
-        for name, inner in shape.items():
-            key = name.rstrip("?+")
-            wanted = value if key == "*" else {key}
-            for key in wanted if key == name else value.keys() & wanted:
-                place = f"{where}.{make_printable(key, 80)}" if where else key
-                if name[-1] == "?":
-                    inner = None, inner
-                elif key not in value and isinstance(inner, tuple):
-                    inner = inner[-1]               # what may be null has to be there all the same
-                check_shape(value.get(key), inner, place)
+        return zip(range(len(value)), value, shape * len(value))
+    found = []
+    for name, inner in shape.items() if isinstance(shape, dict) else ():
+        key = name.rstrip("?+")
+        if name == "*":
+            found += [(key, item, inner) for key, item in value.items()]
+        elif key not in value:                      # what may be null has to be there all the same
+            inner = inner[-1] if isinstance(inner, tuple) else inner
+            found += [(key, None, inner)] * (key == name)
+        elif value[key] is not None or name[-1] != "?":
+            found.append((key, value[key], inner))
+    return found
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -8798,6 +8850,7 @@ def make_pem(ders):
 # column is `column` (-1 at the end and at a marker).
 
 MAX_DEPTH = 64                      # levels of collections
+AFTER = " \t\n", " \t\n,[]{}"       # what stands behind an indicator, and what in a flow collection
 
 INT_PATTERN = r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+"
 FLOAT_PATTERN = (
@@ -8808,7 +8861,6 @@ CONSTANTS = {"": None, "~": None, "null": None, "Null": None, "NULL": None, "tru
              "false": False, "False": False, "FALSE": False}
 # what stands behind a backslash, and what each of these means
 ESCAPES = dict(zip('0abt\tnvfre "/\\N_LP', '\0\a\b\t\t\n\v\f\r\x1b "/\\\x85\xa0\u2028\u2029'))
-TAGS = ("!", "str", "int", "float", "bool", "null", "map", "seq")
 
 
 class YAMLError(ValueError):
@@ -8830,6 +8882,11 @@ class PlainFloat(float):
     """A number that keeps its spelling, such as 1.10, in `source`."""
 
 
+# what a plain scalar may be where it has a tag; with the first two it stays text
+TAGS = {"!": (), "str": (), "int": (int, PlainInt), "float": (float, PlainFloat), "bool": (bool,),
+        "null": (type(None),), "map": (), "seq": ()}
+
+
 def load_yaml(text):
     """Reads one YAML 1.2 document (str or UTF-8 bytes) into dict, list, str, int, float, bool, None.
 
@@ -8839,9 +8896,9 @@ def load_yaml(text):
     """
     if isinstance(text, (bytes, bytearray)):
         try:
-            text = bytes(text).decode("utf-8")
+            text = text.decode("utf-8")
         except UnicodeDecodeError as error:
-            line = bytes(text[:error.start]).count(b"\n") + 1
+            line = text.count(b"\n", 0, error.start) + 1
             raise YAMLError("not UTF-8; save it as UTF-8", line, 1) from None
     return YAMLReader(text).read_document()
 
@@ -8867,19 +8924,19 @@ class YAMLReader:
     # what ends a line of a plain scalar in a block, and in a flow collection
     STOP = (re.compile(r":(?=[ \t\n])|[ \t]#|\n"), re.compile(r":(?=[ \t\n,\[\]{}])|[ \t]#|[\n,\[\]{}]"))
     MARKER = re.compile(r"(?:---|\.\.\.)(?=[ \t\n])")
-    NAME = re.compile(r"[^\s,\[\]{}]+")
+    ALIAS = re.compile(r"\*([^\s,\[\]{}]+)")
     # a plain key: quoted, it is text
     MERGE = re.compile(r"(?:\?\s+)?(?:&\S+\s+)?<<")
-    PROPERTY = re.compile(r"(?:&([^\s,\[\]{}]+)|(!<[^\s<>]+>|![^\s,\[\]{}]*))(?:[ \t]+|(?=[\n,\]}]))")
-    # what is not itself in a quoted scalar
+    PROPERTY = re.compile(r"(&[^\s,\[\]{}]+|!<[^\s<>]+>|![^\s,\[\]{}]*)(?:[ \t]+|(?=[\n,\]}]))")
+    # what is not itself in a quoted scalar, or ends it
     QUOTED = {
-        '"': re.compile(r"\\(?:\n[ \t\n]*|x[0-9a-fA-F]{2}|u[0-9a-fA-F]{4}|U[0-9a-fA-F]{8}|.)"
+        '"': re.compile(r"\"|\\(?:\n[ \t\n]*|x[0-9a-fA-F]{2}|u[0-9a-fA-F]{4}|U[0-9a-fA-F]{8}|.)"
                         r"|(?:(?<![ \t])|(?<=\\[ \t]))[ \t]*\n[ \t\n]*"),
-        "'": re.compile(r"''|(?<![ \t])[ \t]*\n[ \t\n]*"),
+        "'": re.compile(r"''?|(?<![ \t])[ \t]*\n[ \t\n]*"),
     }
     # its opposite takes 3 ms to compile
     FORBIDDEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x84\x86-\x9f\ud800-\udfff\ufeff\ufffe\uffff]")
-    HEADER = re.compile(r"([|>])(?:([-+])([1-9])?|([1-9])([-+])?)?(?:[ \t]+#[^\n]*|[ \t]*)\n")
+    HEADER = re.compile(r"([|>])([-+]?[1-9]?|[1-9][-+])(?:[ \t]+#[^\n]*|[ \t]*)\n")
     NUMBER = re.compile(f"(?:({INT_PATTERN})|({FLOAT_PATTERN}))\\Z")
 
     def __init__(self, text):
@@ -8889,7 +8946,7 @@ class YAMLReader:
         self.cut = text[text.rfind("\n") + 1:].strip(" ") != ""
         self.text = text if text.endswith("\n") else text + "\n"
         self.position, self.column, self.depth, self.nodes = 0, 0, 0, 0
-        self.closed = -1                            # where the last quoted scalar or flow collection ended
+        self.kind = ""                              # of the last node, see make_node
         self.anchors = {}
         bad = self.FORBIDDEN.search(self.text)
         if bad:
@@ -8903,9 +8960,7 @@ class YAMLReader:
         raise YAMLError(message, self.text.count("\n", 0, start) + 1, position - start + 1)
 
     def count(self, nodes=1):
-        """Counts nodes, lines, and each 16 characters that an alias repeats: no small document becomes huge.
-
-        """
+        """Counts nodes, lines, and each 16 characters that an alias repeats: nothing small becomes huge."""
         self.nodes += nodes
         if self.nodes > MAX_NODES:
             self.fail(f"more than {MAX_NODES} nodes and lines")
@@ -8967,23 +9022,16 @@ class YAMLReader:
         if not self.skip():
             self.fail("more on this line than belongs to the value; a text with a colon in it needs quotes")
 
-    def look(self, position):
-        """What follows on white space: (where, how many lines end before it, its column)."""
-        end = self.GAP.match(self.text, position).end()
-        line = self.text[self.text.rfind("\n", 0, end) + 1:end]
-        return end, self.text.count("\n", position, end), len(line) - len(line.lstrip(" "))
+    def is_outside(self, position, parent):
+        """Whether what stands first on its line cannot go on with a scalar indented deeper than `parent`."""
+        indent = self.text[self.text.rfind("\n", 0, position) + 1:position]
+        column = len(indent) - len(indent.lstrip(" "))
+        return column <= parent or position == len(self.text) or (
+            not column and bool(self.MARKER.match(self.text, position)))
 
-    def is_outside(self, position, column, parent):
-        """Whether a line cannot go on with a scalar that is indented deeper than `parent`."""
-        return column <= parent or column == 0 and bool(self.MARKER.match(self.text, position))
-
-    def at_indicator(self, characters):
-        """Whether an indicator stands here: one of these characters, then white space."""
-        return self.text[self.position] in characters and self.text[self.position + 1] in " \t\n"
-
-    def at_colon(self):
-        """Whether a colon stands here that ends a key in a flow collection."""
-        return self.text[self.position] == ":" and self.text[self.position + 1] in " \t\n,[]{}"
+    def at_indicator(self, characters, after=AFTER[False]):
+        """Whether an indicator stands here: one of these characters, then white space or what else may."""
+        return self.text[self.position] in characters and self.text[self.position + 1] in after
 
     # Blocks
 
@@ -8994,7 +9042,7 @@ class YAMLReader:
         collection may start on this line.
         """
         text, start = self.text, self.position
-        above = (None, None)
+        above = {}
         while True:
             column = None
             if self.skip():
@@ -9005,55 +9053,49 @@ class YAMLReader:
                 column = self.position - text.rfind("\n", 0, self.position) - 1
             start, compact = self.position, False
             own = self.read_properties()
-            if own == (None, None) or text[self.position] not in "#\n":
+            if not own or text[self.position] not in "#\n":
                 break
             above = self.join(above, own)
-        if text[self.position] in "|>":
-            return self.make_node(self.read_block_scalar(parent), "quoted", self.join(above, own))
         if self.at_indicator("-?"):
-            if column is None or own != (None, None):
+            if column is None or own:
                 self.fail("a block collection cannot start here")
             if text[self.position] == "-":
                 return self.make_node(self.descend(self.read_sequence, column), "seq", above)
             return self.make_node(self.descend(self.read_mapping, column), "map", above)
         content = self.read_content(parent, False)
-        end = self.position
-        self.position = self.SPACE.match(text, end).end()
+        self.position = self.SPACE.match(text, self.position).end()
         if column is not None and self.at_indicator(":"):
             self.position = start
             return self.make_node(self.descend(self.read_mapping, column), "map", above)
-        self.position = end
         node = self.make_node(*content, self.join(above, own))
         self.end_line()
         return node
 
     def join(self, above, own):
         """Anchor and tag of a node whose properties stand on several lines."""
-        if above[0] and own[0] or above[1] and own[1]:
+        if above.keys() & own.keys():
             self.fail("a second anchor or tag for one node")
-        return above[0] or own[0], above[1] or own[1]
+        return {**above, **own}
 
     def read_properties(self):
-        """(anchor, tag) that stand here in either order, None for what is not there; white space after them.
+        """The anchor and tag that stand here in either order, and white space after them.
 
-        An anchor is (its name, its place, how many nodes were before it), a tag (its name, its place).
+        They are {& or !: (the anchor with its &, or the tag's name; its place; how many nodes were before)}.
         """
-        anchor = tag = None
+        found = {}
         while self.text[self.position] in "&!":
             match = self.PROPERTY.match(self.text, self.position)
-            if not match or (anchor if match.group(1) else tag):
+            sign = self.text[self.position]
+            if not match or sign in found:
                 self.fail("an anchor or tag without name or white space after it, or a second one")
-            if match.group(1):
-                anchor = match.group(1), self.position, self.nodes
-                # open: an alias to it from inside would be endless
-                self.anchors[anchor[0]] = self.position
-            else:
-                name = re.sub(r"\A!<tag:yaml\.org,2002:(.*)>\Z|\A!!(\w+)\Z", r"\1\2", match.group(2))
-                if name not in TAGS:
-                    self.fail(f"tag {match.group(2)} is not supported")
-                tag = name, self.position
+            name = re.sub(r"\A!<tag:yaml\.org,2002:(.*)>\Z|\A!!(\w+)\Z", r"\1\2", match.group(1))
+            if sign == "&":                         # open: an alias to it from inside would be endless
+                self.anchors[name] = self.position
+            elif name not in TAGS:
+                self.fail(f"tag {match.group(1)} is not supported")
+            found[sign] = name, self.position, self.nodes
             self.position = match.end()
-        return anchor, tag
+        return found
 
     def descend(self, read, *arguments):
         """What `read` returns, one level deeper."""
@@ -9064,23 +9106,29 @@ class YAMLReader:
         self.depth -= 1
         return value
 
-    def make_node(self, value, kind, properties=(None, None)):
+    def make_node(self, value, kind, properties):
         """A node by its kind (plain, quoted, alias, seq or map), anchor and tag; it is counted."""
-        anchor, tag = properties
-        name, place = tag or (None, None)
+        tag, place, _ = properties.get("!", (None, 0, 0))
+        anchor, start, nodes = properties.get("&", (None, 0, 0))
+        self.kind = kind
         if kind == "alias":
-            if anchor or tag:
+            if properties:
                 self.fail("an alias has neither anchor nor tag")
             return value
         if kind in ("plain", "quoted"):
-            value = self.make_scalar(value, name, kind == "plain")
-        elif name not in (None, "!", kind):
-            self.fail(f"tag !!{name} does not fit this collection", place)
+            value = self.make_scalar(value, tag, kind == "plain")
+        elif tag not in (None, "!", kind):
+            self.fail(f"tag !!{tag} does not fit this collection", place)
         self.count()
-        # else one that began later has that name now
-        if anchor and self.anchors[anchor[0]] == anchor[1]:
-            self.anchors[anchor[0]] = value, self.nodes - anchor[2] + (self.position - anchor[1]) // 16
+        if anchor and self.anchors[anchor] == start:    # else one that began later has that name now
+            self.anchors[anchor] = value, self.nodes - nodes + (self.position - start) // 16
         return value
+
+    def is_next(self, column):
+        """Whether a line follows whose first thing stands in the column of a collection."""
+        if self.column > column:
+            self.fail("wrong indentation")
+        return self.column == column
 
     def read_sequence(self, column):
         """A block sequence whose dashes stand in `column`."""
@@ -9088,9 +9136,7 @@ class YAMLReader:
         while True:
             self.position += 1
             items.append(self.read_block(column))
-            if self.column > column:
-                self.fail("wrong indentation")
-            if self.column != column or not self.at_indicator("-"):
+            if not self.is_next(column) or not self.at_indicator("-"):
                 return items
 
     def read_mapping(self, column):
@@ -9108,9 +9154,7 @@ class YAMLReader:
                 key = self.read_key(column)
                 value = self.read_block(column, True, compact=False)
             pairs.append((key, value, start))
-            if self.column > column:
-                self.fail("wrong indentation")
-            if self.column != column:
+            if not self.is_next(column):
                 return self.make_mapping(pairs)
 
     def read_key(self, column):
@@ -9165,49 +9209,40 @@ class YAMLReader:
         header = self.HEADER.match(text, self.position)
         if not header:
             self.fail("the header of a block scalar is | or >, then at most + or - and a digit")
-        chomp = header.group(2) or header.group(5)
-        digit = header.group(3) or header.group(4)
-        line = end = header.end()
-        first = re.compile(r"[ \n]*").match(text, line).end()
-        if digit:
-            indent = max(parent, 0) + int(digit)
-        else:
-            line = end = max(line, text.rfind("\n", 0, first) + 1)
-            indent = first - line
-        if digit or first < len(text) and not self.is_outside(first, indent, parent):
-            if "\n" + " " * (indent + 1) in text[header.end() - 1:line]:
-                self.fail("an empty line is indented deeper than the first line of the block scalar", line)
-            last = re.compile(rf"\n(?! {{{indent}}}| *(?:\n|\Z))|\n(?=(?:---|\.\.\.)[ \t\n])")
-            match = last.search(text, line - 1)
-            end = match.start() + 1 if match else len(text)
-        content = "\n" * text.count("\n", header.end(), line)
-        content += re.sub(rf"(?m)^ {{0,{indent}}}", "", text[line:end])
+        style, marks = header.groups()
+        start, digit = header.end(), marks.strip("+-")
+        first = re.compile(r"[ \n]*").match(text, start).end()
+        line = text.rfind("\n", 0, first) + 1
+        indent = max(parent, 0) + int(digit) if digit else first - line
+        if not digit and self.is_outside(first, parent):
+            indent = first                          # it has none but empty lines, however deep
+        elif not digit and "\n" + " " * (indent + 1) in text[start - 1:line]:
+            self.fail("an empty line is indented deeper than the first line of the block scalar", line)
+        last = re.compile(rf"\n(?:(?! {{{indent}}}| *\n)|(?=(?:---|\.\.\.)[ \t\n])|\Z)")
+        end = last.search(text, start - 1).end()
+        content = re.sub(rf"(?m)^ {{0,{indent}}}", "", text[start:end])
         if self.cut and end == len(text):
             content = content[:-1]
         if re.compile(" *\t").match(text, end):
             self.fail("a tab in the indentation of a block scalar", end)
-        self.position = end - 1
-        self.skip()
+        self.position = end - 1                     # the end of its last line
         body = content.rstrip("\n")
         tail = content[len(body):]
-        if header.group(1) == ">":              # a line end between two lines that are not indented further
+        if style == ">":                # a line end between two lines that are not indented further
             body = re.sub(r"(?m)^([^ \t\n].*)\n(\n*)(?=[^ \t\n])",
                           lambda match: match.group(1) + (match.group(2) or " "), body)
-        if chomp == "+":
+        if "+" in marks:
             return body + tail
-        return body if chomp == "-" or not body else body + tail[:1]
+        return body if "-" in marks or not body else body + tail[:1]
 
     def make_scalar(self, text, tag, plain):
         """A scalar's text to its value by tag or, for a plain one, by the core schema."""
         if tag in ("str", "!") or tag is None and not plain:
             return text
         value = self.resolve_plain(text)
-        if tag is None:
-            return value
         if tag == "float" and re.match(r"[-+]?[0-9]+\Z", text):
             value = float(value)
-        kinds = {bool: "bool", int: "int", PlainInt: "int", float: "float", PlainFloat: "float"}
-        if tag != ("null" if value is None else kinds.get(type(value))):
+        if tag and type(value) not in TAGS[tag]:
             self.fail(f"{text[:60]!r} does not fit its tag !!{tag}")
         return value
 
@@ -9221,8 +9256,7 @@ class YAMLReader:
         if match.group(1):
             if len(text) > 400:
                 self.fail("a number of more than 400 digits")
-            base = {"0o": 8, "0x": 16}.get(text[:2], 10)
-            number = PlainInt(text[2:] if base != 10 else text, base)
+            number = PlainInt(text, {"0o": 8, "0x": 16}.get(text[:2], 10))
         else:
             number = PlainFloat(text.lower().replace(".inf", "inf").replace(".nan", "nan"))
         if repr(number) == text:
@@ -9231,24 +9265,23 @@ class YAMLReader:
         return number
 
     def read_content(self, parent, flow):
-        """(value, its kind) of a node of flow style, without its properties; of a scalar its text."""
+        """(value, its kind) of a scalar, an alias or a flow collection; of a scalar its text."""
         character = self.text[self.position]
         if character == "*":
             return self.read_alias(), "alias"
         if character in "[{":
             value = self.descend(self.read_flow_collection, parent)
-            self.closed = self.position
             return value, "seq" if character == "[" else "map"
         if character in "\"'":
-            text = self.read_quoted(character, parent)
-            self.closed = self.position
-            return text, "quoted"
+            return self.read_quoted(character, parent), "quoted"
+        if character in "|>" and not flow:
+            return self.read_block_scalar(parent), "quoted"
         return self.read_plain(parent, flow), "plain"
 
     def read_alias(self):
         """The value of an anchor that stands before."""
-        match = self.NAME.match(self.text, self.position + 1)
-        known = self.anchors.get(match.group()) if match else None
+        match = self.ALIAS.match(self.text, self.position)
+        known = self.anchors.get("&" + match.group(1)) if match else None
         if not isinstance(known, tuple):
             self.fail("an alias to nothing before it")
         self.position = match.end()
@@ -9259,64 +9292,55 @@ class YAMLReader:
 
     def read_plain(self, parent, flow):
         """A plain scalar's text, folded over its lines; empty where a block's key is."""
-        text, position = self.text, self.position
+        text, start, pieces = self.text, self.position, []
         if not flow and self.at_indicator(":"):
             return ""
-        character = text[position]
-        if character in ",[]{}#&*!|>'\"%@`" or character in "-?:" and text[position + 1] in (
-                " \t\n,[]{}" if flow else " \t\n"):
-            self.fail(f"a value cannot start with {character!r} here")
-        stop = self.STOP[flow].search(text, position)
-        pieces = [text[position:stop.start()].rstrip(" \t")]
-        self.position += len(pieces[0])
-        while text[stop.start()] == "\n":
-            start, ends, column = self.look(stop.start())
-            if start == len(text) or self.is_outside(start, column, parent) or text[start] == "#":
-                break
-            if flow and (text[start] in ",[]{}" or text[start] == ":" and text[start + 1] in " \t\n,[]{}"):
-                break
-            stop = self.STOP[flow].search(text, start)
-            if text[stop.start()] == ":" and not flow:
+        if text[start] in ",[]{}#&*!|>'\"%@`" or self.at_indicator("-?:", AFTER[flow]):
+            self.fail(f"a value cannot start with {text[start]!r} here")
+        while True:
+            stop = self.STOP[flow].search(text, start).start()
+            if pieces and text[stop] == ":" and not flow:
                 self.fail("a key on a line that continues a value; is the indentation right, and is a blank"
                           " behind the colon before it?", start)
-            pieces += ["\n" * (ends - 1) or " ", text[start:stop.start()].rstrip(" \t")]
+            pieces.append(text[start:stop].rstrip(" \t"))
             self.position = start + len(pieces[-1])
+            if text[stop] != "\n":
+                break
+            start = self.GAP.match(text, stop).end()
+            if self.is_outside(start, parent) or text[start] == "#" or (
+                    flow and self.STOP[flow].match(text, start)):
+                break
+            pieces.append("\n" * (text.count("\n", stop, start) - 1) or " ")
         return "".join(pieces)
 
     def read_quoted(self, quote, parent):
         """A quoted scalar's text."""
-        text, start = self.text, self.position
-        special = re.compile(r'["\\]' if quote == '"' else "'")
-        end = start + 1
+        pieces, end = [], self.position + 1
         while True:
-            match = special.search(text, end)
-            if not match:
-                self.fail("a quoted value is not closed", start)
-            end = match.end()
-            if match.group() == quote and (quote == '"' or text[end] != quote):
-                break
-            end += 1                                # over what is escaped
-
-        def replace(match):
+            match = self.QUOTED[quote].search(self.text, end)
+            if not match or match.end() == len(self.text):
+                self.fail("a quoted value is not closed")
             piece = match.group()
-            place = start + 1 + match.start()
-            if piece == "''":
-                return "'"
-            if piece[0] == "\\" and piece[1] != "\n":
-                return self.make_character(piece, place)
-            after, ends, column = self.look(place + (piece[0] == "\\"))
-            if self.is_outside(after, column, parent):
-                self.fail("a quoted value is continued with too little indentation", after)
-            return "\n" * (ends - 1) or ("" if piece[0] == "\\" else " ")
-
-        self.position = end
-        return self.QUOTED[quote].sub(replace, text[start + 1:end - 1])
+            pieces.append(self.text[end:match.start()])
+            end = match.end()
+            if piece == quote:
+                self.position = end
+                return "".join(pieces)
+            if "\n" in piece:
+                if self.is_outside(end, parent):
+                    self.fail("a quoted value is continued with too little indentation", end)
+                piece = "\n" * (piece.count("\n") - 1) or ("" if piece[0] == "\\" else " ")
+            elif piece == "''":
+                piece = quote
+            else:
+                piece = self.make_character(piece, match.start())
+            pieces.append(piece)
 
     def make_character(self, escape, position):
         """The character of an escape in a double-quoted scalar."""
         if escape[1:] in ESCAPES:
             return ESCAPES[escape[1:]]
-        number = int(escape[2:] or "-1", 16) 
+        number = int(escape[2:] or "-1", 16)
         if not 0 <= number <= 0x10FFFF or 0xD800 <= number <= 0xDFFF:
             # halves of a surrogate pair too: YAML takes each by itself
             self.fail(f"{escape} is no character", position)
@@ -9324,8 +9348,9 @@ class YAMLReader:
 
     # Flow
 
-    def skip_flow(self, parent):
-        """White space, line ends and comments between the parts of a flow collection."""
+    def skip_flow(self, parent, indicator=0):
+        """Goes over an indicator, where there is one, white space, line ends and comments between parts."""
+        self.position += indicator
         ended = self.skip(True)
         if self.position == len(self.text):
             self.fail("a flow collection is not closed")
@@ -9340,28 +9365,23 @@ class YAMLReader:
         closing = "]" if text[self.position] == "[" else "}"
         items = []                                  # of a mapping: (key, value, position)
         while True:
-            self.position += 1
-            self.skip_flow(parent)
-            start = self.position
+            self.skip_flow(parent, 1)
+            start, value = self.position, None
             if text[start] == closing:
                 break
             explicit = self.at_indicator("?")
             if explicit:
-                self.position += 1
-                self.skip_flow(parent)
+                self.skip_flow(parent, 1)
             key = self.read_flow_node(parent)
-            value, end = None, self.position
-            self.skip_flow(parent)
             # After a quoted key or a collection the colon may stand close to the value.
-            paired = self.at_colon() or self.closed == end and text[self.position] == ":"
+            paired = self.at_indicator(":", AFTER[True]) or (
+                text[self.position] == ":" and self.kind not in ("plain", "alias"))
             if paired:
                 if closing == "]" and not explicit:
                     self.check_key(start)
-                self.position += 1
-                self.skip_flow(parent)
+                self.skip_flow(parent, 1)
                 value = self.read_flow_node(parent)
-                self.skip_flow(parent)
-            elif end == start:
+            elif self.position == start:
                 self.fail("a value is missing before the comma")
             if closing == "}":
                 items.append((key, value, start))
@@ -9375,13 +9395,14 @@ class YAMLReader:
         return items if closing == "]" else self.make_mapping(items)
 
     def read_flow_node(self, parent):
-        """A node in a flow collection, an empty one where there is nothing before its end."""
+        """A node in a flow collection, an empty one where there is nothing before its end; blanks behind."""
         properties = self.read_properties()
-        if properties != (None, None):
+        if properties:
             self.skip_flow(parent)
-        if self.text[self.position] in ",]}" or self.at_colon():
-            return self.make_node("", "plain", properties)
-        return self.make_node(*self.read_content(parent, True), properties)
+        empty = self.text[self.position] in ",]}" or self.at_indicator(":", AFTER[True])
+        node = self.make_node(*("", "plain") if empty else self.read_content(parent, True), properties)
+        self.skip_flow(parent)
+        return node
 
 
 def measure_depth(value):
@@ -9457,7 +9478,7 @@ def parse_json(data, what, most=MAX_NODES):
         value = json.loads(data.decode("utf-8"), object_pairs_hook=make_object, parse_constant=refuse,
                            parse_int=read_int,
                            parse_float=read_float)
-        if re.search(rb"\\u[dD][89a-fA-F]", data):
+        if b"\\ud" in data.lower():
             make_json(value)                        # refuses a half character
         return value
     except UnicodeDecodeError:
@@ -9760,7 +9781,19 @@ def fetch_ca(config, path):
         print(f"{path}: compare its SHA-256 fingerprint {sha256_digest(anchor)[7:]}")
 
 
-OPTIONS["enroll"]["--fetch-ca"] = ("FILE", fetch_ca)
+def command_enroll_signed(config, options):
+    """Makes this device known to the WFM: checks its identity and reports its capabilities.
+
+    It may be repeated at any time.  `--fetch-ca FILE` first downloads the WFM's root CA (profile signed).
+
+    Example: margo_agent.py enroll
+    """
+    if "--fetch-ca" in options:
+        fetch_ca(config, options["--fetch-ca"])
+    command_enroll(config, options)
+
+
+COMMANDS["enroll"] = (command_enroll_signed, "[--fetch-ca FILE]")
 
 
 class SignedSource(HttpSource):
@@ -11597,10 +11630,11 @@ def read_helm(value, base):
 
 
 Release = define("Release",
-    "deployment_id component name namespace chart values values_file wait content",
-    "A Helm release to be made: the chart's file, the values as a mapping and their file, and a digest of all"
-    " that makes it what it is.")
+    "deployment_id component name namespace chart secrets values_file wait content",
+    "A Helm release to be made: the chart's file, what may be secret among the values, their file, and a"
+    " digest of all that makes it what it is.")
 RELEASE_STATES = ("deployed", "failed", "pending", "uninstalling")
+UNOWNED = f"{LABEL_DEPLOYMENT},!{LABEL_OWNER}"      # the selector of releases older than owners' labels
 
 
 def make_owner_value(owner):
@@ -11613,31 +11647,28 @@ def parse_releases(data, records, owner=""):
 
     Raises CommandError.
     """
-    names = {make_release_name(component["name"], record["deploymentId"]):
-             (record["deploymentId"], component["name"])
-             for record in records for component in record["components"]}
+    names = list_release_names(records)
+
     def read(items):
         found = []
         for item in items or ():
-            match = re.fullmatch(rf"(.+)-({UUID_PATTERN})", item["name"])
-            if not match and item["name"] not in names:
-                continue                            # somebody else's, whatever its labels say
-            deployment_id, component = names.get(item["name"]) or (match.group(2), match.group(1))
-            state = "running" if item["status"] == "deployed" else item["status"]
-            found.append(Container(
-                f"{item['namespace']}/{item['name']}", item["name"], deployment_id, component, "release",
-                str(item["revision"]), state, "helm", owner=owner))
+            name = item["name"]
+            match = re.fullmatch(rf"(.+)-({UUID_PATTERN})", name)
+            if match:                               # others are somebody else's, whatever their labels say
+                component, deployment_id = names.get(name, match.groups())
+                state = "running" if item["status"] == "deployed" else item["status"]
+                found.append(Container(f"{item['namespace']}/{name}", name, deployment_id, component,
+                                       "release", str(item["revision"]), state, "helm", owner=owner))
         return found
 
     return parse_answer(data, "helm list", read)
 
 
-def list_texts(value):
-    """Every scalar below a value as text."""
-    if isinstance(value, (dict, list)):
-        items = value.values() if isinstance(value, dict) else value
-        return [text for item in items for text in list_texts(item)]
-    return [] if value is None or isinstance(value, bool) else [scalar_text(value)]
+def list_release_names(records):
+    """{name of a release: (component, deployment id)} of all components that records tell of."""
+    return {make_release_name(component["name"], record["deploymentId"]):
+            (component["name"], record["deploymentId"])
+            for record in records for component in record["components"]}
 
 
 def make_helm_driver(config, child=None, _=(), environ=None):
@@ -11673,9 +11704,7 @@ def make_values(deployment, component):
     values = {}
     for parameter, pointer in find_parameters(deployment, component):
         try:
-            items = parameter.value if isinstance(parameter.value, list) else [parameter.value]
-            if any(isinstance(item, float) and not abs(item) < float("inf") for item in items):
-                raise ValueError("JSON has no such number")
+            make_json(parameter.value)              # which has no infinite numbers
             set_value(values, parse_value_path(pointer), parameter.value)
         except ValueError as error:
             raise ComponentError("PARAMETER_INVALID", f"parameter {make_printable(parameter.name)}: pointer "
@@ -11688,40 +11717,38 @@ def parse_value_path(pointer):
 
     Raises ValueError.
     """
-    path, position = [], 0
-    token = re.compile(r"((?:[^.\[\]\\]|\\.)+)((?:\[[0-9]{1,3}\])*)(\.|\Z)", re.S)
-    while position < len(pointer) or not path or pointer.endswith("."):
-        match = token.match(pointer, position)
-        if not match:
-            raise ValueError("expected names parted by dots, each with [index] where it is a list")
-        path.append(re.sub(r"\\(.)", r"\1", match.group(1), flags=re.S))
-        path += [int(index) for index in re.findall("[0-9]+", match.group(2))]
-        position = match.end()
-        if len(path) > MAX_DEPTH:
-            raise ValueError(f"nested deeper than {MAX_DEPTH} levels")
-        if not match.group(3):
-            break
+    part = r"((?:[^.\[\]\\]|\\.)+)((?:\[[0-9]{1,3}\])*)"
+    if not re.fullmatch(rf"{part}(\.{part})*", pointer, re.S):
+        raise ValueError("expected names parted by dots, each with [index] where it is a list")
+    path = []
+    for name, indices in re.findall(part, pointer, re.S):
+        path.append(re.sub(r"\\(.)", r"\1", name, flags=re.S))
+        path += map(int, re.findall("[0-9]+", indices))
+    if len(path) > MAX_DEPTH:
+        raise ValueError(f"nested deeper than {MAX_DEPTH} levels")
     return path
 
 
-def set_value(values, path, value):
-    """Puts a value at a path of names and indices; raises ValueError where another one is in the way."""
-    place = values
-    for step, following in zip(path, path[1:] + [None]):
-        if isinstance(step, int):
-            place.extend([None] * (step + 1 - len(place)))
-        held = place[step] if isinstance(step, int) else place.get(step)
-        if following is None:
-            wanted = None
-        else:
-            wanted = list if isinstance(following, int) else dict
-        if held is not None and (not isinstance(held, wanted) if wanted else isinstance(held, dict)):
-            raise ValueError("another parameter puts something of another kind there")
-        if wanted is None:
-            place[step] = value
-        elif held is None:
-            place[step] = wanted()
-        place = place[step]
+def set_value(held, path, value):
+    """What is `held`, or None, with a value put at a path of names and indices below it.
+
+    Raises ValueError where another one is in the way.
+    """
+    if path:
+        kind = dict if isinstance(path[0], str) else list
+        fits = isinstance(held, (kind, type(None)))
+    else:
+        fits = not isinstance(held, dict)
+    if not fits:
+        raise ValueError("another parameter puts something of another kind there")
+    if not path:
+        return value
+    step, *rest = path
+    held = kind() if held is None else held
+    if kind is list:
+        held.extend([None] * (step + 1 - len(held)))
+    held[step] = set_value(held[step] if kind is list else held.get(step), rest, value)
+    return held
 
 
 def make_release_name(component, deployment_id):
@@ -11760,18 +11787,16 @@ class HelmDriver:
     def observe(self, records=(), claim=None):
         """Every release of ours in any state; raises CommandError.
 
-        Where no deployment is known to need Helm, nothing is asked.  claim: as for the ComposeDriver.
+        records: those of deployments that need Helm.  claim: as for the ComposeDriver.
         """
         found = []
         claim = self.claim = claim or self.claim
-        wanted = {make_release_name(component["name"], record["deploymentId"])
-                  for record in records for component in record["components"]}
-        for owner in dict.fromkeys([claim.owner, *sorted(claim.owners), ""]) if records else ():
-            selector = f"{LABEL_DEPLOYMENT},!{LABEL_OWNER}"
-            if owner:
-                selector = f"{LABEL_OWNER}={make_owner_value(owner)}"
+        missing = set(list_release_names(records))
+        for owner in dict.fromkeys([claim.owner, *sorted(claim.owners), ""]):
+            selector = f"{LABEL_OWNER}={make_owner_value(owner)}" if owner else UNOWNED
             found += part_containers(parse_releases(self.list(selector), records, owner), claim)[0]
-            if wanted <= {release.name for release in found}:
+            missing.difference_update(release.name for release in found)
+            if not missing:
                 break                               # under an earlier owner is only what is missing
         return found
 
@@ -11799,16 +11824,15 @@ class HelmDriver:
         """Raises ComponentError where a release of this name was made by somebody else."""
         options = f"--namespace={namespace}", f"--filter=^{re.escape(name)}$"
         if parse_json(self.list(self.make_foreign(), *options), "helm list") and not parse_json(
-                self.list(f"{LABEL_DEPLOYMENT},!{LABEL_OWNER}", *options), "helm list"):
+                self.list(UNOWNED, *options), "helm list"):
             raise ComponentError("NAME_TAKEN", f"release {name} in namespace {namespace} was not made by this"
                                  " agent: remove it there")
 
     def check(self, claim):
         """What `doctor` says of this driver; raises CommandError."""
-        record = {"deploymentId": "", "components": []}
         output = self.run(["version", "--short"], 60).stdout.decode("utf-8", "replace")
         version = make_printable(output.strip(), 60)
-        return f"helm {version} answers, {len(self.observe([record], claim))} releases of ours"
+        return f"helm {version} answers, {len(self.observe((), claim))} releases of ours"
 
     def prepare(self, deployment, component, known, store, fetched):
         """Fetches and verifies the chart and makes the values, and touches nothing that runs.
@@ -11823,13 +11847,12 @@ class HelmDriver:
         self.ask_name(name, deployment.namespace)
         folder = store.path("deployments", deployment.deployment_id.lower(), component.name)
         create_folder(folder)
-        values_file = os.path.join(folder, content + ".json")
+        values_file = os.path.join(folder, "values.json")
         write_file(values_file, make_json(values))
-        for other in set(os.listdir(folder)) - {content + ".json"}:
-            # a package of the time when it was a compose component goes by itself
-            remove_file(os.path.join(folder, other))
         chart = store.path("artifacts", package["digest"].replace(":", "-"))
-        return Release(deployment.deployment_id, component.name, name, deployment.namespace, chart, values,
+        parts = [parameter.value for parameter, _ in find_parameters(deployment, component.name)]
+        secrets = [str(item) for part in parts for item in (part if isinstance(part, list) else [part])]
+        return Release(deployment.deployment_id, component.name, name, deployment.namespace, chart, secrets,
                        values_file, component.wait, content), package
 
     def apply(self, release, containers, known, deadline):
@@ -11856,7 +11879,7 @@ class HelmDriver:
         output = self.carry_out(arguments + ["--wait"] * bool(release.wait), deadline)
         if output.code:
             code = "INSTALL_TIMEOUT" if time.monotonic() >= deadline - 0.5 else "INSTALL_FAILED"
-            words = mask(output.stderr, list_texts(release.values))
+            words = mask(output.stderr, release.secrets)
             raise ComponentError(code, f"helm upgrade failed: {words[-1500:]}")
         revision = parse_answer(output.stdout, "helm upgrade", lambda answer: answer["version"])
         return {"release": {"hash": str(revision), "finished": False, "image": "",
@@ -11898,21 +11921,11 @@ class HelmDriver:
             raise ComponentError(
                 "REMOVE_FAILED", f"release {ours[0].name} is still there: {words[0][-1000:]}")
 
-    @staticmethod
-    def list_ports(release):
-        """[]: none of this host."""
-        return []
-
-    def tail_log(self, container, secrets):
-        """Nothing: the cluster keeps the logs."""
+    def leave(self, *_):
+        """Nothing: logs, health checks and images are the cluster's, and ports none of this host."""
         return ""
 
-    def tend(self, containers, chance):
-        """Nothing: the cluster runs its own health checks."""
-
-    def remove_image(self, name):
-        """Never: images are the cluster's."""
-        return False
+    list_ports = tail_log = tend = remove_image = leave
 
 
 DRIVERS["helm"] = make_helm_driver
@@ -12216,25 +12229,20 @@ def command_doctor(config, options):
             "identity": examine_identity, "wfm": examine_connection, "outbox": examine_outbox,
             "failed": examine_failed}
     found, code = [], 0
-    moot = set()                                    # what a run does not come to
-    skipped = set()
     checks = {**first, **EXAMINE, **last}
-    for name in checks:
-        if name in skipped:
-            continue
+    moot = ()                                       # what a run does not come to
+    for name, examine in checks.items():
         try:
-            level, words = checks[name](agent)
+            level, words = examine(agent)
         except FAULTS as error:
             fault = to_fault(error)
             words = fault.message
             level = "FAIL" if fault.exit and name not in moot else "warn"
             code = max(code, fault.exit if level == "FAIL" else 0)
             if name in ("state", "lock"):           # a run comes no further
-                moot.update(checks)
-            if isinstance(fault, Silence):          # it asks nobody
-                moot.update(("identity", "wfm"))
-            if name == "identity" or not fault.exit:
-                skipped.add("wfm")
+                moot = checks
+            elif isinstance(fault, Silence):        # it asks nobody
+                moot = moot or ("identity", "wfm")
         if words and words not in [row["message"] for row in found]:        # each cause once
             found.append({"name": name, "level": level.lower(), "message": words})
             if "--json" not in options:
@@ -12326,10 +12334,10 @@ def examine_storage(agent):
         raise StorageError(f"state_dir: {folder} is no folder that this user may write; make it, or run as"
                            " its owner")
     free, _ = get_space(folder)
-    need = agent.config.policy.max_unpacked + agent.config.policy.max_artifact
-    words = f"{agent.config.state_dir}, {free // MIB} MiB free"
     if free < SHARE * KIB and not os.path.exists(agent.store.path("reserve")):
         raise StorageError(f"state_dir: no space is left at {folder}; free some")
+    need = agent.config.policy.max_unpacked + agent.config.policy.max_artifact
+    words = f"{agent.config.state_dir}, {free // MIB} MiB free"
     if free > need:
         return "ok", words
     return "warn", f"{words}; one package may take {need // MIB} (policy.max_unpacked): free some"
@@ -12399,6 +12407,8 @@ def examine_connection(agent):
     url = agent.config.wfm.url
     proxy = ask_proxy(url) and f" through the proxy {ask_proxy(url)}"
     window = agent.config.poll.window
+    if agent.is_downtime():
+        return "ok", ""
     try:
         agent.connect(keep=False)
         if window and not is_within(window, time.localtime()):
@@ -12436,7 +12446,7 @@ def ask_peer(url, timeout):
     return f"{make_name(leaf.subject)}, certified by {make_name(leaf.issuer)}"
 
 
-COMMANDS["doctor"] = (command_doctor, {"--json": ""}, "")
+COMMANDS["doctor"] = (command_doctor, "[--json]")
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -12448,13 +12458,11 @@ def look_at(config, word):
 
     Raises ConfigError, StorageError.
     """
-    agent = Agent(config)
-    agent.state = agent.store.load_state()
+    agent = load_agent(config)
     record = find_record(agent.state, word)
-    home = record["deviceId"]
-    devices = [device for device in agent.devices if device.device_id == home]
+    devices = [device for device in agent.devices if device.device_id == record["deviceId"]]
     claim = obtain_claim(agent.get_profile(), agent.device_id)
-    seen = observe_devices(devices, [record], claim).get(home, Seen([], {}, {}))
+    seen = observe_devices(devices, [record], claim).get(record["deviceId"], Seen([], {}, {}))
     return agent, record, seen._replace(containers=find_containers(record["deploymentId"], seen.containers))
 
 
@@ -12468,18 +12476,12 @@ def command_describe(config, options):
     if not options["operands"]:
         return command_status(config, options)
     agent, record, seen = look_at(config, options["operands"][0])
-    adopted = record["adopted"]
-    target = Target(record["deploymentId"], adopted["digest"], adopted["version"])
-    deployment = read_target(target, agent.store.load_artifact, config).deployment
     clock = get_clock()
-    report = make_details(record, deployment, seen.containers, clock)
+    report = make_details(record, load_deployment(agent, record), seen.containers, clock)
     if "--json" in options:
         return print_json(report)
-    print_row(report["state"], f"{report['deploymentId']}  {report['name']}  on {report['deviceId']}")
+    print_deployment(report)
     print_row("document", f"{report['digest']}, of manifest version {report['version']}")
-    for part in report["components"]:
-        words = f"{part['name']}  {part['revision']}"
-        print_row(f"  {part['state']}", words + make_error_words(part["error"]))
     for item in report["containers"]:
         since = f" since {item['since']}" if item["since"] else ""
         ports = f"  ports {', '.join(item['ports'])}" if item["ports"] else ""
@@ -12531,11 +12533,12 @@ def command_logs(config, options):
     _, record, seen = look_at(config, name)
     for fault in seen.silent.values():
         raise fault
-    found = [item for item in seen.containers if item.service in services or not services]
-    driver = seen.drivers.get(found[0].type) if found else None
-    if not hasattr(driver, "engine"):
+    found = [item for item in seen.containers
+             if item.type == "compose" and item.service in (services or [item.service])]
+    if not found:
         where = make_printable(f"service {services[0]} of {name}" if services else name)
         raise ConfigError(f"{where} has no container here; `status {record['name']}` shows what there is")
+    driver = seen.drivers["compose"]
     if found[1:] and driver.engine == "docker":
         names = ", ".join(sorted(container.service for container in found))
         raise ConfigError(f"docker shows one container at a time; name one of the services {names}")
@@ -12574,10 +12577,10 @@ def command_config(config, options):
     if "--check" in options:
         print(f"{options['-c']} can be used")       # else it has been said why not
     elif "--example" in options:
-        print("\n".join(make_example(SCHEMA, EXAMPLE)))
+        print("\n".join(make_settings_lines(SCHEMA, EXAMPLE, True)))
     else:
         document = expand_environment(load_document(options["-c"]), os.environ, "", [])
-        print("\n".join(make_listing(SCHEMA, document or {})))
+        print("\n".join(make_settings_lines(SCHEMA, document or {}, False)))
 
 
 # What an example of a configuration sets, by names of examples/pki.sh; all else is commented out.
@@ -12587,39 +12590,33 @@ EXAMPLE = {"wfm": {"url": "https://localhost:8443"},
 PARTS = {"registries": ("registry.example:5000:", REGISTRY_SCHEMA), "  children": ("-", CHILD_SCHEMA)}
 
 
-def make_listing(schema, document, indent=""):
-    """The lines of a configuration that leaves nothing out: what the file does not say is marked."""
+def make_settings_lines(schema, document, example, indent=""):
+    """The lines of a configuration that leaves nothing out, each setting with what it is for.
+
+    What the document does not say has its default: marked so or, in an example, commented out.
+    """
     lines = []
     for key, entry in schema.items():
         value = document.get(key)
         if isinstance(entry, dict):
-            lines += [f"{indent}{key}:", *make_listing(entry, value or {}, indent + "  ")]
-            continue
-        reader, default, _ = entry
-        note = "  # default" if value is None else ""
-        if reader is read_environment and value:    # it may hold what nobody should see
-            value = dict.fromkeys(value, "...")
-        lines.append(f"{indent}{key}: {make_yaml(default if value is None else value)}{note}")
-    return lines
-
-
-def make_example(schema, chosen, indent=""):
-    """The lines of a configuration to start from: what is not `chosen` is commented out, with its default."""
-    lines = []
-    for key, entry in schema.items():
-        if isinstance(entry, dict):
-            lines += ["", f"{indent}{key}:", *make_example(entry, chosen.get(key, {}), indent + "  ")]
+            part = make_settings_lines(entry, value or {}, example, indent + "  ")
+            lines += ["", f"{indent}{key}:", *part]
             continue
         reader, default, meaning = entry
         try:
             reader(object(), "")
         except ValueError as error:                 # of what it would take
             meaning += f" ({str(error).partition(':')[0]})"
-        value = make_yaml(chosen.get(key, default))
-        lines += [f"{indent}# {meaning}", f"{indent}{'' if key in chosen else '# '}{key}: {value}".rstrip()]
-        if indent + key in PARTS:
-            name, schema = PARTS[indent + key]
-            lines += [f"{indent}# {line}" for line in [f"  {name}", *make_example(schema, {}, "    ")]]
+        if reader is read_environment and value:    # it may hold what nobody should see
+            value = dict.fromkeys(value, "...")
+        line = f"{key}: {make_yaml(default if value is None else value)}"
+        if value is None:
+            line = f"# {line}" if example else f"{line}  # default"
+        lines += [f"{indent}# {meaning}", f"{indent}{line}".rstrip()]
+        if example and indent + key in PARTS:
+            name, parts = PARTS[indent + key]
+            part = [f"  {name}", *make_settings_lines(parts, {}, example, "    ")]
+            lines += [f"{indent}# {line}" for line in part]
     return lines
 
 
@@ -12627,19 +12624,18 @@ def make_yaml(value):
     """A value as YAML on one line; None is nothing."""
     if value is None:
         return ""
-    text = make_json(value).decode()
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        return scalar_text(value)
     try:
-        return value if isinstance(value, str) and load_yaml(value) == value else text
-    except YAMLError:
-        return text
+        text = scalar_text(value)
+        if load_yaml(text) == value:
+            return text
+    except (TypeError, YAMLError):
+        pass                                        # it takes brackets, or quotes
+    return make_json(value).decode()
 
 
-COMMANDS.update(
-    status=(command_describe, {"--json": ""}, "[NAME]"),
-    logs=(command_logs, {"--tail": "N", "-f": ""}, "NAME [SERVICE]"),
-    config=(command_config, {"--check": "", "--example": ""}, ""))
+COMMANDS.update(status=(command_describe, "[NAME] [--json]"),
+                logs=(command_logs, "NAME [SERVICE] [--tail N] [-f]"),
+                config=(command_config, "[--check] [--example]"))
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -12717,37 +12713,33 @@ def start_watch(config, arguments):
     and it works where only the compiled file is installed.
     """
     import marshal
-    parts = {
-        part.__name__: part.__code__
-        for part in (notify, write_line, start_cycle, read_answer, count_wakes, reap, end_cycle, watch)
-    }
+    import signal
+    parts = notify, write_line, start_cycle, count_wakes, reap, end_cycle, watch
+    codes = marshal.dumps([part.__code__ for part in parts])
+    # A cycle is run as a module where this file's name allows that: Python then keeps its compiled form.
+    start = [os.path.abspath(__file__)]
+    folder, name = os.path.split(start[0])
+    stem, _, suffix = name.partition(".")
+    if suffix in ("py", "pyc"):
+        start = ["-c", f"import sys; sys.path.insert(0, {folder!r}); sys.exit(__import__({stem!r}).main())"]
+    child = [sys.executable, "-I", "-S", *start, *arguments, "--once"]
     last = "the daemon has ended" if log.level in ("debug", "info") else ""
-    words = make_child(arguments), CYCLE_RETRY, HUNG, STOP_LIMIT, last
+    words = child, CYCLE_RETRY, HUNG, STOP_LIMIT, last
     program = (f"import marshal, os, time\nLINE = {LINES[log.form]!r}\n"
-               f"for name, code in marshal.loads({marshal.dumps(parts)!r}).items():\n"
-               "    globals()[name] = type(lambda: None)(code, globals())\n"
+               f"for code in marshal.loads({codes!r}):\n"
+               "    globals()[code.co_name] = type(lambda: None)(code, globals())\n"
                f"raise SystemExit(watch(*{words!r}))\n")
     log("info", "the daemon has started", version=__version__, profile=config.wfm.profile,
         wfm=config.wfm.url, interval=f"{config.poll.interval:.0f} s")
+    # These wait until `watch` asks for them.
+    signals = signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     reader, writer = os.pipe()
     os.write(writer, program.encode())              # a pipe holds 64 KiB, this is far smaller
     os.close(writer)
     os.dup2(reader, 0)
     os.execv(sys.executable, [sys.executable, "-I", "-S", "-", "margo-agent"])
 
-
-def make_child(arguments):
-    """The command line of one cycle.
-
-    This file is run as a module where its name allows that, because Python then keeps its compiled form.
-    """
-    start = [os.path.abspath(__file__)]
-    folder, name = os.path.split(start[0])
-    stem, _, suffix = name.partition(".")
-    if suffix in ("py", "pyc"):
-        code = f"import sys; sys.path.insert(0, {folder!r}); sys.exit(__import__({stem!r}).main())"
-        start = ["-c", code]
-    return [sys.executable, "-I", "-S", *start, *arguments, "--once"]
 
 
 # The daemon's parent: these functions run in an interpreter that has nothing else of this file but `os`,
@@ -12777,7 +12769,7 @@ def write_line(level, text):
     """Writes one line as the log does."""
     line = LINE % (time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), level, text)
     try:
-        os.write(2, line.encode() if text else b"")
+        os.write(2, line.encode())
     except OSError:
         pass                                        # nobody listens any more
 
@@ -12789,12 +12781,12 @@ def start_cycle(child, signals):
     """
     import signal
     reader, writer = os.pipe()
-    os.set_blocking(reader, False)                  # a helper may keep the other end open
     pid = os.fork()
     if not pid:
         try:
+            for number in (signal.SIGHUP, signal.SIGINT):   # a terminal sends them to both of us
+                signal.signal(number, signal.SIG_IGN)
             signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
-            signal.signal(signal.SIGHUP, signal.SIG_IGN)
             os.set_inheritable(writer, True)
             os.execve(child[0], child, dict(os.environ, MARGO_DELAY_FD=str(writer)))
         except OSError as error:
@@ -12805,15 +12797,6 @@ def start_cycle(child, signals):
     os.close(writer)
     return pid, reader
 
-
-def read_answer(reader):
-    """What a cycle that has ended has said in its pipe, which is closed."""
-    try:
-        return os.read(reader, 1024)
-    except BlockingIOError:
-        return b""
-    finally:
-        os.close(reader)
 
 
 def count_wakes(pid):
@@ -12866,14 +12849,12 @@ def watch(child, fallback, hung, limit, last):
     """Runs cycles one after the other, for ever; returns the daemon's exit code.
 
     child: the command line of a cycle.  It says in a pipe how many seconds to wait after it (else `fallback`)
-    and how it went.  SIGTERM and SIGINT end the daemon after the current step; `last` is how its log ends.
-    SIGHUP starts a cycle at once; each cycle reads the configuration anew.  A cycle that has not woken from
-    a wait for `hung` seconds hangs, because its own waits are shorter: it is killed.  systemd's watchdog is
-    fed while cycles can be started and move.  Five cycles in a row that cannot be started end the daemon.
+    and how it went.  SIGTERM and SIGINT end the daemon after the current step; `last` ends its log.  SIGHUP
+    starts a cycle at once.  One that has not woken from a wait for `hung` seconds hangs, and is killed.
+    systemd's watchdog is fed while cycles can be started and move; if five in a row cannot be, it ends.
     """
     import signal
     signals = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD}
-    signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     address = os.environ.get("NOTIFY_SOCKET", "")
     beat = int(os.environ.get("WATCHDOG_USEC") or 0) / 2e6 or 3600.0
     notify(address, "READY=1")
@@ -12894,13 +12875,15 @@ def watch(child, fallback, hung, limit, last):
         if number in (signal.SIGTERM, signal.SIGINT):
             notify(address, "STOPPING=1")
             code = end_cycle(pid, limit) if pid else 0
-            write_line("info", last)
+            if last:
+                write_line("info", last)
             return code
         if number == signal.SIGHUP:
             due = 0
         status = reap(pid)
         if status is not None:
-            answer, _, words = read_answer(reader).partition(b" ")
+            answer, _, words = os.read(reader, 1024).partition(b" ")
+            os.close(reader)
             if words:
                 notify(address, "STATUS=" + words.decode("utf-8", "replace"))
             if status == 2 << 8 and not proven:     # the configuration has never worked
@@ -12926,13 +12909,10 @@ def watch(child, fallback, hung, limit, last):
 def command_enroll(config, options):
     """Makes this device known to the WFM: checks its identity and reports its capabilities.
 
-    It may be repeated at any time.  `--fetch-ca FILE` first downloads the WFM's root CA (profile signed).
+    It may be repeated at any time.
 
     Example: margo_agent.py enroll
     """
-    for name, (_, act) in OPTIONS["enroll"].items():
-        if name in options:
-            act(config, options[name])
     with Agent(config) as agent:
         agent.store.load_memo().clear()             # the trust bundle is asked for whatever its age
         agent.state["trust"].pop("refreshedAt", None)
@@ -12962,11 +12942,11 @@ def command_unenroll(config, options):
             print("not enrolled")
             return
         if "--purge" in options:
-            if purge(agent):
-                raise StorageError("not everything could be removed; nothing was forgotten, run unenroll"
-                                   " --purge again")
-            for drivers in agent.answering.values():
-                print_kept(drivers.get("compose"))
+            purge(agent)
+        kept = {key: record for key, record in state["deployments"].items() if record["state"] != "removed"}
+        if kept and "--purge" in options:
+            raise StorageError("not everything could be removed; nothing was forgotten, run unenroll --purge"
+                               " again")
         if state["enrollment"]:
             try:
                 devices = state["enrollment"].get("devices") or [agent.device_id]
@@ -12976,7 +12956,6 @@ def command_unenroll(config, options):
                 log("warning",
                     "the WFM does not know this client any more; the relationship is forgotten here",
                     reason=error.message)
-        kept = {key: record for key, record in state["deployments"].items() if record["state"] != "removed"}
         agent.state = dict(make_state(), deployments=kept, owners=state["owners"])
         agent.store.save_state(agent.state)
         for name in TRACES:
@@ -12986,21 +12965,18 @@ def command_unenroll(config, options):
         log("warning", "the next run enrolls again: stop cron or the service where that is not wanted")
 
 
-def print_kept(driver):
-    """Names the volumes that a ComposeDriver leaves behind: they hold what applications have stored."""
-    names = driver.list_volumes() if driver else []
-    if names:
-        print(f"kept: {len(names)} volumes, which `{driver.engine} volume rm {' '.join(names)}` removes")
-
-
 def purge(agent):
-    """Removes every workload and reports that; whether something could not be removed."""
+    """Removes every workload, as far as that goes, and reports it; names the volumes that are left behind."""
     if agent.state["enrollment"]:
         agent.connect()
     version = (agent.state["accepted"] or {}).get("version", 0)
     agent.reconcile({"version": version, "deployments": []})
     agent.flush_outbox()                            # also what an earlier purge could not report
-    return any(record["state"] != "removed" for record in agent.state["deployments"].values())
+    for drivers in agent.answering.values():
+        driver = drivers.get("compose")
+        names = driver.list_volumes() if driver else ()
+        if names:
+            print(f"kept: {len(names)} volumes, which `{driver.engine} volume rm {' '.join(names)}` removes")
 
 
 def command_plan(config, options):
@@ -13008,22 +12984,16 @@ def command_plan(config, options):
 
     Example: margo_agent.py plan --json
     """
-    agent = Agent(config)
-    agent.state = agent.store.load_state()
-    accepted, documents = fetch_accepted(agent)
-    actions, seen = [], {}
-    if accepted:
-        load = agent.store.load_artifact
-        actions, seen = agent.decide(accepted, lambda digest: documents.get(digest) or load(digest))
+    agent = load_agent(config)
+    accepted, load = fetch_accepted(agent)
+    actions, seen = agent.decide(accepted, load) if accepted else ([], {})
     others = ask_others(agent.answering)
     # What clears the way for an installation elsewhere is part of it.
-    moved = {action.deployment_id for action in actions if action.verb in ("install", "update")}
+    moved = {action.key for action in actions if action.verb in CHANGES}
     items = [{"deploymentId": action.deployment_id, "action": PRINTED.get(action.verb, action.verb),
-              "reason": action.reason, "deviceId": action.device_id}
-             for action in actions if action.verb != "clear" or action.deployment_id not in moved]
+              "reason": action.reason, "deviceId": action.device_id, "changes": load_changes(agent, action)}
+             for action in actions if action.verb != "clear" or action.key not in moved]
     version = accepted["version"] if accepted else None
-    for item in items:
-        item["changes"] = load_changes(agent, item, accepted, documents)
     if options.pop("--json", False):                # what fails after that is told on stderr alone
         print_json({"version": version, "actions": items, "others": others})
     else:
@@ -13038,47 +13008,56 @@ def command_plan(config, options):
         raise fault
 
 
-def load_changes(agent, item, accepted, documents):
+def load_agent(config):
+    """An Agent that only looks: it has read the state, and leaves its lock alone."""
+    agent = Agent(config)
+    agent.state = agent.store.load_state()
+    return agent
+
+
+def load_changes(agent, action):
     """What an update changes, in words that show no value: parameters, components' revisions, all else."""
-    record = agent.state["deployments"].get(item["deploymentId"].lower())
-    wanted = [entry["digest"] for entry in (accepted or {}).get("deployments", ())
-              if entry["deploymentId"].lower() == item["deploymentId"].lower()]
-    load = agent.store.load_artifact
-    if item["action"] != "update" or not record or not wanted or record["adopted"]["digest"] == wanted[0]:
+    record = agent.state["deployments"].get(action.key)
+    if action.verb != "update" or record["adopted"]["digest"] == action.target.digest:
         return []
-    both = []
-    for digest in (record["adopted"]["digest"], wanted[0]):
-        target = Target(item["deploymentId"], digest)
-        both.append(read_target(target, lambda key: documents.get(key) or load(key), agent.config).deployment)
-    return make_changes(*both) if all(both) else []
+    old = load_deployment(agent, record)
+    return make_changes(old, action.target.deployment) if old else []
+
+
+def load_deployment(agent, record):
+    """The Deployment that is worked on, from a record; None where its document cannot be read."""
+    target = Target(record["deploymentId"], record["adopted"]["digest"])
+    return read_target(target, agent.store.load_artifact, agent.config).deployment
 
 
 def make_changes(old, new):
     """What differs between two Deployments, in words."""
     parts = []
-    for word, field in (("parameter", "parameters"), ("component", "components")):
-        before, after = ({item.name: item for item in getattr(one, field)} for one in (old, new))
-        names = sorted({*before, *after})
-        parts += [f"{word} {name}" for name in names if before.get(name) != after.get(name)]
+    for word in ("parameter", "component"):
+        before, after = (getattr(one, word + "s") for one in (old, new))
+        changed = {item.name for item in before + after if item not in before or item not in after}
+        parts += [f"{word} {name}" for name in sorted(changed)]
     return parts or ["something else than parameters and components"]
 
 
 def fetch_accepted(agent):
-    """What the next run would accept, or has accepted before: (its part of the state, its new documents)."""
-    accepted = agent.state["accepted"]
+    """What the next run would accept, or has accepted before: (its part of the state, what loads its
+    documents).
+    """
+    stored = agent.store.load_artifact
     if agent.is_downtime():
         log("warning", "downtime: the WFM is not asked; this follows from what was accepted before")
-        return accepted, {}
+        return agent.state["accepted"], stored
     agent.check_patience(spread=False)
     agent.connect(keep=False)
     desired = agent.fetch_desired()
     if not desired:
-        return accepted, {}
+        return agent.state["accepted"], stored
     try:
         agent.check_removals(desired)
     except Waiting as error:
         log("warning", error.message)
-    return make_accepted(desired), desired.documents
+    return make_accepted(desired), lambda digest: desired.documents.get(digest) or stored(digest)
 
 
 def command_status(config, options):
@@ -13102,20 +13081,21 @@ def command_status(config, options):
     for item in document["dropped"]:
         print_row("dropped", f"{item['deploymentId']} {item['state']} at {item['at']}: {item['reason']}")
     for deployment in document["deployments"]:
-        where = f"  on {deployment['deviceId']}" if config.device.children else ""
-        print_row(deployment["state"], f"{deployment['deploymentId']}  {deployment['name']}{where}")
-        # Only a document that cannot be read leaves a deployment without components.
-        for part in deployment["components"] or [dict(deployment, name="")]:
-            print_row(f"  {part['state']}", part["name"] + make_error_words(part["error"]))
+        print_deployment(deployment)
     for item in document["waits"]:
         print_row("waits", f"until {item['until']} {item['reason']}")
     for words in make_others_words(document["others"]):
         print_row("other", f"{words}; it is left alone")
 
 
-def make_error_words(error):
-    """What follows the name of something that may have failed."""
-    return f"  {error['code']}: {error['message']}" if error["code"] else ""
+def print_deployment(item):
+    """Prints what make_deployment_report tells, and of a component its revision, where that is known, too."""
+    print_row(item["state"], f"{item['deploymentId']}  {item['name']}  on {item['deviceId']}")
+    # Only a document that cannot be read leaves a deployment without components.
+    for part in item["components"] or [dict(item, name="")]:
+        error = part["error"]
+        told = f"{error['code']}: {error['message']}" if error["code"] else ""
+        print_row(f"  {part['state']}", "  ".join(filter(None, (part["name"], part.get("revision"), told))))
 
 
 def print_row(name, words):
@@ -13134,22 +13114,20 @@ def make_deployment_report(record):
 
 
 def status(config):
-    """What the device knows, as the object that `status --json` prints; raises StorageError.
+    """What the device knows, as the object that `status --json` prints (contract); raises StorageError.
 
     config: what load_config returns.  Nobody is asked, neither the WFM nor the engine.
     """
     store = Store(config.state_dir)
-    return make_status_report(config, store.load_state(), store.load_memo(), get_clock())
-
-
-def make_status_report(config, state, memo, clock):
-    """The object of `status --json` (contract)."""
+    state = store.load_state()
+    memo = store.load_memo()
+    clock = get_clock()
     accepted = state["accepted"] or {}
     return {
         "version": __version__,
         "profile": config.wfm.profile,
         "enrolled": bool(state["enrollment"]),
-        "identity": PROFILES[config.wfm.profile](config, Store(config.state_dir), state).describe(clock.now),
+        "identity": PROFILES[config.wfm.profile](config, store, state).describe(clock.now),
         "desiredState": {key: accepted.get(key) for key in ("version", "etag", "acceptedAt")},
         "lastPoll": memo.get("lastPoll") or state["lastPoll"] or {"at": None, "result": None, "detail": ""},
         "outbox": len(state["outbox"]),
@@ -13188,9 +13166,8 @@ def command_capabilities(config, options):
 
     Example: margo_agent.py capabilities > capabilities.json
     """
-    agent = Agent(config)
-    profile = PROFILES[config.wfm.profile](config, agent.store, agent.store.load_state())
-    documents = list(map(profile.translate, load_capabilities(agent.devices, config).values()))
+    agent = load_agent(config)
+    documents = list(map(agent.get_profile().translate, load_capabilities(agent.devices, config).values()))
     print_json(documents if documents[1:] else documents[0])
 
 
@@ -13226,15 +13203,14 @@ def command_retry(config, options):
     """
     with Agent(config) as agent:
         state = agent.state
-        records = list(state["deployments"].values())
-        if options["operands"]:
-            records = [find_record(state, options["operands"][0])]
+        names = options["operands"]
+        records = [find_record(state, name) for name in names] or state["deployments"].values()
         failed = [record for record in records if record["state"] == "failed"]
-        if options["operands"] and not failed:
-            raise ConfigError(f"{options['operands'][0]} is no failed deployment; `status` lists them")
+        if names and not failed:
+            raise ConfigError(f"{names[0]} is no failed deployment; `status` lists them")
         for record in failed:
             record.update(retry={}, repair={})
-        if not options["operands"]:
+        if not names:
             state.update(patience={}, waits={})
             state["est"].update(delay=0)
         agent.store.save_state(state)
@@ -13264,29 +13240,31 @@ def command_version(config, options):
 
 
 def print_json(value):
-    """Prints one JSON document, for people and programs alike: nothing in it steers a terminal."""
+    """Prints one JSON document, for people and programs alike: nothing in it steers a terminal.
+
+    It is escaped where that would, or where the locale lacks a character.
+    """
     import json
-    encoding = (sys.stdout.encoding or "").lower().replace("-", "")
-    text = json.dumps(value, indent=2, ensure_ascii=encoding != "utf8")
-    print(re.sub(r"[^ -~\n]", lambda odd: odd.group() if odd.group().isprintable()
-                 else json.dumps(odd.group())[1:-1], text))
+    text = json.dumps(value, indent=2, ensure_ascii=False)
+    encoding = sys.stdout.encoding or "ascii"
+    shown = text.replace("\n", "").isprintable() and text == text.encode(encoding, "replace").decode(encoding)
+    print(text if shown else json.dumps(value, indent=2))
 
 
-JSON = {"--json": ""}
 for name, row in {
-    "enroll": (command_enroll, {name: word for name, (word, _) in OPTIONS["enroll"].items()}, ""),
-    "run": (command_run, {"--once": "", "--spread": "TIME", **JSON}, ""),
-    "plan": (command_plan, JSON, ""),
-    "status": (command_status, JSON, ""),
-    "history": (command_history, JSON, ""),
-    "capabilities": (command_capabilities, JSON, ""),
-    "csr": (command_csr, {"--out": "FILE"}, ""),
-    "retry": (command_retry, JSON, "[NAME]"),
-    "unenroll": (command_unenroll, {"--purge": ""}, ""),
-    "version": (command_version, JSON, ""),
+    "enroll": (command_enroll, ""),
+    "run": (command_run, "[--once] [--spread TIME] [--json]"),
+    "plan": (command_plan, "[--json]"),
+    "status": (command_status, "[--json]"),
+    "history": (command_history, "[--json]"),
+    "capabilities": (command_capabilities, "[--json]"),
+    "csr": (command_csr, "[--out FILE]"),
+    "retry": (command_retry, "[NAME] [--json]"),
+    "unenroll": (command_unenroll, "[--purge]"),
+    "version": (command_version, "[--json]"),
 }.items():
     COMMANDS.setdefault(name, row)                  # an optional room may know more of a command
-GLOBAL_OPTIONS = {"-c": "FILE", "-v": "", "-q": "", "--log-format": "text|json", "--help": ""}
+USAGE = "[-c FILE] [-v] [-q] [--log-format text|json] [--help]"     # before or behind any command
 SPELLINGS = {"--config": "-c", "--verbose": "-v", "--quiet": "-q", "-h": "--help", "help": "--help",
              "--version": "version"}
 
@@ -13294,46 +13272,56 @@ SPELLINGS = {"--config": "-c", "--verbose": "-v", "--quiet": "-q", "-h": "--help
 Misuse = define_fault("Misuse", 2, "CONFIGURATION", "The command line is wrong.", ConfigError)
 
 
+def parse_usage(usage):
+    """A usage such as `NAME [SERVICE] [--tail N] [-f]` to [operand] and {option: what follows it, or ""}."""
+    return usage.partition("[-")[0].split(), dict(re.findall(r"\[(-[^] ]+) ?([^]]*)\]", usage))
+
+
 def parse_arguments(arguments):
     """The command line as a dictionary: `command`, `operands`, `arguments` as given, and each option.
 
     Raises ConfigError.
     """
-    options = {"command": None, "operands": [], "arguments": list(arguments)}
+    options = {"command": "", "operands": [], "arguments": list(arguments)}
     rest = list(arguments)
+    usage = USAGE
     while rest:
         word = rest.pop(0)
-        word = word if options["command"] else SPELLINGS.get(word, word)
+        command = options["command"]
+        word = word if command else SPELLINGS.get(word, word)
         if word.startswith("-"):
-            parse_option(word, rest, options)
-        elif options["command"]:
-            if not word:
-                raise Misuse(f"{options['command']}: an empty word names nothing")
+            parse_option(word, rest, parse_usage(usage)[1], options)
+        elif not command:
+            options["command"] = check_word(word, "command", COMMANDS)
+            usage += COMMANDS[word][1]
+        elif word:
             options["operands"].append(word)
         else:
-            options["command"] = check_word(word, "command", COMMANDS)
+            raise Misuse(f"{command}: an empty word names nothing")
     if options.get("--log-format", "text") not in ("text", "json"):
         raise Misuse("--log-format: text or json")
+    if "-v" in options and "-q" in options:
+        raise Misuse("-v and -q: only one of them")
     return options
 
 
-def parse_option(word, rest, options):
-    """Adds an option to `options`, with its value, which may be the first word of the `rest`."""
-    known = dict(GLOBAL_OPTIONS, **(COMMANDS[options["command"]][1] if options["command"] else {}))
-    name, given, value = word.partition("=")
-    if not word.startswith("--"):                   # -cFILE, -vq
-        name = word[:2]
-        value = word[2:].lstrip("=")
+def parse_option(word, rest, known, options):
+    """Adds an option of {option: what follows it} to `options`; its value may be the first word of the rest.
+
+    A short one may be followed by its value (-cFILE), or by other short ones (-fv).
+    """
+    name, given, value = re.fullmatch(r"(--[^=]*|-.?)(=?)(.*)", word, re.S).groups()
     name = check_word(SPELLINGS.get(name, name), "option", known)
     if known[name]:
-        options[name] = value or (rest.pop(0) if rest and not given else "")
-        if not options[name]:
+        if not given and not value and rest:
+            value = rest.pop(0)
+        if not value:
             raise Misuse(f"{name}: needs a value: write {name} {known[name]}")
-        return
-    options[name] = True
-    if value and word.startswith("--"):
+    elif given:
         raise Misuse(f"{make_printable(word)}: takes no value")
-    rest[:0] = [f"-{value}"] * bool(value)
+    elif value:
+        rest.insert(0, f"-{value}")
+    options[name] = value or True
 
 
 def check_word(word, kind, known):
@@ -13352,9 +13340,8 @@ def print_help(command=None):
     if not command:                                 # Python's option -OO keeps no docstrings
         print((__doc__ or "\n\n\n\n").split("\n\n")[2] + "\n")
     for name in [command] if command else COMMANDS:
-        function, known, operands = COMMANDS[name]
-        words = f" {name} {operands}".rstrip()
-        words += "".join(f" [{option} {value}".rstrip() + "]" for option, value in known.items())
+        function, usage = COMMANDS[name]
+        words = f" {name} {usage}"
         first, _, more = (function.__doc__ or "").partition("\n\n")
         print(textwrap.fill(f"{words:27} {first}", 79, subsequent_indent=" " * 28))
         if command:
@@ -13371,8 +13358,8 @@ def run_main(arguments):
         return 0 if arguments else 2
     if not command:
         raise Misuse("no command; one of " + ", ".join(COMMANDS))
-    function, _, operands = COMMANDS[command]
-    operands = operands.split()
+    function, usage = COMMANDS[command]
+    operands, _ = parse_usage(usage)
     given = options["operands"]
     for extra in given[len(operands):]:
         raise Misuse(f"{make_printable(extra)}: {command} takes no such operand")

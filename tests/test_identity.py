@@ -684,8 +684,8 @@ class Expiry(LiveCase):
             end = margo_agent.load_identity(config).leaf.not_after
             for left, words in ((0.21, ""), (0.19, "expires in"), (-0.01, "expired")):
                 with self.subTest(lifetime=lifetime, left=left):
-                    report = margo_agent.make_status_report(config, margo_agent.make_state(), {}, margo_agent.Clock(end - left * lifetime, "", 0))
-                    self.assertEqual(report["identity"]["warning"][:len(words) or None], words)
+                    profile = margo_agent.PROFILES["mtls"](config, margo_agent.Store(config.state_dir), margo_agent.make_state())
+                    self.assertEqual(profile.describe(end - left * lifetime)["warning"][:len(words) or None], words)
 
     def test_status_tells_what_is_wrong_with_the_own_svid(self):
         """P-3: without network and without failing."""

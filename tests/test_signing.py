@@ -517,7 +517,7 @@ class Trust(SignedCase):
             with self.assertRaises(ValueError):
                 margo_agent.parse_ca(text)
         with self.assertRaises(margo_agent.ConfigError):
-            margo_agent.command_enroll(margo_agent.make_config({"wfm": {"url": "https://x"}, "identity": {
+            margo_agent.command_enroll_signed(margo_agent.make_config({"wfm": {"url": "https://x"}, "identity": {
                 "certificate": "c", "key": "k", "trust_bundle": "b"}}, "/", {}), {"--fetch-ca": "x"})
 
 
