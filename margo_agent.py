@@ -8738,11 +8738,19 @@ def make_der(tag, *parts):
     return bytes([tag]) + size + body
 
 
+def parse_signed(der):
+    """The fields of a certificate or revocation list (DER), without its signature.
+
+    Raises ValueError, IndexError.
+    """
+    (_, content, _), = parse_der(der)
+    return parse_der(parse_der(content)[0][1])
+
+
 def parse_certificate(der):
     """A DER certificate to a Certificate; raises ValueError (RFC 5280, only the fields in use)."""
     try:
-        (_, content, _), = parse_der(der)
-        fields = parse_der(parse_der(content)[0][1])
+        fields = parse_signed(der)
         if fields[0][0] == 0xA0:                    # [0] version
             fields = fields[1:]
         serial, _, issuer, validity, subject, spki = fields[:6]
@@ -9731,8 +9739,6 @@ def run_signature(data, signer):
         else:                                       # Ed25519 takes a file that it can measure
             with lend_file(data) as file:
                 found = run_openssl("pkeyutl -sign -rawin -inkey", signer.key, "-in", file.name)
-        if not found:
-            raise ValueError("it printed no signature")
         return parse_ecdsa(found, size) if size else found
     except (ValueError, OverflowError, CommandError) as error:
         reason = make_printable(str(error), 300)
@@ -10316,7 +10322,8 @@ class GitSource:
                     headers["Authorization"] = self.header
                 where = f"{self.url}/info/refs?service={service}"
                 answer = request("GET", where, headers, None, self.context, wfm.timeout, MAX_ANSWER)
-                check_response(answer, self.url, (200,), time.time(), "see git.token_file")
+                denial = "set git.token_file, or mend the token in git.token_file"
+                check_response(answer, self.url, (200,), time.time(), denial)
             except MargoError as fault:
                 fault.message += "; set identity.ca" if fault.stranger else ""
                 return fault
@@ -10382,7 +10389,7 @@ class GitSource:
         if self.config.git.verify_signatures:
             self.ask_signature(head)
         there = base if base and self.has(base) else None
-        if base and not (there and self.follows(there, head)):
+        if base and (not there or self.git("merge-base --is-ancestor", base, head, codes=(0, 1)).code):
             words = (f"commit {head} does not descend from the accepted {base}: history was rewritten, or"
                      " set back")
             if not self.config.git.allow_rewrite:
@@ -10413,9 +10420,6 @@ class GitSource:
         """Whether a commit is in the repository."""
         return not self.git("cat-file -e", f"{commit}^{{commit}}", codes=(0, 1, 128)).code
 
-    def follows(self, base, head):
-        """Whether a commit follows on another one."""
-        return not self.git("merge-base --is-ancestor", base, head, codes=(0, 1)).code
 
     def fetch(self, refspec, *options):
         """Fetches one ref; a pack may have policy.max_unpacked bytes, and raises Refused where it has more.
@@ -10438,8 +10442,7 @@ class GitSource:
         signers = self.config.git.allowed_signers
         with tempfile.TemporaryDirectory(prefix="margo-gpg-") as home:
             env = dict(self.env, GNUPGHOME=home)
-            with open(os.path.join(home, "gpg.conf"), "w") as file:
-                file.write("batch\nno-autostart\ntrust-model always\n")
+            write_file(os.path.join(home, "gpg.conf"), b"batch\nno-autostart\ntrust-model always\n")
             data = read_file(signers, MAX_CERTIFICATES) or b""
             if data[:1] > b"\x7f" or data.startswith(b"-----BEGIN PGP"):
                 run_command(["gpg", "--homedir", home, "--import", signers], 60, env)
@@ -10471,8 +10474,9 @@ class GitSource:
                 log("info", f"ignored: not {words}", name=name)
         suspects = find_suspects(self.list_tree(base), listing, {*others}) if base else []
         passed = parse_files(self.read_blobs(suspects))[2]
-        for name in [item[0] for item in suspects if item[0] not in passed][:1]:
-            raise Refused(f"{make_printable(name, 200)} held a deployment in the accepted commit, and is"
+        held = [name for name, _, _ in suspects if name not in passed]
+        if held:
+            raise Refused(f"{make_printable(held[0], 200)} held a deployment in the accepted commit, and is"
                           " none now, or lies below what is no folder; nothing is removed for that:"
                           " remove the file itself, or put it right")
         return entries, documents
@@ -10520,8 +10524,7 @@ class GitSource:
 
     def connect_wfm(self):
         """The WFM at wfm.status_url, connected when there is something to report."""
-        if self.reporter is None:
-            self.reporter = self.connect_reporter()
+        self.reporter = self.reporter or self.connect_reporter()
         return self.reporter
 
     def push_file(self, device_id, path, document, message):
@@ -10532,8 +10535,8 @@ class GitSource:
         """
         import json
         ref = f"refs/heads/status/{make_ref_path(device_id)}"
-        content = None
-        if document is not None:
+        content = b""
+        if document:
             content = json.dumps(document, indent=2, ensure_ascii=False).encode() + b"\n"
         if ref not in self.heads:
             self.fetch_head(ref)
@@ -10556,15 +10559,14 @@ class GitSource:
     def save_commit(self, ref, base, path, content, message):
         """A commit on `base` (None: the first) that changes one file, made without work tree or index.
 
-        None where it is so.
+        None where it is so.  content: b"" for no file.
         """
         self.prepare()
-        old, parent = None, ""
+        old, parent = b"", ""
         if base:
             if not self.has(base):
                 self.fetch(f"+{ref}:refs/margo/status", "--depth=1")
-            found = self.git("cat-file blob", f"{base}:{path}", codes=(0, 128))
-            old = None if found.code else found.stdout
+            old = self.git("cat-file blob", f"{base}:{path}", codes=(0, 128)).stdout
             parent = f"from {base}\n"
         if old == content:
             return None
@@ -10573,7 +10575,7 @@ class GitSource:
                 f"committer margo-agent <margo-agent@localhost> {int(time.time())} +0000\n"
                 f"data {len(message)}\n{message}\n{parent}{change}").encode()
         made = self.git("fast-import --quiet --force --done",
-                        data=head + (content or b"") + b"\nget-mark :1\ndone\n")
+                        data=head + content + b"\nget-mark :1\ndone\n")
         return made.stdout.decode().strip()
 
 
@@ -11125,8 +11127,11 @@ class Enrollment:
             return                                  # an earlier run ended just after it had activated it
         chain = self.obtain_chain(leaf, issued, bundle)
         own = make_identity(leaf)
-        if renewed:
-            self.prove(chain, own, bundle)
+        if renewed:                                 # the WFM has to answer a conditional GET by it first
+            with lend_file(chain.encode()) as file:
+                config = Settings(self.config, identity=Settings(self.settings, certificate=file.name))
+                source = Mtls(config, self.store, self.state).open_source(own, bundle, keep=False)
+            source.fetch_manifest((self.state["accepted"] or {}).get("etag"))
         write_file(self.settings.certificate, chain.encode(), 0o644)
         log("info", "new SVID", id=own.spiffe_id.text, notAfter=make_time(leaf.not_after),
             renewal=make_time(make_renewal_time(leaf)))
@@ -11206,13 +11211,6 @@ class Enrollment:
             return run_paths(leaf, found + issued, self.settings.key, bundle.anchors)
         except ValueError as error:
             raise Untrusted(f"the SVID issued does not lead to the trust bundle: {error}") from None
-
-    def prove(self, chain, own, bundle):
-        """Tries the renewed SVID on a conditional GET; it replaces the old one only if the WFM answers."""
-        with lend_file(chain.encode()) as file:
-            config = Settings(self.config, identity=Settings(self.settings, certificate=file.name))
-            source = Mtls(config, self.store, self.state).open_source(own, bundle, keep=False)
-        source.fetch_manifest((self.state["accepted"] or {}).get("etag"))
 
 
 def run_renewal_csr(leaf, key_file):
@@ -11374,8 +11372,7 @@ def parse_crl(data):
     """
     try:
         der = parse_pem(data.decode("ascii"), "X509 CRL")[0] if data[:1] == b"-" else data
-        (_, content, _), = parse_der(der)
-        fields = parse_der(parse_der(content)[0][1])
+        fields = parse_signed(der)
         if fields[0][:2] != (0x02, b"\1"):
             raise ValueError("it is not of version 2")
         times = [parse_der_time(*field[:2]) for field in fields[3:5]]
@@ -12741,7 +12738,6 @@ def start_watch(config, arguments):
     os.execv(sys.executable, [sys.executable, "-I", "-S", "-", "margo-agent"])
 
 
-
 # The daemon's parent: these functions run in an interpreter that has nothing else of this file but `os`,
 # `time` and LINE.  What more they need they import.
 
@@ -12796,7 +12792,6 @@ def start_cycle(child, signals):
             os._exit(127)
     os.close(writer)
     return pid, reader
-
 
 
 def count_wakes(pid):
