@@ -8845,8 +8845,8 @@ def parse_pem(text, label="CERTIFICATE"):
 
 def make_pem(ders):
     """Certificates (DER) as PEM text."""
-    import ssl
-    return "".join(map(ssl.DER_cert_to_PEM_cert, ders))
+    bodies = ("\n".join(re.findall(".{1,64}", make_base64(der))) for der in ders)
+    return "".join(f"-----BEGIN CERTIFICATE-----\n{body}\n-----END CERTIFICATE-----\n" for body in bodies)
 
 
 # ----------------------------------------------------------------------------------------------------------
