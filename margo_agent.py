@@ -8709,7 +8709,7 @@ def walk_der(data):
         length = data[position - 1]
         if length & 0x80:
             size = length & 0x7F
-            if not 1 <= size <= 4 or position + size > len(data):
+            if not 1 <= size <= 4:
                 raise ValueError("DER: a bad length")
             length = int.from_bytes(data[position:position + size], "big")
             position += size
@@ -9636,14 +9636,14 @@ ROLES = (("helm", "Standalone Cluster"), ("compose", "Standalone Device"))
 Speech = define("Speech", "flat silent certificate client_id status",
     "How servers of one wfm.dialect speak: whether they take capabilities for each device, flat, or one"
     " document with roles and resources; the members that a status of rc.3 must not have; what onboarding"
-    " calls the certificate and the client id; the path of a deployment's status.")
+    " calls the certificate and the client id; the path of a deployment's status.",
+    False, ("adoptedManifestVersion", "deviceId", "source"), "certificate", "clientId",
+    "/deployments/{}/status")
 SPEECHES = {
-    "a": Speech(False, ("adoptedManifestVersion", "deviceId", "source"), "certificate", "clientId",
-                "/deployments/{}/status"),
-    "b": Speech(True, ("adoptedManifestVersion",), "certificate", "clientId", "/deployments/{}/status"),
+    "a": Speech(),
+    "b": Speech(True, ("adoptedManifestVersion",)),
     # as the open WFM of December 2025 has a
-    "a-2025": Speech(False, ("adoptedManifestVersion", "deviceId", "source"), "public_certificate",
-                     "client_id", "/deployment/{}/status"),
+    "a-2025": Speech(certificate="public_certificate", client_id="client_id", status="/deployment/{}/status"),
 }
 
 
@@ -9858,9 +9858,8 @@ class SignedSource(HttpSource):
             answer = self.send("POST", "/onboarding", (200, 201), document=document)
             client_id = parse_client_id(parse_json(answer.body, "the answer"), self.speech.client_id)
         except (Untrusted, Refused, ValueError) as error:
-            reason = getattr(error, "message", error)
             wait = "; it may wait for somebody's approval at the WFM" * bool(getattr(error, "status", 0))
-            raise Untrusted(f"onboarding refused: {reason}{wait}") from None
+            raise Untrusted(f"onboarding refused: {error}{wait}") from None
         log("info", "onboarded", client=client_id)
         return client_id
 
