@@ -2870,7 +2870,7 @@ def fetch_trust_bundle(config, store, state, held, trust_domain, now, keep):
     for name, companion in COMPANIONS.items():
         if companion.wanted(config) and (parts or name not in trust):
             if trust.get(name) and not parts.get(name):
-                log("warning", f"it names no {companion.title} any more; what is at hand of that counts on")
+                log("warning", f"discovery names no {companion.title} any more; what is at hand of that counts on")
             trust[name] = parts.get(name)
     answer = fetch_from_mis(url, config)
     check_response(answer, f"trust bundle {url}", (200,), now)
@@ -10245,7 +10245,7 @@ class GitSource:
 
     def __init__(self, config, home, header, connect_reporter):
         self.config, self.home, self.header, self.connect_reporter = config, home, header, connect_reporter
-        self.url, self.client_id = config.wfm.url, config.wfm.url
+        self.url, self.client_id, self.settings = config.wfm.url, config.wfm.url, config.git
         self.peer = f"a repository with a branch {config.git.branch}"
         self.branch = f"refs/heads/{config.git.branch}"
         self.repository = os.path.join(home, "repository")
@@ -10284,8 +10284,9 @@ class GitSource:
         return output
 
     def refuse(self, command, words):
-        """Raises Refused for a git command that wants more than it may have; pieces of a pack may be left."""
-        remove_folder(self.repository)
+        """Raises Refused for a git command that wants more than it may have."""
+        if command == "fetch":
+            remove_folder(self.repository)          # with the piece of a pack that it left
         raise Refused(f"{self.url}: git {command} {words}, all that it may; keep less in the repository, set"
                       " git.path, or see policy.max_unpacked") from None
 
@@ -10338,7 +10339,7 @@ class GitSource:
         """
         head = self.fetch_head(self.branch)
         if head is None:
-            raise Refused(f"{self.url} has no branch {self.config.git.branch}; mend git.branch (nothing is"
+            raise Refused(f"{self.url} has no branch {self.settings.branch}; mend git.branch (nothing is"
                           " removed for that)")
         if accepted and accepted["digest"] == self.make_digest(head) and not accepted.get("incomplete"):
             return None
@@ -10349,8 +10350,7 @@ class GitSource:
 
     def make_digest(self, head):
         """The digest of a commit and of the settings by which it is read."""
-        return sha256_digest(f"{head} {self.config.git.path}"
-                             f" {self.config.git.verify_signatures}".encode())
+        return sha256_digest(f"{head} {self.settings.path} {self.settings.verify_signatures}".encode())
 
     def work(self, act):
         """What `act` returns.
@@ -10385,13 +10385,13 @@ class GitSource:
             log("debug", "the server gives no single commits", reason=error.message)
         self.fetch(f"+{self.branch}:refs/margo/head", *([] if base else ["--depth=1"]))
         head = self.git("rev-parse --verify refs/margo/head").stdout.decode().strip()
-        if self.config.git.verify_signatures:
+        if self.settings.verify_signatures:
             self.ask_signature(head)
         there = base if base and self.has(base) else None
         if base and (not there or self.git("merge-base --is-ancestor", base, head, codes=(0, 1)).code):
             words = (f"commit {head} does not descend from the accepted {base}: history was rewritten, or"
                      " set back")
-            if not self.config.git.allow_rewrite:
+            if not self.settings.allow_rewrite:
                 raise Refused(f"security: {words}; revert by a new commit instead, or see git.allow_rewrite")
             log("warning", f"{words}; accepted, because it is signed and git.allow_rewrite is set")
         try:
@@ -10438,7 +10438,7 @@ class GitSource:
         exported gpg keys.
         """
         import tempfile
-        signers = self.config.git.allowed_signers
+        signers = self.settings.allowed_signers
         with tempfile.TemporaryDirectory(prefix="margo-gpg-") as home:
             env = dict(self.env, GNUPGHOME=home)
             write_file(os.path.join(home, "gpg.conf"), b"batch\nno-autostart\ntrust-model always\n")
@@ -10460,8 +10460,8 @@ class GitSource:
         """
         policy = self.config.policy
         listing = self.list_tree(head)
-        if self.config.git.path and not listing:
-            raise Refused(f"it has no folder {self.config.git.path} (git.path); nothing is removed for that")
+        if self.settings.path and not listing:
+            raise Refused(f"it has no folder {self.settings.path} (git.path); nothing is removed for that")
         blobs, links = find_blobs(listing, policy.max_document)
         total = sum(size for _, _, size in blobs)
         if total > policy.max_unpacked // DOCUMENTS:
@@ -10482,7 +10482,7 @@ class GitSource:
 
     def list_tree(self, commit):
         """What `git ls-tree` prints of all that lies below git.path in a commit."""
-        below = [self.config.git.path + "/"] if self.config.git.path else []
+        below = [self.settings.path + "/"] if self.settings.path else []
         return self.git("ls-tree -r -z -l --full-tree --", commit, *below).stdout
 
     def read_blobs(self, blobs):
