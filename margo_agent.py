@@ -2870,7 +2870,7 @@ def fetch_trust_bundle(config, store, state, held, trust_domain, now, keep):
     for name, companion in COMPANIONS.items():
         if companion.wanted(config) and (parts or name not in trust):
             if trust.get(name) and not parts.get(name):
-                log("warning", f"discovery names no {companion.title} any more; what is at hand of that counts on")
+                log("warning", f"discovery names no {companion.title} any more; what is at hand counts on")
             trust[name] = parts.get(name)
     answer = fetch_from_mis(url, config)
     check_response(answer, f"trust bundle {url}", (200,), now)
