@@ -2630,11 +2630,11 @@ def load_key_pair(context, certificate_file, key_file, where="identity"):
     Raises Untrusted, also while an operator has replaced only one of the two files (E-010).
     """
     asked = []  # nobody can type a password here; to raise in there upsets Python 3.7
-    for name, path in (("certificate", certificate_file), ("key", key_file)):
-        if not os.path.exists(path):
-            raise Untrusted(f"{where}.{name} {path}: there is no such file")
     try:
         context.load_cert_chain(certificate_file, key_file, lambda: asked.append(True) or "")
+    except FileNotFoundError:
+        missing = f"key {key_file}" if os.path.exists(certificate_file) else f"certificate {certificate_file}"
+        raise Untrusted(f"{where}.{missing}: there is no such file") from None
     except (OSError, ValueError) as error:
         words = "it holds no private key in PEM, or is unreadable; name the file that does"
         if asked:
@@ -11580,7 +11580,7 @@ def parse_crl_uris(members, document_url, public):
     """[URL of a list] from a discovery document; what is none fails where it is asked for (E-080)."""
     listed = members.get(CRL_FIELD) or []
     listed = listed if isinstance(listed, list) else [listed]
-    return [make_printable(str(uri)) for uri in listed[:MAX_LISTS]]
+    return [str(uri)[:2000] for uri in listed[:MAX_LISTS]]
 
 
 def load_own_flaw(store, state, leaf):
