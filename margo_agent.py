@@ -10864,8 +10864,8 @@ class Git(Profile):
         load_git_header(self.config.git)
         for key in ("token_file", "ssh_key"):
             path = self.config.git[key]
-            if path and not os.path.isfile(path):
-                raise Untrusted(f"git.{key} {path}: is not there")
+            if path:
+                load_secret(f"git.{key}", path, Untrusted)
             loose = ask_looseness(f"git.{key}", path or "")
             if loose:
                 return "warn", loose
@@ -11372,8 +11372,6 @@ def parse_crl(data):
     try:
         der = parse_pem(data.decode("ascii"), "X509 CRL")[0] if data[:1] == b"-" else data
         fields = parse_signed(der)
-        if fields[0][:2] != (0x02, b"\1"):
-            raise ValueError("it is not of version 2")
         times = [parse_der_time(*field[:2]) for field in fields[3:5]]
         listed = fields[5][1] if fields[5][0] == 0x30 else b""
         serials = {int.from_bytes(parse_der(entry)[0][1], "big", signed=True)

@@ -203,6 +203,16 @@ class Enrollment(Site):
                 self.assertIn(b"s3cr:et", read(device.token))
         self.assertEqual(self.wfm.requests()[self.start[2]:], [])
 
+    def test_an_svid_by_a_clock_that_is_ahead_is_waited_for(self):
+        """P-2, E-043: it is good in a moment; neither thrown away nor asked for again."""
+        self.mis.misissue(start=20, end=4000)
+        self.assertIn("by a clock that is ahead of ours", self.device.cycle(3))
+        self.assertLess(self.device.state()["est"]["delay"], 60)
+        time.sleep(max(0, self.device.state()["est"]["delay"]))
+        self.let_retry()
+        self.device.cycle()
+        self.assertEqual(len(self.issued()), 1)
+
     def test_downtime_without_an_svid_is_waited_out_quietly(self):
         """The draft's 4: also where the last attempt is long past, a daemon's next cycle is due after an interval and not at once."""
         self.mis.fault({"path": "*/simpleenroll", "status": 503, "times": 1})
