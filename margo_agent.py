@@ -10073,16 +10073,11 @@ def read_url_or_address(value, base):
     return (read_root_url if str(value).startswith("https:") else read_address)(value, base)
 
 
-def parse_folder(text):
-    """A folder inside a repository without slashes around it; empty: the whole of it; raises ValueError."""
-    parts = text.strip("/").split("/")
-    if parts != [""] and {"", ".", ".."} & set(parts) or re.search(r"[\x00-\x1f]", text):
-        raise ValueError("a folder inside the repository")
-    return "/".join(parts)
-
-
+FOLDER = r"(?!\.\.?(?:/|$))[^/\x00-\x1f]+"
 read_branch = scalar("the name of a branch", BRANCH_PATTERN)
-read_folder = scalar("a folder inside the repository", make=parse_folder)
+# slashes around it say nothing
+read_folder = scalar("a folder inside the repository", rf"/*(?:{FOLDER}(?:/{FOLDER})*)?/*",
+                     lambda text: text.strip("/"))
 SCHEMA["wfm"]["url"] = (read_url_or_address, None, "root URL of the WFM, or address of the repository")
 SCHEMA["wfm"]["status_url"] = (read_root_url, None, "root URL of a WFM to report to; without it a branch is")
 SCHEMA["git"] = {
