@@ -10179,13 +10179,13 @@ class GitSource:
                 fetch_chain(self.url, self.context, wait)
             output = self.git("ls-remote --", self.url, ref, timeout=4 * wait)
         except (CommandError, Untrusted, Unreachable) as error:
-            raise self.ask_reason(error, "git-upload-pack") from None
+            raise self.ask_reason(error) from None
         found = re.search(rf"^([0-9a-f]{{40}}|[0-9a-f]{{64}})\t{re.escape(ref)}$",
                           output.stdout.decode("ascii", "replace"), re.M)
         self.heads[ref] = found.group(1) if found else None
         return self.heads[ref]
 
-    def ask_reason(self, error, service):
+    def ask_reason(self, error, service="git-upload-pack"):
         """Why the server could not be used, as a fault: git has no words for programs, so the server itself
         is asked.
 
@@ -10243,7 +10243,7 @@ class GitSource:
             remove_folder(self.repository)
             return act()
         except CommandError as error:
-            raise self.ask_reason(error, "git-upload-pack") from None
+            raise self.ask_reason(error) from None
 
     def fetch_files(self, base):
         """(head commit, what read_files returns), once the head is known to follow on `base`.
@@ -10457,11 +10457,10 @@ class GitSource:
 
 def ask_ssh(address, timeout):
     """Whether an ssh server answers at a repository's address: then it is not the wire that is at fault."""
-    import socket
     from urllib.parse import urlsplit
     try:
         parts = urlsplit(address if address.startswith("ssh://") else "ssh://" + address.partition(":")[0])
-        with socket.create_connection((parts.hostname, parts.port or 22), timeout) as peer:
+        with open_connection((parts.hostname, parts.port or 22), timeout) as peer:
             return peer.recv(4) == b"SSH-"
     except (OSError, ValueError):
         return False
