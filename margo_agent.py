@@ -11722,21 +11722,21 @@ def list_release_names(records):
             for record in records for component in record["components"]}
 
 
-def make_helm_driver(config, child=None, _=(), environ=None):
+def make_helm_driver(config, child=None, _=()):
     """The HelmDriver of the configuration; None where there is no helm, or no cluster to use it with.
 
     Nothing is started to tell.  child: (device id, connection) of a child device, whose connection may name
     its cluster.
     """
-    environ = os.environ if environ is None else environ
+    environ = os.environ
     setting = config.runtime.helm
     path = config.runtime.kubeconfig or environ.get("KUBECONFIG")
-    if child and "KUBECONFIG" not in child[1]:
-        return None
     if child:
         environ = make_child_environment(environ, child[1])
         setting = "auto" if setting == "off" else setting
-        path = environ["KUBECONFIG"]
+        path = child[1].get("KUBECONFIG")
+        if not path:
+            return None
     own = os.path.join(environ.get("HOME") or "/root", ".kube/config")
     path = path or next(filter(os.path.exists, ("/etc/rancher/k3s/k3s.yaml", own)), None)
     if setting == "off" or setting == "auto" and not (path and find_program("helm", environ)):
@@ -12806,9 +12806,8 @@ def notify(address, text):
         return
     import socket
     try:
-        # This must not block when nobody reads.
-        kind = socket.SOCK_DGRAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK
-        with socket.socket(socket.AF_UNIX, kind) as peer:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as peer:
+            peer.setblocking(False)                 # nobody may read
             peer.connect("\0" + address[1:] if address.startswith("@") else address)
             peer.send(text.encode())
     except OSError:
@@ -13301,7 +13300,8 @@ def print_json(value):
     print(text if shown else json.dumps(value, indent=2))
 
 
-for name, row in {
+# An optional room may know more of a command.
+COMMANDS = dict({
     "enroll": (command_enroll, ""),
     "run": (command_run, "[--once] [--spread TIME] [--json]"),
     "plan": (command_plan, "[--json]"),
@@ -13312,8 +13312,7 @@ for name, row in {
     "retry": (command_retry, "[NAME] [--json]"),
     "unenroll": (command_unenroll, "[--purge]"),
     "version": (command_version, "[--json]"),
-}.items():
-    COMMANDS.setdefault(name, row)                  # an optional room may know more of a command
+}, **COMMANDS)
 USAGE = "[-c FILE] [-v] [-q] [--log-format text|json] [--help]"     # before or behind any command
 SPELLINGS = {"--config": "-c", "--verbose": "-v", "--quiet": "-q", "-h": "--help", "help": "--help",
              "--version": "version"}

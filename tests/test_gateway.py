@@ -157,9 +157,10 @@ class Connections(unittest.TestCase):
         support.write(os.path.join(folder, "helm"), "#!/bin/sh\n", 0o755)
         environ = {"PATH": folder, "KUBECONFIG": "/the/gateways/own", "CONTAINER_HOST": "unix:///own"}
         config = make(runtime={"helm": "off", "kubeconfig": "/the/gateways/own"})
-        driver = margo_agent.make_helm_driver(config, (A, {"KUBECONFIG": "/a/kubeconfig"}), environ=environ)
-        self.assertEqual((driver.environ["KUBECONFIG"], "CONTAINER_HOST" in driver.environ), ("/a/kubeconfig", False))
-        self.assertIsNone(margo_agent.make_helm_driver(config, (A, {"CONTAINER_HOST": "unix:///a"}), environ=environ))
+        with unittest.mock.patch.dict(os.environ, environ, clear=True):
+            driver = margo_agent.make_helm_driver(config, (A, {"KUBECONFIG": "/a/kubeconfig"}))
+            self.assertEqual((driver.environ["KUBECONFIG"], "CONTAINER_HOST" in driver.environ), ("/a/kubeconfig", False))
+            self.assertIsNone(margo_agent.make_helm_driver(config, (A, {"CONTAINER_HOST": "unix:///a"})))
 
     def test_what_the_gateway_does_not_host_its_children_may(self):
         """runtime.compose and runtime.engine speak of this device; `off` makes a gateway that hosts nothing itself."""
