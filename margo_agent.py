@@ -39,6 +39,9 @@ out; "F-nn" and "K-nn" are what fleets and compose files met.
 """
 # Only what every command needs is imported here: one unchanged poll is measured in milliseconds, so a module
 # that a poll may do without (subprocess, tarfile, json, ssl ...) is imported by the function that needs it.
+if __name__ == "__main__":                          # ctrl-C while this file is read ends it without a word
+    import signal
+    at_interrupt = signal.signal(signal.SIGINT, signal.SIG_DFL)
 import io
 import os
 import re
@@ -13254,8 +13257,7 @@ def print_json(value):
     print(text if shown else json.dumps(value, indent=2))
 
 
-# An optional room may know more of a command.
-COMMANDS = dict({
+COMMANDS.update({
     "enroll": (command_enroll, ""),
     "run": (command_run, "[--once] [--spread TIME] [--json]"),
     "plan": (command_plan, "[--json]"),
@@ -13266,7 +13268,8 @@ COMMANDS = dict({
     "retry": (command_retry, "[NAME] [--json]"),
     "unenroll": (command_unenroll, "[--purge]"),
     "version": (command_version, "[--json]"),
-}, **COMMANDS)
+    **COMMANDS,                                     # an optional room may know more of a command
+})
 USAGE = "[-c FILE] [-v] [-q] [--log-format text|json] [--help]"     # before or behind any command
 SPELLINGS = {"--config": "-c", "--verbose": "-v", "--quiet": "-q", "-h": "--help", "help": "--help",
              "--version": "version"}
@@ -13445,4 +13448,5 @@ def tell_fault(error):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, at_interrupt)
     sys.exit(main())
