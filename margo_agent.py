@@ -1618,12 +1618,7 @@ def observe_devices(devices, records, claim):
             found = dict.fromkeys(("compose", "helm"), find_nothing)
         looks += [(device.device_id, kind, function) for kind, function in found.items()]
     functions = [function for _, _, function in looks]
-    if len(looks) < 2:
-        answers = list(map(try_look, functions))
-    else:
-        from concurrent.futures import ThreadPoolExecutor
-        with ThreadPoolExecutor(LOOKS) as pool:
-            answers = list(pool.map(try_look, functions))
+    answers = ask_all(functions) if functions[1:] else list(map(try_look, functions))
     for (device_id, kind, _), answer in zip(looks, answers):
         if isinstance(answer, CommandError):
             seen[device_id].silent[kind] = answer
@@ -1631,6 +1626,20 @@ def observe_devices(devices, records, claim):
         else:
             seen[device_id].containers.extend(answer)
     return seen
+
+
+def ask_all(functions):
+    """What try_look says of each function, all at once; what ends this process ends what they have started."""
+    from concurrent.futures import ThreadPoolExecutor
+    pool = ThreadPoolExecutor(LOOKS)
+    try:
+        return list(pool.map(try_look, functions))
+    except BaseException:                           # ctrl-C, or the end of the grace
+        HURRY.append(True)
+        raise
+    finally:
+        pool.shutdown()
+        HURRY.clear()
 
 
 def ask_others(answering, known=None):
@@ -6607,6 +6616,9 @@ def parse_answer(data, program, read):
         raise CommandError(f"{program} answered in an unknown form ({words})") from None
 
 
+HURRY = []                          # holds something while no program is waited for, because this one ends
+
+
 def list_folders(environ):
     """The folders in which helper programs are looked for: those on PATH, then the system's own."""
     folders = (environ.get("PATH") or os.defpath).split(os.pathsep)
@@ -6721,7 +6733,7 @@ def serve_pipes(process, data, timeout, limit, ends, watch):
             break
         if watch:
             watch()
-        if time.monotonic() > deadline:
+        if HURRY or time.monotonic() > deadline:
             raise subprocess.TimeoutExpired(process.args, 0)
     process.wait(max(0.0, deadline - time.monotonic()))
     return tuple(map(bytes, heard.values()))        # stdout was the first
@@ -12253,7 +12265,7 @@ def command_doctor(config, options):
         if words and words not in [row["message"] for row in found]:        # each cause once
             found.append({"name": name, "level": level.lower(), "message": words})
             if "--json" not in options:
-                print(f"{level:5}{name:9} {make_printable(words, MAX_MESSAGE)}")
+                say(f"{level:5}{name:9} {words}")
     if "--json" in options:
         print_json({"code": code, "checks": found})
     return code
@@ -12543,7 +12555,7 @@ def command_logs(config, options):
     found = [item for item in seen.containers
              if item.type == "compose" and item.service in (services or [item.service])]
     if not found:
-        where = make_printable(f"service {services[0]} of {name}" if services else name)
+        where = f"service {services[0]} of {name}" if services else name
         raise ConfigError(f"{where} has no container here; `status {record['name']}` shows what there is")
     driver = seen.drivers["compose"]
     if found[1:] and driver.engine == "docker":
@@ -13007,9 +13019,9 @@ def command_plan(config, options):
         for item in items:
             where = f"on {item['deviceId']}: " if len(agent.devices) > 1 else ""
             what = ": " + ", ".join(item["changes"]) if item["changes"] else ""
-            print(f"{item['action']:8}{item['deploymentId']}  {where}{make_printable(item['reason'] + what)}")
+            say(f"{item['action']:8}{item['deploymentId']}  {where}{item['reason']}{what}")
         for words in make_others_words(others):
-            print(f"other   {words}; it is left alone")
+            say(f"other   {words}; it is left alone")
     for fault in seen[agent.device_id].silent.values() if seen else ():
         raise fault
 
@@ -13104,9 +13116,14 @@ def print_deployment(item):
         print_row(f"  {part['state']}", "  ".join(filter(None, (part["name"], part.get("revision"), told))))
 
 
+def say(words):
+    """Prints a line for a person; nothing in it steers the terminal."""
+    print(make_printable(words, MAX_MESSAGE))
+
+
 def print_row(name, words):
     """Prints a line of a table of two columns."""
-    print(make_printable(f"{name:10} {words.strip()}", MAX_MESSAGE))
+    say(f"{name:10} {words.strip()}")
 
 
 def make_deployment_report(record):
@@ -13162,9 +13179,9 @@ def command_history(config, options):
                    if item[word]]
         words = f"{'; '.join(changes) or 'nothing changed'}  {item['outcome']}"
         words = re.sub(UUID_PATTERN, lambda found: names.get(found.group().lower(), found.group()), words)
-        print(make_printable(f"{item['at']}  version {item['version']}  {words}", MAX_MESSAGE))
+        say(f"{item['at']}  version {item['version']}  {words}")
         if item.get("refused"):
-            print(f"  what came after it is refused: {make_printable(item['refused'])}")
+            say(f"  what came after it is refused: {item['refused']}")
 
 
 def command_capabilities(config, options):
@@ -13231,7 +13248,7 @@ def find_record(state, word):
     found = [key for key in records if key.startswith(word.lower()) or records[key]["name"] == word]
     if len(found) != 1:
         fault = "may be several deployments" if found else "is no deployment of this device"
-        raise ConfigError(f"{make_printable(word)} {fault}; `status` lists their ids and names")
+        raise ConfigError(f"{word} {fault}; `status` lists their ids and names")
     return records[found[0]]
 
 
@@ -13324,7 +13341,7 @@ def parse_option(word, rest, known, options):
         if not value:
             raise Misuse(f"{name}: needs a value: write {name} {known[name]}")
     elif given:
-        raise Misuse(f"{make_printable(word)}: takes no value")
+        raise Misuse(f"{word}: takes no value")
     elif value:
         rest.insert(0, f"-{value}")
     options[name] = value or True
@@ -13337,7 +13354,7 @@ def check_word(word, kind, known):
     import difflib
     near = difflib.get_close_matches(word, list(known), 1)
     hint = f"did you mean {near[0]}?" if near else f"one of {', '.join(known)}"
-    raise Misuse(f"{make_printable(word)}: unknown {kind}; {hint}")
+    raise Misuse(f"{word}: unknown {kind}; {hint}")
 
 
 def print_help(command=None):
@@ -13368,7 +13385,7 @@ def run_main(arguments):
     operands, _ = parse_usage(usage)
     given = options["operands"]
     for extra in given[len(operands):]:
-        raise Misuse(f"{make_printable(extra)}: {command} takes no such operand")
+        raise Misuse(f"{extra}: {command} takes no such operand")
     if not given and operands and operands[0].isalpha():
         raise Misuse(f"{command}: needs {operands[0]}")
     if function is command_version or "--example" in options:
@@ -13434,7 +13451,8 @@ def tell_fault(error):
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         error = StorageError(f"the output cannot be written ({error.strerror})")
     if isinstance(error, Misuse) and log.form == "text":
-        log.write(f"margo-agent: {error.message}")                  # for who typed it, not for a log
+        words = make_printable(error.message, MAX_MESSAGE)
+        log.write(f"margo-agent: {words}")          # for who typed it, not for a log
         return error.exit
     fault = to_fault(error)
     if not isinstance(fault, MargoError):
