@@ -39,6 +39,9 @@ out; "F-nn" and "K-nn" are what fleets and compose files met.
 """
 # Only what every command needs is imported here: one unchanged poll is measured in milliseconds, so a module
 # that a poll may do without (subprocess, tarfile, json, ssl ...) is imported by the function that needs it.
+if __name__ == "__main__":                          # ctrl-C while this file is read ends it without a word
+    import signal
+    at_interrupt = signal.signal(signal.SIGINT, signal.SIG_DFL)
 import io
 import os
 import re
@@ -1546,12 +1549,7 @@ def observe_devices(devices, records, claim):
         except CommandError as error:
             return error
 
-    if len(looks) < 2:
-        answers = list(map(look, looks))
-    else:
-        from concurrent.futures import ThreadPoolExecutor
-        with ThreadPoolExecutor(LOOKS) as pool:
-            answers = list(pool.map(look, looks))
+    answers = ask_all(look, looks) if looks[1:] else list(map(look, looks))
     for (sight, kind), answer in zip(looks, answers):
         if isinstance(answer, CommandError):
             sight.silent[kind] = answer
@@ -1559,6 +1557,20 @@ def observe_devices(devices, records, claim):
         else:
             sight.containers.extend(answer)
     return seen
+
+
+def ask_all(look, looks):
+    """What `look` returns for each of some looks, all at once; what ends this process ends what they run."""
+    from concurrent.futures import ThreadPoolExecutor
+    pool = ThreadPoolExecutor(LOOKS)
+    try:
+        return list(pool.map(look, looks))
+    except BaseException:                           # ctrl-C, or the end of the grace
+        HURRY.append(True)
+        raise
+    finally:
+        pool.shutdown()
+        HURRY.clear()
 
 
 def ask_others(seen, known=None):
@@ -6494,6 +6506,9 @@ def parse_answer(data, program, read):
         raise CommandError(f"{program} answered in an unknown form ({words})") from None
 
 
+HURRY = []                          # holds something while no program is waited for, because this one ends
+
+
 def list_folders(environ):
     """The folders in which helper programs are looked for: those on PATH, then the system's own."""
     folders = (environ.get("PATH") or os.defpath).split(os.pathsep)
@@ -6608,7 +6623,7 @@ def serve_pipes(process, data, timeout, limit, ends, watch):
             break
         if watch:
             watch()
-        if time.monotonic() > deadline:
+        if HURRY or time.monotonic() > deadline:
             raise subprocess.TimeoutExpired(process.args, 0)
     process.wait(max(0.0, deadline - time.monotonic()))
     return tuple(map(bytes, heard.values()))        # stdout was the first
@@ -11541,21 +11556,21 @@ def list_release_names(records):
             for record in records for component in record["components"]}
 
 
-def make_helm_driver(config, child=None, _=(), environ=None):
+def make_helm_driver(config, child=None, _=()):
     """The HelmDriver of the configuration; None where there is no helm, or no cluster to use it with.
 
     Nothing is started to tell.  child: (device id, connection) of a child device, whose connection may name
     its cluster.
     """
-    environ = os.environ if environ is None else environ
+    environ = os.environ
     setting = config.runtime.helm
     path = config.runtime.kubeconfig or environ.get("KUBECONFIG")
-    if child and "KUBECONFIG" not in child[1]:
-        return None
     if child:
         environ = make_child_environment(environ, child[1])
         setting = "auto" if setting == "off" else setting
-        path = environ["KUBECONFIG"]
+        path = child[1].get("KUBECONFIG")
+        if not path:
+            return None
     own = os.path.join(environ.get("HOME") or "/root", ".kube/config")
     path = path or next(filter(os.path.exists, ("/etc/rancher/k3s/k3s.yaml", own)), None)
     if setting == "off" or setting == "auto" and not (path and find_program("helm", environ)):
@@ -12079,7 +12094,7 @@ def command_doctor(config, options):
         if words and words not in [row["message"] for row in found]:        # each cause once
             found.append({"name": name, "level": level.lower(), "message": words})
             if "--json" not in options:
-                print(f"{level:5}{name:9} {make_printable(words, MAX_MESSAGE)}")
+                say(f"{level:5}{name:9} {words}")
     if "--json" in options:
         print_json({"code": code, "checks": found})
     return code
@@ -12371,7 +12386,7 @@ def command_logs(config, options):
     found = [item for item in seen.containers
              if item.type == "compose" and item.service in (services or [item.service])]
     if not found:
-        where = make_printable(f"service {services[0]} of {name}" if services else name)
+        where = f"service {services[0]} of {name}" if services else name
         raise ConfigError(f"{where} has no container here; `status {record['name']}` shows what there is")
     driver = seen.drivers["compose"]
     if found[1:] and driver.engine == "docker":
@@ -12590,9 +12605,8 @@ def notify(address, text):
         return
     import socket
     try:
-        # This must not block when nobody reads.
-        kind = socket.SOCK_DGRAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK
-        with socket.socket(socket.AF_UNIX, kind) as peer:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as peer:
+            peer.setblocking(False)                 # nobody may read
             peer.connect("\0" + address[1:] if address.startswith("@") else address)
             peer.send(text.encode())
     except OSError:
@@ -12834,9 +12848,9 @@ def command_plan(config, options):
         for item in items:
             where = f"on {item['deviceId']}: " if len(agent.devices) > 1 else ""
             what = ": " + ", ".join(item["changes"]) if item["changes"] else ""
-            print(f"{item['action']:8}{item['deploymentId']}  {where}{make_printable(item['reason'] + what)}")
+            say(f"{item['action']:8}{item['deploymentId']}  {where}{item['reason']}{what}")
         for words in make_others_words(others):
-            print(f"other   {words}; it is left alone")
+            say(f"other   {words}; it is left alone")
     for fault in agent.seen[agent.device_id].silent.values() if accepted else ():
         raise fault
 
@@ -12932,9 +12946,14 @@ def print_deployment(item):
         print_row(f"  {part['state']}", "  ".join(filter(None, (part["name"], part.get("revision"), told))))
 
 
+def say(words):
+    """Prints a line for a person; nothing in it steers the terminal."""
+    print(make_printable(words, MAX_MESSAGE))
+
+
 def print_row(name, words):
     """Prints a line of a table of two columns."""
-    print(make_printable(f"{name:10} {words.strip()}", MAX_MESSAGE))
+    say(f"{name:10} {words.strip()}")
 
 
 def make_deployment_report(record):
@@ -12990,9 +13009,9 @@ def command_history(config, options):
                    if item[word]]
         words = f"{'; '.join(changes) or 'nothing changed'}  {item['outcome']}"
         words = re.sub(UUID_PATTERN, lambda found: names.get(found.group().lower(), found.group()), words)
-        print(make_printable(f"{item['at']}  version {item['version']}  {words}", MAX_MESSAGE))
+        say(f"{item['at']}  version {item['version']}  {words}")
         if item.get("refused"):
-            print(f"  what came after it is refused: {make_printable(item['refused'])}")
+            say(f"  what came after it is refused: {item['refused']}")
 
 
 def command_capabilities(config, options):
@@ -13059,7 +13078,7 @@ def find_record(state, word):
     found = [key for key in records if key.startswith(word.lower()) or records[key]["name"] == word]
     if len(found) != 1:
         fault = "may be several deployments" if found else "is no deployment of this device"
-        raise ConfigError(f"{make_printable(word)} {fault}; `status` lists their ids and names")
+        raise ConfigError(f"{word} {fault}; `status` lists their ids and names")
     return records[found[0]]
 
 
@@ -13085,7 +13104,7 @@ def print_json(value):
     print(text if shown else json.dumps(value, indent=2))
 
 
-for name, row in {
+COMMANDS.update({
     "enroll": (command_enroll, ""),
     "run": (command_run, "[--once] [--spread TIME] [--json]"),
     "plan": (command_plan, "[--json]"),
@@ -13096,8 +13115,8 @@ for name, row in {
     "retry": (command_retry, "[NAME] [--json]"),
     "unenroll": (command_unenroll, "[--purge]"),
     "version": (command_version, "[--json]"),
-}.items():
-    COMMANDS.setdefault(name, row)                  # an optional room may know more of a command
+    **COMMANDS,                                     # an optional room may know more of a command
+})
 USAGE = "[-c FILE] [-v] [-q] [--log-format text|json] [--help]"     # before or behind any command
 SPELLINGS = {"--config": "-c", "--verbose": "-v", "--quiet": "-q", "-h": "--help", "help": "--help",
              "--version": "version"}
@@ -13152,7 +13171,7 @@ def parse_option(word, rest, known, options):
         if not value:
             raise Misuse(f"{name}: needs a value: write {name} {known[name]}")
     elif given:
-        raise Misuse(f"{make_printable(word)}: takes no value")
+        raise Misuse(f"{word}: takes no value")
     elif value:
         rest.insert(0, f"-{value}")
     options[name] = value or True
@@ -13165,7 +13184,7 @@ def check_word(word, kind, known):
     import difflib
     near = difflib.get_close_matches(word, list(known), 1)
     hint = f"did you mean {near[0]}?" if near else f"one of {', '.join(known)}"
-    raise Misuse(f"{make_printable(word)}: unknown {kind}; {hint}")
+    raise Misuse(f"{word}: unknown {kind}; {hint}")
 
 
 def print_help(command=None):
@@ -13196,7 +13215,7 @@ def run_main(arguments):
     operands, _ = parse_usage(usage)
     given = options["operands"]
     for extra in given[len(operands):]:
-        raise Misuse(f"{make_printable(extra)}: {command} takes no such operand")
+        raise Misuse(f"{extra}: {command} takes no such operand")
     if not given and operands and operands[0].isalpha():
         raise Misuse(f"{command}: needs {operands[0]}")
     if function is command_version or "--example" in options:
@@ -13262,7 +13281,8 @@ def tell_fault(error):
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         error = StorageError(f"the output cannot be written ({error.strerror})")
     if isinstance(error, Misuse) and log.form == "text":
-        log.write(f"margo-agent: {error.message}")                  # for who typed it, not for a log
+        words = make_printable(error.message, MAX_MESSAGE)
+        log.write(f"margo-agent: {words}")          # for who typed it, not for a log
         return error.exit
     fault = to_fault(error)
     if not isinstance(fault, MargoError):
@@ -13276,4 +13296,5 @@ def tell_fault(error):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, at_interrupt)
     sys.exit(main())
