@@ -6639,10 +6639,10 @@ def get_temporary(state_dir, environ):
 def make_limiter(limits):
     """A function that bounds the process which calls it, by {a name of `resource`: the most}."""
     import resource
-    kinds = {getattr(resource, name): most for name, most in limits.items()}
 
     def limit():
-        for kind, most in kinds.items():
+        for name, most in limits.items():
+            kind = getattr(resource, name)
             hard = resource.getrlimit(kind)[1]
             most = most if hard < 0 else min(most, hard)
             resource.setrlimit(kind, (most, most))
@@ -7069,15 +7069,17 @@ def ask_looseness(key, path):
 
 def parse_problem(body):
     """A Problem, also of the plain `error` object of older servers; None where the body is neither."""
-    from collections import defaultdict
     try:
         value = parse_json(body, "problem")
         check_shape(value, dict, "")
     except ValueError:
         return None
-    texts = defaultdict(str, {key: make_printable(item) for key, item in value.items()
-                              if isinstance(item, str)})
-    kind = texts["type"]
+
+    def find_text(*names):
+        texts = [value[name] for name in names if isinstance(value.get(name), str)]
+        return make_printable(next(filter(None, texts), ""))
+
+    kind = find_text("type")
     if kind.startswith(PROBLEM_ROOT):
         kind = re.split("[#/]", kind)[-1]           # the URI is a name, never fetched (C-055)
     wait = value.get("retryAfterSeconds")
@@ -7085,9 +7087,8 @@ def parse_problem(body):
     errors = value.get("errors")
     errors = [make_printable(f"{item.get('field')}: {item.get('message')}")
               for item in (errors if isinstance(errors, list) else ()) if isinstance(item, dict)]
-    title = texts["title"] or texts["error"] or texts["Error"]
-    detail = texts["detail"] or texts["message"]
-    return Problem(kind, title, detail, value.get("retryable"), wait, texts["backoffStrategy"], errors)
+    return Problem(kind, find_text("title", "error", "Error"), find_text("detail", "message"),
+                   value.get("retryable"), wait, find_text("backoffStrategy"), errors)
 
 
 def find_verdict(status):
@@ -7146,9 +7147,8 @@ class Log:
     """
 
     LEVELS = ("debug", "info", "warning", "error")
-
-    def __init__(self):
-        self.level, self.form, self.callback = "info", "text", None
+    level, form = "info", "text"
+    callback = None                                 # set by whoever embeds the agent
 
     def __call__(self, level, message, **fields):
         """Writes one event; `fields` are facts for machines and never hold a secret or a parameter's value.
@@ -7156,7 +7156,7 @@ class Log:
         """
         if self.LEVELS.index(level) < self.LEVELS.index(self.level):
             return
-        if self.callback:                           # set by whoever embeds the agent
+        if self.callback:
             self.callback(level, message, fields)
             return
         if self.form == "json":
@@ -7194,14 +7194,14 @@ def log_wait(words):
     log("info" if sys.stderr.isatty() else "debug", words)
 
 
-def write_file(path, data, mode=0o600, temporary=None):
+def write_file(path, data, mode=0o600):
     """The one door for writing: the file holds its old bytes or all new ones, whatever happens (D-34).
 
-    data: bytes, or pieces of them one by one.  Temporary file (by default beside it), fsync, rename, fsync of
-    the folder.  Raises StorageError.
+    data: bytes, or pieces of them one by one.  Temporary file, fsync, rename, fsync of the folder.  Raises
+    StorageError.
     """
     folder = os.path.dirname(path)
-    temporary = temporary or f"{path}.tmp"
+    temporary = path + ".tmp"
     try:
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
         descriptor = os.open(temporary, flags, mode)
@@ -7501,12 +7501,12 @@ def migrate_record(record):
     """A deployment's record as schema 2 has it; that of schema 1 knew moments where that has waits, which are
     over then (see make_wait).
     """
-    if "repairs" not in record:
-        return record
-    record = {key: value for key, value in record.items() if key not in OLD_FIELDS}
+    if "repairs" in record:
+        record = {key: value for key, value in record.items() if key not in OLD_FIELDS}
+        record = dict({"refused": False, "found": False, "fetched": []}, **dict(record, retry={}, repair={}))
     if "services" not in (record.get("running") or ()):
-        record["fallback"] = False                  # what is installed has been said to have a version before
-    return dict({"refused": False, "found": False, "fetched": []}, **dict(record, retry={}, repair={}))
+        record["fallback"] = False                  # no version before is known that could run
+    return record
 
 
 def shorten_errors(state):
@@ -8372,15 +8372,14 @@ def parse_window(text):
     clock = "([0-9]{2}):([0-5][0-9])"
     match = re.fullmatch(f"(?:{day}(?:-{day})? )?{clock}-{clock}", text)
     if match:
-        first = match.group(1) or "Mon"
-        last = match.group(2) or match.group(1) or "Sun"
-        length = (DAYS.index(last) - DAYS.index(first)) % 7 + 1
-        days = {(DAYS.index(first) + step) % 7 for step in range(length)}
-        hours = [int(number) for number in match.group(3, 4, 5, 6)]
-        start = 60 * hours[0] + hours[1]
-        end = 60 * hours[2] + hours[3]
+        first, last, *numbers = match.groups()
+        begin = DAYS.index(first or "Mon")
+        length = (DAYS.index(last or first or "Sun") - begin) % 7
+        hour, minute, end_hour, end_minute = map(int, numbers)
+        start = 60 * hour + minute
+        end = 60 * end_hour + end_minute
         if start < 1440 and end <= 1440:
-            return days, start, end
+            return {(begin + step) % 7 for step in range(length + 1)}, start, end
     raise ValueError('a window such as "Mon-Fri 06:00-22:00" or "2026-12-24T00:00/2026-12-27T00:00"')
 
 
@@ -8463,7 +8462,6 @@ SCHEMA = {
     },
     "log": {"level": (choice("debug", "info", "warning", "error"), "info", "least level that is logged")},
 }
-CHECKS = []
 
 
 # The configuration as a whole
@@ -8551,7 +8549,7 @@ def make_config(document, base, environ):
     config["registries"] = registries
     config.device["children"] = make_children(config.device.children, base, faults)
     named = {key for key, _ in faults}
-    for check in (check_devices, check_profile, *CHECKS):
+    for check in CHECKS:
         faults += [(key, words) for wrong, key, words in check(config) if wrong and key not in named]
     if faults:
         raise ConfigError("; ".join(f"{key}: {words}" for key, words in faults))
@@ -8581,6 +8579,9 @@ def check_profile(config):
     """What its profile has to say of a configuration: [(whether it is wrong, key, words)]."""
     profile = PROFILES.get(config.wfm.profile)
     return profile.check_settings(config) if profile else []
+
+
+CHECKS = [check_devices, check_profile]             # optional rooms add themselves
 
 
 def expand_environment(value, environ, where, faults):
