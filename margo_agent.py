@@ -60,9 +60,8 @@ __all__ = ["main", "Agent", "load_config", "load_yaml", "status", "log", "PROFIL
 # What optional rooms add where they are defined; nothing outside names anything in them.
 # See also SCHEMA, CHECKS, STEPS, DEVICES, ASSIGN, LISTENERS and COMPANIONS.
 PROFILES = {}                       # {wfm.profile: its Profile class}
-OPTIONS = {"enroll": {}}            # {command: {option: (name of its value, function of config and value)}}
-COMMANDS = {}                       # {name: (its function, to an exit code or nothing for 0; its options,
-                                    # each with what follows it; its operands)}; its docstring is its help
+COMMANDS = {}                       # {name: (its function of config and options, to an exit code or nothing
+                                    # for 0; its usage)}; its docstring is its help
 JUDGES = []                         # functions of (image, config) to the name by which it is pulled, once
                                     # nothing speaks against it; else ComponentError
 DRIVERS = {}                        # {deployment type: function of (config, child, others) to its driver or
@@ -1942,7 +1941,7 @@ class MtlsSource(HttpSource):
         self.memo = memo                            # the Store's, see load_memo
         self.client_id = identity.spiffe_id.text
         self.peer = identity.wfm_id
-        self.context = load_wfm_context(identity, bundle.anchors, config.wfm.min_tls)
+        self.context = load_wfm_context(config, bundle.anchors)
         self.judges = []  # functions (leaf, now) of companions, which raise Untrusted
         self.chain = []                             # what the WFM presented last (DER), leaf first
 
@@ -1953,10 +1952,9 @@ class MtlsSource(HttpSource):
 
     def check_peer(self, chain):
         """Raises Untrusted unless the peer is our WFM, and no companion has anything against it."""
-        now = time.time()
-        leaf = check_wfm(chain[0], self.identity, now)
+        leaf = check_wfm(chain[0], self.identity)
         for judge in self.judges:
-            judge(leaf, now)
+            judge(leaf, time.time())
         self.chain = chain
 
     def send_of(self, method, device_id, document=None):
@@ -2041,12 +2039,11 @@ class Mtls(Profile):
         store = self.store
         state = self.state
         now = time.time()
-        identity = self.identity = load_identity(config)
+        identity = self.identity = load_identity(config, now)
         check_enrollment(state, client_id or identity.spiffe_id.text)
-        check_own(identity.leaf, config, now)
         warn_of_own(config, identity.leaf, store, now)
         bundle = obtain_trust_bundle(config, store, state, identity.spiffe_id.trust_domain, now, keep)
-        judge_own_chain(identity, bundle, store, state)
+        judge_own_chain(config, identity.leaf, bundle, state)
         return self.open_source(identity, bundle, keep)
 
     def open_source(self, identity, bundle, keep):
@@ -2067,9 +2064,8 @@ class Mtls(Profile):
         return dict(found, warning="; ".join(filter(None, warnings)))
 
     def check(self, now):
-        own = load_identity(self.config)
-        check_own(own.leaf, self.config, now)
-        load_wfm_context(own, [own.leaf.der], self.config.wfm.min_tls)
+        own = load_identity(self.config, now)
+        load_wfm_context(self.config, [own.leaf.der])
         return judge_own(own.leaf, own.spiffe_id.text, self.config, now)
 
     def identify(self):
@@ -2428,34 +2424,32 @@ def read_target(target, load_document, config):
 # 11. Identity and trust
 # ----------------------------------------------------------------------------------------------------------
 
-EXPIRY_WARNING = 0.2  # share of the own certificate's lifetime that is left when `run` begins to warn
-EXPIRY_ADVICE = 0.25                # ... and when `doctor` does
+EXPIRY_WARNING = 0.2                # share of the own certificate's lifetime that is left when warnings begin
 CLOCK_SKEW = 300                    # seconds that another clock may be ahead of ours
 DRAFT = "the Margo draft of enrollment, renewal and revocation, which may still change"
 KEY_KINDS = {  # identity.algorithm: what openssl makes a key from; those that are not named sign by RSA
-    "ecdsa-p256-sha256": ["EC", "-pkeyopt", "ec_paramgen_curve:P-256"],
-    "ecdsa-p384-sha384": ["EC", "-pkeyopt", "ec_paramgen_curve:P-384"],
-    "ed25519": ["ED25519"]}
+    "ecdsa-p256-sha256": "EC -pkeyopt ec_paramgen_curve:P-256",
+    "ecdsa-p384-sha384": "EC -pkeyopt ec_paramgen_curve:P-384",
+    "ed25519": "ED25519"}
 
 SpiffeId = define("SpiffeId", "text trust_domain path",
                   "A SPIFFE ID, its trust domain and its path (with leading slash).")
-Identity = define("Identity", "spiffe_id wfm_id leaf certificate_file key_file",
-    "The own SVID: its SpiffeId, the text of the WFM's, which follows from it (C-009), the leaf Certificate,"
-    " the two files.")
+Identity = define("Identity", "spiffe_id wfm_id leaf",
+    "The own SVID: its SpiffeId, the text of the WFM's, which follows from it (C-009), the leaf Certificate.")
 TrustBundle = define("TrustBundle", "anchors sequence refresh_hint",
     "Trust anchors (DER), `spiffe_sequence`, `spiffe_refresh_hint` in seconds; each of these may be None.")
-Discovery = define("Discovery", "trust_domain bundle_uri parts faults",
-    "A discovery document: texts, {name: value} of what COMPANIONS read, words about what was left out.")
-Companion = define("Companion", "wanted parse limits flaw judge remark",
-    """What an optional room has to say about identity and trust; each member is a function, or None.
+Discovery = define("Discovery", "trust_domain bundle_uri parts",
+    "A discovery document: texts, and {name: value} of what COMPANIONS read.")
+Companion = define("Companion", "title wanted parse limits flaw judge remark",
+    """What an optional room has to say about identity and trust: its name, then functions, or None.
 
     wanted(config): whether its part of the discovery document is needed.
-    parse(members, document_url, public, held): (value of its part, [words about what was passed over]).
+    parse(members, document_url, public): its part of the members of that document.
     limits(state): [seconds] after each of which the trust bundle is asked for again at the latest.
     flaw(store, state, leaf): why an own SVID that is valid is of no use, "" where it is.
     judge(config, store, state, source, keep): a function (leaf, now) that raises Untrusted for a WFM's leaf.
     remark(state, now): what `status` should warn of, or "".
-    """, None, None, None, None, None, None)
+    """, None, None, None)
 COMPANIONS = {}  # {name of its part in state["trust"]: Companion}; optional rooms add themselves
 
 
@@ -2490,8 +2484,8 @@ def check_validity(certificate, now):
                          " the certificate renewed")
 
 
-def make_identity(leaf, certificate_file="", key_file=""):
-    """The own Identity from its leaf Certificate and two paths; raises ValueError."""
+def make_identity(leaf):
+    """The own Identity from its leaf Certificate; raises ValueError."""
     spiffe_id = check_leaf(leaf)
     match = re.fullmatch(r"(/margo/wfm/[^/]+)/client/[^/]+", spiffe_id.path)
     if not match:
@@ -2499,19 +2493,18 @@ def make_identity(leaf, certificate_file="", key_file=""):
                          " (spiffe://<trust domain>/margo/wfm/<wfm id>/client/<client id>); name the"
                          " certificate that was made for this device")
     wfm_id = f"spiffe://{spiffe_id.trust_domain}{match.group(1)}"
-    return Identity(spiffe_id, wfm_id, leaf, certificate_file, key_file)
+    return Identity(spiffe_id, wfm_id, leaf)
 
 
-def load_identity(config):
-    """The own SVID, from its files alone; raises Untrusted."""
-    settings = config.identity
-    return load_own(config, lambda leaf: make_identity(leaf, settings.certificate, settings.key))
+def load_identity(config, now=None):
+    """The own SVID, from its files alone; see load_own."""
+    return load_own(config, make_identity, now)
 
 
-def load_own(config, make):
-    """What `make` makes of the leaf Certificate in identity.certificate.
+def load_own(config, make, now=None):
+    """What `make` makes of the leaf Certificate in identity.certificate, which is valid `now` (Unix seconds).
 
-    Raises Untrusted: which file, and what is wrong with it.
+    now: None where that does not matter.  Raises Untrusted: which file, and what is wrong with it.
     """
     path = config.identity.certificate
     try:
@@ -2530,17 +2523,13 @@ def load_own(config, make):
             found = f"a {other.group(1).decode().lower()} and " if other else ""
             raise ValueError(f"it holds {found}no certificate in PEM; name the file that begins with"
                              " -----BEGIN CERTIFICATE-----")
-        return make(parse_certificate(chain[0]))
+        leaf = parse_certificate(chain[0])
+        own = make(leaf)
+        if now is not None:
+            check_validity(leaf, now)
+        return own
     except (StorageError, ValueError) as error:
         raise Untrusted(f"identity.certificate {path}: {error}") from None
-
-
-def check_own(leaf, config, now):
-    """Raises Untrusted unless the own certificate is valid now."""
-    try:
-        check_validity(leaf, now)
-    except ValueError as error:
-        raise Untrusted(f"identity.certificate {config.identity.certificate}: {error}") from None
 
 
 def check_enrollment(state, client_id):
@@ -2550,23 +2539,29 @@ def check_enrollment(state, client_id):
                         f" {state['enrollment']['id']}; unenroll first")
 
 
-def find_expiry(leaf, now, share=EXPIRY_WARNING):
+def find_expiry(leaf, now):
     """What to say of a certificate's end, "" while more than a share of its lifetime is left."""
     left = leaf.not_after - now
     if left < 0:
         return "expired"
-    if left < share * (leaf.not_after - leaf.not_before):
+    if left < EXPIRY_WARNING * (leaf.not_after - leaf.not_before):
         return f"expires in {left // 86400:.0f} days, at {make_time(leaf.not_after)}; have it renewed"
     return ""
 
 
-def warn_of_own(config, leaf, store, now):
-    """Warns once a day of an own certificate that ends soon, and of a key that others can read."""
-    memo = store.load_memo()
+def ask_warnings(config, leaf, now):
+    """[what to say] of an own certificate that ends soon, and of a key that others can read."""
     expiry = find_expiry(leaf, now)
     words = [expiry and f"the own certificate {expiry}", ask_looseness("identity.key", config.identity.key)]
-    if any(words) and not 0 <= now - memo.get("warnedAt", 0) < 86400:
-        for line in filter(None, words):
+    return list(filter(None, words))
+
+
+def warn_of_own(config, leaf, store, now):
+    """Warns once a day of the own certificate and key."""
+    memo = store.load_memo()
+    words = ask_warnings(config, leaf, now)
+    if words and not 0 <= now - memo.get("warnedAt", 0) < 86400:
+        for line in words:
             log("warning", line)
         memo["warnedAt"] = now
 
@@ -2587,9 +2582,9 @@ def describe_own(config, load, known_id, now):
 
 def judge_own(leaf, words, config, now):
     """What `doctor` says of an own certificate that can be used: (ok or warn, words)."""
-    expiry = find_expiry(leaf, now, EXPIRY_ADVICE)
-    fault = ask_looseness("identity.key", config.identity.key) or expiry and f"{words}, {expiry}"
-    return ("warn", fault) if fault else ("ok", f"{words}, {(leaf.not_after - now) // 86400:.0f} days left")
+    faults = ask_warnings(config, leaf, now)
+    words += f", {(leaf.not_after - now) // 86400:.0f} days left"
+    return ("warn", "; ".join([words, *faults])) if faults else ("ok", words)
 
 
 def note_draft(store, state, what):
@@ -2606,12 +2601,14 @@ def load_flaw(store, state, leaf):
     return next(filter(None, flaws), "")
 
 
-def check_wfm(der, identity, now):
-    """The peer's leaf; raises Untrusted unless it is the SVID of exactly our WFM (C-009 to C-014)."""
+def check_wfm(der, identity):
+    """The peer's leaf; raises Untrusted unless it is the SVID of exactly our WFM (C-009 to C-014).
+
+    That it is valid now, and leads to an anchor, OpenSSL has found before.
+    """
     try:
         leaf = parse_certificate(der or b"")
         peer = check_leaf(leaf)
-        check_validity(leaf, now)
     except ValueError as error:
         raise Untrusted(f"the WFM's certificate is no X.509-SVID: {error}") from None
     if peer.text != identity.wfm_id:
@@ -2620,10 +2617,10 @@ def check_wfm(der, identity, now):
     return leaf
 
 
-def load_wfm_context(identity, anchors, min_tls):
+def load_wfm_context(config, anchors):
     """The SSLContext towards the WFM: the own chain (C-004), the anchors (DER) and no others (C-006)."""
-    context = make_tls_context(anchors, min_tls=min_tls)
-    load_key_pair(context, identity.certificate_file, identity.key_file)
+    context = make_tls_context(anchors, min_tls=config.wfm.min_tls)
+    load_key_pair(context, config.identity.certificate, config.identity.key)
     return context
 
 
@@ -2633,21 +2630,19 @@ def load_key_pair(context, certificate_file, key_file, where="identity"):
     Raises Untrusted, also while an operator has replaced only one of the two files (E-010).
     """
     asked = []  # nobody can type a password here; to raise in there upsets Python 3.7
+    for name, path in (("certificate", certificate_file), ("key", key_file)):
+        if not os.path.exists(path):
+            raise Untrusted(f"{where}.{name} {path}: there is no such file")
     try:
         context.load_cert_chain(certificate_file, key_file, lambda: asked.append(True) or "")
-    except FileNotFoundError:
-        name, path = "key", key_file
-        if not os.path.exists(certificate_file):
-            name, path = "certificate", certificate_file
-        raise Untrusted(f"{where}.{name} {path}: there is no such file") from None
     except (OSError, ValueError) as error:
-        if asked:
-            raise Untrusted(f"{where}.key {key_file} is encrypted; store it unencrypted, mode 0600") from None
-        if "MISMATCH" in str(error):
-            raise Untrusted(f"{where}.key {key_file}: not the key of {where}.certificate"
-                            f" {certificate_file}; name the one that it was made with") from None
         words = "it holds no private key in PEM, or is unreadable; name the file that does"
-        if isinstance(error, PermissionError):
+        if asked:
+            words = "it is encrypted; store it unencrypted, mode 0600"
+        elif "MISMATCH" in str(error):
+            words = (f"not the key of {where}.certificate {certificate_file}; name the one that it was made"
+                     " with")
+        elif isinstance(error, PermissionError):
             words = "unreadable (Permission denied); run as root, or as its owner"
         raise Untrusted(f"{where}.key {key_file}: {words}") from None
 
@@ -2678,31 +2673,30 @@ def run_own_handshake(certificate_file, key_file, anchors):
             raise ValueError(getattr(error, "verify_message", None) or make_printable(str(error))) from None
 
 
-def judge_own_chain(identity, bundle, store, state):
+def judge_own_chain(config, own, bundle, state):
     """Raises Untrusted for a new own chain that does not lead to the trust bundle (E-012).
 
     A chain that once did is used on after the bundle has changed, because the WFM decides; `strays` in the
     state's trust then names its leaf.  The handshake is made once for each pair of leaf and bundle.
+    own: the leaf Certificate.
     """
-    mark = sha256_digest(identity.leaf.der + b"".join(bundle.anchors))
-    memo = store.load_memo()
-    if memo.get("checked") == mark:
+    leaf = sha256_digest(own.der)
+    pair = leaf + sha256_digest(b"".join(bundle.anchors))
+    if state["identity"] == pair:
         return
-    leaf = sha256_digest(identity.leaf.der)
     try:
-        run_own_handshake(identity.certificate_file, identity.key_file, bundle.anchors)
+        run_own_handshake(config.identity.certificate, config.identity.key, bundle.anchors)
     except ValueError as error:
-        message = (f"identity.certificate {identity.certificate_file}: its chain does not lead to the trust"
+        message = (f"identity.certificate {config.identity.certificate}: its chain does not lead to the trust"
                    f" bundle ({error})")
-        if state["identity"] != leaf:
-            raise Untrusted(f"{message}: it is certified by {make_name(identity.leaf.issuer)}; ask whoever"
-                            " runs the WFM for a certificate and a bundle that belong together") from None
+        if not (state["identity"] or "").startswith(leaf):
+            raise Untrusted(f"{message}: it is certified by {make_name(own.issuer)}; ask whoever runs the WFM"
+                            " for a certificate and a bundle that belong together") from None
         log("error", f"{message} any more; have it issued anew")
         state["trust"]["strays"] = leaf
         return
-    state["identity"] = leaf
+    state["identity"] = pair
     state["trust"].pop("strays", None)
-    memo["checked"] = mark
 
 
 # Trust bundle and discovery.
@@ -2749,11 +2743,11 @@ def check_sequence(bundle, trust, trust_domain):
                          " a rebuilt identity service: then unenroll and enroll again)")
 
 
-def parse_discovery(data, document_url, trust_domain, public, held=None):
+def parse_discovery(data, document_url, trust_domain, public):
     """A discovery document to a Discovery; raises ValueError (C-033 to C-035).
 
     trust_domain: of the own SVID, None where there is none yet.  public: whether the system's store vouched
-    for the document, which may then name no other origin.  held: the state's `trust`.
+    for the document, which may then name no other origin.
     """
     value = parse_json(data, "the discovery document")
     check_shape(value, {"trustDomain": "(?s).*"}, "the discovery document")
@@ -2762,11 +2756,8 @@ def parse_discovery(data, document_url, trust_domain, public, held=None):
         raise ValueError(f"it is for trust domain {make_printable(domain, 100)}, the own SVID is of"
                          f" {trust_domain}")
     uri = parse_discovered("trustBundleUri", read_url, value, document_url, public)
-    parts, faults = {}, []
-    for name, companion in COMPANIONS.items():
-        parts[name], passed = companion.parse(value, document_url, public, (held or {}).get(name))
-        faults += passed
-    return Discovery(domain, uri, parts, faults)
+    parts = {name: item.parse(value, document_url, public) for name, item in COMPANIONS.items()}
+    return Discovery(domain, uri, parts)
 
 
 def parse_discovered(name, reader, members, document_url, public):
@@ -2788,7 +2779,7 @@ def find_origin(url):
     return parts.hostname, parts.port or 443
 
 
-def fetch_discovery(config, trust_domain, now, held=None):
+def fetch_discovery(config, trust_domain, now):
     """The Discovery of identity.discovery; raises Unreachable, Untrusted, Refused.
 
     None where there is no such document and identity.trust_bundle is a URL (C-046).
@@ -2801,12 +2792,9 @@ def fetch_discovery(config, trust_domain, now, held=None):
     check_response(answer, where, (200,), now)
     public = not (settings.ca or settings.pins)
     try:
-        found = parse_discovery(answer.body, settings.discovery, trust_domain, public, held)
+        return parse_discovery(answer.body, settings.discovery, trust_domain, public)
     except ValueError as error:
         raise Untrusted(f"{where}: {error}") from None
-    for fault in found.faults:
-        log("warning", "part of the discovery document is passed over", reason=fault)
-    return found
 
 
 def is_remote(settings):
@@ -2839,12 +2827,12 @@ def is_bundle_due(config, state, hint, asked, now):
     hint: seconds after which the bundle at hand asks for it.  asked: when it was done last (Unix seconds).
     """
     trust = state["trust"]
-    wanted = [name for name, item in COMPANIONS.items() if config.identity.discovery and item.wanted(config)]
+    wanted = [name for name, item in COMPANIONS.items() if item.wanted(config)]
     if not trust.keys() >= {"source", *wanted}:
         return True
     periods = [hint or config.identity.refresh]
     for companion in COMPANIONS.values():
-        periods += companion.limits(state) if companion.limits else []
+        periods += companion.limits(state)
     return not asked <= now < asked + min(periods)
 
 
@@ -2879,12 +2867,15 @@ def fetch_trust_bundle(config, store, state, held, trust_domain, now, keep):
     """
     trust = state["trust"]
     url = config.identity.trust_bundle
-    found = fetch_discovery(config, trust_domain, now, trust) if config.identity.discovery else None
+    found = fetch_discovery(config, trust_domain, now) if config.identity.discovery else None
     if found:
         url, trust_domain = found.bundle_uri, found.trust_domain
     for name, companion in COMPANIONS.items():
         if companion.wanted(config) and (found or name not in trust):
-            trust[name] = found.parts[name] if found else None
+            part = found.parts[name] if found else None
+            if trust.get(name) and not part:
+                log("warning", f"it names no {companion.title} any more; what is at hand of that counts on")
+            trust[name] = part
     answer = fetch_from_mis(url, config)
     check_response(answer, f"trust bundle {url}", (200,), now)
     store.load_memo()["trust"] = now
@@ -2975,15 +2966,15 @@ def fetch_from_mis(url, config, headers=None, limit=MAX_CERTIFICATES):
 
 # Keys, which openssl makes and uses; the agent never holds a private one.
 
-def run_openssl(arguments, data=b"", expected=b""):
+def run_openssl(command, *values, data=b"", expected=b""):
     """What one openssl command prints on stdout.
 
-    Raises CommandError where it does not say `expected` or ends with another code than 0, and ConfigError
-    where there is no openssl.
+    command: its fixed words as one would type them; values: what follows.  Raises CommandError where it does
+    not say `expected` or ends with another code than 0, and ConfigError where there is no openssl.
     """
-    output = run_command(["openssl"] + arguments, 60, data=data)
+    output = run_command(["openssl", *command.split(), *values], 60, data=data)
     if output.code or expected not in output.stdout + output.stderr.encode():
-        raise CommandError(f"openssl {arguments[0]} failed: {output.stderr}")
+        raise CommandError(f"openssl {command.partition(' ')[0]} failed: {output.stderr}")
     return output.stdout
 
 
@@ -3004,21 +2995,20 @@ def obtain_key(path, algorithm=None):
     """
     if os.path.exists(path) or is_uri(path):        # whoever made the token made its key
         return False
-    kind = KEY_KINDS.get(algorithm or "ecdsa-p256-sha256", ["RSA", "-pkeyopt", "rsa_keygen_bits:3072"])
-    write_file(path, run_openssl(["genpkey", "-algorithm"] + kind, expected=b"PRIVATE KEY"))
+    kind = KEY_KINDS.get(algorithm or "ecdsa-p256-sha256", "RSA -pkeyopt rsa_keygen_bits:3072")
+    write_file(path, run_openssl("genpkey -algorithm " + kind, expected=b"PRIVATE KEY"))
     log("info", "new private key", path=path)
     return True
 
 
 def load_public_key(path):
     """The public key of a private one, as it stands in a certificate (DER); raises CommandError."""
-    return run_openssl(["pkey", "-in", path, "-pubout", "-outform", "DER"])
+    return run_openssl("pkey -pubout -outform DER -in", path)
 
 
 def run_csr(path, form="PEM"):
     """A PKCS#10 request for a key; it carries no names, because the issuer decides on them (E-035)."""
-    command = ["req", "-new", "-batch", "-sha256", "-subj", "/", "-outform", form, "-key", path]
-    return run_openssl(command, expected=b"CERTIFICATE REQUEST" if form == "PEM" else b"")
+    return run_openssl("req -new -batch -sha256 -subj / -outform", form, "-key", path)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -3416,10 +3406,10 @@ Changes = define("Changes", "kept idle making leaving",
     "What becomes of the services of a project: {name: Container} that go on, names of those that need"
     " no start, [Service] to be made, and [[Container]] that leave, those that stop together in one list,"
     " whoever depends on others first.")
-Job = define("Job", "workload project folder known deadline current runs volumes",
+Job = define("Job", "workload project folder known deadline current restarts volumes",
     "One apply: what runs, in which folder its files are, what an earlier apply returned, until when;"
-    " {service: id of its container} as far as it has come, the ids of what ran before, {service: {path:"
-    " volume}} as it was.")
+    " {service: id of its container} as far as it has come, {id: how often it had been restarted} of what ran"
+    " before, {service: {path: volume}} of volumes to which nobody gave a name.")
 Shown = define("Shown", "state code restarts health volumes check said",
     "One container as `inspect` shows it: the engine's word for its state, numbers, the word for its health"
     " where there is a check, {path: name} of volumes in it, its Check or None, what that has printed last.",
@@ -3429,6 +3419,9 @@ Check = define("Check", "interval retries start",
 # How docker shows a container, in podman's form.
 DOCKER_FORM = ('{"Id":{{json .ID}},"Names":[{{json .Names}}],"State":{{json .State}},'
                '"Status":{{json .Status}},"Labels":{%s}}')
+# What podman, or docker, says of itself, by our words.
+INFO = {"architecture": ("arch", "Architecture"), "root": ("graphRoot", "DockerRootDir"),
+        "version": ("Version", "ServerVersion"), "network": ("networkBackend",)}
 PULL_NOTE = 60                      # seconds between two lines of the log about a pull
 LOG_LINES = 4000                    # of a log that are looked at for its end
 MAX_LOG = 256 * KIB                 # bytes of them
@@ -3437,7 +3430,8 @@ RUNS_TOO = {"amd64": "386", "arm64": "arm"}         # what a processor usually r
 LACKS = (("podman", "4.7", "`host-gateway` is the gateway of the first network"),
          ("podman", "4.8", "a volume's `driver_opts` have no `size`; `tmpfs` of a service has"),
          ("docker", "20.10", "`host-gateway` fails"))
-NO_PROGRAM = "/.margo-trial"        # what a trial of docker's starts
+# With these an engine looks a program up, and the kernel does not start it: its environment is too long.
+UNSTARTABLE = ["--ulimit=stack=262144", *(f"--env=MARGO_TRIAL_{name}=" + "x" * 100000 for name in "AB")]
 # An engine's words for what does not run.
 AT_REST = ("exited", "created", "initialized", "stopped", "configured")
 
@@ -3508,28 +3502,29 @@ def mask(text, values):
 def is_usable(container, service, known):
     """Whether a container was made for a service as it is wanted, and can go on from its state."""
     ours = not known or known["hash"] != service.hash or known.get("id", container.id) == container.id
-    return ours and container.hash == service.hash and container.state in (
-        "running", "exited", "created", "initialized", "stopped", "restarting")
+    return ours and (container.service, container.hash) == (service.name, service.hash) and (
+        container.state in AT_REST or container.state in ("running", "restarting"))
 
 
 def plan_services(services, present, known, networks):
     """The Changes that lead from what is there to what is wanted (P-7, P-16).
 
     present: [Container] of this component; known: what an earlier apply returned; networks: names of those
-    that are about to be made.  Whose network is made anew, or who shares a namespace of a service that starts
-    anew, is made anew, too.
+    that are about to be made.  Made anew is, too, whose network is, who shares a namespace of a service that
+    starts anew, and who holds a port or address that one needs which is made before it.
     """
     kept, making = {}, []
     idle = set()
+    rivals = find_rivals(services)
     for service in services:
         facts = known.get(service.name)
-        mine = [item for item in present if item.service == service.name]
-        usable = [item for item in mine if is_usable(item, service, facts)]
-        joined = {name for name, *_ in service.networks} & networks
-        if usable and not joined and idle.issuperset(service.shares):
-            container = min(usable, key=lambda item: item.state != "running")
-            kept[service.name] = container
-            if container.state == "running" or facts and facts["finished"] and facts["hash"] == service.hash:
+        usable = [item for item in present if is_usable(item, service, facts)]
+        running = [item for item in usable if item.state == "running"]
+        displaced = running and any((service.name, other.name) in rivals for other in making)
+        joined = networks.intersection(item.network for item in service.networks)
+        if usable and not displaced and not joined and idle.issuperset(service.shares):
+            kept[service.name] = (running or usable)[0]
+            if running or facts and facts["finished"] and facts["hash"] == service.hash:
                 idle.add(service.name)
         else:
             making.append(service)
@@ -3540,37 +3535,34 @@ def plan_services(services, present, known, networks):
 def order_leaving(services, leaving):
     """[[Container]]: those that stop at once in one list, each before what it depends on.
 
-    What the file no longer names goes first.
+    What the file no longer names is in the first one.
     """
-    by_name = {}
-    names = {service.name for service in services}
+    levels, groups = {}, {}
+    for service in reversed(services):              # whoever depends on others comes first here
+        level = levels.setdefault(service.name, 0)
+        for name in service.depends_on:
+            levels[name] = max(levels.get(name, 0), level + 1)
     for item in leaving:
-        by_name.setdefault(item.service, []).append(item)
-    groups = [([], [item for item in leaving if item.service not in names])]
-    for service in reversed(services):
-        if any(service.name in other.depends_on for other in groups[-1][0]):
-            groups.append(([], []))
-        groups[-1][0].append(service)
-        groups[-1][1].extend(by_name.get(service.name, ()))
-    return [items for _, items in groups if items]
+        groups.setdefault(levels.get(item.service, 0), []).append(item)
+    return [groups[level] for level in sorted(groups)]
 
 
-def is_same_network(labels, internal, arguments):
+def is_same_network(labels, facts, arguments):
     """Whether a network that is there is what these create arguments make.
 
     One that an agent made before there was such a mark may be, unless it is open and should not be.
     """
     if LABEL_HASH in labels:
         return f"--label={LABEL_HASH}={labels[LABEL_HASH]}" in arguments
-    return internal == ("--internal" in arguments)
+    return facts.get("internal", False) == ("--internal" in arguments)
 
 
 def plan_networks(wanted, there, project):
     """What becomes of networks: ({name: create arguments} to be made, [names] to go before, and last).
 
-    wanted: as in a Project; there: {name: (labels, whether it is internal)} of those and of all others of
-    this compose project.  One of somebody else stays as it is.  One that is no longer wanted goes first where
-    a new one may be after its addresses.
+    wanted: as in a Project; there: {name: (labels, facts)} of those and of all others of this compose
+    project.  One of somebody else stays as it is.  One that is no longer wanted goes first where a new one
+    may be after its addresses.
     """
     ours = {name for name, (labels, _) in there.items() if labels.get(LABEL_PROJECT) == project}
     new = {name: arguments for name, arguments in wanted.items() if arguments is not None and (
@@ -3582,41 +3574,71 @@ def plan_networks(wanted, there, project):
 
 
 # Options of `create` that a trial goes without: they need a network, or another container, or a run.
-UNTRIED = ("--(init\\Z|publish|add-host|dns|mac-address|health|no-health|restart|pid=c|ipc=c)|"
+UNTRIED = ("--(init\\Z|volume|tmpfs|publish|add-host|dns|mac-address|health|no-health|restart|pid=c|ipc=c)|"
            "--sysctl=\"?net[./]ipv[46][./](conf|neigh)[./]")
 
 
 def make_trial(service, engine):
     """The Service of a trial, see ComposeDriver.rehearse.
 
-    Docker can only start it, so that it has a program there that no image has.  Nothing is labelled anew for
-    SELinux while another container uses it.
+    Docker can only start it, so that it is made unstartable.  Nothing is labelled anew for SELinux while
+    another container uses it.
     """
-    arguments = []
-    for argument in service.arguments:
-        head, _, options = argument.rpartition(":")
-        if argument.startswith("--volume=") and "/" not in options:
-            options = ",".join(option for option in options.split(",") if option not in "zZ")
-            argument = ":".join(filter(None, [head, options]))
-        if not re.match(UNTRIED, argument):
-            arguments.append(argument)
-    command = service.command
-    if engine != "podman":
-        arguments = [item for item in arguments if not item.startswith("--entrypoint=")]
-        arguments.append(f"--entrypoint={NO_PROGRAM}")
-        command = []
-    return service._replace(arguments=arguments, command=command, shares=(), hash="",
-                            networks=[Attachment("none", None, None)])
+    arguments = [argument for argument in service.arguments if not re.match(UNTRIED, argument)]
+    for mount in service.mounts:
+        options = [option for option in mount.options if option not in ("z", "Z")]
+        arguments.append(make_mount_argument(mount._replace(options=options)))
+    arguments += UNSTARTABLE if engine != "podman" else []
+    return service._replace(arguments=arguments, shares=(), hash="", networks=[Attachment("none", None, None)])
 
 
-def find_subnets(text):
-    """The subnets in create arguments of a network, a line each, or in what an engine shows, as JSON."""
-    import ipaddress
-    try:
-        return [ipaddress.ip_network(subnet, False)
-                for subnet in re.findall('(?im)(?:^--subnet=|"subnet": *")([^"\n]*)', text)]
-    except ValueError as error:
-        raise make_fault(f"networks: {error}") from None
+def check_addresses(services, project, engine, there=None):
+    """Raises ComponentError for an address that a network cannot give: an engine says so at the start alone.
+
+    there: {name: (labels, facts)} of the networks that are there by now; without it an external one is passed
+    over, and one of which podman will choose the subnet.  Docker gives none out of what it has chosen itself.
+    """
+    for service in services:
+        for network, _, options in service.networks:
+            arguments = project.networks.get(network)
+            text = "\n".join(arguments or ())
+            chosen = arguments is None or engine == "podman" and "--subnet=" not in text
+            if chosen and there is not None:
+                text = make_json(there.get(network)).decode()
+            for option in (options or ()) if there is not None or not chosen else ():
+                kind, _, address = option.partition("=")
+                if kind in ("--ip", "--ip6") and not may_have_address(text, address):
+                    raise make_fault(f"services.{service.name}.networks: {make_printable(address, 60)!r} lies in"
+                                     f" no `subnet` of network {network}, or is the host's own there")
+
+
+def check_external(kind, wanted, there, services):
+    """Raises ComponentError where services use an external network or volume that is not there.
+
+    To the engine its name could be the beginning of another one's id.
+    """
+    used = {item.network for service in services for item in service.networks}
+    used.update(mount.source for service in services for mount in service.mounts)
+    missing = [name for name in wanted if wanted[name] is None and name in used and name not in there]
+    if missing:
+        raise ComponentError("INSTALL_FAILED", f"there is no {kind} {min(missing)} on this device;"
+                             " `external: true` takes one that is there")
+
+
+def find_rivals(services):
+    """{(service, an earlier one): what both would have}, of the host's ports and addresses in networks."""
+    taken, rivals = {}, {}
+    for service in services:
+        things = list(service.ports)
+        for network, _, options in service.networks:
+            things += [("", network, option.strip("-")) for option in options or ()]
+        for address, *key in things:
+            holders = taken.setdefault(tuple(key), [])
+            for held, other in holders:
+                if held == address or "" in (held, address):
+                    rivals[service.name, other] = f"{key[0]} {key[1]}"
+            holders.append((address, service.name))
+    return rivals
 
 
 def check_rivals(services):
@@ -3625,18 +3647,10 @@ def check_rivals(services):
     Who waits for another one's end can have what that had.
     """
     awaited = [pair for service in services for pair in service.depends_on.items()]
-    ended = [name for name, (condition, _) in awaited if condition == "service_completed_successfully"]
-    taken = {}
-    for service in services:
-        things = list(service.ports)
-        for network, _, options in service.networks:
-            things += [("", network, option.strip("-")) for option in options or ()]
-        for address, *key in things if service.name not in ended else ():
-            rivals = taken.setdefault(tuple(key), {})
-            if address in rivals or rivals and "" in (address, *rivals):
-                raise make_fault(f"services.{service.name}: it cannot have {key[0]} {key[1]} beside service"
-                                 f" {next(iter(rivals.values()))}")
-            rivals[address] = service.name
+    ended = {name for name, (condition, _) in awaited if condition == "service_completed_successfully"}
+    for names, thing in find_rivals(services).items():
+        if ended.isdisjoint(names):
+            raise make_fault(f"services.{names[0]}: it cannot have {thing} beside service {names[1]}")
 
 
 def ask_ports(services, known):
@@ -3666,31 +3680,32 @@ def ask_taken(address, number, protocol):
     return False
 
 
-def find_targets(service):
-    """({path} at which the compose file mounts something of a name, {path} of volumes without a name)."""
-    named = set(map(make_path, service.files))
-    unnamed = set()
-    for mount in service.mounts:
-        paths = unnamed if mount.kind == "volume" and not mount.source else named
-        paths.add(make_path(mount.target))
-    return named, unnamed
-
-
 def make_path(text):
     """A path in a container in its shortest spelling."""
     return re.sub("/+", "/", text).rstrip("/") or "/"
 
 
-def make_volume_names(service, project, before):
-    """{path: volume} for each volume to which nobody gave a name: in the file, or declared by the image.
+def make_volume_names(project, prefix, known, present, seen):
+    """{service: {path: volume}} for each volume to which nobody gave a name: in the file, or by the image.
 
-    It goes by a name of ours, so that whatever is made in the place of a container finds it.  before: {path:
-    volume} as it was in the container before, which an earlier agent may have left to the engine to name.
+    It goes by a name of ours, so that whatever is made in the place of a container finds it.  known, present,
+    seen: what an earlier apply returned and [Container] and {id: Shown} of what there is, where an earlier
+    agent may have left a volume to the engine to name.
     """
-    named, unnamed = find_targets(service)
+    before = {name: dict(facts.get("volumes", {})) for name, facts in known.items()}
+    for container in sorted(present, key=lambda item: item.state == "running"):
+        if container.id in seen:
+            before.setdefault(container.service, {}).update(seen[container.id].volumes)
     volumes = {}
-    for path in sorted(unnamed.union(map(make_path, service.declared)) - named):
-        volumes[path] = before.get(path) or f"{project}_{service.name}_{sha256_digest(path.encode())[7:19]}"
+    for service in project.services:
+        named = set(map(make_path, service.files))
+        unnamed = set(map(make_path, service.declared))
+        for mount in service.mounts:
+            paths = unnamed if mount.kind == "volume" and not mount.source else named
+            paths.add(make_path(mount.target))
+        there = before.get(service.name, {})
+        volumes[service.name] = {path: there.get(path) or (
+            f"{prefix}_{service.name}_{sha256_digest(path.encode())[7:19]}") for path in sorted(unnamed - named)}
     return volumes
 
 
@@ -3722,20 +3737,23 @@ def make_compose_driver(config, child=None, others=(), environ=None):
     """
     environ = dict(os.environ if environ is None else environ)
     environ.update(get_temporary(config.state_dir, environ))
+    setting = config.runtime.engine if config.runtime.compose != "off" else ""
     if child:
-        kinds = {CONNECTIONS.get(key) for key in child[1]} & {"podman", "docker"}
         environ = make_child_environment(environ, child[1])
-        engine = kinds and find_engine(max(kinds), environ)
-        return ComposeDriver(engine, config, environ, child, ["", *others]) if engine else None
-    engine = find_engine(config.runtime.engine, environ)
-    if config.runtime.compose == "off" or engine is None:
-        return None
-    return ComposeDriver(engine, config, environ, others=others)
+        setting = max({CONNECTIONS.get(key) for key in child[1]} & {"podman", "docker"}, default="")
+        others = ["", *others]
+    engine = setting and find_engine(setting, environ)
+    return ComposeDriver(engine, config, environ, child or ("", {}), others) if engine else None
 
 
 # Where podman looks for its own helpers, beside PATH.
 HELPER_FOLDERS = ("/usr/local/libexec/podman", "/usr/local/lib/podman", "/usr/libexec/podman",
                   "/usr/lib/podman")
+
+
+def list_active(containers):
+    """[id] of those containers that there is something to stop of."""
+    return [container.id for container in containers if container.state not in AT_REST]
 
 
 def find_containers(deployment_id, containers, component=None, kind=None):
@@ -3842,7 +3860,7 @@ class ComposeDriver:
         items = {"network": project.networks, "volume": project.volumes,
                  "container": dict.fromkeys(containers, [])}
         for kind, wanted in items.items():
-            for name, labels, facts in self.inspect_names(kind, list(wanted)):
+            for name, (labels, facts) in self.inspect_names(kind, list(wanted)).items():
                 owner = labels.get(LABEL_OWNER, "")
                 made_for = labels.get(LABEL_DEPLOYMENT, workload.deployment_id)
                 private = name.startswith(labels.get(LABEL_PROJECT, "/") + "_")
@@ -3857,20 +3875,20 @@ class ComposeDriver:
                                          f" {make_printable(owner, 300)}: {words}")
 
     def inspect_names(self, kind, names, there=()):
-        """[(name, labels, facts)] of the containers, networks or volumes of these names that there are.
+        """{name: (labels, facts)} of the containers, networks or volumes of these names that there are.
 
         facts: as the engine shows it, its words in lower case.  there: what has to be shown, because it is
         there (D-16).
         """
         output = self.run([kind, "inspect"] + names, 60) if names else Output(0, b"", "")
-        found = []
+        found = {}
         for item in parse_answer(output.stdout or b"[]", self.engine, list):
             facts = {key.lower(): value for key, value in item.items()}
             name = facts["name"].lstrip("/")
             labels = facts.get("labels") or facts.get("config", {}).get("Labels") or {}
             if name in names:                       # what is asked for may be the beginning of an id, too
-                found.append((name, labels, facts))
-        if not {name for name, _, _ in found}.issuperset(there):
+                found[name] = labels, facts
+        if not set(there).issubset(found):
             raise CommandError(f"{self.engine} {kind} inspect failed: {output.stderr[-500:]}")
         return found
 
@@ -3902,11 +3920,10 @@ class ComposeDriver:
         """
         if not self.info:
             told = self.ask([self.engine, "info", "--format={{json .}}"])
-            host, store, version = (told.get(key) or {} for key in ("host", "store", "version"))
-            self.info = {"architecture": host.get("arch") or told.get("Architecture", ""),
-                         "root": store.get("graphRoot") or told.get("DockerRootDir", ""),
-                         "version": version.get("Version") or told.get("ServerVersion", ""),
-                         "network": host.get("networkBackend", "")}
+            for part in ("host", "store", "version"):
+                told.update(told.get(part) or {})
+            self.info = {key: next((told[name] for name in names if told.get(name)), "")
+                         for key, names in INFO.items()}
         return self.info
 
     def list_lacks(self):
@@ -4013,6 +4030,7 @@ class ComposeDriver:
         try:
             text = read_inside(folder, "compose.yaml", "compose.yaml").encode("utf-8", "surrogateescape")
             project = make_project(load_yaml(text), workload, self.config.policy, self.engine, folder)
+            check_addresses(project.services, project, self.engine)
         except YAMLError as error:
             raise make_fault(str(error)) from None
         except ComponentError as error:             # it may show what a parameter has put into the file
@@ -4147,24 +4165,26 @@ class ComposeDriver:
         ComponentError, CommandError.
         """
         workload, project = prepared
+        self.free_names(workload.project)
         present = self.look_up(workload)
-        runs = {container.id for container in present if container.state == "running"}
-        volumes = self.look_at_volumes(known, present)
-        job = Job(workload, project, os.path.dirname(workload.folder), known, deadline, {}, runs, volumes)
+        seen = self.inspect([container.id for container in present])
+        restarts = {container.id: seen[container.id].restarts for container in present
+                    if container.state == "running" and container.id in seen}
+        volumes = make_volume_names(project, workload.project, known, present, seen)
+        job = Job(workload, project, os.path.dirname(workload.folder), known, deadline, {}, restarts, volumes)
         check_rivals(project.services)
-        if not self.remote and runs <= {facts.get("id") for facts in known.values()}:   # else who holds what?
+        own = {facts.get("id") for facts in known.values()}
+        if not self.remote and own.issuperset(restarts):        # else who holds what?
             ask_ports(project.services, known)
         finished = self.carry_through(job, present)
         started = {container.id: container.started for container in self.look_up(workload)}
-        seen = self.inspect(job.current.values())
         result = {}
         for service in project.services:
             container_id = job.current.get(service.name, "")
-            volumes = seen[container_id].volumes if container_id in seen else {}
             result[service.name] = {
                 "hash": service.hash, "finished": service.name in finished, "image": service.image,
                 "id": container_id, "started": started.get(container_id, 0), "ports": service.ports,
-                "volumes": {path: volumes[path] for path in sorted(set(volumes) - find_targets(service)[0])}}
+                "volumes": volumes[service.name]}
         return result
 
     def look_up(self, workload):
@@ -4193,61 +4213,63 @@ class ComposeDriver:
         """
         services = job.project.services
         project = job.workload.project
-        new, first, last = plan_networks(job.project.networks, self.look_at_networks(job), project)
+        networks = self.list_networks(job.workload.deployment_id, project, "INSTALL_FAILED",
+                                      job.project.networks)
+        new, first, last = plan_networks(job.project.networks, networks, project)
         changes = plan_services(services, present, job.known, set(new))
-        self.ask_external(job.project, changes.making)
+        volumes = self.create_volumes(job)
+        check_external("network", job.project.networks, networks, changes.making)
+        check_external("volume", job.project.volumes, volumes, changes.making)
         leaving = [container for group in changes.leaving for container in group]
+        stopping = [list_active(group) for group in changes.leaving]
         first = self.ask_free(first, job.project.networks, leaving)
         job.current.update({name: container.id for name, container in changes.kept.items()})
-        names = {name: container.name for name, container in changes.kept.items()}
-        self.create_shared(job, "volume", job.project.volumes)
-        self.try_networks(job, new, first)
-        if any(container.state not in AT_REST for container in leaving):
-            for service in changes.making:
-                self.rehearse(service, job)
+        self.try_networks(job, new, [networks[name][1] for name in first])
+        for service in changes.making if any(stopping) else ():
+            self.rehearse(service, job)
+        there = {name: item for name, item in networks.items() if name not in first}
         if not first:
-            self.create_all(job, new, changes.making, leaving, names)
+            self.create_all(job, new, changes.kept, leaving)
+            there.update(self.inspect_names("network", list(new)))
+        check_addresses(changes.making, job.project, self.engine, there)
         try:
             stopped = job.deadline
-            for group in changes.leaving:
-                active = [container.id for container in group if container.state not in AT_REST]
-                stopped = self.stop(active, stopped) if active else stopped
+            for ids in stopping:
+                stopped = self.stop(ids, stopped)
             if first:
-                self.remove_containers(leaving, job.deadline)
+                self.discard([container.id for container in leaving], job.deadline)
                 leaving = []
                 for name in first:
                     self.carry_out(job, ["network", "rm", name])
-                self.create_all(job, new, changes.making, leaving, names)
+                self.create_all(job, new, changes.kept, leaving)
             for service in services:
                 self.await_dependencies(service, job)
-                if service.name not in changes.idle:
-                    self.start(service, job, service.name in changes.kept)
+                if service.name not in changes.idle and not self.start(service, job, changes.kept):
+                    return self.carry_through(job, self.look_up(job.workload))
             names = [service.name for service in services]
-            finished = self.await_startup(names, job) if job.workload.wait else set()
+            settle = self.config.runtime.settle
+            finished = self.await_startup(names, job, settle) if job.workload.wait else set()
         except FAULTS:
             if leaving and self.config.runtime.on_failure != "rollback":    # kept for the way back alone
                 self.run(["rm", "--force"] + [container.id for container in leaving], 60)
             raise
-        self.remove_containers([container._replace(state="exited") for container in leaving], job.deadline)
+        self.discard([container.id for container in leaving], job.deadline)
         for name in last:
             if self.run(["network", "rm", name], 60).code:
                 log("warning", "a network that is not needed any more stays: somebody else uses it",
                     network=name)
         return finished
 
-    def look_at_networks(self, job):
-        """The networks that are there of those that the project names or that were made for it.
+    def list_networks(self, deployment_id, project, code, names=()):
+        """{name: (labels, facts)} of the networks of these names and of all that were made for a project.
 
-        {name: (labels, whether it is internal)}; one of somebody else is shown without labels.
+        One of somebody else is shown without labels.
         """
-        mark = f"--filter=label={LABEL_PROJECT}={job.workload.project}"
-        names = self.carry_out(job, ["network", "ls", mark, "--format={{.Name}}"]).stdout.decode().split()
-        there = {}
-        for name, labels, facts in self.inspect_names(
-                "network", sorted({*names, *job.project.networks}), names):
-            ours = is_ours(self.claim, job.workload.deployment_id, labels.get(LABEL_OWNER, ""))
-            there[name] = labels if ours else {}, facts.get("internal", False)
-        return there
+        mark = f"--filter=label={LABEL_PROJECT}={project}"
+        found = self.run(["network", "ls", mark, "--format={{.Name}}"], 60, code).stdout.decode().split()
+        there = self.inspect_names("network", sorted({*found, *names}), found)
+        return {name: (labels if is_ours(self.claim, deployment_id, labels.get(LABEL_OWNER, "")) else {}, facts)
+                for name, (labels, facts) in there.items()}
 
     def ask_free(self, names, wanted, leaving):
         """Those of these networks that nobody uses once these containers have left.
@@ -4258,103 +4280,75 @@ class ComposeDriver:
         for name in names:
             form = ["--all", "--no-trunc", f"--filter=network={name}", "--format={{.ID}}"]
             ids = self.run(["ps"] + form, 60, "INSTALL_FAILED").stdout.decode().split()
-            strange = [item for item in ids if item not in {container.id for container in leaving}]
-            if strange and name in wanted:
-                words = f"network {name} is defined anew, and container {strange[0][:12]} is in it"
-                raise ComponentError(
-                    "INSTALL_FAILED", f"{words}, which is not of this component: disconnect it")
+            strange = set(ids).difference(container.id for container in leaving)
             if not strange:
                 free.append(name)
+            elif name in wanted:
+                words = f"network {name} is defined anew, and container {min(strange)[:12]} is in it"
+                raise ComponentError(
+                    "INSTALL_FAILED", f"{words}, which is not of this component: disconnect it")
         return free
 
-    def try_networks(self, job, new, first):
-        """Raises ComponentError for a network that could not be made once the first have gone (K23).
+    def try_networks(self, job, new, going):
+        """Raises ComponentError for a network that could not be made once others have gone (K23).
 
         It is made by another name and removed again, unless it may want addresses that those have still.
+        going: what the engine shows of those.
         """
-        going = make_json([facts for _, _, facts in self.inspect_names("network", first)]).decode()
-        for name, arguments in new.items() if first else ():
-            subnets = find_subnets("\n".join(arguments))
-            held = subnets and find_subnets(going)
+        for name, arguments in new.items() if going else ():
+            subnets = find_ranges("subnet", "\n".join(arguments))
+            held = subnets and find_ranges("subnet", make_json(going).decode())
             if subnets and not any(one.overlaps(other) for one in subnets for other in held):
                 self.carry_out(job, ["network", "create", *arguments, f"{name}-try"])
                 self.carry_out(job, ["network", "rm", f"{name}-try"])
 
-    def create_shared(self, job, kind, items):
-        """Networks or volumes that are not there yet; items: {name: create arguments, or None}."""
-        for name, arguments in items.items():
-            there = [] if arguments is None else self.inspect_names(kind, [name])
-            for _, _, facts in there:
-                kept = (facts.get("options") or {}).get("type", "") == "tmpfs"
-                if kind == "volume" and kept != ("--opt=type=tmpfs" in arguments):
+    def create_volumes(self, job):
+        """Makes the volumes that are not there yet; those that were, as inspect_names shows them."""
+        labels = make_arguments("--label", make_shared_labels(job.workload))
+        volumes = {name: labels for paths in job.volumes.values() for name in paths.values()}
+        volumes.update(job.project.volumes)
+        there = self.inspect_names("volume", list(volumes))
+        for name, arguments in volumes.items():
+            if arguments is not None and name not in there:
+                self.carry_out(job, ["volume", "create", *arguments, name])
+            elif arguments is not None:
+                kept = (there[name][1].get("options") or {}).get("type", "") == "tmpfs"
+                if kept != ("--opt=type=tmpfs" in arguments):
                     log("warning", "a volume is there with other driver_opts, and stays so", volume=name)
-            if arguments is not None and not there:
-                self.carry_out(job, [kind, "create"] + arguments + [name])
+        return there
 
-    def ask_external(self, project, services):
-        """Raises ComponentError where services use an external network or volume that is not there.
+    def create_all(self, job, networks, kept, leaving):
+        """Makes networks and what is not kept of the containers, each by the name of its service.
 
-        To the engine its name could be the beginning of another one's id.
+        One that leaves and has that name gets another one before.  Nothing is stopped yet, so that this is no
+        part of the outage.
         """
-        used = {item.network for service in services for item in service.networks}
-        used.update(mount.source for service in services for mount in service.mounts)
-        for kind, items in (("network", project.networks), ("volume", project.volumes)):
-            names = {name for name, arguments in items.items() if arguments is None and name in used}
-            for name in sorted(names.difference(item[0] for item in self.inspect_names(kind, list(names)))):
-                raise ComponentError("INSTALL_FAILED", f"there is no {kind} {name} on this device;"
-                                     " `external: true` takes one that is there")
-
-    def look_at_volumes(self, known, present):
-        """{service: {path: volume}} of what is there for each service, or was when it was installed."""
-        volumes = {name: dict(facts.get("volumes", {})) for name, facts in known.items()}
-        seen = self.inspect([container.id for container in present])
-        for container in sorted(present, key=lambda item: item.state == "running"):
-            if container.id in seen:
-                volumes.setdefault(container.service, {}).update(seen[container.id].volumes)
-        return volumes
-
-    def create_all(self, job, networks, services, leaving, names):
-        """Makes networks and containers, and gives each container the name of its service.
-
-        One that leaves and has that name gets another one before.  names: {service: name} of containers that
-        are kept.  Nothing is stopped yet, so that this is no part of the outage.
-        """
-        self.create_shared(job, "network", networks)
+        for name, arguments in networks.items():
+            self.carry_out(job, ["network", "create", *arguments, name])
         held = {container.name: container.id for container in leaving}
-        making = {service.name: service for service in services}
-        for service in [*names, *making]:
-            own = make_container_name(job.workload.project, service)
-            if own in held:                         # it may have gone meanwhile
-                self.run(["rename", held[own], f"{own}-old-{held[own][:12]}"], 60)
-            if service in making:
-                job.current[service] = self.create(making[service], job, own)
-            elif names[service] != own:
-                self.rename(job, job.current[service], own)
-
-    def rename(self, job, container_id, name):
-        """Renames a container."""
-        arguments = ["rename", container_id, name]
-        if self.run(arguments, job.deadline - time.monotonic()).code:
-            self.free_name(name)
-            self.carry_out(job, arguments)
+        for service in job.project.services:
+            name = make_container_name(job.workload.project, service.name)
+            if name in held:                        # it may have gone meanwhile
+                self.run(["rename", held[name], f"{name}-old-{held[name][:12]}"], 60)
+            if service.name not in kept:
+                job.current[service.name] = self.create(service, job, name)
+            elif kept[service.name].name != name:
+                self.carry_out(job, ["rename", kept[service.name].id, name])
 
     def create(self, service, job, name):
         """Makes the container of a service, joined to its networks, not started yet; its id.
 
-        Where that fails because the engine remembers something wrongly, that is put right, and it is tried
-        again.
+        Where that fails because its image is damaged, that is put right, and it is tried again.
         """
         labels = make_labels(job.workload, service.name, service.hash)
         marks = [f"--name={name}"] + [f"--label={key}={item}" for key, item in labels.items()]
         arguments = ["create", *marks, *self.prepare_options(service, job), service.image, *service.command]
         handed = find_handed(service.environment)
         output = self.run(arguments, job.deadline - time.monotonic(), more=handed)
-        if not output.code:
-            words = output.stdout.decode("utf-8", "replace").split()
-        else:
-            if not self.free_name(name):
-                self.renew_image(service, marks)
-            words = self.carry_out(job, arguments, handed).stdout.decode("utf-8", "replace").split()
+        if output.code:
+            self.renew_image(service, job)
+            output = self.carry_out(job, arguments, handed)
+        words = output.stdout.decode("utf-8", "replace").split()
         for network, aliases, addresses in service.networks[1:]:
             aliases = [f"--alias={alias}" for alias in [service.name] + aliases]
             self.carry_out(job, ["network", "connect"] + aliases + addresses + [network, name])
@@ -4378,17 +4372,14 @@ class ComposeDriver:
         output = self.run(["init" if self.engine == "podman" else "start", container_id],
                           job.deadline - time.monotonic())
         self.run(["rm", "--force", container_id], 60, "REMOVE_FAILED")
-        if output.code and NO_PROGRAM not in output.stderr:     # else nothing lacks but that
+        if output.code:
             words = mask(find_cause(output.stderr), job.workload.parameters.values())
             raise ComponentError("INSTALL_FAILED",
                                  f"service {service.name} could not be started: {self.engine}: {words}")
 
     def prepare_options(self, service, job):
-        """The options of `create` for a service; its files are written, and its volumes made."""
-        project = job.workload.project
-        volumes = make_volume_names(service, project, job.volumes.get(service.name, {}))
-        labels = make_arguments("--label", make_shared_labels(job.workload))
-        self.create_shared(job, "volume", {volume: labels for volume in volumes.values()})
+        """The options of `create` for a service; its files are written."""
+        volumes = job.volumes[service.name]
         # Else podman hands in the agent's own proxy, password and all.
         options = ["--http-proxy=false"] if self.engine == "podman" else []
         options += self.write_environment(service, job.folder) + self.write_files(service, job.folder)
@@ -4398,7 +4389,7 @@ class ComposeDriver:
         first = service.networks[0]
         options.append(f"--network={first[0]}")
         for owner in service.shares:                # whose container may have another name yet
-            name = f"=container:{make_container_name(project, owner)}"
+            name = f"=container:{make_container_name(job.workload.project, owner)}"
             now = f"=container:{job.current[owner]}"
             options = [option[:-len(name)] + now if option.endswith(name) else option for option in options]
         if self.engine == "podman" and any(option.endswith(":host-gateway") for option in options):
@@ -4416,18 +4407,19 @@ class ComposeDriver:
         gateways = self.run(["network", "inspect", form, network], 60).stdout.decode().split()
         return min(gateways, key=lambda item: ":" in item, default="127.0.0.1")
 
-    def free_name(self, name):
-        """Frees a name that storage alone holds, as a killed `podman create` leaves it; whether it was so."""
+    def free_names(self, project):
+        """Frees names of a project that storage alone holds, as a killed `podman create` leaves them."""
         if self.engine != "podman":
-            return False
+            return
         output = self.run(["ps", "--all", "--external", "--format=json"], 60)
-        held = parse_answer(output.stdout.strip() or b"[]", self.engine, lambda items: [
-            item["Id"] for item in items or () if item["State"] == "storage" and name in item["Names"]])
-        if held:
-            log("warning", "a name is freed that the engine's storage held for no container", container=name)
-        return bool(held) and self.run(["rm", "--force"] + held, 60).code == 0
+        for item in parse_answer(output.stdout.strip() or b"[]", self.engine, lambda items: items or ()):
+            names = [name for name in item["Names"] or () if name.startswith(project + "-")]
+            if names and item["State"] == "storage":
+                log("warning", "a name is freed that the engine's storage held for no container",
+                    container=names[0])
+                self.run(["rm", "--force", item["Id"]], 60)
 
-    def renew_image(self, service, marks):
+    def renew_image(self, service, job):
         """Pulls an image of ours anew where not even a bare container can be made of it (P-1).
 
         Its registry has to have it.
@@ -4435,7 +4427,8 @@ class ComposeDriver:
         platform = [argument for argument in service.arguments if argument.startswith("--platform=")]
         if f"{self.device_id} {service.image}".strip() not in self.claim.images:
             return
-        probe = self.run(["create"] + marks + platform + ["--network=none", service.image, "true"], 60)
+        marks = make_arguments("--label", make_labels(job.workload, service.name, ""))
+        probe = self.run(["create", *marks, *platform, "--network=none", service.image, "true"], 60)
         if not probe.code:
             self.run(["rm", "--force"] + probe.stdout.decode().split()[-1:], 60, "INSTALL_FAILED")
             return
@@ -4451,17 +4444,19 @@ class ComposeDriver:
             self.pull(asked, PULL_TIMEOUT)
 
     def start(self, service, job, kept):
-        """Starts a service's container; a kept one that cannot start is made anew, with its network's."""
-        start = ["start", job.current[service.name]]
-        if not kept:
-            self.carry_out(job, start)
-        elif self.run(start, job.deadline - time.monotonic()).code:
+        """Starts a service's container; False where a kept one could not be started and is removed.
+
+        So are those of the services that share a namespace of it.
+        """
+        arguments = ["start", job.current[service.name]]
+        if service.name not in kept:
+            self.carry_out(job, arguments)
+        elif self.run(arguments, job.deadline - time.monotonic()).code:
             log("warning", "a container that cannot be started is made anew", service=service.name)
-            again = [item for item in job.project.services if service.name in (item.name, *item.shares)]
-            for item in reversed(again):
-                self.carry_out(job, ["rm", "--force", job.current[item.name]])
-            self.create_all(job, {}, again, [], {})
-            self.carry_out(job, ["start", job.current[service.name]])
+            sharing = [item.name for item in job.project.services if service.name in item.shares]
+            self.discard([job.current[name] for name in [*sharing, service.name]], job.deadline)
+            return False
+        return True
 
     def write_environment(self, service, folder):
         """The environment by a file of mode 0600, never on a command line; what no line can hold, by name."""
@@ -4509,63 +4504,56 @@ class ComposeDriver:
             names = [name for name, (wanted, _) in service.depends_on.items()
                      if wanted == condition and name in job.current]
             if names:
-                self.await_startup(names, job, settle=0, complete=condition.endswith("successfully"))
+                self.await_startup(names, job, 0, condition.endswith("successfully"))
 
-    def await_startup(self, names, job, settle=None, complete=False):
-        """Waits until all these services run, are healthy, and stay so for runtime.settle.
+    def await_startup(self, names, job, settle, complete=False):
+        """Waits until all these services run, are healthy, and stay so for `settle` seconds.
 
         Returns the set of those that finished with exit code 0.  Raises ComponentError at once for one that
         failed (C-164), or when the time is over.  Earlier restarts of what ran before are forgiven.
         complete: wait for their end instead.
         """
-        settle = self.config.runtime.settle if settle is None else settle
-        checks, before, calm = {}, None, None
+        checks, calm = {}, None
         began = time.monotonic()
         secrets = job.workload.parameters.values()
         while True:
             seen = self.inspect([job.current[name] for name in names])
-            before = before or {key: seen[key].restarts if key in job.runs else 0 for key in seen}
             facts = {}
             for name in names:
                 key = job.current[name]
                 if key in seen:
-                    restarts = seen[key].restarts - before.get(key, 0)
+                    restarts = seen[key].restarts - job.restarts.get(key, 0)
                     health = self.ask_health(key, seen[key], checks)
                     facts[name] = seen[key]._replace(restarts=restarts, health=health)
             failure, waiting, finished = judge_startup(names, facts, complete)
+            now = time.monotonic()
+            late = now > job.deadline
+            if waiting and late:
+                words = f"not up within {job.deadline - began:.0f} s: {', '.join(waiting.values())}"
+                failure = next(iter(waiting)), "INSTALL_TIMEOUT", words
             if failure:
                 name, code, words = failure
                 raise ComponentError(code, mask(words, secrets) + self.tail_log(job.current[name], secrets))
-            now = time.monotonic()
             calm = None if waiting else calm or now
             restless = any(not facts[name].health for name in names if name not in finished)
-            if not waiting and (not restless or now - calm >= settle or now > job.deadline):
+            if not waiting and (not restless or late or now - calm >= settle):
                 return finished
-            if now > job.deadline:
-                words = f"not up within {job.deadline - began:.0f} s: {', '.join(waiting.values())}"
-                log_end = self.tail_log(job.current[next(iter(waiting))], secrets)
-                raise ComponentError("INSTALL_TIMEOUT", words + log_end)
             time.sleep(min(0.5, max(0.1, settle / 4)))
 
     def ask_health(self, container_id, seen, checks):
         """The health of a container in the engine's word, "" where nobody checks it.
 
-        podman may have nobody to run a check: it is run here.  A miss counts once an interval, after the
-        start period.  checks: {container: (word, misses, when the last one counted)}, which is kept up.
+        podman may have nobody to run a check: it is run here.  It may fail for so many intervals after the
+        start period, or after it passed last.  checks: {container: (word, until when it may fail)}, kept up.
         """
         if self.engine != "podman" or not seen.check or seen.state != "running":
             return seen.health
         now = time.monotonic()
-        word, misses, last = checks.get(container_id, ("starting", 0, now + seen.check.start))
+        patience = seen.check.interval * seen.check.retries
         if self.run(["healthcheck", "run", container_id], 120).code == 0:
-            word, misses = "healthy", 0
-        elif now - last >= seen.check.interval:
-            misses += 1
-            last = now
-        if misses >= seen.check.retries:
-            word = "unhealthy"
-        checks[container_id] = word, misses, last
-        return word
+            checks[container_id] = "healthy", now + patience
+        word, until = checks.setdefault(container_id, ("starting", now + seen.check.start + patience))
+        return "unhealthy" if now >= until else word
 
     def tend(self, containers, chance):
         """Runs one health check a cycle, of a container by chance, where podman has no systemd that does.
@@ -4605,6 +4593,8 @@ class ComposeDriver:
         Returns the deadline for what follows.  One that is not there any more is passed over.
         """
         patience = ["--ignore"] if self.engine == "podman" else []
+        if not ids:
+            return deadline
         try:
             code = self.run(["stop"] + patience + ids, deadline - time.monotonic()).code
         except CommandTimeout:
@@ -4618,11 +4608,12 @@ class ComposeDriver:
 
     def remove_containers(self, containers, deadline):
         """Stops containers within their own grace period and removes them."""
-        ids = [container.id for container in containers]
-        active = [container.id for container in containers if container.state not in AT_REST]
-        if active:
-            deadline = self.stop(active, deadline)  # what cannot be stopped is removed by force
-        for _ in containers:                        # one whose network another one shares goes after that one
+        deadline = self.stop(list_active(containers), deadline)     # what cannot be is removed by force
+        self.discard([container.id for container in containers], deadline)
+
+    def discard(self, ids, deadline):
+        """Removes containers; one whose namespace another one shares goes after that one."""
+        for _ in ids[:]:
             output = self.run(["rm", "--force"] + ids, deadline - time.monotonic())
             if not output.code:
                 return
@@ -4650,12 +4641,11 @@ class ComposeDriver:
         left (P-11, D-21).
         """
         project = make_project_name(component, deployment_id)
+        self.free_names(project)
         there = find_containers(deployment_id, containers, component, "compose")
         self.remove_containers(there[::-1], deadline)
-        arguments = ["network", "ls", f"--filter=label={LABEL_PROJECT}={project}", "--format={{.Name}}"]
-        output = self.run(arguments, 60, "REMOVE_FAILED")
-        for name, labels, _ in self.inspect_names("network", output.stdout.decode().split()):
-            if is_ours(self.claim, deployment_id, labels.get(LABEL_OWNER, "")):
+        for name, (labels, _) in self.list_networks(deployment_id, project, "REMOVE_FAILED").items():
+            if labels:
                 self.run(["network", "rm", name], 60, "REMOVE_FAILED")
         for container in find_containers(deployment_id, self.observe(), component):
             raise ComponentError("REMOVE_FAILED", f"container {container.name} is still there")
@@ -4704,8 +4694,7 @@ def part_containers(containers, claim):
 
 def find_health(state, status):
     """(state, health) of a container from its state and its status, where `ps` alone shows it."""
-    health = re.search(r"\((?:health: )?(healthy|unhealthy|starting)\)\Z", str(status))
-    health = health.group(1) if health else ""
+    (health,) = re.findall(r"\((?:health: )?(healthy|unhealthy|starting)\)\Z", str(status)) or [""]
     return "unhealthy" if (state, health) == ("running", "unhealthy") else state, health
 
 
@@ -5453,6 +5442,10 @@ def make_networks(document, workload):
         arguments = make_options(value, ("internal", "enable_ipv6"))
         for item in value.ipam.config:
             arguments += make_options(item, ("subnet", "gateway", "ip_range"))
+        try:
+            find_ranges("subnet", "\n".join(arguments))
+        except ValueError as error:
+            raise make_fault(f"networks.{name}.ipam: {error}") from None
         mark = sha256_digest(make_json(make_arguments("--label", value.labels) + arguments))[7:39]
         networks[name] = make_shared(name, value, workload, f"networks.{name}",
                                      arguments + [f"--label={LABEL_HASH}={mark}"])
@@ -5687,11 +5680,7 @@ def make_attachments(name, service, reading, where):
     wanted = service.networks or read_value(["default"], SERVICE_FORM["networks"])
     joined = []
     for network, value in sorted(wanted.items(), key=lambda pair: -(pair[1].priority or 0)):
-        own, arguments = find_member(reading.networks, network, f"{where}.networks", "networks")
-        for address in filter(None, (value.ipv4_address, value.ipv6_address)):
-            if not may_have_address(arguments, address, reading.engine):
-                raise make_fault(f"{where}.networks.{network}: {make_printable(address, 60)!r} lies in no"
-                                 " `subnet` of this network's `ipam`")
+        own = find_member(reading.networks, network, f"{where}.networks", "networks")[0]
         options = make_options(value, ("ipv4_address", "ipv6_address", "mac_address"))
         aliases = dict.fromkeys((value.aliases or []) + reading.aliases.get(name, []))
         for alias in aliases:
@@ -5700,19 +5689,33 @@ def make_attachments(name, service, reading, where):
     return joined
 
 
-def may_have_address(arguments, address, engine):
-    """Whether a network with these create arguments can give an address; nobody knows where it is external.
-
-    Docker gives none out of a subnet that it has chosen itself.
+def find_ranges(kind, text):
+    """The subnets, gateways or ip_ranges of a network in its create arguments, a line each, or in what an
+    engine shows, as JSON; raises ValueError.
     """
     import ipaddress
-    subnets = [text[len("--subnet="):] for text in arguments or () if text.startswith("--subnet=")]
-    if arguments is None or engine == "podman" and not subnets:
-        return True
+    return [ipaddress.ip_network(item, False)
+            for item in re.findall(f'(?im)(?:^--|"){kind}(?:=|": *")([^"\n]+)', text)]
+
+
+def may_have_address(text, address):
+    """Whether a container can have an address in a network, by what find_ranges takes.
+
+    The ends of a subnet are nobody's, and the gateway is the host.
+    """
+    import ipaddress
     try:
-        return any(ipaddress.ip_address(address) in ipaddress.ip_network(text, False) for text in subnets)
+        address = ipaddress.ip_address(address)
+        subnets, gateways, ranges = [find_ranges(kind, text) for kind in ("subnet", "gateway", "ip-?range")]
     except ValueError:
         return False
+    for subnet in subnets:
+        if address in subnet:
+            taken = [item.network_address for item in gateways if item.network_address in subnet]
+            if not taken and not ranges:            # of which docker takes the first one
+                taken = [subnet.network_address + 1]
+            return address not in (subnet.network_address, subnet.broadcast_address, *taken)
+    return False
 
 
 def make_container_name(project, service):
@@ -6148,13 +6151,11 @@ class Registry:
         Raises ComponentError PULL_UNAUTHORIZED, PULL_FAILED.
         """
         url = f"{self.scheme}://{self.address}/v2/{name}/{path}"
-        for attempt in range(2):
+        response = self.fetch(url, accept, limit)
+        if response.status == 401:
+            challenge = ", ".join(response.headers.get_all("WWW-Authenticate") or ())
+            self.authorization = self.authenticate(parse_challenge(challenge), name)
             response = self.fetch(url, accept, limit)
-            if response.status != 401 or attempt:
-                break
-            self.authorization = self.authenticate(
-                parse_challenge(", ".join(response.headers.get_all("WWW-Authenticate") or ())), name
-            )
         return self.check(response, url, limit)
 
     def check(self, response, url, limit):
@@ -6211,10 +6212,7 @@ class Registry:
         """One GET, by TLS where the URL says so."""
         secure = url.startswith("https:")
         if secure and self.context is None:
-            try:
-                self.context = make_tls_context(ca_file=self.settings.ca, min_tls="1.2")
-            except Untrusted as error:
-                raise ComponentError("PULL_FAILED", f"registries.{self.host}.ca: {error.message}") from None
+            self.context = make_tls_context(ca_file=self.settings.ca, min_tls="1.2")
         return request("GET", url, headers, None, self.context if secure else None, self.timeout, limit)
 
     def authenticate(self, challenges, name):
@@ -6348,7 +6346,7 @@ def parse_package_manifest(data, where, max_artifact, kind="compose"):
         digest = layer.get("digest")
         size = layer.get("size")
         check_shape(digest, DIGEST_PATTERN, "the layer's digest")
-        if not isinstance(size, int) or size is True or size < 1:
+        if type(size) is not int or size < 1:
             found = make_printable(str(size), 80)
             raise ValueError(f"the layer's size: found {found!r}, expected a number of bytes")
         if size > max_artifact:
@@ -6399,13 +6397,12 @@ def check_archive(data, max_unpacked, relaxed=False):
     tops = set()
     try:
         plain, members, end = unpack_tar(data, max_unpacked, MAX_ENTRIES)
-        loose = relaxed and any("/" not in re.sub(r"\A\./", "", member.name) and not member.isdir()
-                                for member in members)
+        loose = relaxed and any("/" not in strip_dot(member.name) and not member.isdir() for member in members)
         for member in members:
             add_entry(member, entries, tops, "package/" if loose else "")
         if any(piece.strip(b"\0") for piece in read_pieces(plain, end, max_unpacked)):
             raise ValueError(f"it is damaged at byte {end}")
-        if not entries and not tops:
+        if not tops:
             raise ValueError("it is empty")
         if sum(entry.size for entry in entries.values()) > max_unpacked:
             raise ValueError(f"its files have more than {max_unpacked} bytes (policy.max_unpacked)")
@@ -6417,11 +6414,16 @@ def check_archive(data, max_unpacked, relaxed=False):
         if compose is None or compose.kind != "file":
             raise ValueError("no compose.yaml in the top-level folder"
                              + (f" ({others[0]} is not taken for it)" if others else ""))
-        # in the order in which their bytes come
+        # first folders, then files in the order in which their bytes come
         return plain, sorted(entries.values(), key=lambda entry: (entry.kind == "link", entry.offset))
     except ValueError as error:
         raise ComponentError("ARCHIVE_INVALID",
                              f"Compose Archive refused: {make_printable(str(error))}") from None
+
+
+def strip_dot(name):
+    """A name of a tar entry without the ./ that it may begin with."""
+    return name[2:] if name.startswith("./") else name
 
 
 def add_entry(member, entries, tops, top=""):
@@ -6429,18 +6431,18 @@ def add_entry(member, entries, tops, top=""):
 
     top: the folder that an archive without one is taken to lie in.  Raises ValueError.
     """
-    name = member.name[2:] if member.name.startswith("./") else member.name
+    name = strip_dot(member.name)
     if name in ("", ".") and member.isdir():
         return
     absolute = name.startswith("/")
     name = top + name
-    parts = name.rstrip("/").split("/")
-    if absolute or {"..", "", "."} & set(parts) or not is_storable(name):
+    first, *parts = name.rstrip("/").split("/")
+    if absolute or {"..", "", "."} & {first, *parts} or not is_storable(name):
         raise ValueError(f"{make_printable(name)!r} is not a path inside the archive")
-    tops.add(parts[0])
+    path = "/".join(parts)
+    tops.add(first)
     if len(tops) > 1:
         raise ValueError(f"more than one top-level entry ({', '.join(sorted(tops))})")
-    path = "/".join(parts[1:])
     if member.isdir():
         entry = Entry(path, "folder", 0o755, None, 0, 0)
     elif not path:
@@ -6455,9 +6457,9 @@ def add_entry(member, entries, tops, top=""):
             )
         entry = Entry(path, "link", 0o777, member.linkname, 0, 0)
     elif member.islnk():
-        target = top + (member.linkname[2:] if member.linkname.startswith("./") else member.linkname)
-        source = entries.get("/".join(target.split("/")[1:])) if target.split("/")[0] in tops else None
-        if source is None or source.kind != "file":
+        target, _, inside = (top + strip_dot(member.linkname)).partition("/")
+        source = entries.get(inside)
+        if target != first or source is None or source.kind != "file":
             raise ValueError(
                 f"the hard link {name!r} leads to {member.linkname!r},"
                 " which is no earlier file of the archive"
@@ -6465,10 +6467,9 @@ def add_entry(member, entries, tops, top=""):
         entry = source._replace(path=path)
     else:
         raise ValueError(f"{name!r} is neither file, folder nor link")
-    if path and entries.get(path, entry) != entry or (path in entries and entry.kind != "folder"):
+    if path in entries and (entry.kind != "folder" or entries[path] != entry):
         raise ValueError(f"{name!r} occurs twice")
-    if path:
-        entries[path] = entry
+    entries[path] = entry
 
 
 def is_storable(path):
@@ -6503,35 +6504,41 @@ def resolve_link(path, entries, hops):
             if not resolved:
                 raise ValueError(f"the link {path!r} leads out of the top-level folder")
             resolved.pop()
-            continue
-        if part in ("", "."):
-            continue
-        entry = entries.get("/".join(resolved + [part]))
-        if entry is None or entry.kind != "link":
+        elif part not in ("", "."):
             resolved.append(part)
-            continue
-        hops -= 1
-        if hops < 0 or entry.link.startswith("/"):
-            raise ValueError(f"the link {path!r} leads out of the top-level folder, or in a circle")
-        todo.extend(entry.link.split("/")[::-1])
+        entry = entries.get("/".join(resolved))
+        if entry and entry.kind == "link":
+            hops -= 1
+            if hops < 0 or entry.link.startswith("/"):
+                raise ValueError(f"the link {path!r} leads out of the top-level folder, or in a circle")
+            resolved.pop()
+            todo.extend(entry.link.split("/")[::-1])
     return "/".join(resolved)
 
 
-def load_sameness(path, entry, plain, twin):
-    """Whether a path on the disk is what an Entry of an archive says.
+def load_entries(plain, entries, folder):
+    """Each Entry, its path below a folder, and the bytes of a file piece by piece.
 
-    plain: a file of its tar bytes.  twin: a path that already was found to hold the same bytes, or None.
+    plain: a file of the archive's tar bytes.  It would be unpacked anew to go back in it, so those of a hard
+    link are taken from the path of the file before.
     """
+    places = {}
+    for entry in entries:
+        path = os.path.join(folder, entry.path)
+        first = places.setdefault(entry.offset, path)
+        again = load_pieces(first) if first != path else read_pieces(plain, entry.offset, entry.size)
+        yield entry, path, again
+
+
+def load_sameness(entry, path, pieces):
+    """Whether a path on the disk is what an Entry of an archive says, a file of these bytes."""
     if os.path.islink(path) or entry.kind == "link":
         return os.path.islink(path) and os.readlink(path) == entry.link
     if entry.kind == "folder":
         return os.path.isdir(path)
-    if not os.path.isfile(path) or os.path.getsize(path) != entry.size:
-        return False
-    if os.stat(path).st_mode & 0o777 != entry.mode:
-        return False
-    pieces = load_pieces(twin) if twin else read_pieces(plain, entry.offset, entry.size)
-    return digest_pieces(pieces) == digest_pieces(load_pieces(path))
+    return (os.path.isfile(path) and os.path.getsize(path) == entry.size
+            and os.stat(path).st_mode & 0o777 == entry.mode
+            and digest_pieces(pieces) == digest_pieces(load_pieces(path)))
 
 
 def unpack_package(data, digest, parent, max_unpacked, relaxed=False):
@@ -6544,36 +6551,23 @@ def unpack_package(data, digest, parent, max_unpacked, relaxed=False):
     plain, entries = check_archive(data, max_unpacked, relaxed)
     work = folder + ".tmp"
     if os.path.isdir(folder):
-        places = {}
-        for entry in entries:
-            path = os.path.join(folder, entry.path)
-            twin = places.get(entry.offset) if entry.kind == "file" else None
-            if not load_sameness(path, entry, plain, twin):
-                break
-            if entry.kind == "file":
-                places.setdefault(entry.offset, path)
-        else:
+        if all(load_sameness(*found) for found in load_entries(plain, entries, folder)):
             return folder
         log("warning", "an unpacked package is not what its archive holds: made anew", folder=folder)
         remove_folder(folder)
     remove_folder(work)
-    create_folder(os.path.join(work, "content"))
-    places = {}
-    for entry in entries:
-        path = os.path.join(work, "content", entry.path)
+    create_folder(work)
+    content = os.path.join(work, "content")
+    for entry, path, pieces in load_entries(plain, entries, content):
+        # containers of other users read it (C-161)
         create_folder(path if entry.kind == "folder" else os.path.dirname(path), 0o755)
         if entry.kind == "file":
-            pieces = read_pieces(plain, entry.offset, entry.size)
-            if entry.offset in places:          # a hard link: the archive is not unpacked anew for it
-                pieces = load_pieces(places[entry.offset])
             write_file(path, pieces, entry.mode, os.path.join(work, "part"))
-            places[entry.offset] = path
         elif entry.kind == "link":
             os.symlink(entry.link, path)
-    os.chmod(os.path.join(work, "content"), 0o755)      # containers of other users read it (C-161)
-    for path, _, _ in os.walk(os.path.join(work, "content")):
+    for path, _, _ in os.walk(content):
         sync_folder(path)
-    os.rename(os.path.join(work, "content"), folder)
+    os.rename(content, folder)
     os.rmdir(work)
     sync_folder(parent)
     return folder
@@ -6766,14 +6760,16 @@ Problem = define("Problem", "type title detail retryable retry_after strategy er
     "", "", "", None, None, "", ())
 
 
-def make_tls_context(anchors=(), ca_file=None, min_tls="1.3"):
+def make_tls_context(anchors=(), ca_file=None, min_tls="1.3", direct=False):
     """An SSLContext that trusts the anchors (DER), or those of a PEM file, or without both the system's.
 
+    direct: what is asked by it goes through no proxy.
     Python's default loaders are not used: they would let any web certificate through where a trust bundle
     decides (C-006).
     """
     import ssl
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.direct = direct
     context.hostname_checks_common_name = False     # a name stands in subjectAltName (RFC 9525)
     context.set_ciphers(CIPHERS)
     try:
@@ -6809,15 +6805,16 @@ def request(method, url, headers, body, context, timeout, limit, check_peer=None
     where = f"{method} {url}"
     headers = {"User-Agent": f"margo-agent/{__version__}", **headers}
     message = urllib.request.Request(url, data=body, headers=headers, method=method)
+    proxy = "" if getattr(context, "direct", False) else ask_proxy(url)
     try:
-        with make_opener(context, check_peer).open(message, timeout=timeout) as response:
+        with make_opener(context, check_peer, proxy).open(message, timeout=timeout) as response:
             found = http.client.HTTPMessage()
             for name, value in response.headers.items():            # folded lines are one (RFC 9112, 5.2)
                 found[name] = re.sub(r"\s*[\r\n]\s*", " ", value)
             return Response(response.status, found, read_body(response, limit, timeout, where))
     except (OSError, http.client.HTTPException, ValueError) as error:
         reason = error.reason if isinstance(error, urllib.error.URLError) else error
-        raise make_network_error(where, reason, timeout, context, ask_proxy(url)) from None
+        raise make_network_error(where, reason, timeout, context, proxy) from None
 
 
 class Paced(io.RawIOBase):
@@ -6897,8 +6894,11 @@ def open_connection(address, timeout, source=None):
             peer.close()
 
 
-def make_opener(context, check_peer):
-    """The agent's own opener: it follows no redirect, keeps no cookie, and takes any status as an answer."""
+def make_opener(context, check_peer, proxy):
+    """The agent's own opener: it follows no redirect, keeps no cookie, and takes any status as an answer.
+
+    proxy: whether the environment's proxies are asked.
+    """
     import http.client
     import urllib.request
 
@@ -6941,8 +6941,9 @@ def make_opener(context, check_peer):
     setattr(handler, f"{scheme}_open", lambda message: handler.do_open(Connection, message))
     setattr(handler, f"{scheme}_request", handler.do_request_)
     opener = urllib.request.OpenerDirector()
-    for item in (urllib.request.ProxyHandler(), handler):
-        opener.add_handler(item)
+    if proxy:
+        opener.add_handler(urllib.request.ProxyHandler())
+    opener.add_handler(handler)
     return opener
 
 
@@ -7350,7 +7351,7 @@ def make_state():
     trust       {source, etag, sequence, refreshedAt, trustDomain}: of trust-bundle.json; {est, crls}: what
                 discovery named;
                 {strays}: digest of an own leaf that does not lead to it any more
-    identity    digest of the own leaf that was last found to lead to the trust bundle
+    identity    digests of the own leaf that was last found to lead to a trust bundle, and of that
     est         what is under way, and the back-off: see Enrollment
     crls        {URL: {digest, number, key, thisUpdate, validity, etag, modified; back-off}}: of the lists of
                 revocations in crls/
@@ -7401,7 +7402,7 @@ STATE = {
     "history": [{"version": VERSION, "at": str, "outcome": str, "refused+": str, "added": [str],
                  "changed": [str], "removed": [str], "names+": {"*": str}}],
     "lastPoll": (None, POLL)}
-MEMO = {"lastPoll?": POLL, "etags+": {"*": str}, "warnedAt+": float, "checked?": str,
+MEMO = {"lastPoll?": POLL, "etags+": {"*": str}, "warnedAt+": float,
         "others?": [{"owner": str, "name": str, "type": str, "deploymentId": str}], "trust?": float,
         "boot?": str, "start+": float}
 
@@ -8736,8 +8737,10 @@ def parse_der(data):
 def make_der(tag, *parts):
     """One DER element around its parts."""
     body = b"".join(parts)
-    size = len(body).to_bytes((len(body).bit_length() + 7) // 8, "big")
-    return bytes([tag]) + (size or b"\0" if len(body) < 128 else bytes([0x80 | len(size)]) + size) + body
+    size = len(body).to_bytes(4, "big").lstrip(b"\0") or b"\0"
+    if len(body) > 127:
+        size = bytes([0x80 | len(size)]) + size
+    return bytes([tag]) + size + body
 
 
 def parse_certificate(der):
@@ -8852,6 +8855,7 @@ def make_pem(ders):
 # column is `column` (-1 at the end and at a marker).
 
 MAX_DEPTH = 64                      # levels of collections
+AFTER = " \t\n", " \t\n,[]{}"       # what stands behind an indicator, and what in a flow collection
 
 INT_PATTERN = r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+"
 FLOAT_PATTERN = (
@@ -8862,7 +8866,6 @@ CONSTANTS = {"": None, "~": None, "null": None, "Null": None, "NULL": None, "tru
              "false": False, "False": False, "FALSE": False}
 # what stands behind a backslash, and what each of these means
 ESCAPES = dict(zip('0abt\tnvfre "/\\N_LP', '\0\a\b\t\t\n\v\f\r\x1b "/\\\x85\xa0\u2028\u2029'))
-TAGS = ("!", "str", "int", "float", "bool", "null", "map", "seq")
 
 
 class YAMLError(ValueError):
@@ -8884,6 +8887,11 @@ class PlainFloat(float):
     """A number that keeps its spelling, such as 1.10, in `source`."""
 
 
+# what a plain scalar may be where it has a tag; with the first two it stays text
+TAGS = {"!": (), "str": (), "int": (int, PlainInt), "float": (float, PlainFloat), "bool": (bool,),
+        "null": (type(None),), "map": (), "seq": ()}
+
+
 def load_yaml(text):
     """Reads one YAML 1.2 document (str or UTF-8 bytes) into dict, list, str, int, float, bool, None.
 
@@ -8893,9 +8901,9 @@ def load_yaml(text):
     """
     if isinstance(text, (bytes, bytearray)):
         try:
-            text = bytes(text).decode("utf-8")
+            text = text.decode("utf-8")
         except UnicodeDecodeError as error:
-            line = bytes(text[:error.start]).count(b"\n") + 1
+            line = text.count(b"\n", 0, error.start) + 1
             raise YAMLError("not UTF-8; save it as UTF-8", line, 1) from None
     return YAMLReader(text).read_document()
 
@@ -8921,19 +8929,19 @@ class YAMLReader:
     # what ends a line of a plain scalar in a block, and in a flow collection
     STOP = (re.compile(r":(?=[ \t\n])|[ \t]#|\n"), re.compile(r":(?=[ \t\n,\[\]{}])|[ \t]#|[\n,\[\]{}]"))
     MARKER = re.compile(r"(?:---|\.\.\.)(?=[ \t\n])")
-    NAME = re.compile(r"[^\s,\[\]{}]+")
+    ALIAS = re.compile(r"\*([^\s,\[\]{}]+)")
     # a plain key: quoted, it is text
     MERGE = re.compile(r"(?:\?\s+)?(?:&\S+\s+)?<<")
-    PROPERTY = re.compile(r"(?:&([^\s,\[\]{}]+)|(!<[^\s<>]+>|![^\s,\[\]{}]*))(?:[ \t]+|(?=[\n,\]}]))")
-    # what is not itself in a quoted scalar
+    PROPERTY = re.compile(r"(&[^\s,\[\]{}]+|!<[^\s<>]+>|![^\s,\[\]{}]*)(?:[ \t]+|(?=[\n,\]}]))")
+    # what is not itself in a quoted scalar, or ends it
     QUOTED = {
-        '"': re.compile(r"\\(?:\n[ \t\n]*|x[0-9a-fA-F]{2}|u[0-9a-fA-F]{4}|U[0-9a-fA-F]{8}|.)"
+        '"': re.compile(r"\"|\\(?:\n[ \t\n]*|x[0-9a-fA-F]{2}|u[0-9a-fA-F]{4}|U[0-9a-fA-F]{8}|.)"
                         r"|(?:(?<![ \t])|(?<=\\[ \t]))[ \t]*\n[ \t\n]*"),
-        "'": re.compile(r"''|(?<![ \t])[ \t]*\n[ \t\n]*"),
+        "'": re.compile(r"''?|(?<![ \t])[ \t]*\n[ \t\n]*"),
     }
     # its opposite takes 3 ms to compile
     FORBIDDEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x84\x86-\x9f\ud800-\udfff\ufeff\ufffe\uffff]")
-    HEADER = re.compile(r"([|>])(?:([-+])([1-9])?|([1-9])([-+])?)?(?:[ \t]+#[^\n]*|[ \t]*)\n")
+    HEADER = re.compile(r"([|>])([-+]?[1-9]?|[1-9][-+])(?:[ \t]+#[^\n]*|[ \t]*)\n")
     NUMBER = re.compile(f"(?:({INT_PATTERN})|({FLOAT_PATTERN}))\\Z")
 
     def __init__(self, text):
@@ -8943,7 +8951,7 @@ class YAMLReader:
         self.cut = text[text.rfind("\n") + 1:].strip(" ") != ""
         self.text = text if text.endswith("\n") else text + "\n"
         self.position, self.column, self.depth, self.nodes = 0, 0, 0, 0
-        self.closed = -1                            # where the last quoted scalar or flow collection ended
+        self.kind = ""                              # of the last node, see make_node
         self.anchors = {}
         bad = self.FORBIDDEN.search(self.text)
         if bad:
@@ -8957,9 +8965,7 @@ class YAMLReader:
         raise YAMLError(message, self.text.count("\n", 0, start) + 1, position - start + 1)
 
     def count(self, nodes=1):
-        """Counts nodes, lines, and each 16 characters that an alias repeats: no small document becomes huge.
-
-        """
+        """Counts nodes, lines, and each 16 characters that an alias repeats: nothing small becomes huge."""
         self.nodes += nodes
         if self.nodes > MAX_NODES:
             self.fail(f"more than {MAX_NODES} nodes and lines")
@@ -9021,23 +9027,16 @@ class YAMLReader:
         if not self.skip():
             self.fail("more on this line than belongs to the value; a text with a colon in it needs quotes")
 
-    def look(self, position):
-        """What follows on white space: (where, how many lines end before it, its column)."""
-        end = self.GAP.match(self.text, position).end()
-        line = self.text[self.text.rfind("\n", 0, end) + 1:end]
-        return end, self.text.count("\n", position, end), len(line) - len(line.lstrip(" "))
+    def is_outside(self, position, parent):
+        """Whether what stands first on its line cannot go on with a scalar indented deeper than `parent`."""
+        indent = self.text[self.text.rfind("\n", 0, position) + 1:position]
+        column = len(indent) - len(indent.lstrip(" "))
+        return column <= parent or position == len(self.text) or (
+            not column and bool(self.MARKER.match(self.text, position)))
 
-    def is_outside(self, position, column, parent):
-        """Whether a line cannot go on with a scalar that is indented deeper than `parent`."""
-        return column <= parent or column == 0 and bool(self.MARKER.match(self.text, position))
-
-    def at_indicator(self, characters):
-        """Whether an indicator stands here: one of these characters, then white space."""
-        return self.text[self.position] in characters and self.text[self.position + 1] in " \t\n"
-
-    def at_colon(self):
-        """Whether a colon stands here that ends a key in a flow collection."""
-        return self.text[self.position] == ":" and self.text[self.position + 1] in " \t\n,[]{}"
+    def at_indicator(self, characters, after=AFTER[False]):
+        """Whether an indicator stands here: one of these characters, then white space or what else may."""
+        return self.text[self.position] in characters and self.text[self.position + 1] in after
 
     # Blocks
 
@@ -9048,7 +9047,7 @@ class YAMLReader:
         collection may start on this line.
         """
         text, start = self.text, self.position
-        above = (None, None)
+        above = {}
         while True:
             column = None
             if self.skip():
@@ -9059,55 +9058,49 @@ class YAMLReader:
                 column = self.position - text.rfind("\n", 0, self.position) - 1
             start, compact = self.position, False
             own = self.read_properties()
-            if own == (None, None) or text[self.position] not in "#\n":
+            if not own or text[self.position] not in "#\n":
                 break
             above = self.join(above, own)
-        if text[self.position] in "|>":
-            return self.make_node(self.read_block_scalar(parent), "quoted", self.join(above, own))
         if self.at_indicator("-?"):
-            if column is None or own != (None, None):
+            if column is None or own:
                 self.fail("a block collection cannot start here")
             if text[self.position] == "-":
                 return self.make_node(self.descend(self.read_sequence, column), "seq", above)
             return self.make_node(self.descend(self.read_mapping, column), "map", above)
         content = self.read_content(parent, False)
-        end = self.position
-        self.position = self.SPACE.match(text, end).end()
+        self.position = self.SPACE.match(text, self.position).end()
         if column is not None and self.at_indicator(":"):
             self.position = start
             return self.make_node(self.descend(self.read_mapping, column), "map", above)
-        self.position = end
         node = self.make_node(*content, self.join(above, own))
         self.end_line()
         return node
 
     def join(self, above, own):
         """Anchor and tag of a node whose properties stand on several lines."""
-        if above[0] and own[0] or above[1] and own[1]:
+        if above.keys() & own.keys():
             self.fail("a second anchor or tag for one node")
-        return above[0] or own[0], above[1] or own[1]
+        return {**above, **own}
 
     def read_properties(self):
-        """(anchor, tag) that stand here in either order, None for what is not there; white space after them.
+        """The anchor and tag that stand here in either order, and white space after them.
 
-        An anchor is (its name, its place, how many nodes were before it), a tag (its name, its place).
+        They are {& or !: (the anchor with its &, or the tag's name; its place; how many nodes were before)}.
         """
-        anchor = tag = None
+        found = {}
         while self.text[self.position] in "&!":
             match = self.PROPERTY.match(self.text, self.position)
-            if not match or (anchor if match.group(1) else tag):
+            sign = self.text[self.position]
+            if not match or sign in found:
                 self.fail("an anchor or tag without name or white space after it, or a second one")
-            if match.group(1):
-                anchor = match.group(1), self.position, self.nodes
-                # open: an alias to it from inside would be endless
-                self.anchors[anchor[0]] = self.position
-            else:
-                name = re.sub(r"\A!<tag:yaml\.org,2002:(.*)>\Z|\A!!(\w+)\Z", r"\1\2", match.group(2))
-                if name not in TAGS:
-                    self.fail(f"tag {match.group(2)} is not supported")
-                tag = name, self.position
+            name = re.sub(r"\A!<tag:yaml\.org,2002:(.*)>\Z|\A!!(\w+)\Z", r"\1\2", match.group(1))
+            if sign == "&":                         # open: an alias to it from inside would be endless
+                self.anchors[name] = self.position
+            elif name not in TAGS:
+                self.fail(f"tag {match.group(1)} is not supported")
+            found[sign] = name, self.position, self.nodes
             self.position = match.end()
-        return anchor, tag
+        return found
 
     def descend(self, read, *arguments):
         """What `read` returns, one level deeper."""
@@ -9118,23 +9111,29 @@ class YAMLReader:
         self.depth -= 1
         return value
 
-    def make_node(self, value, kind, properties=(None, None)):
+    def make_node(self, value, kind, properties):
         """A node by its kind (plain, quoted, alias, seq or map), anchor and tag; it is counted."""
-        anchor, tag = properties
-        name, place = tag or (None, None)
+        tag, place, _ = properties.get("!", (None, 0, 0))
+        anchor, start, nodes = properties.get("&", (None, 0, 0))
+        self.kind = kind
         if kind == "alias":
-            if anchor or tag:
+            if properties:
                 self.fail("an alias has neither anchor nor tag")
             return value
         if kind in ("plain", "quoted"):
-            value = self.make_scalar(value, name, kind == "plain")
-        elif name not in (None, "!", kind):
-            self.fail(f"tag !!{name} does not fit this collection", place)
+            value = self.make_scalar(value, tag, kind == "plain")
+        elif tag not in (None, "!", kind):
+            self.fail(f"tag !!{tag} does not fit this collection", place)
         self.count()
-        # else one that began later has that name now
-        if anchor and self.anchors[anchor[0]] == anchor[1]:
-            self.anchors[anchor[0]] = value, self.nodes - anchor[2] + (self.position - anchor[1]) // 16
+        if anchor and self.anchors[anchor] == start:    # else one that began later has that name now
+            self.anchors[anchor] = value, self.nodes - nodes + (self.position - start) // 16
         return value
+
+    def is_next(self, column):
+        """Whether a line follows whose first thing stands in the column of a collection."""
+        if self.column > column:
+            self.fail("wrong indentation")
+        return self.column == column
 
     def read_sequence(self, column):
         """A block sequence whose dashes stand in `column`."""
@@ -9142,9 +9141,7 @@ class YAMLReader:
         while True:
             self.position += 1
             items.append(self.read_block(column))
-            if self.column > column:
-                self.fail("wrong indentation")
-            if self.column != column or not self.at_indicator("-"):
+            if not self.is_next(column) or not self.at_indicator("-"):
                 return items
 
     def read_mapping(self, column):
@@ -9162,9 +9159,7 @@ class YAMLReader:
                 key = self.read_key(column)
                 value = self.read_block(column, True, compact=False)
             pairs.append((key, value, start))
-            if self.column > column:
-                self.fail("wrong indentation")
-            if self.column != column:
+            if not self.is_next(column):
                 return self.make_mapping(pairs)
 
     def read_key(self, column):
@@ -9219,49 +9214,40 @@ class YAMLReader:
         header = self.HEADER.match(text, self.position)
         if not header:
             self.fail("the header of a block scalar is | or >, then at most + or - and a digit")
-        chomp = header.group(2) or header.group(5)
-        digit = header.group(3) or header.group(4)
-        line = end = header.end()
-        first = re.compile(r"[ \n]*").match(text, line).end()
-        if digit:
-            indent = max(parent, 0) + int(digit)
-        else:
-            line = end = max(line, text.rfind("\n", 0, first) + 1)
-            indent = first - line
-        if digit or first < len(text) and not self.is_outside(first, indent, parent):
-            if "\n" + " " * (indent + 1) in text[header.end() - 1:line]:
-                self.fail("an empty line is indented deeper than the first line of the block scalar", line)
-            last = re.compile(rf"\n(?! {{{indent}}}| *(?:\n|\Z))|\n(?=(?:---|\.\.\.)[ \t\n])")
-            match = last.search(text, line - 1)
-            end = match.start() + 1 if match else len(text)
-        content = "\n" * text.count("\n", header.end(), line)
-        content += re.sub(rf"(?m)^ {{0,{indent}}}", "", text[line:end])
+        style, marks = header.groups()
+        start, digit = header.end(), marks.strip("+-")
+        first = re.compile(r"[ \n]*").match(text, start).end()
+        line = text.rfind("\n", 0, first) + 1
+        indent = max(parent, 0) + int(digit) if digit else first - line
+        if not digit and self.is_outside(first, parent):
+            indent = first                          # it has none but empty lines, however deep
+        elif not digit and "\n" + " " * (indent + 1) in text[start - 1:line]:
+            self.fail("an empty line is indented deeper than the first line of the block scalar", line)
+        last = re.compile(rf"\n(?:(?! {{{indent}}}| *\n)|(?=(?:---|\.\.\.)[ \t\n])|\Z)")
+        end = last.search(text, start - 1).end()
+        content = re.sub(rf"(?m)^ {{0,{indent}}}", "", text[start:end])
         if self.cut and end == len(text):
             content = content[:-1]
         if re.compile(" *\t").match(text, end):
             self.fail("a tab in the indentation of a block scalar", end)
-        self.position = end - 1
-        self.skip()
+        self.position = end - 1                     # the end of its last line
         body = content.rstrip("\n")
         tail = content[len(body):]
-        if header.group(1) == ">":              # a line end between two lines that are not indented further
+        if style == ">":                # a line end between two lines that are not indented further
             body = re.sub(r"(?m)^([^ \t\n].*)\n(\n*)(?=[^ \t\n])",
                           lambda match: match.group(1) + (match.group(2) or " "), body)
-        if chomp == "+":
+        if "+" in marks:
             return body + tail
-        return body if chomp == "-" or not body else body + tail[:1]
+        return body if "-" in marks or not body else body + tail[:1]
 
     def make_scalar(self, text, tag, plain):
         """A scalar's text to its value by tag or, for a plain one, by the core schema."""
         if tag in ("str", "!") or tag is None and not plain:
             return text
         value = self.resolve_plain(text)
-        if tag is None:
-            return value
         if tag == "float" and re.match(r"[-+]?[0-9]+\Z", text):
             value = float(value)
-        kinds = {bool: "bool", int: "int", PlainInt: "int", float: "float", PlainFloat: "float"}
-        if tag != ("null" if value is None else kinds.get(type(value))):
+        if tag and type(value) not in TAGS[tag]:
             self.fail(f"{text[:60]!r} does not fit its tag !!{tag}")
         return value
 
@@ -9275,8 +9261,7 @@ class YAMLReader:
         if match.group(1):
             if len(text) > 400:
                 self.fail("a number of more than 400 digits")
-            base = {"0o": 8, "0x": 16}.get(text[:2], 10)
-            number = PlainInt(text[2:] if base != 10 else text, base)
+            number = PlainInt(text, {"0o": 8, "0x": 16}.get(text[:2], 10))
         else:
             number = PlainFloat(text.lower().replace(".inf", "inf").replace(".nan", "nan"))
         if repr(number) == text:
@@ -9285,24 +9270,23 @@ class YAMLReader:
         return number
 
     def read_content(self, parent, flow):
-        """(value, its kind) of a node of flow style, without its properties; of a scalar its text."""
+        """(value, its kind) of a scalar, an alias or a flow collection; of a scalar its text."""
         character = self.text[self.position]
         if character == "*":
             return self.read_alias(), "alias"
         if character in "[{":
             value = self.descend(self.read_flow_collection, parent)
-            self.closed = self.position
             return value, "seq" if character == "[" else "map"
         if character in "\"'":
-            text = self.read_quoted(character, parent)
-            self.closed = self.position
-            return text, "quoted"
+            return self.read_quoted(character, parent), "quoted"
+        if character in "|>" and not flow:
+            return self.read_block_scalar(parent), "quoted"
         return self.read_plain(parent, flow), "plain"
 
     def read_alias(self):
         """The value of an anchor that stands before."""
-        match = self.NAME.match(self.text, self.position + 1)
-        known = self.anchors.get(match.group()) if match else None
+        match = self.ALIAS.match(self.text, self.position)
+        known = self.anchors.get("&" + match.group(1)) if match else None
         if not isinstance(known, tuple):
             self.fail("an alias to nothing before it")
         self.position = match.end()
@@ -9313,64 +9297,55 @@ class YAMLReader:
 
     def read_plain(self, parent, flow):
         """A plain scalar's text, folded over its lines; empty where a block's key is."""
-        text, position = self.text, self.position
+        text, start, pieces = self.text, self.position, []
         if not flow and self.at_indicator(":"):
             return ""
-        character = text[position]
-        if character in ",[]{}#&*!|>'\"%@`" or character in "-?:" and text[position + 1] in (
-                " \t\n,[]{}" if flow else " \t\n"):
-            self.fail(f"a value cannot start with {character!r} here")
-        stop = self.STOP[flow].search(text, position)
-        pieces = [text[position:stop.start()].rstrip(" \t")]
-        self.position += len(pieces[0])
-        while text[stop.start()] == "\n":
-            start, ends, column = self.look(stop.start())
-            if start == len(text) or self.is_outside(start, column, parent) or text[start] == "#":
-                break
-            if flow and (text[start] in ",[]{}" or text[start] == ":" and text[start + 1] in " \t\n,[]{}"):
-                break
-            stop = self.STOP[flow].search(text, start)
-            if text[stop.start()] == ":" and not flow:
+        if text[start] in ",[]{}#&*!|>'\"%@`" or self.at_indicator("-?:", AFTER[flow]):
+            self.fail(f"a value cannot start with {text[start]!r} here")
+        while True:
+            stop = self.STOP[flow].search(text, start).start()
+            if pieces and text[stop] == ":" and not flow:
                 self.fail("a key on a line that continues a value; is the indentation right, and is a blank"
                           " behind the colon before it?", start)
-            pieces += ["\n" * (ends - 1) or " ", text[start:stop.start()].rstrip(" \t")]
+            pieces.append(text[start:stop].rstrip(" \t"))
             self.position = start + len(pieces[-1])
+            if text[stop] != "\n":
+                break
+            start = self.GAP.match(text, stop).end()
+            if self.is_outside(start, parent) or text[start] == "#" or (
+                    flow and self.STOP[flow].match(text, start)):
+                break
+            pieces.append("\n" * (text.count("\n", stop, start) - 1) or " ")
         return "".join(pieces)
 
     def read_quoted(self, quote, parent):
         """A quoted scalar's text."""
-        text, start = self.text, self.position
-        special = re.compile(r'["\\]' if quote == '"' else "'")
-        end = start + 1
+        pieces, end = [], self.position + 1
         while True:
-            match = special.search(text, end)
-            if not match:
-                self.fail("a quoted value is not closed", start)
-            end = match.end()
-            if match.group() == quote and (quote == '"' or text[end] != quote):
-                break
-            end += 1                                # over what is escaped
-
-        def replace(match):
+            match = self.QUOTED[quote].search(self.text, end)
+            if not match or match.end() == len(self.text):
+                self.fail("a quoted value is not closed")
             piece = match.group()
-            place = start + 1 + match.start()
-            if piece == "''":
-                return "'"
-            if piece[0] == "\\" and piece[1] != "\n":
-                return self.make_character(piece, place)
-            after, ends, column = self.look(place + (piece[0] == "\\"))
-            if self.is_outside(after, column, parent):
-                self.fail("a quoted value is continued with too little indentation", after)
-            return "\n" * (ends - 1) or ("" if piece[0] == "\\" else " ")
-
-        self.position = end
-        return self.QUOTED[quote].sub(replace, text[start + 1:end - 1])
+            pieces.append(self.text[end:match.start()])
+            end = match.end()
+            if piece == quote:
+                self.position = end
+                return "".join(pieces)
+            if "\n" in piece:
+                if self.is_outside(end, parent):
+                    self.fail("a quoted value is continued with too little indentation", end)
+                piece = "\n" * (piece.count("\n") - 1) or ("" if piece[0] == "\\" else " ")
+            elif piece == "''":
+                piece = quote
+            else:
+                piece = self.make_character(piece, match.start())
+            pieces.append(piece)
 
     def make_character(self, escape, position):
         """The character of an escape in a double-quoted scalar."""
         if escape[1:] in ESCAPES:
             return ESCAPES[escape[1:]]
-        number = int(escape[2:] or "-1", 16) 
+        number = int(escape[2:] or "-1", 16)
         if not 0 <= number <= 0x10FFFF or 0xD800 <= number <= 0xDFFF:
             # halves of a surrogate pair too: YAML takes each by itself
             self.fail(f"{escape} is no character", position)
@@ -9378,8 +9353,9 @@ class YAMLReader:
 
     # Flow
 
-    def skip_flow(self, parent):
-        """White space, line ends and comments between the parts of a flow collection."""
+    def skip_flow(self, parent, indicator=0):
+        """Goes over an indicator, where there is one, white space, line ends and comments between parts."""
+        self.position += indicator
         ended = self.skip(True)
         if self.position == len(self.text):
             self.fail("a flow collection is not closed")
@@ -9394,28 +9370,23 @@ class YAMLReader:
         closing = "]" if text[self.position] == "[" else "}"
         items = []                                  # of a mapping: (key, value, position)
         while True:
-            self.position += 1
-            self.skip_flow(parent)
-            start = self.position
+            self.skip_flow(parent, 1)
+            start, value = self.position, None
             if text[start] == closing:
                 break
             explicit = self.at_indicator("?")
             if explicit:
-                self.position += 1
-                self.skip_flow(parent)
+                self.skip_flow(parent, 1)
             key = self.read_flow_node(parent)
-            value, end = None, self.position
-            self.skip_flow(parent)
             # After a quoted key or a collection the colon may stand close to the value.
-            paired = self.at_colon() or self.closed == end and text[self.position] == ":"
+            paired = self.at_indicator(":", AFTER[True]) or (
+                text[self.position] == ":" and self.kind not in ("plain", "alias"))
             if paired:
                 if closing == "]" and not explicit:
                     self.check_key(start)
-                self.position += 1
-                self.skip_flow(parent)
+                self.skip_flow(parent, 1)
                 value = self.read_flow_node(parent)
-                self.skip_flow(parent)
-            elif end == start:
+            elif self.position == start:
                 self.fail("a value is missing before the comma")
             if closing == "}":
                 items.append((key, value, start))
@@ -9429,13 +9400,14 @@ class YAMLReader:
         return items if closing == "]" else self.make_mapping(items)
 
     def read_flow_node(self, parent):
-        """A node in a flow collection, an empty one where there is nothing before its end."""
+        """A node in a flow collection, an empty one where there is nothing before its end; blanks behind."""
         properties = self.read_properties()
-        if properties != (None, None):
+        if properties:
             self.skip_flow(parent)
-        if self.text[self.position] in ",]}" or self.at_colon():
-            return self.make_node("", "plain", properties)
-        return self.make_node(*self.read_content(parent, True), properties)
+        empty = self.text[self.position] in ",]}" or self.at_indicator(":", AFTER[True])
+        node = self.make_node(*("", "plain") if empty else self.read_content(parent, True), properties)
+        self.skip_flow(parent)
+        return node
 
 
 def measure_depth(value):
@@ -9645,23 +9617,16 @@ Signer = define("Signer", "leaf key algorithm label components keyid alg",
     "What signs requests: the own leaf Certificate, its key (a file, or a URI that openssl knows), algorithm,"
     " and how RFC 9421 is spoken: label, components to cover, keyid, `alg` parameter (empty: not sent).")
 
-# What a public key is, by the object identifiers in it, and what it may sign by, the default first (C-065).
-KEY_ALGORITHMS = {
-    "2a8648ce3d0201 2a8648ce3d030107": ("ecdsa-p256-sha256",),
-    "2a8648ce3d0201 2b81040022": ("ecdsa-p384-sha384",),
-    "2a864886f70d010101": ("rsa-pss-sha512", "rsa-v1_5-sha256", "rsa-pss-sha256"),
-    "2a864886f70d01010a": ("rsa-pss-sha512", "rsa-pss-sha256"),
-    "2b6570": ("ed25519",),
-}
-# openssl's arguments of each algorithm, and the bytes of r and of s where it is ECDSA.
+# openssl's arguments of each algorithm, the bytes of r and of s where it is ECDSA, and which keys sign by it,
+# by the object identifiers in a public key; the first that fits a key is its default (C-065).
 PSS = "-sigopt rsa_padding_mode:pss -sigopt rsa_pss_saltlen:"
 SIGNING = {
-    "ecdsa-p256-sha256": ("-sha256", 32),
-    "ecdsa-p384-sha384": ("-sha384", 48),
-    "rsa-v1_5-sha256": ("-sha256", 0),
-    "rsa-pss-sha256": (f"-sha256 {PSS}32", 0),
-    "rsa-pss-sha512": (f"-sha512 {PSS}64", 0),
-    "ed25519": ("", 0),
+    "ecdsa-p256-sha256": ("-sha256", 32, "2a8648ce3d0201 2a8648ce3d030107"),
+    "ecdsa-p384-sha384": ("-sha384", 48, "2a8648ce3d0201 2b81040022"),
+    "rsa-pss-sha512": (f"-sha512 {PSS}64", 0, "2a864886f70d01010[1a]"),
+    "rsa-v1_5-sha256": ("-sha256", 0, "2a864886f70d010101"),
+    "rsa-pss-sha256": (f"-sha256 {PSS}32", 0, "2a864886f70d01010[1a]"),
+    "ed25519": ("", 0, "2b6570"),
 }
 ROLES = (("helm", "Standalone Cluster"), ("compose", "Standalone Device"))
 
@@ -9709,7 +9674,8 @@ def choose_algorithm(spki, wanted):
     Raises ValueError.
     """
     fields = parse_der(parse_der(parse_der(spki)[0][1])[0][1])
-    known = KEY_ALGORITHMS.get(" ".join(value.hex() for tag, value, _ in fields if tag == 0x06))
+    kind = " ".join(value.hex() for tag, value, _ in fields if tag == 0x06)
+    known = [name for name, (_, _, keys) in SIGNING.items() if re.fullmatch(keys, kind)]
     if not known:
         raise ValueError("its key is of no kind that signs requests: ECDSA P-256 or P-384, RSA, or Ed25519")
     if wanted and wanted not in known:
@@ -9728,9 +9694,9 @@ def make_signer(leaf, config):
     return Signer(leaf, config.identity.key, algorithm, wish.label, wish.components, keyid, alg)
 
 
-def load_signer(config):
-    """What signs requests for the own certificate; raises Untrusted."""
-    return load_own(config, lambda leaf: make_signer(leaf, config))
+def load_signer(config, now=None):
+    """What signs requests for the own certificate; see load_own."""
+    return load_own(config, lambda leaf: make_signer(leaf, config), now)
 
 
 def make_signature_base(method, url, headers, signer, created):
@@ -9763,13 +9729,13 @@ def parse_ecdsa(der, size):
 
 def run_signature(data, signer):
     """The signature over bytes by openssl, which alone sees the key; raises Untrusted, ConfigError."""
-    arguments, size = SIGNING[signer.algorithm]
+    arguments, size, _ = SIGNING[signer.algorithm]
     try:
         if arguments:
-            found = run_openssl(["dgst", *arguments.split(), "-sign", signer.key], data)
+            found = run_openssl(f"dgst {arguments} -sign", signer.key, data=data)
         else:                                       # Ed25519 takes a file that it can measure
             with lend_file(data) as file:
-                found = run_openssl(["pkeyutl", "-sign", "-inkey", signer.key, "-rawin", "-in", file.name])
+                found = run_openssl("pkeyutl -sign -rawin -inkey", signer.key, "-in", file.name)
         if not found:
             raise ValueError("it printed no signature")
         return parse_ecdsa(found, size) if size else found
@@ -9820,7 +9786,19 @@ def fetch_ca(config, path):
         print(f"{path}: compare its SHA-256 fingerprint {sha256_digest(anchor)[7:]}")
 
 
-OPTIONS["enroll"]["--fetch-ca"] = ("FILE", fetch_ca)
+def command_enroll_signed(config, options):
+    """Makes this device known to the WFM: checks its identity and reports its capabilities.
+
+    It may be repeated at any time.  `--fetch-ca FILE` first downloads the WFM's root CA (profile signed).
+
+    Example: margo_agent.py enroll
+    """
+    if "--fetch-ca" in options:
+        fetch_ca(config, options["--fetch-ca"])
+    command_enroll(config, options)
+
+
+COMMANDS["enroll"] = (command_enroll_signed, "[--fetch-ca FILE]")
 
 
 class SignedSource(HttpSource):
@@ -9938,22 +9916,24 @@ def parse_client_id(value, name):
 def make_older_capabilities(document, dialect):
     """Capabilities of rc.3 as the first preview release has them, without labels (protocol 3.5)."""
     heading = {"apiVersion": "device.margo.org/v1alpha1", "kind": "DeviceCapabilitiesManifest"}
-    properties = document["properties"]
-    cpus = properties.get("cpus")
+    properties = dict(document["properties"])
+    cpus = properties.pop("cpus", None)
     if SPEECHES[dialect].flat:
-        sent = {key: value for key, value in document.items() if key != "labels"}
-        properties = {"cpu" if key == "cpus" else key: value for key, value in properties.items()}
-        return dict(sent, properties=properties, **heading)
-    sent = {key: value for key, value in properties.items() if key not in HOSTING_PROPERTIES}
+        if cpus:
+            properties["cpu"] = cpus
+        sent = dict(document, properties=properties, **heading)
+        sent.pop("labels", None)
+        return sent
     names = ("memory", "storage", "peripherals", "interfaces")
     resources = {key: properties[key] for key in names if key in properties}
     if cpus:
         resources["cpu"] = max(cpus, key=lambda cpu: cpu["cores"])                  # never summed (C-203)
     if resources:
-        sent["resources"] = resources
+        properties["resources"] = resources
     types = properties.get("supportedDeploymentTypes", ())
-    sent.setdefault("roles", [role for kind, role in ROLES if kind in types] or ["Gateway"])
-    return dict(heading, properties=sent)
+    properties.setdefault("roles", [role for kind, role in ROLES if kind in types] or ["Gateway"])
+    return dict(heading, properties={key: value for key, value in properties.items()
+                                     if key not in HOSTING_PROPERTIES})
 
 
 def make_older_status(document, dialect):
@@ -9981,27 +9961,27 @@ class Signed(Profile):
         config = self.config
         state = self.state
         now = time.time()
-        signer = load_signer(config)
-        check_own(signer.leaf, config, now)
+        signer = load_signer(config, now)
         warn_of_own(config, signer.leaf, self.store, now)
         source = SignedSource(config, signer, state)
         key = sha256_digest(signer.leaf.spki)
-        if not state["client"] or state["client"]["key"] != key:
+        client = state["client"] or {"id": "not known to the WFM", "key": ""}
+        check_enrollment(state, client["id"])
+        if client["key"] != key:
             if not keep:
                 raise Untrusted("this device is not onboarded with its key yet; `enroll` does that, or the"
                                 " next run", "NOT_ONBOARDED")
-            state["client"] = {"id": source.onboard(), "key": key}
+            client = state["client"] = {"id": source.onboard(), "key": key}
             self.store.save_state(state)
-        check_enrollment(state, state["client"]["id"])
-        source.adopt(state["client"]["id"])
+            check_enrollment(state, client["id"])
+        source.adopt(client["id"])
         return source
 
     def describe(self, now):
         return describe_own(self.config, load_signer, (self.state["client"] or {}).get("id", ""), now)
 
     def check(self, now):
-        signer = load_signer(self.config)
-        check_own(signer.leaf, self.config, now)
+        signer = load_signer(self.config, now)
         run_signature(b"a test of this device's own", signer)
         if load_public_key(signer.key) != signer.leaf.spki:
             raise Untrusted(f"identity.key {signer.key} is not the key of identity.certificate")
@@ -10273,42 +10253,39 @@ class GitSource:
         self.secret = save_secret(header) if header else None
         self.heads, self.reporter = {}, None
         self.context = self.url.startswith("https:") and make_tls_context(
-            (), config.identity.ca, config.wfm.min_tls)
+            (), config.identity.ca, config.wfm.min_tls, direct=True)        # git itself asks no proxy
 
     def git(self, command, *arguments, timeout=60, codes=(0,), env=None, limit=MAX_LISTING, **options):
         """One git command on the repository: its Output.
 
+        command: its fixed words as one would type them; arguments: what follows.
         It has bounds of memory and of what it writes, and raises Refused where it wants more than these or
-        prints more than `limit` bytes.  Raises CommandError unless it ends with one of `codes` (None: any).
+        prints more than `limit` bytes.  Raises CommandError unless it ends with one of `codes`.
         """
         most = GIT_MEMORY + self.config.policy.max_unpacked // DOCUMENTS
         bounds = {"RLIMIT_DATA": most, "RLIMIT_FSIZE": self.config.policy.max_unpacked}
-        folder = self.repository
-        if command == "ls-remote":
-            folder = os.path.join(self.home, "none")                    # what is spoilt stops no poll (P-14)
-        before = os.umask(0o077)                    # what git writes is below the state directory
+        # what is spoilt stops no poll (P-14)
+        words = command.split()
+        folder = os.path.join(self.home, "none") if words[0] == "ls-remote" else self.repository
+        files = [self.secret.fileno()] if self.secret else []
+        include = ["-c", f"include.path=/proc/self/fd/{files[0]}"] if files else []
         try:
-            files = [self.secret.fileno()] if self.secret else []
-            command_line = ["git", f"--git-dir={folder}"]
-            for number in files:
-                command_line += ["-c", f"include.path=/proc/self/fd/{number}"]
-            output = run_command([*command_line, command, *arguments], timeout, env or self.env, self.home,
-                                 limit, files=files, limits=bounds, **options)
+            output = run_command(["git", f"--git-dir={folder}", *include, *words, *arguments], timeout,
+                                 env or self.env, self.home, limit, files=files, limits=bounds, **options)
         except CommandError as error:
             if error.code == "TOO_MUCH":
-                self.refuse(command, f"prints more than {limit} bytes")
+                self.refuse(words[0], f"prints more than {limit} bytes")
             raise
-        finally:
-            os.umask(before)
         # git has no code of its own for it, nor other words in any language but this one (LC_ALL)
         if output.code and re.search("[Oo]ut of memory", output.stderr):
-            self.refuse(command, f"takes more than {most} bytes of memory")
-        if codes and output.code not in codes:
-            raise CommandError(f"git {command}: {output.stderr or f'exit code {output.code}'}")
+            self.refuse(words[0], f"takes more than {most} bytes of memory")
+        if output.code not in codes:
+            raise CommandError(f"git {words[0]}: {output.stderr or f'exit code {output.code}'}")
         return output
 
     def refuse(self, command, words):
-        """Raises Refused for a git command that wants more than it may have."""
+        """Raises Refused for a git command that wants more than it may have; pieces of a pack may be left."""
+        remove_folder(self.repository)
         raise Refused(f"{self.url}: git {command} {words}, all that it may; keep less in the repository, set"
                       " git.path, or see policy.max_unpacked") from None
 
@@ -10320,9 +10297,9 @@ class GitSource:
         """
         wait = self.config.wfm.timeout
         try:
-            if self.context and not self.heads and not ask_proxy(self.url):     # git itself asks no proxy
+            if self.context and not self.heads:
                 fetch_chain(self.url, self.context, wait)
-            output = self.git("ls-remote", "--", self.url, ref, timeout=4 * wait)
+            output = self.git("ls-remote --", self.url, ref, timeout=4 * wait)
         except (CommandError, Untrusted, Unreachable) as error:
             raise self.ask_reason(error, "git-upload-pack") from None
         found = re.search(rf"^([0-9a-f]{{40}}|[0-9a-f]{{64}})\t{re.escape(ref)}$",
@@ -10344,10 +10321,7 @@ class GitSource:
                     headers["Authorization"] = self.header
                 where = f"{self.url}/info/refs?service={service}"
                 answer = request("GET", where, headers, None, self.context, wfm.timeout, MAX_ANSWER)
-                denial = "set git.token_file"
-                if self.header:
-                    denial = "mend the token in git.token_file, which is refused"
-                check_response(answer, self.url, (200,), time.time(), denial)
+                check_response(answer, self.url, (200,), time.time(), "see git.token_file")
             except MargoError as fault:
                 fault.message += "; set identity.ca" if fault.stranger else ""
                 return fault
@@ -10368,9 +10342,7 @@ class GitSource:
         if accepted and accepted["digest"] == self.make_digest(head) and not accepted.get("incomplete"):
             return None
         base = accepted["version"] if accepted else None
-        head, (entries, documents, ignored) = self.work(lambda: self.fetch_files(base))
-        for name in ignored[:MAX_NAMED]:
-            log("info", "ignored: not an ApplicationDeployment", name=name)
+        head, (entries, documents) = self.work(lambda: self.fetch_files(base))
         new = {digest: data for digest, data in documents.items() if load_artifact(digest) is None}
         return Desired(head, None, self.make_digest(head), entries, new)
 
@@ -10403,12 +10375,15 @@ class GitSource:
         accepted commit, which a server gives if it still has it.  Raises Refused, Untrusted.
         """
         self.prepare()
-        if base and not self.has(base):
-            self.fetch(f"{base}:refs/margo/base", "--depth=1", codes=(0, 1, 128))
-        elif base:
-            self.git("update-ref", "refs/margo/base", base)
+        try:
+            if base and self.has(base):
+                self.git("update-ref refs/margo/base", base)
+            elif base:
+                self.fetch(f"{base}:refs/margo/base", "--depth=1")
+        except CommandError as error:
+            log("debug", "the server gives no single commits", reason=error.message)
         self.fetch(f"+{self.branch}:refs/margo/head", *([] if base else ["--depth=1"]))
-        head = self.git("rev-parse", "--verify", "refs/margo/head").stdout.decode().strip()
+        head = self.git("rev-parse --verify refs/margo/head").stdout.decode().strip()
         if self.config.git.verify_signatures:
             self.ask_signature(head)
         there = base if base and self.has(base) else None
@@ -10427,40 +10402,38 @@ class GitSource:
         """Makes the bare repository where there is none, and anew where many fetches have piled up: nothing
         tidies it.
         """
-        packs = os.path.join(self.repository, "objects", "pack")
-        if os.path.isdir(packs) and len(os.listdir(packs)) <= 3 * MAX_PACKS:
+        if os.path.isdir(self.repository) and len(self.list_packs()) <= 3 * MAX_PACKS:
             return
         remove_folder(self.repository)
-        known = self.heads[self.branch] if self.branch in self.heads else self.fetch_head(self.branch)
+        known = self.heads.get(self.branch) or self.fetch_head(self.branch)
         form = ["--object-format=sha256"] if len(known or "") == 64 else []
-        self.git("init", "--quiet", "--bare", "--template=", *form)
+        self.git("init --quiet --bare --template=", *form)
+
+    def list_packs(self):
+        """The paths of what was fetched."""
+        packs = os.path.join(self.repository, "objects", "pack")
+        return [os.path.join(folder, name) for folder, _, names in os.walk(packs) for name in names]
 
     def has(self, commit):
         """Whether a commit is in the repository."""
-        return not self.git("cat-file", "-e", f"{commit}^{{commit}}", codes=(0, 1, 128)).code
+        return not self.git("cat-file -e", f"{commit}^{{commit}}", codes=(0, 1, 128)).code
 
     def follows(self, base, head):
         """Whether a commit follows on another one."""
-        return not self.git("merge-base", "--is-ancestor", base, head, codes=(0, 1)).code
+        return not self.git("merge-base --is-ancestor", base, head, codes=(0, 1)).code
 
-    def fetch(self, refspec, *options, codes=(0,)):
+    def fetch(self, refspec, *options):
         """Fetches one ref; a pack may have policy.max_unpacked bytes, and raises Refused where it has more.
 
         """
         limit = self.config.policy.max_unpacked
-        packs = os.path.join(self.repository, "objects", "pack")
         try:
-            output = self.git("fetch", "--quiet", "--no-tags", "--no-recurse-submodules", *options, "--",
-                              self.url, refspec, timeout=PULL_TIMEOUT, codes=None)
-            paths = [os.path.join(packs, name) for name in os.listdir(packs)] if os.path.isdir(packs) else []
-            if output.code and max(map(os.path.getsize, paths), default=0) >= limit:
-                raise Refused(f"{self.url}: more than {limit} bytes to fetch; keep large files elsewhere, or"
-                              " see policy.max_unpacked")
-        except Refused:
-            remove_folder(self.repository)          # with the piece of a pack that it left
+            self.git("fetch --quiet --no-tags --no-recurse-submodules", *options, "--", self.url, refspec,
+                     timeout=PULL_TIMEOUT)
+        except CommandError:
+            if max(map(os.path.getsize, self.list_packs()), default=0) >= limit:
+                self.refuse("fetch", f"has more than {limit} bytes to fetch")
             raise
-        if output.code not in codes:
-            raise CommandError(f"git fetch: {output.stderr}")
 
     def ask_signature(self, head):
         """Raises Untrusted unless a commit is signed by one of git.allowed_signers: ssh's file of that, or
@@ -10475,13 +10448,13 @@ class GitSource:
             data = read_file(signers, MAX_CERTIFICATES) or b""
             if data[:1] > b"\x7f" or data.startswith(b"-----BEGIN PGP"):
                 run_command(["gpg", "--homedir", home, "--import", signers], 60, env)
-            verdict = self.git("log", "-1", "--format=%G?", head, "--", env=env).stdout.decode().strip()
+            verdict = self.git("log -1 --format=%G?", head, "--", env=env).stdout.decode().strip()
         if verdict != "G":
             words = "is not signed" if verdict == "N" else "has no good signature of git.allowed_signers"
             raise Untrusted(f"commit {head} {words} (git says {verdict}); the accepted state is kept")
 
     def read_files(self, head, base):
-        """What parse_files makes of the YAML files below git.path.
+        """([ManifestEntry], {digest: bytes}) of the YAML files below git.path.
 
         Links, submodules and all else are not looked at.
 
@@ -10492,33 +10465,38 @@ class GitSource:
         listing = self.list_tree(head)
         if self.config.git.path and not listing:
             raise Refused(f"it has no folder {self.config.git.path} (git.path); nothing is removed for that")
-        blobs, ignored = find_blobs(listing, policy.max_document)
-        for name in ignored[:MAX_NAMED]:
-            log("info", "ignored: not a file", name=name)
+        blobs, links = find_blobs(listing, policy.max_document)
         total = sum(size for _, _, size in blobs)
         if total > policy.max_unpacked // DOCUMENTS:
             raise Refused(f"{len(blobs)} documents of {total} bytes are more than"
                           f" 1/{DOCUMENTS} of policy.max_unpacked")
-        found = parse_files(self.read_blobs(blobs))
-        suspects = find_suspects(self.list_tree(base), listing, {*found[2]}) if base else []
-        for name, data in self.read_blobs(suspects):
-            if is_deployment(data):
-                raise Refused(f"{make_printable(name, 200)} held a deployment in the accepted commit, and is"
-                              " none now, or lies below what is no folder; nothing is removed for that:"
-                              " remove the file itself, or put it right")
-        return found
+        entries, documents, others = parse_files(self.read_blobs(blobs))
+        for words, names in (("a file", links), ("an ApplicationDeployment", others)):
+            for name in names[:MAX_NAMED]:
+                log("info", f"ignored: not {words}", name=name)
+        suspects = find_suspects(self.list_tree(base), listing, {*others}) if base else []
+        passed = parse_files(self.read_blobs(suspects))[2]
+        for name in [item[0] for item in suspects if item[0] not in passed][:1]:
+            raise Refused(f"{make_printable(name, 200)} held a deployment in the accepted commit, and is"
+                          " none now, or lies below what is no folder; nothing is removed for that:"
+                          " remove the file itself, or put it right")
+        return entries, documents
 
     def list_tree(self, commit):
         """What `git ls-tree` prints of all that lies below git.path in a commit."""
         below = [self.config.git.path + "/"] if self.config.git.path else []
-        return self.git("ls-tree", "-r", "-z", "-l", "--full-tree", "--", commit, *below).stdout
+        return self.git("ls-tree -r -z -l --full-tree --", commit, *below).stdout
 
     def read_blobs(self, blobs):
-        """[(name, bytes)] of [(name, blob, size)]."""
+        """Yields (name, bytes) of [(name, blob, size)]."""
         wanted = "".join(f"{blob}\n" for _, blob, _ in blobs).encode()
         limit = sum(size + 256 for _, _, size in blobs) + 1
-        data = self.git("cat-file", "--batch", data=wanted, limit=limit).stdout if blobs else b""
-        return split_blobs(data, blobs)
+        data = io.BytesIO(self.git("cat-file --batch", data=wanted, limit=limit).stdout)
+        for name, blob, size in blobs:
+            if data.readline() != f"{blob} blob {size}\n".encode():
+                raise CommandError(f"git cat-file: blob {blob} cannot be read")
+            yield name, data.read(size)
+            data.readline()
 
     def put_capabilities(self, device_id, document):
         """Reports what this device can do: to wfm.status_url, else as capabilities.json on its branch."""
@@ -10570,8 +10548,7 @@ class GitSource:
             if commit is None:
                 return
             try:
-                self.git("push", "--quiet", "--no-verify", "--no-follow-tags", "--", self.url,
-                         f"{commit}:{ref}",
+                self.git("push --quiet --no-verify --no-follow-tags --", self.url, f"{commit}:{ref}",
                          timeout=PULL_TIMEOUT)
                 self.heads[ref] = commit
                 return
@@ -10587,23 +10564,21 @@ class GitSource:
         None where it is so.
         """
         self.prepare()
-        old, parent = None, []
+        old, parent = None, ""
         if base:
             if not self.has(base):
                 self.fetch(f"+{ref}:refs/margo/status", "--depth=1")
-            found = self.git("cat-file", "blob", f"{base}:{path}", codes=(0, 128))
+            found = self.git("cat-file blob", f"{base}:{path}", codes=(0, 128))
             old = None if found.code else found.stdout
-            parent = [b"from " + base.encode()]
+            parent = f"from {base}\n"
         if old == content:
             return None
-        change = [b"D " + path.encode()]
-        if content is not None:
-            change = [f"M 100644 inline {path}\ndata {len(content)}".encode(), content]
-        stream = [b"commit refs/margo/next\nmark :1",
-                  f"committer margo-agent <margo-agent@localhost> {int(time.time())} +0000".encode(),
-                  b"data %d\n%s" % (len(message), message.encode())]
-        stream += parent + change + [b"get-mark :1", b"done", b""]
-        made = self.git("fast-import", "--quiet", "--force", "--done", data=b"\n".join(stream))
+        change = f"M 100644 inline {path}\ndata {len(content)}\n" if content else f"D {path}"
+        head = ("commit refs/margo/next\nmark :1\n"
+                f"committer margo-agent <margo-agent@localhost> {int(time.time())} +0000\n"
+                f"data {len(message)}\n{message}\n{parent}{change}").encode()
+        made = self.git("fast-import --quiet --force --done",
+                        data=head + (content or b"") + b"\nget-mark :1\ndone\n")
         return made.stdout.decode().strip()
 
 
@@ -10625,21 +10600,28 @@ def make_git_environment(config, home, environ):
     """
     from shlex import quote
     timeout = int(config.wfm.timeout) or 1
-    git = config.git
-    options = ["BatchMode=yes", "StrictHostKeyChecking=yes", f"ConnectTimeout={timeout}",
-               f"ServerAliveInterval={timeout}"]
-    if git.known_hosts:
-        options += [f'UserKnownHostsFile="{git.known_hosts}"', "GlobalKnownHostsFile=/dev/null"]
-    if git.ssh_key:
-        options += ["IdentitiesOnly=yes", f'IdentityFile="{git.ssh_key}"']
-    return {"PATH": environ.get("PATH", ""), **get_temporary(config.state_dir, environ),
-            "HOME": home, "LC_ALL": "C", "GIT_CONFIG_NOSYSTEM": "1", "GIT_ATTR_NOSYSTEM": "1",
-            "GIT_TERMINAL_PROMPT": "0", "GIT_SSH_VARIANT": "ssh", "GIT_LITERAL_PATHSPECS": "1",
-            "GIT_NO_REPLACE_OBJECTS": "1",
-            "GIT_SSH_COMMAND": " ".join(["ssh", "-F",
-                                         "/dev/null"] + [quote(f"-o{option}") for option in options])}
+    ssh = (f"ssh -F /dev/null -oBatchMode=yes -oStrictHostKeyChecking=yes -oConnectTimeout={timeout}"
+           f" -oServerAliveInterval={timeout}")
+    if config.git.known_hosts:
+        known = quote(f'-oUserKnownHostsFile="{config.git.known_hosts}"')
+        ssh += f" -oGlobalKnownHostsFile=/dev/null {known}"
+    if config.git.ssh_key:
+        key = quote(f'-oIdentityFile="{config.git.ssh_key}"')
+        ssh += f" -oIdentitiesOnly=yes {key}"
+    fixed = dict(line.split("=") for line in GIT_VARIABLES.split())
+    return dict(fixed, PATH=environ.get("PATH", ""), HOME=home, GIT_SSH_COMMAND=ssh,
+                **get_temporary(config.state_dir, environ))
 
 
+GIT_VARIABLES = """\
+LC_ALL=C
+GIT_CONFIG_NOSYSTEM=1
+GIT_ATTR_NOSYSTEM=1
+GIT_TERMINAL_PROMPT=0
+GIT_SSH_VARIANT=ssh
+GIT_LITERAL_PATHSPECS=1
+GIT_NO_REPLACE_OBJECTS=1
+"""
 # All that git may do: its configuration, whatever the machine's is (C-250).
 GIT_CONFIG = """\
 [protocol]
@@ -10679,23 +10661,18 @@ GIT_CONFIG = """\
 
 def make_git_config(config, home):
     """The configuration that git finds in its home, as bytes."""
-    settings = {
-        "http.lowSpeedTime": int(4 * config.wfm.timeout) or 1,
-        "http.sslVersion": f"tlsv{config.wfm.min_tls}",
-        "http.sslCAInfo": config.identity.ca,
-        "http.sslCAPath": config.identity.ca and os.path.join(home, "none"),
-        "gpg \"ssh\".allowedSignersFile": config.git.allowed_signers,
-    }
-    text = GIT_CONFIG
-    for name, value in settings.items():
-        section, _, key = name.rpartition(".")
-        if value:
-            text += f"[{section}]\n\t{key} = {make_quoted(str(value))}\n"
-    if config.wfm.url.startswith("file://"):        # whoever owns it: the operator named it
-        folder = config.wfm.url[len("file://"):].rstrip("/")
-        for place in (folder, folder + "/.git"):
-            text += f"[safe]\n\tdirectory = {make_quoted(place)}\n"
-    return text.encode()
+    folder = config.wfm.url.partition("file://")[2].rstrip("/")
+    settings = [
+        ("http", "lowSpeedTime", int(4 * config.wfm.timeout) or 1),
+        ("http", "sslVersion", f"tlsv{config.wfm.min_tls}"),
+        ("http", "sslCAInfo", config.identity.ca),
+        ("http", "sslCAPath", config.identity.ca and os.path.join(home, "none")),
+        ('gpg "ssh"', "allowedSignersFile", config.git.allowed_signers),
+        # whoever owns it: the operator named it
+        ("safe", "directory", folder),
+        ("safe", "directory", folder and folder + "/.git")]
+    return GIT_CONFIG.encode() + b"".join(f"[{section}]\n\t{key} = {make_quoted(str(value))}\n".encode()
+                                          for section, key, value in settings if value)
 
 
 def save_secret(header):
@@ -10738,16 +10715,15 @@ def parse_listing(listing):
     Names are as those of a file system.  Raises Refused for a name that none takes, CommandError for what git
     never prints.
     """
-    pattern = rb"([0-7]{6}) ([a-z]+) ([0-9a-f]+) +(-|[0-9]{1,18})\t(.+)"
-    for line in re.finditer(rb"[^\0]+", listing):
-        match = re.fullmatch(pattern, line.group(), re.S)
+    pattern = r"(100[0-7]{3} blob|[0-7]{6} [a-z]+) ([0-9a-f]+) +(?:-|([0-9]{1,18}))\t(.+)"
+    for line in listing.decode("utf-8", "surrogateescape").split("\0")[:-1]:
+        match = re.fullmatch(pattern, line, re.S)
         if not match:
-            raise CommandError(f"git ls-tree printed {make_printable(repr(line.group()), 200)}")
-        mode, kind, blob, size, name = [part.decode("utf-8", "surrogateescape") for part in match.groups()]
+            raise CommandError(f"git ls-tree printed {make_printable(line, 200)}")
+        kind, blob, size, name = match.groups()
         if len(name) > MAX_PATH:
             raise Refused(f"{make_printable(name, 200)} is a path of more than {MAX_PATH} characters")
-        is_file = kind == "blob" and mode.startswith("100") and size != "-"
-        yield name, is_file, blob, int(size) if is_file else 0
+        yield name, kind.startswith("100"), blob, int(size or 0)
 
 
 def find_blobs(listing, max_document):
@@ -10759,7 +10735,7 @@ def find_blobs(listing, max_document):
     for name, is_file, blob, size in parse_listing(listing):
         if not name.lower().endswith((".yaml", ".yml")):
             continue
-        if size > max_document:
+        if is_file and size > max_document:
             raise Refused(f"{make_printable(name, 200)}: {size} bytes are more than policy.max_document"
                           f" ({max_document})")
         if is_file:
@@ -10776,38 +10752,20 @@ def find_suspects(before, after, others):
 
     before, after: what `git ls-tree` prints of both commits; others: YAML files that hold no deployment now.
     Something else is one of those, a link, a submodule, a folder of that name, or any of them in place of a
-    folder above.
+    folder above.  All that meets a name is beside it where names are sorted, because no path lies in another.
     """
-    from bisect import bisect_right
-    blobs = {blob[0] + "/": blob for blob in find_blobs(before, float("inf"))[0]}
-    keys = sorted(blobs)
-    found = {name + "/" for name in others}
-    for name, is_file, _, _ in parse_listing(after):
-        key = name + "/"
-        place = bisect_right(keys, key)
-        above = keys[place - 1] if place else key
-        if key.startswith(above) and not (key == above and is_file):
-            found.add(above)
-        while place < len(keys) and keys[place].startswith(key):
-            found.add(keys[place])
-            place += 1
-    return [blobs[key] for key in keys if key in found]
-
-
-def split_blobs(data, blobs):
-    """[(name, bytes)] out of what `git cat-file --batch` prints for [(name, blob, size)].
-
-    Raises CommandError.
-    """
-    files, start = [], 0
-    for name, blob, size in blobs:
-        head = f"{blob} blob {size}\n".encode()
-        if not data.startswith(head, start) or len(data) < start + len(head) + size:
-            raise CommandError(f"git cat-file: blob {blob} cannot be read")
-        start += len(head)
-        files.append((name, data[start:start + size]))
-        start += size + 1
-    return files
+    from bisect import bisect_left
+    good = {name + "/": is_file and name not in others for name, is_file, _, _ in parse_listing(after)}
+    keys = sorted(good)
+    found = []
+    for blob in find_blobs(before, float("inf"))[0]:
+        key = blob[0] + "/"
+        place = bisect_left(keys, key)
+        beside = keys[max(0, place - 1):place + 1]
+        met = [other for other in beside if key.startswith(other) or other.startswith(key)]
+        if met and not good.get(key):
+            found.append(blob)
+    return found
 
 
 def parse_files(files):
@@ -10821,7 +10779,7 @@ def parse_files(files):
         shown = make_printable(name, 200)
         try:
             value = parse_file(data)
-            if not is_deployment(value):
+            if value is None:
                 ignored.append(name)
                 continue
             deployment_id = parse_document(value)[0].get("id")
@@ -10838,9 +10796,10 @@ def parse_files(files):
 
 
 def parse_file(data):
-    """The YAML value of a file.
+    """The value of a YAML file that is meant as an ApplicationDeployment, None of any other.
 
-    Raises ValueError where it holds something that stands for another file, or for nothing.
+    It says so, or is built as rc.3 has it, which does not say.  Raises ValueError where it holds something
+    that stands for another file, or for nothing.
     """
     if not data.strip():
         raise ValueError("it is empty; to remove a deployment, remove its file")
@@ -10848,31 +10807,15 @@ def parse_file(data):
     if not isinstance(value, (dict, list, type(None))):
         raise ValueError("it is bare text, as a pointer of Git LFS, a link that became a file, or an"
                          " encrypted file is")
-    members = value if isinstance(value, dict) else {}
-    if "sops" in members:
-        raise ValueError("it is encrypted by SOPS; commit what the agent can read")
-    if isinstance(members.get("spec"),
-                  dict) and "deploymentProfile" in members["spec"] and not is_deployment(value):
-        raise ValueError(f"kind: found {members.get('kind')!r}, expected 'ApplicationDeployment'")
-    return value
-
-
-def is_deployment(value):
-    """Whether a YAML value is meant as an ApplicationDeployment: it says so, or is built as rc.3 has it,
-    which does not say.
-
-    value: as read, or still bytes.
-    """
-    if isinstance(value, bytes):
-        try:
-            value = load_yaml(value)
-        except YAMLError:
-            return False
     if not isinstance(value, dict):
-        return False
-    if "kind" in value or "apiVersion" in value:
-        return value.get("kind") == "ApplicationDeployment"
-    return isinstance(value.get("spec"), dict) and "deploymentProfile" in value["spec"]
+        return None
+    if "sops" in value:
+        raise ValueError("it is encrypted by SOPS; commit what the agent can read")
+    named = value.get("kind") == "ApplicationDeployment"
+    built = isinstance(value.get("spec"), dict) and "deploymentProfile" in value["spec"]
+    if built and not named and {"kind", "apiVersion"} & value.keys():
+        raise ValueError(f"kind: found {value.get('kind')!r}, expected 'ApplicationDeployment'")
+    return value if built or named else None
 
 
 class Git(Profile):
@@ -10989,19 +10932,17 @@ def check_est_settings(config):
 CHECKS.append(check_est_settings)
 
 
-def parse_est_uri(members, document_url, public, held):
-    """(where to enroll or None, no faults) from the members of a discovery document.
-
-    Raises ValueError (E-092).
-    """
+def parse_est_uri(members, document_url, public):
+    """Where to enroll, or None, from the members of a discovery document; raises ValueError (E-092)."""
     if EST_FIELD not in members:
-        return None, []
-    return parse_discovered(EST_FIELD, read_root_url, members, document_url, public), []
+        return None
+    return parse_discovered(EST_FIELD, read_root_url, members, document_url, public)
 
 
 STATE["est"] = dict(WAIT, **{"token?": str, "used?": str, "key+": str, "answer+": str, "refused?": str})
-COMPANIONS["est"] = Companion(lambda config: config.identity.enrollment == "est", parse_est_uri,
-                              remark=lambda state, now: state["est"].get("refused") or "")
+COMPANIONS["est"] = Companion(
+    "place to enroll", lambda config: config.identity.enrollment == "est", parse_est_uri, lambda state: [],
+    remark=lambda state, now: state["est"].get("refused") or "")
 
 
 def make_renewal_time(leaf):
@@ -11084,9 +11025,10 @@ class Enrollment:
         mark = self.load_mark() if fault or self.asked or "token" in self.est else None
         strays = bool(leaf) and self.state["trust"].get("strays") == sha256_digest(leaf.der)
         now, downtime = self.clock.now, self.config.poll.downtime
+        end = float("inf") if fault else leaf.not_after
         # an SVID that would end in downtime is renewed all the same
-        lapses = not fault and is_within_whole(downtime, now, leaf.not_after)
-        silent = is_within_whole(downtime, now, now) and not lapses
+        silent = is_within_whole(downtime, now, now) and (
+            fault or not is_within_whole(downtime, now, leaf.not_after))
         step = find_est_step(self.est, leaf, fault, mark, self.clock, silent, self.asked, strays)
         if not step:
             return
@@ -11094,7 +11036,7 @@ class Enrollment:
         try:
             self.obtain(leaf, leaf if step == "renew" else None, mark)
         except (Unreachable, Untrusted, Refused, CommandError) as error:
-            self.note_fault(error, None if fault else leaf.not_after)
+            self.note_fault(error, end)
             if fault:
                 raise
             words = f"the own SVID, good until {make_time(leaf.not_after)}, is not renewed yet: {error}"
@@ -11110,7 +11052,7 @@ class Enrollment:
         settings, leaf = self.settings, None
         try:
             leaf = load_identity(self.config).leaf
-            check_own(leaf, self.config, self.clock.now)
+            load_identity(self.config, self.clock.now)
             if not os.path.exists(settings.key):
                 raise Untrusted(f"identity.key {settings.key}: the key is lost")
             if "token" in self.est:                 # the key may be one for the next SVID
@@ -11123,7 +11065,7 @@ class Enrollment:
         """The enrollment token's bytes, None where there is none any more."""
         path = self.settings.est.token_file
         data = read_file(path, 4 * KIB) if path else None
-        return None if data is None else re.sub(rb"\r?\n\Z", b"", data)
+        return data and data.rstrip(b"\r\n")
 
     def load_mark(self):
         """What find_est_step calls token."""
@@ -11147,8 +11089,8 @@ class Enrollment:
     def note_fault(self, error, end):
         """Keeps the back-off that follows from a fault (E-045, E-062).
 
-        end: when the SVID in use expires, or None; another attempt has to fit before that, whatever the
-        service asks (case 4.14).
+        end: when the SVID in use expires; another attempt has to fit before that, whatever the service asks
+        (case 4.14).
         """
         record = self.est
         refused = isinstance(error, Untrusted)
@@ -11159,18 +11101,15 @@ class Enrollment:
             log("info", error.message)
             record = {"failures": -1}               # it is none
             delay = 0 if asked else EST_FIRST
-        if end is not None:
-            left = end - self.clock.now
-            delay = min(delay, left / 4)
-            asked = min(asked, left / 2)
-        wait = make_wait(record, max(asked, delay), self.clock)
+        left = end - self.clock.now
+        wait = make_wait(record, max(min(asked, left / 2), min(delay, left / 4)), self.clock)
         self.keep(refused=error.message if refused else None, **wait)
 
     def finish(self):
         """Clears up after an activation: the token is erased, and never sent again (E-044)."""
         used = self.est.get("token") or self.est.get("used")
-        token = self.load_token()
-        if token and sha256_digest(token) == used and not remove_file(self.settings.est.token_file):
+        mark = self.load_mark()
+        if mark and mark == used and not remove_file(self.settings.est.token_file):
             log("warning", "the enrollment token has served and cannot be erased; remove it",
                 path=self.settings.est.token_file)
         self.state["est"] = {"used": used}
@@ -11190,7 +11129,7 @@ class Enrollment:
         if old and old.der == leaf.der:
             return                                  # an earlier run ended just after it had activated it
         chain = self.obtain_chain(leaf, issued, bundle)
-        own = make_identity(leaf, "", self.settings.key)
+        own = make_identity(leaf)
         if renewed:
             self.prove(chain, own, bundle)
         write_file(self.settings.certificate, chain.encode(), 0o644)
@@ -11261,17 +11200,14 @@ class Enrollment:
 
     def obtain_chain(self, leaf, issued, bundle):
         """The chain (PEM) from an issued leaf to the trust bundle; raises Untrusted, Unreachable."""
-        response = fetch_from_mis(self.find_url("cacerts"), self.config, {"Accept": CERTS_TYPE})     # E-039
-        try:
-            found = load_certificates(judge_est_response(response, "cacerts", time.time()))
-        except ValueError as error:
-            raise Untrusted(f"cacerts: {error}") from None
         ahead = leaf.not_before - time.time()
         if 0 < ahead <= CLOCK_SKEW:
             raise Pending(f"the SVID issued begins at {make_time(leaf.not_before)}, by a clock that is ahead"
                           " of ours", retry_after=ahead + 1)
+        response = fetch_from_mis(self.find_url("cacerts"), self.config, {"Accept": CERTS_TYPE})     # E-039
         try:
             check_validity(leaf, time.time())
+            found = load_certificates(judge_est_response(response, "cacerts", time.time()))
             return run_paths(leaf, found + issued, self.settings.key, bundle.anchors)
         except ValueError as error:
             raise Untrusted(f"the SVID issued does not lead to the trust bundle: {error}") from None
@@ -11279,8 +11215,8 @@ class Enrollment:
     def prove(self, chain, own, bundle):
         """Tries the renewed SVID on a conditional GET; it replaces the old one only if the WFM answers."""
         with lend_file(chain.encode()) as file:
-            own = own._replace(certificate_file=file.name)
-            source = Mtls(self.config, self.store, self.state).open_source(own, bundle, keep=False)
+            config = Settings(self.config, identity=Settings(self.settings, certificate=file.name))
+            source = Mtls(config, self.store, self.state).open_source(own, bundle, keep=False)
         source.fetch_manifest((self.state["accepted"] or {}).get("etag"))
 
 
@@ -11290,13 +11226,13 @@ def run_renewal_csr(leaf, key_file):
     `openssl req` would encode them again.
     """
     spki = load_public_key(key_file)
-    algorithm = make_der(0x30, make_der(0x06, b"\x2a\x86\x48\xce\x3d\x04\x03\x02"))  # ecdsa-with-SHA256
+    algorithm = b"\x30\x0a\x06\x08\x2a\x86\x48\xce\x3d\x04\x03\x02"                 # ecdsa-with-SHA256
     if b"\x2a\x86\x48\x86\xf7\x0d\x01\x01\x01" in spki[:40]:  # an RSA key
-        algorithm = make_der(0x30, make_der(0x06, b"\x2a\x86\x48\x86\xf7\x0d\x01\x01\x0b"), b"\x05\0")
-    extension_request = make_der(0x06, b"\x2a\x86\x48\x86\xf7\x0d\x01\x09\x0e")
+        algorithm = b"\x30\x0d\x06\x09\x2a\x86\x48\x86\xf7\x0d\x01\x01\x0b\x05\0"
+    extension_request = b"\x06\x09\x2a\x86\x48\x86\xf7\x0d\x01\x09\x0e"
     attribute = make_der(0x30, extension_request, make_der(0x31, make_der(0x30, leaf.alt_names)))
     content = make_der(0x30, b"\x02\x01\x00", leaf.subject, spki, make_der(0xA0, attribute))
-    signature = run_openssl(["dgst", "-sha256", "-sign", key_file], content)
+    signature = run_openssl("dgst -sha256 -sign", key_file, data=content)
     return make_der(0x30, content, algorithm, make_der(0x03, b"\0", signature))
 
 
@@ -11330,7 +11266,7 @@ def load_certificates(body):
         raise ValueError("EST answered 200 with something else than certificates:"
                          f" {make_printable(text, 100)!r}")
     try:
-        pem = run_openssl(["pkcs7", "-inform", "DER", "-print_certs"], data).decode("ascii", "replace")
+        pem = run_openssl("pkcs7 -inform DER -print_certs", data=data).decode("ascii", "replace")
     except CommandError:
         raise ValueError("openssl finds no certs-only message in it") from None
     found = parse_pem(pem)
@@ -11427,7 +11363,6 @@ CRL_FIELD = "crlUris"
 OID_CRL_NUMBER, OID_CRL_SCOPE = b"\x55\x1d\x14", b"\x55\x1d\x1c"
 MAX_LISTS = 32                      # that a discovery document may name
 CRL_PERIOD = 43200                  # seconds after which a list is asked for again, up to twice that (E-082)
-CRL_FIRST, CRL_CAP = 60, 3600       # seconds between attempts at a list that cannot be had
 
 Crl = define("Crl", "issuer issuer_key this_update next_update serials number",
     "What is used of a revocation list: raw name, identifier of its issuer's key or None, Unix seconds, the"
@@ -11478,18 +11413,6 @@ def is_revoked(leaf, crls):
     return any(leaf.serial in crl.serials for crl in find_lists(leaf, crls))
 
 
-def find_status_fault(leaf, crls, listed, now):
-    """Why the revocation status of a peer's leaf is not known, "" where it is (E-088)."""
-    end = max((crl.next_update for crl in find_lists(leaf, crls)), default=None)
-    if not listed and not crls:
-        return "the trust domain names no revocation list"
-    if end is None and len(crls) < len(listed):
-        return "a revocation list could not be had yet"
-    if end is None:
-        return "no revocation list at hand is by its issuer"
-    return "" if now <= end else f"the revocation list ended at {make_time(end)}"
-
-
 def find_list_fault(state, now):
     """Which of the revocation lists that discovery named says nothing of today, "" where all do (E-088)."""
     for url, record in state["crls"].items():
@@ -11537,10 +11460,10 @@ def refresh_revocation(config, store, state, source=None):
             delay = max(1, min(CRL_PERIOD * (1 + get_random()), left / 2))
             record.update(make_wait({"failures": -1}, delay, clock))
         except (MargoError, ValueError) as error:
-            delay = (1 - get_random()) * grow(CRL_FIRST, record.get("failures", 0) + 1, CRL_CAP)
-            record.update(make_wait(record, max(getattr(error, "retry_after", None) or 0, delay), clock))
             log("warning", "a revocation list cannot be had; what is at hand stays", url=url,
                 reason=str(error))
+            fault = error if isinstance(error, MargoError) else Untrusted(str(error))
+            record.update(make_hold(record, fault, clock, get_random()))
     for url in set(records) - set(listed):
         if clock.now > records[url].get("thisUpdate", 0) + records[url].get("validity", 0):
             del records[url]
@@ -11557,6 +11480,8 @@ def fetch_crl(config, store, state, url, source, now):
     """
     records = state["crls"]
     record = records[url]
+    if not re.fullmatch(r"https?://[^\s/?#@]+(/[^\s#]*)?", url):
+        raise ValueError("the discovery document names it, and it is no http or https URL")
     held = url in load_crls(store, state)
     headers = {"Accept": "*/*"}
     if held and record.get("etag"):
@@ -11597,16 +11522,21 @@ def load_issuers(config, store, source):
         chain = source.chain
         if len(chain) < 2:
             chain = ask_chain(source.url, source.context, config.wfm.timeout)
-        ders += [der for der in chain[1:] if ask_issuer(chain[0], der)]
+        leaf = make_pem(chain[:1]).encode()
+        command = "verify -partial_chain -trusted /dev/stdin"
+        ders += [der for der in chain[1:] if ask_signed(command, leaf, der)]
     return [parse_certificate(der) for der in ders]
 
 
-def ask_issuer(der, issuer):
-    """Whether a certificate (DER) is signed by the key of another one; openssl says it."""
-    with lend_file(make_pem([der]).encode()) as file:
-        command = ["verify", "-partial_chain", "-trusted", "/dev/stdin", file.name]
+def ask_signed(command, data, issuer):
+    """Whether a command of openssl, with a file of `data` at its end, finds that signed by an issuer's key.
+
+    issuer: its certificate (DER).
+    """
+    with lend_file(data) as file:
         try:
-            run_openssl(command, make_pem([issuer]).encode())
+            # the exit code says it in no old version
+            run_openssl(command, file.name, data=make_pem([issuer]).encode(), expected=b"OK")
         except CommandError:
             return False
     return True
@@ -11617,19 +11547,11 @@ def ask_signer(der, crl, issuers):
 
     Raises ValueError where there is none.
     """
-    with lend_file(der) as file:
-        command = ["crl", "-inform", "DER", "-noout", "-verify", "-in", file.name, "-CAfile", "/dev/stdin"]
-        for item in issuers:
-            if not is_issued(crl, item.subject, item.key):
-                continue
-            if item.key_usage is not None and CRL_SIGN not in item.key_usage:
-                continue
-            try:
-                # its exit code says it in no old version
-                run_openssl(command, make_pem([item.der]).encode(), b"verify OK")
-                return item
-            except CommandError:
-                pass                                # it is by another one
+    command = "crl -inform DER -noout -verify -CAfile /dev/stdin -in"
+    for item in issuers:
+        may = item.key_usage is None or CRL_SIGN in item.key_usage
+        if may and is_issued(crl, item.subject, item.key) and ask_signed(command, der, item.der):
+            return item
     raise ValueError("no issuer that is known, and may sign lists, has signed it")
 
 
@@ -11638,12 +11560,10 @@ def load_judge(config, store, state, source, keep):
 
     By `require` they are fetched before anything is said.
     """
-    mode, crls, listed = config.identity.revocation, [], ()
+    mode = config.identity.revocation
     if mode == "require" and keep:
         refresh_revocation(config, store, state, source)
-    if mode != "off":
-        crls = list(load_crls(store, state).values())
-        listed = state["trust"].get("crls") or ()
+    crls = list(load_crls(store, state).values()) if mode != "off" else []
     if is_revoked(source.identity.leaf, crls):
         log("error", "the own SVID is revoked; the WFM will refuse it, have a new one issued",
             id=source.client_id)
@@ -11651,29 +11571,25 @@ def load_judge(config, store, state, source, keep):
     def judge(leaf, now):
         if is_revoked(leaf, crls):
             raise Untrusted("the peer's certificate is revoked")
-        fault = find_status_fault(leaf, crls, listed, now)
-        if fault and mode == "require":
+        ends = [crl.next_update for crl in find_lists(leaf, crls)]
+        if mode == "off" or ends and now <= max(ends):
+            return
+        fault = find_list_fault(state, now) or "the trust domain names no revocation list by its issuer"
+        if ends:
+            fault = f"the revocation list ended at {make_time(max(ends))}"
+        if mode == "require":
             raise Untrusted("the WFM's revocation status is not known, and identity.revocation is require:"
                             f" {fault}")
-        if fault and (listed or crls):
+        if crls or state["trust"].get("crls"):
             log("warning", "the WFM's revocation status is not known", reason=fault)
     return judge
 
 
-def parse_crl_uris(members, document_url, public, held):
-    """([URL of a list], [words about what was passed over]) from a discovery document (E-080, E-091)."""
-    listed = members.get(CRL_FIELD, [])
-    if not isinstance(listed, list):
-        return [], [f"{CRL_FIELD} is no list"]
-    good, faults = [], []
-    for uri in listed[:MAX_LISTS]:
-        if isinstance(uri, str) and re.fullmatch(r"https?://[^\s/?#@]+(/[^\s#]*)?", uri):
-            good.append(uri)
-        else:
-            faults.append(f"{CRL_FIELD} holds {make_printable(str(uri), 100)}, which is no http or https URL")
-    if held and not good:
-        faults.append("it names no revocation lists any more; those at hand count until they end")
-    return good, faults
+def parse_crl_uris(members, document_url, public):
+    """[URL of a list] from a discovery document; what is none fails where it is asked for (E-080)."""
+    listed = members.get(CRL_FIELD) or []
+    listed = listed if isinstance(listed, list) else [listed]
+    return [make_printable(str(uri)) for uri in listed[:MAX_LISTS]]
 
 
 def load_own_flaw(store, state, leaf):
@@ -11701,10 +11617,10 @@ def refresh_after_poll(agent):
 STATE["crls"] = {"*": (dict(WAIT, **{"digest?": None}), dict(
     WAIT, digest=DIGEST_PATTERN, number=float, key=str, thisUpdate=float, validity=float, **{"etag?": str}))}
 COMPANIONS["crls"] = Companion(
-    lambda config: config.identity.revocation != "off", parse_crl_uris, flaw=load_own_flaw, judge=load_judge,
+    "revocation lists", lambda config: config.identity.revocation != "off", parse_crl_uris,
     # E-090
-    limits=lambda state: [item["validity"] for item in state["crls"].values() if item.get("validity")],
-    remark=find_list_fault)
+    lambda state: [item["validity"] for item in state["crls"].values() if item.get("validity")],
+    load_own_flaw, load_judge, find_list_fault)
 STEPS.insert(STEPS.index(Agent.exchange) + 1, refresh_after_poll)
 EXAMINE["lists"] = examine_lists
 
@@ -11719,10 +11635,11 @@ def read_helm(value, base):
 
 
 Release = define("Release",
-    "deployment_id component name namespace chart values values_file wait content",
-    "A Helm release to be made: the chart's file, the values as a mapping and their file, and a digest of all"
-    " that makes it what it is.")
+    "deployment_id component name namespace chart secrets values_file wait content",
+    "A Helm release to be made: the chart's file, what may be secret among the values, their file, and a"
+    " digest of all that makes it what it is.")
 RELEASE_STATES = ("deployed", "failed", "pending", "uninstalling")
+UNOWNED = f"{LABEL_DEPLOYMENT},!{LABEL_OWNER}"      # the selector of releases older than owners' labels
 
 
 def make_owner_value(owner):
@@ -11735,31 +11652,28 @@ def parse_releases(data, records, owner=""):
 
     Raises CommandError.
     """
-    names = {make_release_name(component["name"], record["deploymentId"]):
-             (record["deploymentId"], component["name"])
-             for record in records for component in record["components"]}
+    names = list_release_names(records)
+
     def read(items):
         found = []
         for item in items or ():
-            match = re.fullmatch(rf"(.+)-({UUID_PATTERN})", item["name"])
-            if not match and item["name"] not in names:
-                continue                            # somebody else's, whatever its labels say
-            deployment_id, component = names.get(item["name"]) or (match.group(2), match.group(1))
-            state = "running" if item["status"] == "deployed" else item["status"]
-            found.append(Container(
-                f"{item['namespace']}/{item['name']}", item["name"], deployment_id, component, "release",
-                str(item["revision"]), state, "helm", owner=owner))
+            name = item["name"]
+            match = re.fullmatch(rf"(.+)-({UUID_PATTERN})", name)
+            if match:                               # others are somebody else's, whatever their labels say
+                component, deployment_id = names.get(name, match.groups())
+                state = "running" if item["status"] == "deployed" else item["status"]
+                found.append(Container(f"{item['namespace']}/{name}", name, deployment_id, component,
+                                       "release", str(item["revision"]), state, "helm", owner=owner))
         return found
 
     return parse_answer(data, "helm list", read)
 
 
-def list_texts(value):
-    """Every scalar below a value as text."""
-    if isinstance(value, (dict, list)):
-        items = value.values() if isinstance(value, dict) else value
-        return [text for item in items for text in list_texts(item)]
-    return [] if value is None or isinstance(value, bool) else [scalar_text(value)]
+def list_release_names(records):
+    """{name of a release: (component, deployment id)} of all components that records tell of."""
+    return {make_release_name(component["name"], record["deploymentId"]):
+            (component["name"], record["deploymentId"])
+            for record in records for component in record["components"]}
 
 
 def make_helm_driver(config, child=None, _=(), environ=None):
@@ -11795,9 +11709,7 @@ def make_values(deployment, component):
     values = {}
     for parameter, pointer in find_parameters(deployment, component):
         try:
-            items = parameter.value if isinstance(parameter.value, list) else [parameter.value]
-            if any(isinstance(item, float) and not abs(item) < float("inf") for item in items):
-                raise ValueError("JSON has no such number")
+            make_json(parameter.value)              # which has no infinite numbers
             set_value(values, parse_value_path(pointer), parameter.value)
         except ValueError as error:
             raise ComponentError("PARAMETER_INVALID", f"parameter {make_printable(parameter.name)}: pointer "
@@ -11810,40 +11722,38 @@ def parse_value_path(pointer):
 
     Raises ValueError.
     """
-    path, position = [], 0
-    token = re.compile(r"((?:[^.\[\]\\]|\\.)+)((?:\[[0-9]{1,3}\])*)(\.|\Z)", re.S)
-    while position < len(pointer) or not path or pointer.endswith("."):
-        match = token.match(pointer, position)
-        if not match:
-            raise ValueError("expected names parted by dots, each with [index] where it is a list")
-        path.append(re.sub(r"\\(.)", r"\1", match.group(1), flags=re.S))
-        path += [int(index) for index in re.findall("[0-9]+", match.group(2))]
-        position = match.end()
-        if len(path) > MAX_DEPTH:
-            raise ValueError(f"nested deeper than {MAX_DEPTH} levels")
-        if not match.group(3):
-            break
+    part = r"((?:[^.\[\]\\]|\\.)+)((?:\[[0-9]{1,3}\])*)"
+    if not re.fullmatch(rf"{part}(\.{part})*", pointer, re.S):
+        raise ValueError("expected names parted by dots, each with [index] where it is a list")
+    path = []
+    for name, indices in re.findall(part, pointer, re.S):
+        path.append(re.sub(r"\\(.)", r"\1", name, flags=re.S))
+        path += map(int, re.findall("[0-9]+", indices))
+    if len(path) > MAX_DEPTH:
+        raise ValueError(f"nested deeper than {MAX_DEPTH} levels")
     return path
 
 
-def set_value(values, path, value):
-    """Puts a value at a path of names and indices; raises ValueError where another one is in the way."""
-    place = values
-    for step, following in zip(path, path[1:] + [None]):
-        if isinstance(step, int):
-            place.extend([None] * (step + 1 - len(place)))
-        held = place[step] if isinstance(step, int) else place.get(step)
-        if following is None:
-            wanted = None
-        else:
-            wanted = list if isinstance(following, int) else dict
-        if held is not None and (not isinstance(held, wanted) if wanted else isinstance(held, dict)):
-            raise ValueError("another parameter puts something of another kind there")
-        if wanted is None:
-            place[step] = value
-        elif held is None:
-            place[step] = wanted()
-        place = place[step]
+def set_value(held, path, value):
+    """What is `held`, or None, with a value put at a path of names and indices below it.
+
+    Raises ValueError where another one is in the way.
+    """
+    if path:
+        kind = dict if isinstance(path[0], str) else list
+        fits = isinstance(held, (kind, type(None)))
+    else:
+        fits = not isinstance(held, dict)
+    if not fits:
+        raise ValueError("another parameter puts something of another kind there")
+    if not path:
+        return value
+    step, *rest = path
+    held = kind() if held is None else held
+    if kind is list:
+        held.extend([None] * (step + 1 - len(held)))
+    held[step] = set_value(held[step] if kind is list else held.get(step), rest, value)
+    return held
 
 
 def make_release_name(component, deployment_id):
@@ -11882,18 +11792,16 @@ class HelmDriver:
     def observe(self, records=(), claim=None):
         """Every release of ours in any state; raises CommandError.
 
-        Where no deployment is known to need Helm, nothing is asked.  claim: as for the ComposeDriver.
+        records: those of deployments that need Helm.  claim: as for the ComposeDriver.
         """
         found = []
         claim = self.claim = claim or self.claim
-        wanted = {make_release_name(component["name"], record["deploymentId"])
-                  for record in records for component in record["components"]}
-        for owner in dict.fromkeys([claim.owner, *sorted(claim.owners), ""]) if records else ():
-            selector = f"{LABEL_DEPLOYMENT},!{LABEL_OWNER}"
-            if owner:
-                selector = f"{LABEL_OWNER}={make_owner_value(owner)}"
+        missing = set(list_release_names(records))
+        for owner in dict.fromkeys([claim.owner, *sorted(claim.owners), ""]):
+            selector = f"{LABEL_OWNER}={make_owner_value(owner)}" if owner else UNOWNED
             found += part_containers(parse_releases(self.list(selector), records, owner), claim)[0]
-            if wanted <= {release.name for release in found}:
+            missing.difference_update(release.name for release in found)
+            if not missing:
                 break                               # under an earlier owner is only what is missing
         return found
 
@@ -11921,16 +11829,15 @@ class HelmDriver:
         """Raises ComponentError where a release of this name was made by somebody else."""
         options = f"--namespace={namespace}", f"--filter=^{re.escape(name)}$"
         if parse_json(self.list(self.make_foreign(), *options), "helm list") and not parse_json(
-                self.list(f"{LABEL_DEPLOYMENT},!{LABEL_OWNER}", *options), "helm list"):
+                self.list(UNOWNED, *options), "helm list"):
             raise ComponentError("NAME_TAKEN", f"release {name} in namespace {namespace} was not made by this"
                                  " agent: remove it there")
 
     def check(self, claim):
         """What `doctor` says of this driver; raises CommandError."""
-        record = {"deploymentId": "", "components": []}
         output = self.run(["version", "--short"], 60).stdout.decode("utf-8", "replace")
         version = make_printable(output.strip(), 60)
-        return f"helm {version} answers, {len(self.observe([record], claim))} releases of ours"
+        return f"helm {version} answers, {len(self.observe((), claim))} releases of ours"
 
     def prepare(self, deployment, component, known, store, fetched):
         """Fetches and verifies the chart and makes the values, and touches nothing that runs.
@@ -11945,13 +11852,12 @@ class HelmDriver:
         self.ask_name(name, deployment.namespace)
         folder = store.path("deployments", deployment.deployment_id.lower(), component.name)
         create_folder(folder)
-        values_file = os.path.join(folder, content + ".json")
+        values_file = os.path.join(folder, "values.json")
         write_file(values_file, make_json(values))
-        for other in set(os.listdir(folder)) - {content + ".json"}:
-            # a package of the time when it was a compose component goes by itself
-            remove_file(os.path.join(folder, other))
         chart = store.path("artifacts", package["digest"].replace(":", "-"))
-        return Release(deployment.deployment_id, component.name, name, deployment.namespace, chart, values,
+        parts = [parameter.value for parameter, _ in find_parameters(deployment, component.name)]
+        secrets = [str(item) for part in parts for item in (part if isinstance(part, list) else [part])]
+        return Release(deployment.deployment_id, component.name, name, deployment.namespace, chart, secrets,
                        values_file, component.wait, content), package
 
     def apply(self, release, containers, known, deadline):
@@ -11978,7 +11884,7 @@ class HelmDriver:
         output = self.carry_out(arguments + ["--wait"] * bool(release.wait), deadline)
         if output.code:
             code = "INSTALL_TIMEOUT" if time.monotonic() >= deadline - 0.5 else "INSTALL_FAILED"
-            words = mask(output.stderr, list_texts(release.values))
+            words = mask(output.stderr, release.secrets)
             raise ComponentError(code, f"helm upgrade failed: {words[-1500:]}")
         revision = parse_answer(output.stdout, "helm upgrade", lambda answer: answer["version"])
         return {"release": {"hash": str(revision), "finished": False, "image": "",
@@ -12020,21 +11926,11 @@ class HelmDriver:
             raise ComponentError(
                 "REMOVE_FAILED", f"release {ours[0].name} is still there: {words[0][-1000:]}")
 
-    @staticmethod
-    def list_ports(release):
-        """[]: none of this host."""
-        return []
-
-    def tail_log(self, container, secrets):
-        """Nothing: the cluster keeps the logs."""
+    def leave(self, *_):
+        """Nothing: logs, health checks and images are the cluster's, and ports none of this host."""
         return ""
 
-    def tend(self, containers, chance):
-        """Nothing: the cluster runs its own health checks."""
-
-    def remove_image(self, name):
-        """Never: images are the cluster's."""
-        return False
+    list_ports = tail_log = tend = remove_image = leave
 
 
 DRIVERS["helm"] = make_helm_driver
@@ -12288,7 +12184,8 @@ def run_verification(key, payload, signature):
     """Whether openssl finds that a payload is signed by a public key; ConfigError without openssl."""
     try:
         with lend_file(parse_base64(signature)) as file:
-            run_openssl(["dgst", "-sha256", "-verify", key, "-signature", file.name], payload, b"Verified OK")
+            run_openssl("dgst -sha256 -verify", key, "-signature", file.name, data=payload,
+                        expected=b"Verified OK")
     except (ValueError, CommandError):
         return False
     return True
@@ -12300,7 +12197,7 @@ def examine_images(agent):
     if not key:
         return "ok", ""
     try:
-        run_openssl(["pkey", "-pubin", "-in", key, "-noout"])
+        run_openssl("pkey -noout -pubin -in", key)
     except CommandError as error:
         raise ConfigError(f"policy.images.cosign_key: {key} is no public key ({error.message})") from None
     return "ok", f"images have to be signed by {key}"
@@ -12337,25 +12234,20 @@ def command_doctor(config, options):
             "identity": examine_identity, "wfm": examine_connection, "outbox": examine_outbox,
             "failed": examine_failed}
     found, code = [], 0
-    moot = set()                                    # what a run does not come to
-    skipped = set()
     checks = {**first, **EXAMINE, **last}
-    for name in checks:
-        if name in skipped:
-            continue
+    moot = ()                                       # what a run does not come to
+    for name, examine in checks.items():
         try:
-            level, words = checks[name](agent)
+            level, words = examine(agent)
         except FAULTS as error:
             fault = to_fault(error)
             words = fault.message
             level = "FAIL" if fault.exit and name not in moot else "warn"
             code = max(code, fault.exit if level == "FAIL" else 0)
             if name in ("state", "lock"):           # a run comes no further
-                moot.update(checks)
-            if isinstance(fault, Silence):          # it asks nobody
-                moot.update(("identity", "wfm"))
-            if name == "identity" or not fault.exit:
-                skipped.add("wfm")
+                moot = checks
+            elif isinstance(fault, Silence):        # it asks nobody
+                moot = moot or ("identity", "wfm")
         if words and words not in [row["message"] for row in found]:        # each cause once
             found.append({"name": name, "level": level.lower(), "message": words})
             if "--json" not in options:
@@ -12447,10 +12339,10 @@ def examine_storage(agent):
         raise StorageError(f"state_dir: {folder} is no folder that this user may write; make it, or run as"
                            " its owner")
     free, _ = get_space(folder)
-    need = agent.config.policy.max_unpacked + agent.config.policy.max_artifact
-    words = f"{agent.config.state_dir}, {free // MIB} MiB free"
     if free < SHARE * KIB and not os.path.exists(agent.store.path("reserve")):
         raise StorageError(f"state_dir: no space is left at {folder}; free some")
+    need = agent.config.policy.max_unpacked + agent.config.policy.max_artifact
+    words = f"{agent.config.state_dir}, {free // MIB} MiB free"
     if free > need:
         return "ok", words
     return "warn", f"{words}; one package may take {need // MIB} (policy.max_unpacked): free some"
@@ -12520,6 +12412,8 @@ def examine_connection(agent):
     url = agent.config.wfm.url
     proxy = ask_proxy(url) and f" through the proxy {ask_proxy(url)}"
     window = agent.config.poll.window
+    if agent.is_downtime():
+        return "ok", ""
     try:
         agent.connect(keep=False)
         if window and not is_within(window, time.localtime()):
@@ -12557,7 +12451,7 @@ def ask_peer(url, timeout):
     return f"{make_name(leaf.subject)}, certified by {make_name(leaf.issuer)}"
 
 
-COMMANDS["doctor"] = (command_doctor, {"--json": ""}, "")
+COMMANDS["doctor"] = (command_doctor, "[--json]")
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -12569,13 +12463,11 @@ def look_at(config, word):
 
     Raises ConfigError, StorageError.
     """
-    agent = Agent(config)
-    agent.state = agent.store.load_state()
+    agent = load_agent(config)
     record = find_record(agent.state, word)
-    home = record["deviceId"]
-    devices = [device for device in agent.devices if device.device_id == home]
+    devices = [device for device in agent.devices if device.device_id == record["deviceId"]]
     claim = obtain_claim(agent.get_profile(), agent.device_id)
-    seen = observe_devices(devices, [record], claim).get(home, Seen([], {}, {}))
+    seen = observe_devices(devices, [record], claim).get(record["deviceId"], Seen([], {}, {}))
     return agent, record, seen._replace(containers=find_containers(record["deploymentId"], seen.containers))
 
 
@@ -12589,18 +12481,12 @@ def command_describe(config, options):
     if not options["operands"]:
         return command_status(config, options)
     agent, record, seen = look_at(config, options["operands"][0])
-    adopted = record["adopted"]
-    target = Target(record["deploymentId"], adopted["digest"], adopted["version"])
-    deployment = read_target(target, agent.store.load_artifact, config).deployment
     clock = get_clock()
-    report = make_details(record, deployment, seen.containers, clock)
+    report = make_details(record, load_deployment(agent, record), seen.containers, clock)
     if "--json" in options:
         return print_json(report)
-    print_row(report["state"], f"{report['deploymentId']}  {report['name']}  on {report['deviceId']}")
+    print_deployment(report)
     print_row("document", f"{report['digest']}, of manifest version {report['version']}")
-    for part in report["components"]:
-        words = f"{part['name']}  {part['revision']}"
-        print_row(f"  {part['state']}", words + make_error_words(part["error"]))
     for item in report["containers"]:
         since = f" since {item['since']}" if item["since"] else ""
         ports = f"  ports {', '.join(item['ports'])}" if item["ports"] else ""
@@ -12652,11 +12538,12 @@ def command_logs(config, options):
     _, record, seen = look_at(config, name)
     for fault in seen.silent.values():
         raise fault
-    found = [item for item in seen.containers if item.service in services or not services]
-    driver = seen.drivers.get(found[0].type) if found else None
-    if not hasattr(driver, "engine"):
+    found = [item for item in seen.containers
+             if item.type == "compose" and item.service in (services or [item.service])]
+    if not found:
         where = make_printable(f"service {services[0]} of {name}" if services else name)
         raise ConfigError(f"{where} has no container here; `status {record['name']}` shows what there is")
+    driver = seen.drivers["compose"]
     if found[1:] and driver.engine == "docker":
         names = ", ".join(sorted(container.service for container in found))
         raise ConfigError(f"docker shows one container at a time; name one of the services {names}")
@@ -12695,10 +12582,10 @@ def command_config(config, options):
     if "--check" in options:
         print(f"{options['-c']} can be used")       # else it has been said why not
     elif "--example" in options:
-        print("\n".join(make_example(SCHEMA, EXAMPLE)))
+        print("\n".join(make_settings_lines(SCHEMA, EXAMPLE, True)))
     else:
         document = expand_environment(load_document(options["-c"]), os.environ, "", [])
-        print("\n".join(make_listing(SCHEMA, document or {})))
+        print("\n".join(make_settings_lines(SCHEMA, document or {}, False)))
 
 
 # What an example of a configuration sets, by names of examples/pki.sh; all else is commented out.
@@ -12708,39 +12595,33 @@ EXAMPLE = {"wfm": {"url": "https://localhost:8443"},
 PARTS = {"registries": ("registry.example:5000:", REGISTRY_SCHEMA), "  children": ("-", CHILD_SCHEMA)}
 
 
-def make_listing(schema, document, indent=""):
-    """The lines of a configuration that leaves nothing out: what the file does not say is marked."""
+def make_settings_lines(schema, document, example, indent=""):
+    """The lines of a configuration that leaves nothing out, each setting with what it is for.
+
+    What the document does not say has its default: marked so or, in an example, commented out.
+    """
     lines = []
     for key, entry in schema.items():
         value = document.get(key)
         if isinstance(entry, dict):
-            lines += [f"{indent}{key}:", *make_listing(entry, value or {}, indent + "  ")]
-            continue
-        reader, default, _ = entry
-        note = "  # default" if value is None else ""
-        if reader is read_environment and value:    # it may hold what nobody should see
-            value = dict.fromkeys(value, "...")
-        lines.append(f"{indent}{key}: {make_yaml(default if value is None else value)}{note}")
-    return lines
-
-
-def make_example(schema, chosen, indent=""):
-    """The lines of a configuration to start from: what is not `chosen` is commented out, with its default."""
-    lines = []
-    for key, entry in schema.items():
-        if isinstance(entry, dict):
-            lines += ["", f"{indent}{key}:", *make_example(entry, chosen.get(key, {}), indent + "  ")]
+            part = make_settings_lines(entry, value or {}, example, indent + "  ")
+            lines += ["", f"{indent}{key}:", *part]
             continue
         reader, default, meaning = entry
         try:
             reader(object(), "")
         except ValueError as error:                 # of what it would take
             meaning += f" ({str(error).partition(':')[0]})"
-        value = make_yaml(chosen.get(key, default))
-        lines += [f"{indent}# {meaning}", f"{indent}{'' if key in chosen else '# '}{key}: {value}".rstrip()]
-        if indent + key in PARTS:
-            name, schema = PARTS[indent + key]
-            lines += [f"{indent}# {line}" for line in [f"  {name}", *make_example(schema, {}, "    ")]]
+        if reader is read_environment and value:    # it may hold what nobody should see
+            value = dict.fromkeys(value, "...")
+        line = f"{key}: {make_yaml(default if value is None else value)}"
+        if value is None:
+            line = f"# {line}" if example else f"{line}  # default"
+        lines += [f"{indent}# {meaning}", f"{indent}{line}".rstrip()]
+        if example and indent + key in PARTS:
+            name, parts = PARTS[indent + key]
+            part = [f"  {name}", *make_settings_lines(parts, {}, example, "    ")]
+            lines += [f"{indent}# {line}" for line in part]
     return lines
 
 
@@ -12748,19 +12629,18 @@ def make_yaml(value):
     """A value as YAML on one line; None is nothing."""
     if value is None:
         return ""
-    text = make_json(value).decode()
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        return scalar_text(value)
     try:
-        return value if isinstance(value, str) and load_yaml(value) == value else text
-    except YAMLError:
-        return text
+        text = scalar_text(value)
+        if load_yaml(text) == value:
+            return text
+    except (TypeError, YAMLError):
+        pass                                        # it takes brackets, or quotes
+    return make_json(value).decode()
 
 
-COMMANDS.update(
-    status=(command_describe, {"--json": ""}, "[NAME]"),
-    logs=(command_logs, {"--tail": "N", "-f": ""}, "NAME [SERVICE]"),
-    config=(command_config, {"--check": "", "--example": ""}, ""))
+COMMANDS.update(status=(command_describe, "[NAME] [--json]"),
+                logs=(command_logs, "NAME [SERVICE] [--tail N] [-f]"),
+                config=(command_config, "[--check] [--example]"))
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -12838,37 +12718,33 @@ def start_watch(config, arguments):
     and it works where only the compiled file is installed.
     """
     import marshal
-    parts = {
-        part.__name__: part.__code__
-        for part in (notify, write_line, start_cycle, read_answer, count_wakes, reap, end_cycle, watch)
-    }
+    import signal
+    parts = notify, write_line, start_cycle, count_wakes, reap, end_cycle, watch
+    codes = marshal.dumps([part.__code__ for part in parts])
+    # A cycle is run as a module where this file's name allows that: Python then keeps its compiled form.
+    start = [os.path.abspath(__file__)]
+    folder, name = os.path.split(start[0])
+    stem, _, suffix = name.partition(".")
+    if suffix in ("py", "pyc"):
+        start = ["-c", f"import sys; sys.path.insert(0, {folder!r}); sys.exit(__import__({stem!r}).main())"]
+    child = [sys.executable, "-I", "-S", *start, *arguments, "--once"]
     last = "the daemon has ended" if log.level in ("debug", "info") else ""
-    words = make_child(arguments), CYCLE_RETRY, HUNG, STOP_LIMIT, last
+    words = child, CYCLE_RETRY, HUNG, STOP_LIMIT, last
     program = (f"import marshal, os, time\nLINE = {LINES[log.form]!r}\n"
-               f"for name, code in marshal.loads({marshal.dumps(parts)!r}).items():\n"
-               "    globals()[name] = type(lambda: None)(code, globals())\n"
+               f"for code in marshal.loads({codes!r}):\n"
+               "    globals()[code.co_name] = type(lambda: None)(code, globals())\n"
                f"raise SystemExit(watch(*{words!r}))\n")
     log("info", "the daemon has started", version=__version__, profile=config.wfm.profile,
         wfm=config.wfm.url, interval=f"{config.poll.interval:.0f} s")
+    # These wait until `watch` asks for them.
+    signals = signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     reader, writer = os.pipe()
     os.write(writer, program.encode())              # a pipe holds 64 KiB, this is far smaller
     os.close(writer)
     os.dup2(reader, 0)
     os.execv(sys.executable, [sys.executable, "-I", "-S", "-", "margo-agent"])
 
-
-def make_child(arguments):
-    """The command line of one cycle.
-
-    This file is run as a module where its name allows that, because Python then keeps its compiled form.
-    """
-    start = [os.path.abspath(__file__)]
-    folder, name = os.path.split(start[0])
-    stem, _, suffix = name.partition(".")
-    if suffix in ("py", "pyc"):
-        code = f"import sys; sys.path.insert(0, {folder!r}); sys.exit(__import__({stem!r}).main())"
-        start = ["-c", code]
-    return [sys.executable, "-I", "-S", *start, *arguments, "--once"]
 
 
 # The daemon's parent: these functions run in an interpreter that has nothing else of this file but `os`,
@@ -12898,7 +12774,7 @@ def write_line(level, text):
     """Writes one line as the log does."""
     line = LINE % (time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), level, text)
     try:
-        os.write(2, line.encode() if text else b"")
+        os.write(2, line.encode())
     except OSError:
         pass                                        # nobody listens any more
 
@@ -12910,12 +12786,12 @@ def start_cycle(child, signals):
     """
     import signal
     reader, writer = os.pipe()
-    os.set_blocking(reader, False)                  # a helper may keep the other end open
     pid = os.fork()
     if not pid:
         try:
+            for number in (signal.SIGHUP, signal.SIGINT):   # a terminal sends them to both of us
+                signal.signal(number, signal.SIG_IGN)
             signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
-            signal.signal(signal.SIGHUP, signal.SIG_IGN)
             os.set_inheritable(writer, True)
             os.execve(child[0], child, dict(os.environ, MARGO_DELAY_FD=str(writer)))
         except OSError as error:
@@ -12926,15 +12802,6 @@ def start_cycle(child, signals):
     os.close(writer)
     return pid, reader
 
-
-def read_answer(reader):
-    """What a cycle that has ended has said in its pipe, which is closed."""
-    try:
-        return os.read(reader, 1024)
-    except BlockingIOError:
-        return b""
-    finally:
-        os.close(reader)
 
 
 def count_wakes(pid):
@@ -12987,14 +12854,12 @@ def watch(child, fallback, hung, limit, last):
     """Runs cycles one after the other, for ever; returns the daemon's exit code.
 
     child: the command line of a cycle.  It says in a pipe how many seconds to wait after it (else `fallback`)
-    and how it went.  SIGTERM and SIGINT end the daemon after the current step; `last` is how its log ends.
-    SIGHUP starts a cycle at once; each cycle reads the configuration anew.  A cycle that has not woken from
-    a wait for `hung` seconds hangs, because its own waits are shorter: it is killed.  systemd's watchdog is
-    fed while cycles can be started and move.  Five cycles in a row that cannot be started end the daemon.
+    and how it went.  SIGTERM and SIGINT end the daemon after the current step; `last` ends its log.  SIGHUP
+    starts a cycle at once.  One that has not woken from a wait for `hung` seconds hangs, and is killed.
+    systemd's watchdog is fed while cycles can be started and move; if five in a row cannot be, it ends.
     """
     import signal
     signals = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD}
-    signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     address = os.environ.get("NOTIFY_SOCKET", "")
     beat = int(os.environ.get("WATCHDOG_USEC") or 0) / 2e6 or 3600.0
     notify(address, "READY=1")
@@ -13015,13 +12880,15 @@ def watch(child, fallback, hung, limit, last):
         if number in (signal.SIGTERM, signal.SIGINT):
             notify(address, "STOPPING=1")
             code = end_cycle(pid, limit) if pid else 0
-            write_line("info", last)
+            if last:
+                write_line("info", last)
             return code
         if number == signal.SIGHUP:
             due = 0
         status = reap(pid)
         if status is not None:
-            answer, _, words = read_answer(reader).partition(b" ")
+            answer, _, words = os.read(reader, 1024).partition(b" ")
+            os.close(reader)
             if words:
                 notify(address, "STATUS=" + words.decode("utf-8", "replace"))
             if status == 2 << 8 and not proven:     # the configuration has never worked
@@ -13047,13 +12914,10 @@ def watch(child, fallback, hung, limit, last):
 def command_enroll(config, options):
     """Makes this device known to the WFM: checks its identity and reports its capabilities.
 
-    It may be repeated at any time.  `--fetch-ca FILE` first downloads the WFM's root CA (profile signed).
+    It may be repeated at any time.
 
     Example: margo_agent.py enroll
     """
-    for name, (_, act) in OPTIONS["enroll"].items():
-        if name in options:
-            act(config, options[name])
     with Agent(config) as agent:
         agent.store.load_memo().clear()             # the trust bundle is asked for whatever its age
         agent.state["trust"].pop("refreshedAt", None)
@@ -13083,11 +12947,11 @@ def command_unenroll(config, options):
             print("not enrolled")
             return
         if "--purge" in options:
-            if purge(agent):
-                raise StorageError("not everything could be removed; nothing was forgotten, run unenroll"
-                                   " --purge again")
-            for drivers in agent.answering.values():
-                print_kept(drivers.get("compose"))
+            purge(agent)
+        kept = {key: record for key, record in state["deployments"].items() if record["state"] != "removed"}
+        if kept and "--purge" in options:
+            raise StorageError("not everything could be removed; nothing was forgotten, run unenroll --purge"
+                               " again")
         if state["enrollment"]:
             try:
                 devices = state["enrollment"].get("devices") or [agent.device_id]
@@ -13097,7 +12961,6 @@ def command_unenroll(config, options):
                 log("warning",
                     "the WFM does not know this client any more; the relationship is forgotten here",
                     reason=error.message)
-        kept = {key: record for key, record in state["deployments"].items() if record["state"] != "removed"}
         agent.state = dict(make_state(), deployments=kept, owners=state["owners"])
         agent.store.save_state(agent.state)
         for name in TRACES:
@@ -13107,21 +12970,18 @@ def command_unenroll(config, options):
         log("warning", "the next run enrolls again: stop cron or the service where that is not wanted")
 
 
-def print_kept(driver):
-    """Names the volumes that a ComposeDriver leaves behind: they hold what applications have stored."""
-    names = driver.list_volumes() if driver else []
-    if names:
-        print(f"kept: {len(names)} volumes, which `{driver.engine} volume rm {' '.join(names)}` removes")
-
-
 def purge(agent):
-    """Removes every workload and reports that; whether something could not be removed."""
+    """Removes every workload, as far as that goes, and reports it; names the volumes that are left behind."""
     if agent.state["enrollment"]:
         agent.connect()
     version = (agent.state["accepted"] or {}).get("version", 0)
     agent.reconcile({"version": version, "deployments": []})
     agent.flush_outbox()                            # also what an earlier purge could not report
-    return any(record["state"] != "removed" for record in agent.state["deployments"].values())
+    for drivers in agent.answering.values():
+        driver = drivers.get("compose")
+        names = driver.list_volumes() if driver else ()
+        if names:
+            print(f"kept: {len(names)} volumes, which `{driver.engine} volume rm {' '.join(names)}` removes")
 
 
 def command_plan(config, options):
@@ -13129,22 +12989,16 @@ def command_plan(config, options):
 
     Example: margo_agent.py plan --json
     """
-    agent = Agent(config)
-    agent.state = agent.store.load_state()
-    accepted, documents = fetch_accepted(agent)
-    actions, seen = [], {}
-    if accepted:
-        load = agent.store.load_artifact
-        actions, seen = agent.decide(accepted, lambda digest: documents.get(digest) or load(digest))
+    agent = load_agent(config)
+    accepted, load = fetch_accepted(agent)
+    actions, seen = agent.decide(accepted, load) if accepted else ([], {})
     others = ask_others(agent.answering)
     # What clears the way for an installation elsewhere is part of it.
-    moved = {action.deployment_id for action in actions if action.verb in ("install", "update")}
+    moved = {action.key for action in actions if action.verb in CHANGES}
     items = [{"deploymentId": action.deployment_id, "action": PRINTED.get(action.verb, action.verb),
-              "reason": action.reason, "deviceId": action.device_id}
-             for action in actions if action.verb != "clear" or action.deployment_id not in moved]
+              "reason": action.reason, "deviceId": action.device_id, "changes": load_changes(agent, action)}
+             for action in actions if action.verb != "clear" or action.key not in moved]
     version = accepted["version"] if accepted else None
-    for item in items:
-        item["changes"] = load_changes(agent, item, accepted, documents)
     if options.pop("--json", False):                # what fails after that is told on stderr alone
         print_json({"version": version, "actions": items, "others": others})
     else:
@@ -13159,47 +13013,56 @@ def command_plan(config, options):
         raise fault
 
 
-def load_changes(agent, item, accepted, documents):
+def load_agent(config):
+    """An Agent that only looks: it has read the state, and leaves its lock alone."""
+    agent = Agent(config)
+    agent.state = agent.store.load_state()
+    return agent
+
+
+def load_changes(agent, action):
     """What an update changes, in words that show no value: parameters, components' revisions, all else."""
-    record = agent.state["deployments"].get(item["deploymentId"].lower())
-    wanted = [entry["digest"] for entry in (accepted or {}).get("deployments", ())
-              if entry["deploymentId"].lower() == item["deploymentId"].lower()]
-    load = agent.store.load_artifact
-    if item["action"] != "update" or not record or not wanted or record["adopted"]["digest"] == wanted[0]:
+    record = agent.state["deployments"].get(action.key)
+    if action.verb != "update" or record["adopted"]["digest"] == action.target.digest:
         return []
-    both = []
-    for digest in (record["adopted"]["digest"], wanted[0]):
-        target = Target(item["deploymentId"], digest)
-        both.append(read_target(target, lambda key: documents.get(key) or load(key), agent.config).deployment)
-    return make_changes(*both) if all(both) else []
+    old = load_deployment(agent, record)
+    return make_changes(old, action.target.deployment) if old else []
+
+
+def load_deployment(agent, record):
+    """The Deployment that is worked on, from a record; None where its document cannot be read."""
+    target = Target(record["deploymentId"], record["adopted"]["digest"])
+    return read_target(target, agent.store.load_artifact, agent.config).deployment
 
 
 def make_changes(old, new):
     """What differs between two Deployments, in words."""
     parts = []
-    for word, field in (("parameter", "parameters"), ("component", "components")):
-        before, after = ({item.name: item for item in getattr(one, field)} for one in (old, new))
-        names = sorted({*before, *after})
-        parts += [f"{word} {name}" for name in names if before.get(name) != after.get(name)]
+    for word in ("parameter", "component"):
+        before, after = (getattr(one, word + "s") for one in (old, new))
+        changed = {item.name for item in before + after if item not in before or item not in after}
+        parts += [f"{word} {name}" for name in sorted(changed)]
     return parts or ["something else than parameters and components"]
 
 
 def fetch_accepted(agent):
-    """What the next run would accept, or has accepted before: (its part of the state, its new documents)."""
-    accepted = agent.state["accepted"]
+    """What the next run would accept, or has accepted before: (its part of the state, what loads its
+    documents).
+    """
+    stored = agent.store.load_artifact
     if agent.is_downtime():
         log("warning", "downtime: the WFM is not asked; this follows from what was accepted before")
-        return accepted, {}
+        return agent.state["accepted"], stored
     agent.check_patience(spread=False)
     agent.connect(keep=False)
     desired = agent.fetch_desired()
     if not desired:
-        return accepted, {}
+        return agent.state["accepted"], stored
     try:
         agent.check_removals(desired)
     except Waiting as error:
         log("warning", error.message)
-    return make_accepted(desired), desired.documents
+    return make_accepted(desired), lambda digest: desired.documents.get(digest) or stored(digest)
 
 
 def command_status(config, options):
@@ -13223,20 +13086,21 @@ def command_status(config, options):
     for item in document["dropped"]:
         print_row("dropped", f"{item['deploymentId']} {item['state']} at {item['at']}: {item['reason']}")
     for deployment in document["deployments"]:
-        where = f"  on {deployment['deviceId']}" if config.device.children else ""
-        print_row(deployment["state"], f"{deployment['deploymentId']}  {deployment['name']}{where}")
-        # Only a document that cannot be read leaves a deployment without components.
-        for part in deployment["components"] or [dict(deployment, name="")]:
-            print_row(f"  {part['state']}", part["name"] + make_error_words(part["error"]))
+        print_deployment(deployment)
     for item in document["waits"]:
         print_row("waits", f"until {item['until']} {item['reason']}")
     for words in make_others_words(document["others"]):
         print_row("other", f"{words}; it is left alone")
 
 
-def make_error_words(error):
-    """What follows the name of something that may have failed."""
-    return f"  {error['code']}: {error['message']}" if error["code"] else ""
+def print_deployment(item):
+    """Prints what make_deployment_report tells, and of a component its revision, where that is known, too."""
+    print_row(item["state"], f"{item['deploymentId']}  {item['name']}  on {item['deviceId']}")
+    # Only a document that cannot be read leaves a deployment without components.
+    for part in item["components"] or [dict(item, name="")]:
+        error = part["error"]
+        told = f"{error['code']}: {error['message']}" if error["code"] else ""
+        print_row(f"  {part['state']}", "  ".join(filter(None, (part["name"], part.get("revision"), told))))
 
 
 def print_row(name, words):
@@ -13255,22 +13119,20 @@ def make_deployment_report(record):
 
 
 def status(config):
-    """What the device knows, as the object that `status --json` prints; raises StorageError.
+    """What the device knows, as the object that `status --json` prints (contract); raises StorageError.
 
     config: what load_config returns.  Nobody is asked, neither the WFM nor the engine.
     """
     store = Store(config.state_dir)
-    return make_status_report(config, store.load_state(), store.load_memo(), get_clock())
-
-
-def make_status_report(config, state, memo, clock):
-    """The object of `status --json` (contract)."""
+    state = store.load_state()
+    memo = store.load_memo()
+    clock = get_clock()
     accepted = state["accepted"] or {}
     return {
         "version": __version__,
         "profile": config.wfm.profile,
         "enrolled": bool(state["enrollment"]),
-        "identity": PROFILES[config.wfm.profile](config, Store(config.state_dir), state).describe(clock.now),
+        "identity": PROFILES[config.wfm.profile](config, store, state).describe(clock.now),
         "desiredState": {key: accepted.get(key) for key in ("version", "etag", "acceptedAt")},
         "lastPoll": memo.get("lastPoll") or state["lastPoll"] or {"at": None, "result": None, "detail": ""},
         "outbox": len(state["outbox"]),
@@ -13309,9 +13171,8 @@ def command_capabilities(config, options):
 
     Example: margo_agent.py capabilities > capabilities.json
     """
-    agent = Agent(config)
-    profile = PROFILES[config.wfm.profile](config, agent.store, agent.store.load_state())
-    documents = list(map(profile.translate, load_capabilities(agent.devices, config).values()))
+    agent = load_agent(config)
+    documents = list(map(agent.get_profile().translate, load_capabilities(agent.devices, config).values()))
     print_json(documents if documents[1:] else documents[0])
 
 
@@ -13347,15 +13208,14 @@ def command_retry(config, options):
     """
     with Agent(config) as agent:
         state = agent.state
-        records = list(state["deployments"].values())
-        if options["operands"]:
-            records = [find_record(state, options["operands"][0])]
+        names = options["operands"]
+        records = [find_record(state, name) for name in names] or state["deployments"].values()
         failed = [record for record in records if record["state"] == "failed"]
-        if options["operands"] and not failed:
-            raise ConfigError(f"{options['operands'][0]} is no failed deployment; `status` lists them")
+        if names and not failed:
+            raise ConfigError(f"{names[0]} is no failed deployment; `status` lists them")
         for record in failed:
             record.update(retry={}, repair={})
-        if not options["operands"]:
+        if not names:
             state.update(patience={}, waits={})
             state["est"].update(delay=0)
         agent.store.save_state(state)
@@ -13385,29 +13245,31 @@ def command_version(config, options):
 
 
 def print_json(value):
-    """Prints one JSON document, for people and programs alike: nothing in it steers a terminal."""
+    """Prints one JSON document, for people and programs alike: nothing in it steers a terminal.
+
+    It is escaped where that would, or where the locale lacks a character.
+    """
     import json
-    encoding = (sys.stdout.encoding or "").lower().replace("-", "")
-    text = json.dumps(value, indent=2, ensure_ascii=encoding != "utf8")
-    print(re.sub(r"[^ -~\n]", lambda odd: odd.group() if odd.group().isprintable()
-                 else json.dumps(odd.group())[1:-1], text))
+    text = json.dumps(value, indent=2, ensure_ascii=False)
+    encoding = sys.stdout.encoding or "ascii"
+    shown = text.replace("\n", "").isprintable() and text == text.encode(encoding, "replace").decode(encoding)
+    print(text if shown else json.dumps(value, indent=2))
 
 
-JSON = {"--json": ""}
 for name, row in {
-    "enroll": (command_enroll, {name: word for name, (word, _) in OPTIONS["enroll"].items()}, ""),
-    "run": (command_run, {"--once": "", "--spread": "TIME", **JSON}, ""),
-    "plan": (command_plan, JSON, ""),
-    "status": (command_status, JSON, ""),
-    "history": (command_history, JSON, ""),
-    "capabilities": (command_capabilities, JSON, ""),
-    "csr": (command_csr, {"--out": "FILE"}, ""),
-    "retry": (command_retry, JSON, "[NAME]"),
-    "unenroll": (command_unenroll, {"--purge": ""}, ""),
-    "version": (command_version, JSON, ""),
+    "enroll": (command_enroll, ""),
+    "run": (command_run, "[--once] [--spread TIME] [--json]"),
+    "plan": (command_plan, "[--json]"),
+    "status": (command_status, "[--json]"),
+    "history": (command_history, "[--json]"),
+    "capabilities": (command_capabilities, "[--json]"),
+    "csr": (command_csr, "[--out FILE]"),
+    "retry": (command_retry, "[NAME] [--json]"),
+    "unenroll": (command_unenroll, "[--purge]"),
+    "version": (command_version, "[--json]"),
 }.items():
     COMMANDS.setdefault(name, row)                  # an optional room may know more of a command
-GLOBAL_OPTIONS = {"-c": "FILE", "-v": "", "-q": "", "--log-format": "text|json", "--help": ""}
+USAGE = "[-c FILE] [-v] [-q] [--log-format text|json] [--help]"     # before or behind any command
 SPELLINGS = {"--config": "-c", "--verbose": "-v", "--quiet": "-q", "-h": "--help", "help": "--help",
              "--version": "version"}
 
@@ -13415,46 +13277,56 @@ SPELLINGS = {"--config": "-c", "--verbose": "-v", "--quiet": "-q", "-h": "--help
 Misuse = define_fault("Misuse", 2, "CONFIGURATION", "The command line is wrong.", ConfigError)
 
 
+def parse_usage(usage):
+    """A usage such as `NAME [SERVICE] [--tail N] [-f]` to [operand] and {option: what follows it, or ""}."""
+    return usage.partition("[-")[0].split(), dict(re.findall(r"\[(-[^] ]+) ?([^]]*)\]", usage))
+
+
 def parse_arguments(arguments):
     """The command line as a dictionary: `command`, `operands`, `arguments` as given, and each option.
 
     Raises ConfigError.
     """
-    options = {"command": None, "operands": [], "arguments": list(arguments)}
+    options = {"command": "", "operands": [], "arguments": list(arguments)}
     rest = list(arguments)
+    usage = USAGE
     while rest:
         word = rest.pop(0)
-        word = word if options["command"] else SPELLINGS.get(word, word)
+        command = options["command"]
+        word = word if command else SPELLINGS.get(word, word)
         if word.startswith("-"):
-            parse_option(word, rest, options)
-        elif options["command"]:
-            if not word:
-                raise Misuse(f"{options['command']}: an empty word names nothing")
+            parse_option(word, rest, parse_usage(usage)[1], options)
+        elif not command:
+            options["command"] = check_word(word, "command", COMMANDS)
+            usage += COMMANDS[word][1]
+        elif word:
             options["operands"].append(word)
         else:
-            options["command"] = check_word(word, "command", COMMANDS)
+            raise Misuse(f"{command}: an empty word names nothing")
     if options.get("--log-format", "text") not in ("text", "json"):
         raise Misuse("--log-format: text or json")
+    if "-v" in options and "-q" in options:
+        raise Misuse("-v and -q: only one of them")
     return options
 
 
-def parse_option(word, rest, options):
-    """Adds an option to `options`, with its value, which may be the first word of the `rest`."""
-    known = dict(GLOBAL_OPTIONS, **(COMMANDS[options["command"]][1] if options["command"] else {}))
-    name, given, value = word.partition("=")
-    if not word.startswith("--"):                   # -cFILE, -vq
-        name = word[:2]
-        value = word[2:].lstrip("=")
+def parse_option(word, rest, known, options):
+    """Adds an option of {option: what follows it} to `options`; its value may be the first word of the rest.
+
+    A short one may be followed by its value (-cFILE), or by other short ones (-fv).
+    """
+    name, given, value = re.fullmatch(r"(--[^=]*|-.?)(=?)(.*)", word, re.S).groups()
     name = check_word(SPELLINGS.get(name, name), "option", known)
     if known[name]:
-        options[name] = value or (rest.pop(0) if rest and not given else "")
-        if not options[name]:
+        if not given and not value and rest:
+            value = rest.pop(0)
+        if not value:
             raise Misuse(f"{name}: needs a value: write {name} {known[name]}")
-        return
-    options[name] = True
-    if value and word.startswith("--"):
+    elif given:
         raise Misuse(f"{make_printable(word)}: takes no value")
-    rest[:0] = [f"-{value}"] * bool(value)
+    elif value:
+        rest.insert(0, f"-{value}")
+    options[name] = value or True
 
 
 def check_word(word, kind, known):
@@ -13473,9 +13345,8 @@ def print_help(command=None):
     if not command:                                 # Python's option -OO keeps no docstrings
         print((__doc__ or "\n\n\n\n").split("\n\n")[2] + "\n")
     for name in [command] if command else COMMANDS:
-        function, known, operands = COMMANDS[name]
-        words = f" {name} {operands}".rstrip()
-        words += "".join(f" [{option} {value}".rstrip() + "]" for option, value in known.items())
+        function, usage = COMMANDS[name]
+        words = f" {name} {usage}"
         first, _, more = (function.__doc__ or "").partition("\n\n")
         print(textwrap.fill(f"{words:27} {first}", 79, subsequent_indent=" " * 28))
         if command:
@@ -13492,8 +13363,8 @@ def run_main(arguments):
         return 0 if arguments else 2
     if not command:
         raise Misuse("no command; one of " + ", ".join(COMMANDS))
-    function, _, operands = COMMANDS[command]
-    operands = operands.split()
+    function, usage = COMMANDS[command]
+    operands, _ = parse_usage(usage)
     given = options["operands"]
     for extra in given[len(operands):]:
         raise Misuse(f"{make_printable(extra)}: {command} takes no such operand")
