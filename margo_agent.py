@@ -86,15 +86,15 @@ MANIFEST_TYPE = "application/vnd.margo.manifest.v1+json"
 BUNDLE_TYPE = "application/vnd.margo.bundle.v1+tar+gzip"
 DEPLOYMENT_TYPE = "application/yaml"
 JSON_TYPE = "application/json"
-SUCCESS = tuple(range(200, 300))    # of a report: HTTP has more words for it than Margo's interface names
+SUCCESS = range(200, 300)           # of a report: HTTP has more words for it than Margo's interface names
 PROBLEM_ROOT = "https://docs.margo.org/specification/"
 # Problem types (protocol 3.7), earlier ones too: what is said of the client, and of one request.
-DENIALS = ("not-authorized", "certificate-not-trusted", "signature-verification-failed",
-           "wfm-client-relationship-retired")
-REFUSALS = ("invalid-request", "semantic-error", "gateway-not-found", "device-not-found", "invalid-bundle",
-            "deployment-not-found", "server-cannot-generate-response", "discovery-document-not-found",
-            "spiffe-bundle-not-found", "invalid-client", "invalid-digest-header",
-            "invalid-certificate-format")
+DENIALS = ("not-authorized certificate-not-trusted signature-verification-failed"
+           " wfm-client-relationship-retired").split()
+REFUSALS = ("invalid-request semantic-error gateway-not-found device-not-found invalid-bundle"
+            " deployment-not-found server-cannot-generate-response discovery-document-not-found"
+            " spiffe-bundle-not-found invalid-client invalid-digest-header"
+            " invalid-certificate-format").split()
 
 DIGEST_PATTERN = r"sha256:[0-9a-f]{64}"
 UUID_PATTERN = r"[0-9a-fA-F]{8}-[0-9a-fA-F]{4}-[0-9a-fA-F]{4}-[0-9a-fA-F]{4}-[0-9a-fA-F]{12}"
@@ -104,7 +104,7 @@ REGISTRY_PATTERN = rf"(?:[A-Za-z0-9.-]+|\[[0-9a-fA-F:]+\])(?:{PORT_PATTERN})?"
 DEVICE_ID_PATTERN = r"[A-Za-z0-9._~-]+(/[A-Za-z0-9._~-]+)*"
 
 # Most severe first (C-133).
-STATES = ("failed", "removing", "installing", "pending", "removed", "installed")
+STATES = "failed removing installing pending removed installed".split()
 GOING = ("removing", "removed")     # those of what is not wanted any more
 CHANGES = ("install", "update")     # verbs of a plan that make a version run
 
@@ -3239,8 +3239,8 @@ PLACEHOLDERS = frozenset((
     "oem default defaultstring standard none null empty blank invalid tbd test dummy na unknown undefined"
     " unspecified notspecified notapplicable notavailable notprovided notpresent notset noassettag noserial"
     " noserialnumber serial serialno serialnumber 03000200040005000006000700080009").split())
-COUNTING = ("0123456789abcdef", "123456789abcdef", "12345678901234567890", "fedcba9876543210", "9876543210",
-            "987654321")
+COUNTING = ("0123456789abcdef 123456789abcdef 12345678901234567890 fedcba9876543210 9876543210"
+            " 987654321").split()
 
 
 def is_placeholder(text):
@@ -3312,10 +3312,9 @@ def make_capabilities(detected, device, device_id, deployment_types):
     if not deployment_types:
         properties = {key: value for key, value in properties.items() if key not in HOSTING_PROPERTIES}
     properties["id"] = device_id
-    extensions = [name for name in properties if name.startswith("x-")]
-    # they stand at the root (protocol 3.5)
-    document = {name: properties.pop(name) for name in extensions}
-    document["properties"] = properties
+    # extensions stand at the root (protocol 3.5)
+    document = {name: item for name, item in properties.items() if name.startswith("x-")}
+    document["properties"] = {name: item for name, item in properties.items() if name not in document}
     if device.labels:
         document["labels"] = dict(device.labels)
     return document
@@ -6591,8 +6590,8 @@ NEEDED_BY = {"openssl": "`csr`, wfm.profile signed, identity.enrollment est and 
 # Where programs of administration lie, which cron's PATH lacks (contract, On the engine), and what is between
 # systemd and this process alone.
 SYSTEM_FOLDERS = ("/usr/local/sbin", "/usr/sbin", "/sbin")
-SYSTEMD_NAMES = ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID", "LISTEN_FDS", "LISTEN_PID",
-                 "LISTEN_FDNAMES")
+SYSTEMD_NAMES = ("NOTIFY_SOCKET WATCHDOG_USEC WATCHDOG_PID LISTEN_FDS LISTEN_PID"
+                 " LISTEN_FDNAMES").split()
 
 
 def parse_answer(data, program, read):
@@ -7195,14 +7194,14 @@ def log_wait(words):
     log("info" if sys.stderr.isatty() else "debug", words)
 
 
-def write_file(path, data, mode=0o600):
+def write_file(path, data, mode=0o600, temporary=None):
     """The one door for writing: the file holds its old bytes or all new ones, whatever happens (D-34).
 
-    data: bytes, or pieces of them one by one.  Temporary file, fsync, rename, fsync of the folder.  Raises
-    StorageError.
+    data: bytes, or pieces of them one by one.  Temporary file (by default beside it), fsync, rename, fsync of
+    the folder.  Raises StorageError.
     """
     folder = os.path.dirname(path)
-    temporary = path + ".tmp"
+    temporary = temporary or path + ".tmp"
     try:
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
         descriptor = os.open(temporary, flags, mode)
@@ -7465,7 +7464,7 @@ def make_state_data(state):
 
 SUM = b',"sum":"'                   # what stands before the digest
 MAX_WORDS = 2 * MIB                 # characters that are kept of the messages of all faults together
-OLD_FIELDS = ("left", "failures", "retryAt", "repairs", "repairedAt")      # of records of schema 1
+OLD_FIELDS = "left failures retryAt repairs repairedAt".split()            # of records of schema 1
 
 
 def parse_state(data, path):
@@ -7747,7 +7746,7 @@ class Store:
         return True
 
 
-ENGINE_SOCKETS = ("docker.sock", "podman.sock", "containerd.sock", "crio.sock")
+ENGINE_SOCKETS = "docker.sock podman.sock containerd.sock crio.sock".split()
 
 
 class Folder:
@@ -8348,7 +8347,7 @@ read_labels = checked("a mapping of labels to text, number, boolean, or a list o
                       lambda value: is_mapping(value) and all(map(is_label, value.values())))
 
 
-DAYS = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
+DAYS = "Mon Tue Wed Thu Fri Sat Sun".split()
 MINUTE = "%Y-%m-%dT%H:%M"
 
 
