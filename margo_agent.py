@@ -3214,7 +3214,7 @@ def detect_properties(state_dir, root="/", hostname=False):
     cpu = {"cores": len(os.sched_getaffinity(0))}
     if os.uname().machine in ARCHITECTURES:
         cpu["architecture"] = ARCHITECTURES[os.uname().machine]
-    memory = re.search(r"^MemTotal:\s+([0-9]+) kB", read_fact(root, "proc/meminfo"), re.M)
+    memory = read_fact(root, "proc/meminfo").partition("MemTotal:")[2].split() or ["0"]         # in kB
     disk = os.statvfs(state_dir if os.path.isdir(state_dir) else "/")
     kinds = set(read_signs(root, INTERFACE_SIGNS).values()) - {""}
     found = {
@@ -3222,13 +3222,14 @@ def detect_properties(state_dir, root="/", hostname=False):
         "modelNumber": detect_text(root, "product_name", "model") or "unknown",
         "serialNumber": detect_text(root, "product_serial", "serial-number") or "unknown",
         "cpus": [cpu],
-        "memory": f"{int(memory.group(1)) // 1024 if memory else 0}Mi",
+        "memory": f"{int(memory[0]) // 1024}Mi",
         "storage": f"{disk.f_blocks * disk.f_frsize // MIB}Mi",
         "peripherals": detect_peripherals(root),
         "interfaces": [{"type": kind} for kind in sorted(kinds)],
     }
-    name = re.match("[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?", os.uname().nodename)      # RFC 1123
-    if hostname and name:
+    label = "[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?"           # RFC 1123
+    name = hostname and re.match(label, os.uname().nodename)
+    if name:
         found["hostname"] = name.group()
     return found
 
@@ -7069,17 +7070,15 @@ def ask_looseness(key, path):
 
 def parse_problem(body):
     """A Problem, also of the plain `error` object of older servers; None where the body is neither."""
+    from collections import defaultdict
     try:
         value = parse_json(body, "problem")
         check_shape(value, dict, "")
     except ValueError:
         return None
-
-    def find_text(*names):
-        texts = [value[name] for name in names if isinstance(value.get(name), str)]
-        return make_printable(next(filter(None, texts), ""))
-
-    kind = find_text("type")
+    texts = defaultdict(str, {key: make_printable(item) for key, item in value.items()
+                              if isinstance(item, str)})
+    kind = texts["type"]
     if kind.startswith(PROBLEM_ROOT):
         kind = re.split("[#/]", kind)[-1]           # the URI is a name, never fetched (C-055)
     wait = value.get("retryAfterSeconds")
@@ -7087,8 +7086,9 @@ def parse_problem(body):
     errors = value.get("errors")
     errors = [make_printable(f"{item.get('field')}: {item.get('message')}")
               for item in (errors if isinstance(errors, list) else ()) if isinstance(item, dict)]
-    return Problem(kind, find_text("title", "error", "Error"), find_text("detail", "message"),
-                   value.get("retryable"), wait, find_text("backoffStrategy"), errors)
+    title = texts["title"] or texts["error"] or texts["Error"]
+    detail = texts["detail"] or texts["message"]
+    return Problem(kind, title, detail, value.get("retryable"), wait, texts["backoffStrategy"], errors)
 
 
 def find_verdict(status):
