@@ -79,7 +79,7 @@ MAX_DEPLOYMENTS = 10000             # entries of one state manifest
 DOCUMENTS = 8                       # all documents together: one part in so many of policy.max_unpacked
 MAX_NODES = 250000                  # members of a document: each takes some hundred bytes of memory
 MAX_DURATION = 3650 * 86400         # seconds of one setting; clocks and timers take no sum of centuries
-MAX_NUMBER = 1e300                  # larger ones are none: sums of them would leave what the processor knows
+MAX_NUMBER = 1e300                  # of a document: with larger ones the processor cannot reckon
 MAX_VERSION = 2 ** 64 - 1           # manifestVersion is an unsigned 64 bit number (protocol 3.1)
 
 MANIFEST_TYPE = "application/vnd.margo.manifest.v1+json"
@@ -8198,7 +8198,7 @@ def list_of(read_item, expected, least=0):
 
 def is_number(value):
     """Whether a value is a number that JSON can write; a boolean is none."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < MAX_NUMBER
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < float("inf")
 
 
 def get_kind(value):
@@ -8653,7 +8653,7 @@ def find_flaw(value, shape):
     kind = shape if isinstance(shape, type) else type(shape)
     fits = isinstance(value, kind)
     if kind is float:
-        fits = is_number(value) and value >= 0
+        fits = is_number(value) and 0 <= value < MAX_NUMBER
     elif isinstance(shape, str):
         fits = fits and re.fullmatch(shape, value, re.ASCII)
     elif isinstance(shape, list) and fits:
