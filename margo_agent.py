@@ -8929,18 +8929,17 @@ class YAMLReader:
     STOP = (re.compile(r":(?=[ \t\n])|[ \t]#|\n"), re.compile(r":(?=[ \t\n,\[\]{}])|[ \t]#|[\n,\[\]{}]"))
     MARKER = re.compile(r"(?:---|\.\.\.)(?=[ \t\n])")
     ALIAS = re.compile(r"\*([^\s,\[\]{}]+)")
-    # a plain key: quoted, it is text
-    MERGE = re.compile(r"(?:\?\s+)?(?:&\S+\s+)?<<")
-    PROPERTY = re.compile(r"(&[^\s,\[\]{}]+|!<[^\s<>]+>|![^\s,\[\]{}]*)(?:[ \t]+|(?=[\n,\]}]))")
+    # What few documents have is compiled when it is met.  MERGE: a plain key; quoted, it is text.
+    MERGE = r"(?:\?\s+)?(?:&\S+\s+)?<<"
+    PROPERTY = r"(&[^\s,\[\]{}]+|!<[^\s<>]+>|![^\s,\[\]{}]*)(?:[ \t]+|(?=[\n,\]}]))"
+    FORBIDDEN = "[\x00-\x08\x0b-\x1f\x7f-\x84\x86-\x9f\ud800-\udfff\ufeff\ufffe\uffff]"
+    HEADER = r"([|>])([-+]?[1-9]?|[1-9][-+])(?:[ \t]+#[^\n]*|[ \t]*)\n"
     # what is not itself in a quoted scalar, or ends it
     QUOTED = {
         '"': re.compile(r"\"|\\(?:\n[ \t\n]*|x[0-9a-fA-F]{2}|u[0-9a-fA-F]{4}|U[0-9a-fA-F]{8}|.)"
                         r"|(?:(?<![ \t])|(?<=\\[ \t]))[ \t]*\n[ \t\n]*"),
         "'": re.compile(r"''?|(?<![ \t])[ \t]*\n[ \t\n]*"),
     }
-    # its opposite takes 3 ms to compile
-    FORBIDDEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x84\x86-\x9f\ud800-\udfff\ufeff\ufffe\uffff]")
-    HEADER = re.compile(r"([|>])([-+]?[1-9]?|[1-9][-+])(?:[ \t]+#[^\n]*|[ \t]*)\n")
     NUMBER = re.compile(f"(?:({INT_PATTERN})|({FLOAT_PATTERN}))\\Z")
 
     def __init__(self, text):
@@ -8952,7 +8951,9 @@ class YAMLReader:
         self.position, self.column, self.depth, self.nodes = 0, 0, 0, 0
         self.kind = ""                              # of the last node, see make_node
         self.anchors = {}
-        bad = self.FORBIDDEN.search(self.text)
+        # none of these is printable; to compile the pattern takes longer than to read a configuration
+        plain = self.text.replace("\n", "").replace("\t", "")
+        bad = None if plain.isprintable() else re.search(self.FORBIDDEN, self.text)
         if bad:
             self.fail(f"character {bad.group()!r} is not allowed", bad.start())
         self.count(self.text.count("\n"))
@@ -9088,7 +9089,7 @@ class YAMLReader:
         """
         found = {}
         while self.text[self.position] in "&!":
-            match = self.PROPERTY.match(self.text, self.position)
+            match = re.compile(self.PROPERTY).match(self.text, self.position)
             sign = self.text[self.position]
             if not match or sign in found:
                 self.fail("an anchor or tag without name or white space after it, or a second one")
@@ -9185,7 +9186,7 @@ class YAMLReader:
         """
         mapping, merges = {}, []
         for key, value, position in pairs:
-            if key == "<<" and self.MERGE.match(self.text, position):
+            if key == "<<" and re.compile(self.MERGE).match(self.text, position):
                 merges.append((value, position))
                 if len(merges) > 1:
                     self.fail("the key << occurs twice", position)
@@ -9210,7 +9211,7 @@ class YAMLReader:
     def read_block_scalar(self, parent):
         """The text of a literal or folded scalar; the position is at its indicator."""
         text = self.text
-        header = self.HEADER.match(text, self.position)
+        header = re.compile(self.HEADER).match(text, self.position)
         if not header:
             self.fail("the header of a block scalar is | or >, then at most + or - and a digit")
         style, marks = header.groups()
