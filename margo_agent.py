@@ -58,7 +58,7 @@ __all__ = ["main", "Agent", "load_config", "load_yaml", "status", "log", "PROFIL
 # ----------------------------------------------------------------------------------------------------------
 
 # What optional rooms add where they are defined; nothing outside names anything in them.
-# See also SCHEMA, CHECKS, STEPS, DEVICES, ASSIGN, LISTENERS and COMPANIONS.
+# See also SCHEMA, CHECKS, STEPS, DEVICES, PLACES, LISTENERS and COMPANIONS.
 PROFILES = {}                       # {wfm.profile: its Profile class}
 COMMANDS = {}                       # {name: (its function of config and options, to an exit code or nothing
                                     # for 0; its usage)}; its docstring is its help
@@ -310,13 +310,11 @@ Device = define("Device", "device_id settings drivers silence",
 Seen = define("Seen", "containers drivers silent",
     "What a device shows now: [Container], {deployment type: driver} of what answers, and {deployment type:"
     " CommandError} of what does not.")
-Share = define("Share", "device targets records unseen",
-    "What a device has to care for: its Device, [Target] that should run there, {key: record} of what is at"
-    " home there, {key: CommandError} of what cannot be seen now.")
 Outcome = define("Outcome", "code result detail delay",
     "How a cycle went: exit code, the word of `lastPoll.result`, detail for people, seconds to the next one.")
 
 NOBODY = Claim("", (), (), ())
+NOTHING = Seen((), {}, {})
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -334,12 +332,17 @@ class Agent:
         self.store = Store(config.state_dir)
         self.device_id = get_device_id(config.device)
         self.devices = load_devices(config, self.device_id)
-        self.state = None                           # what state.json holds, while a cycle has it
+        self.hold(make_state())
         self.source = None                          # connected when the WFM is first needed
-        self.profile = None                         # how wfm.profile is served, for the state at hand
-        self.answering = {}                         # {device id: {type: driver}} that answered the last look
+        self.seen = {}                              # {device id: Seen} of the last look
         self.asked = False                          # whether a person asks for an SVID, by `enroll`
+        self.polled = False                         # whether the source has told the desired state
         self.starting = 0                           # seconds until the first contact since the device started
+
+    def hold(self, state):
+        """Works with this state from now on, and serves wfm.profile by it."""
+        self.state = state
+        self.profile = PROFILES[self.config.wfm.profile](self.config, self.store, state)
 
     def cycle(self):
         """One cycle: every step in turn.  Returns an Outcome, which tells what went wrong.
@@ -347,13 +350,12 @@ class Agent:
         Raises Locked where another instance works, StorageError where the state cannot be read.
         """
         with self:
-            began = time.time()
             for step in STEPS:
                 try:
                     step(self)
                 except FAULTS as error:
-                    self.note_fault(to_fault(error), began)
-            return self.conclude(began)
+                    self.note_fault(to_fault(error))
+            return self.conclude()
 
     def __enter__(self):
         """Takes the state directory for this process and reads the state."""
@@ -361,11 +363,13 @@ class Agent:
         self.store.lock()
         empty_folder(self.store.path("tmp"))
         try:
-            self.state = self.store.load_state()
+            self.hold(self.store.load_state())
         except MargoError:
             self.store.unlock()
             raise
+        self.began = time.time()
         self.faults = []                            # what went wrong in this cycle
+        self.polled = False
         self.silent = False                         # whether the WFM is not spoken to any more in this cycle
         self.changed = False                        # whether this cycle had something to do
         return self
@@ -373,19 +377,13 @@ class Agent:
     def __exit__(self, *_):
         self.store.save_memo()
         self.store.unlock()
-        self.source = self.profile = None
+        self.source = None
 
     def connect(self, keep=True):
         """The source of the desired state, connected when it is needed; raises Untrusted, Unreachable."""
         if self.source is None:
-            self.source = self.get_profile().connect(keep)
+            self.source = self.profile.connect(keep)
         return self.source
-
-    def get_profile(self):
-        """How wfm.profile is served."""
-        if self.profile is None or self.profile.state is not self.state:
-            self.profile = PROFILES[self.config.wfm.profile](self.config, self.store, self.state)
-        return self.profile
 
     def check_patience(self, spread=True):
         """Raises Silence where nobody is to be asked now; spread: or where a fleet may just be starting."""
@@ -402,7 +400,7 @@ class Agent:
         """Whether the operator wants no communication now."""
         return is_within(self.config.poll.downtime, time.localtime())
 
-    def note_fault(self, error, began):
+    def note_fault(self, error):
         """Logs what went wrong, and keeps what follows from it: a back-off, and silence for this cycle.
 
         One time-out a cycle is enough, and without an SVID there is nothing to speak with.
@@ -419,7 +417,7 @@ class Agent:
             error.message += f"; {make_clock_fault(time.time(), stored)}"
         log("error", error.message, code=error.code)
         if final or isinstance(error, Refused):
-            clock = get_clock()._replace(now=began)
+            clock = get_clock()._replace(now=self.began)
             self.state["patience"] = make_patience(self.state["patience"], error, clock, get_random())
 
     def exchange(self):
@@ -445,17 +443,19 @@ class Agent:
 
         An ETag that alone is new is kept in memory: two servers behind one name may differ in it (P-16).
         """
-        accepted = self.state["accepted"]
-        if not accepted:
-            return self.source.fetch_desired(None, self.store.load_artifact)
+        load = self.store.load_artifact
         memo = self.store.load_memo()
-        etag = memo.get("etags", {}).get(accepted["digest"], accepted["etag"])
-        needed = [target.digest for target in list_targets(accepted) if self.is_needed(target)]
-        lost = None in map(self.store.load_artifact, needed)        # it is fetched again (D-9)
-        asked = dict(accepted, etag=etag, incomplete=lost)
-        desired = self.source.fetch_desired(asked, self.store.load_artifact)
-        if not desired and asked["etag"] != etag:
-            memo["etags"] = {accepted["digest"]: asked["etag"]}
+        accepted = self.state["accepted"]
+        if accepted:
+            etag = memo.get("etags", {}).get(accepted["digest"], accepted["etag"])
+            needed = [target.digest for target in list_targets(accepted)
+                      if needs_document(target, self.state["deployments"].get(target.key))]
+            lost = None in map(load, needed)        # it is fetched again (D-9)
+            accepted = dict(accepted, etag=etag, incomplete=lost)
+        desired = self.source.fetch_desired(accepted, load)
+        if accepted and not desired and accepted["etag"] != etag:
+            memo["etags"] = {accepted["digest"]: accepted["etag"]}
+        self.polled = True
         return desired
 
     def report_capabilities(self, always=False):
@@ -465,80 +465,67 @@ class Agent:
 
     def accept(self, desired):
         """Makes a verified desired state the accepted one, durable: first its documents, then it (C-111)."""
-        self.check_removals(desired)
         state = self.state
-        records = state["deployments"]
+        at = make_time(time.time())
+        accepted = make_accepted(desired, at)
+        self.check_removals(accepted, state["deployments"])
         for digest, data in desired.documents.items():
             self.store.save_artifact(digest, data)
-        at = make_time(time.time())
         state["waiting"] = None
         state["history"] = make_history(state, desired, at)
-        state["accepted"] = make_accepted(desired, at)
-        new = []
-        for target in list_targets(state["accepted"]):
-            record = records.get(target.key)
-            if not record:
-                new.append(read_target(target, self.store.load_artifact, self.config))
-            elif record["adopted"]["digest"] == target.digest and record["state"] not in GOING:
+        state["accepted"] = accepted
+        for target in list_targets(accepted):
+            record = state["deployments"].get(target.key)
+            if record and record["adopted"]["digest"] == target.digest and record["state"] not in GOING:
                 record["adopted"]["version"] = target.version       # the new manifest defines it, too (E-113)
                 enqueue_status(state, record)
-        for share in self.assign(new, {}):
-            for target in share.targets:
-                if not target.error:                # received, not started (protocol 5.1)
-                    records[target.key] = make_pending(target, self.device_id)
-                    enqueue_status(state, records[target.key])
         self.store.save_state(state)
         log("info", "desired state accepted", version=desired.version, deployments=len(desired.entries))
 
-    def check_removals(self, desired):
-        """Raises Waiting where a manifest removes more than is allowed and no second poll confirmed it."""
+    def check_removals(self, accepted, keys):
+        """Raises Waiting where a manifest removes more than is allowed and no second poll confirmed it.
+
+        accepted: as make_accepted returns it.  keys: of the deployments that are there.
+        """
         limit = self.config.policy.max_removals
-        gone = self.state["deployments"].keys() - {entry.key for entry in desired.entries}
-        if limit is not None and len(gone) > limit and self.state["waiting"] != desired.digest:
-            self.state["waiting"] = desired.digest
-            raise Waiting(f"version {desired.version} would remove {len(gone)} deployments,"
+        gone = set(keys).difference(target.key for target in list_targets(accepted))
+        confirmed = self.polled and self.state["waiting"] == accepted["digest"]
+        if limit is not None and len(gone) > limit and not confirmed:
+            self.state["waiting"] = accepted["digest"]
+            raise Waiting(f"version {accepted['version']} would remove {len(gone)} deployments,"
                           f" policy.max_removals is {limit}; nothing is done until the next poll confirms it")
 
-    def is_needed(self, target):
-        """Whether deciding on a target takes its document."""
-        record = self.state["deployments"].get(target.key)
-        known = [device.device_id for device in self.devices]
-        return needs_document(target, record) or record["deviceId"] not in known
-
-    def assign(self, targets, silent):
-        """[Share] of each device.
-
-        silent: {device id: {deployment type: CommandError}} of what does not answer.
-        """
-        offers = {}
-        if any(target.deployment and target.deployment.constraints for target in targets):
-            offers = load_capabilities(self.devices, self.config)
-        silent = {device.device_id: silent.get(device.device_id, {}) for device in self.devices}
-        return ASSIGN[-1](targets, self.state["deployments"], self.devices, silent, offers)
-
     def decide(self, accepted, load_document):
-        """([Action], {device id: Seen}): what to do so that what was accepted runs, and what is there now.
+        """[Action]: what to do so that what was accepted runs; Agent.seen tells what is there now.
 
         The documents of what is not as it should be are read, and it is decided again: another device may
         have to run it.
         """
-        records = self.state["deployments"]
-        targets = [read_target(target, load_document, self.config) if self.is_needed(target) else target
+        runtime = self.config.runtime
+        mark = make_mark(runtime.environment)
+        records = dict(self.state["deployments"])
+        ids = [device.device_id for device in self.devices]
+        for key, record in records.items():
+            if record["deviceId"] not in ids:       # what was on a device that has gone begins anew, here
+                state = "removed" if record["state"] == "removed" else "pending"
+                records[key] = dict(record, deviceId=self.device_id, state=state)
+        targets = [read_target(target, load_document, self.config)
+                   if needs_document(target, records.get(target.key)) else target
                    for target in list_targets(accepted)]
         new = [begin_record(make_record(target, ""), target) for target in targets if target.deployment]
-        claim = obtain_claim(self.get_profile(), self.device_id)
-        seen = observe_devices(self.devices, [*records.values(), *new], claim)
-        self.answering = {device_id: sight.drivers for device_id, sight in seen.items()}
-        silent = {device_id: sight.silent for device_id, sight in seen.items()}
-        containers = {device_id: sight.containers for device_id, sight in seen.items()}
-        mark = make_mark(self.config.runtime.environment)
+        claim = obtain_claim(self.profile, self.device_id)
+        self.seen = observe_devices(self.devices, [*records.values(), *new], claim)
         while True:
-            shares = self.assign(targets, silent)
-            actions = make_actions(shares, records, containers, get_clock(), self.config.runtime.settle, mark)
+            offers = {}
+            if any(target.deployment and target.deployment.constraints for target in targets):
+                offers = load_capabilities(self.devices, self.config)
+            placed = place_targets(targets, records, self.devices, self.seen, offers)
+            actions = make_plan(placed, records, self.devices, self.seen, get_clock(), runtime.settle, mark,
+                                self.is_downtime())
             unread = {action.key for action in actions
                       if action.verb in CHANGES and not action.target.deployment}
             if not unread:
-                return actions, seen
+                return actions
             targets = [read_target(target, load_document, self.config) if target.key in unread else target
                        for target in targets]
 
@@ -550,13 +537,24 @@ class Agent:
         accepted = accepted or self.state["accepted"]
         if not accepted:
             return                                  # what runs is left alone until a WFM says what should
-        actions, seen = self.decide(accepted, self.store.load_artifact)
+        actions = self.decide(accepted, self.store.load_artifact)
+        records = self.state["deployments"]
+        if "digest" in accepted:                    # what no record tells of is counted here (F-32)
+            removed = {action.key for action in actions if action.verb == "remove"}
+            self.check_removals(accepted, removed.difference(records))
+        new = [action for action in actions
+               if action.target and not action.target.error and action.key not in records]
+        for action in new:                          # received, not started (protocol 5.1)
+            records[action.key] = begin_record(make_record(action.target, action.device_id), action.target)
+            enqueue_status(self.state, records[action.key])
+        if new:
+            self.store.save_state(self.state)
         actions = [action for action in actions if action.verb != "keep"]
         if actions:
             self.prune()                            # before anything is pulled, too (P-5)
-        troubles = self.carry_out(actions, seen, accepted["version"])
+        troubles = self.carry_out(actions, accepted["version"])
         for device in self.devices:
-            sight = seen[device.device_id]
+            sight = self.seen[device.device_id]
             name = f"child device {device.device_id}: " if device.silence else ""
             troubles += [name + fault.message for fault in sight.silent.values()]
             for driver in () if self.changed else sight.drivers.values():
@@ -574,18 +572,16 @@ class Agent:
         """
         if not self.config.runtime.prune:
             return
-        digests, images = find_needed(self.state)
-        self.store.prune_artifacts(digests)
-        drivers = {make_prefix(device_id, self.device_id): found.values()
-                   for device_id, found in self.answering.items()}
+        needed = find_needed(self.state)
+        self.store.prune_artifacts(needed)
         for entry in self.state["pulled"]:
-            device_id, space, name = entry.rpartition(" ")
-            there = drivers.get(device_id + space, ())
-            if name not in images and any(driver.remove_image(name) for driver in there):
+            device_id, _, name = entry.rpartition(" ")
+            sight = self.seen.get(device_id or self.device_id, NOTHING)
+            if name not in needed and any(driver.remove_image(name) for driver in sight.drivers.values()):
                 log("info", "image pruned", image=entry)
                 self.state["pulled"] = [other for other in self.state["pulled"] if other != entry]
 
-    def carry_out(self, actions, seen, version):
+    def carry_out(self, actions, version):
         """Carries out a plan, group by group; returns what went wrong and fails no deployment, in words."""
         records = self.state["deployments"]
         troubles = []
@@ -593,10 +589,12 @@ class Agent:
             ready = {}
             for action in group:
                 self.check_stopping()
-                step = self.begin(action, seen, version, troubles)
-                if action.verb in CHANGES:
-                    step.before = [self.begin(other, seen, version, troubles) for other in actions
-                                   if other.verb == "clear" and other.key == action.key]
+                step = self.begin(action, version, troubles)
+                if action.verb in CHANGES:          # it is cleared where it was, before it starts here
+                    step.before = [self.begin(action._replace(verb="clear", target=None, device_id=home),
+                                              version, troubles)
+                                   for home, sight in self.seen.items() if home != action.device_id
+                                   and find_containers(action.deployment_id, sight.containers)]
                 if self.advance(step):
                     ready[action.key] = step
             stopped = False
@@ -618,22 +616,21 @@ class Agent:
         if self.stopping():
             raise Interrupted("ended before everything was done; the next run goes on from here")
 
-    def begin(self, action, seen, version, troubles):
+    def begin(self, action, version, troubles):
         """The Step of an action, before anything of it is done."""
+        target = action.target
         record = self.state["deployments"].get(action.key)
         home = record and record["deviceId"]
         holds = find_held_ports(record) if record else set()
-        if record and home not in seen and action.verb != "keep":
+        if record and home not in self.seen:
             log("warning", "its device is no longer configured; what runs there is forgotten",
                 deployment=action.deployment_id, device=home)
-        if not record or home != action.device_id and action.target and action.verb != "clear":
-            record = make_record(action.target or Target(action.deployment_id, ""), action.device_id)
-        sight = seen[action.device_id]
-        verb = action.verb
-        if self.is_downtime():
-            verb, record = hold_quiet(action, record, sight.containers, get_clock())
-        return Step(verb, action=action, record=record, holds=holds, sight=sight, config=self.config,
-                    store=self.store, version=version, troubles=troubles)
+        if not record or target and home != action.device_id:
+            record = make_record(target or Target(action.deployment_id, ""), action.device_id)
+        if action.verb == "clear":
+            record = dict(record, deviceId=action.device_id, components=[])
+        return Step(action=action, record=record, holds=holds, sight=self.seen[action.device_id],
+                    config=self.config, store=self.store, version=version, troubles=troubles)
 
     def advance(self, step, turn=None):
         """Carries on with a step until it is ready to change something, or done; whether it is ready.
@@ -644,7 +641,7 @@ class Agent:
         action = step.action
         try:
             item = step.course.send(turn)
-            while not isinstance(item, Ready):
+            while not isinstance(item, set):
                 if not step.begun:
                     log("info", PRINTED.get(action.verb, action.verb), deployment=action.deployment_id,
                         reason=action.reason)
@@ -655,23 +652,19 @@ class Agent:
         except StopIteration:
             record = self.state["deployments"].get(action.key)
             if step.begun and record and action.verb != "clear":
-                self.tell(record)
+                level, why = "info", {}
+                if record["state"] == "failed":
+                    level = "error"
+                    why = {"code": record["error"]["code"], "reason": make_failure_words(record)}
+                log(level, record["state"], deployment=record["deploymentId"], name=record["name"], **why)
             return False
-        step.takes = item.takes
+        step.takes = item
         return True
-
-    def tell(self, record):
-        """Logs what became of a deployment."""
-        facts = {"deployment": record["deploymentId"], "name": record["name"]}
-        level = "info"
-        if record["state"] == "failed":
-            level = "error"
-            facts.update(code=record["error"]["code"], reason=make_failure_words(record))
-        log(level, record["state"], **facts)
 
     def keep(self, step, record):
         """Makes a record durable, with what was fetched for it, and tells the WFM."""
-        prefix = make_prefix(step.action.device_id, self.device_id)
+        device_id = step.action.device_id
+        prefix = "" if device_id == self.device_id else f"{device_id} "
         images = {prefix + name for name in step.fetched if not re.fullmatch(DIGEST_PATTERN, name)}
         self.state["pulled"] = sorted(images.union(self.state["pulled"]))
         if record["state"] not in ("installed", "removed"):     # the next attempt finds it here (P-15)
@@ -695,29 +688,34 @@ class Agent:
                 acknowledge_status(state, key)
             except (Refused, Unreachable, Untrusted) as error:
                 words = put_off_status(state, key, error, clock, get_random())
-                if key in state["outbox"]:
-                    self.faults.append(error)
-                    log("warning", words, deployment=key, reason=error.message)
-                else:
-                    log("error", f"{words}; it is dropped", deployment=key, reason=error.message)
+                waits = key in state["outbox"]
+                log("warning" if waits else "error", words, deployment=key, reason=error.message)
+                self.faults += [error] if waits else []
                 answered = error.status or isinstance(error, Refused)
                 if error.retry_after or not answered:
                     return answered                 # the others come next time
         return True
 
-    def conclude(self, began):
+    def conclude(self):
         """The Outcome of a cycle, kept where `status` finds it; writes the disk only if something changed."""
         state = self.state
         fault = max(self.faults, key=lambda fault: fault.exit, default=None)
         failed = any(record["state"] == "failed" for record in state["deployments"].values())
-        result, code = judge_cycle(fault, self.changed, failed, bool(state["outbox"] or state["waits"]))
+        silence = fault and not fault.exit          # the operator's own, which is no fault
+        waits = (state["outbox"] or state["waits"]) and not silence
         detail = fault.message if fault else ""
+        code = max(fault.exit if fault else 0, 1 if failed else 0, 3 if waits else 0)
+        result = "applied" if self.changed else "unchanged"
+        if fault and not silence:
+            result = fault.result
+        elif failed:
+            result = "failed"
         note_outcome(state, fault)
         memo = self.store.load_memo()
-        memo["lastPoll"] = last = {"at": make_time(began), "result": result, "detail": detail}
-        if self.answering:
+        memo["lastPoll"] = last = {"at": make_time(self.began), "result": result, "detail": detail}
+        if self.seen:
             known = None if self.changed else memo.get("others")
-            memo["others"] = ask_others(self.answering, known)[:MAX_NAMED]
+            memo["others"] = ask_others(self.seen, known)[:MAX_NAMED]
         try:
             if make_state_data(state) != self.store.saved:
                 state["lastPoll"] = last
@@ -730,21 +728,6 @@ class Agent:
 
 # What a cycle does, in order: functions of the Agent.  A MargoError ends that step alone.
 STEPS = [Agent.exchange, Agent.reconcile, Agent.flush_outbox]
-
-
-def judge_cycle(fault, changed, failed, waiting):
-    """(word of `lastPoll.result`, exit code) of a cycle; the operator's own silence is no fault.
-
-    fault: the worst MargoError, or None.  changed: whether there was something to do.  failed: whether a
-    deployment has failed.  waiting: whether a report waits to be taken.
-    """
-    silence = bool(fault) and not fault.exit
-    code = max(fault.exit if fault else 0, int(failed), 3 if waiting and not silence else 0)
-    if fault and not silence:
-        return fault.result, code
-    if failed:
-        return "failed", code
-    return "applied" if changed else "unchanged", code
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -762,114 +745,100 @@ def needs_document(target, record):
     return record["state"] not in ("installed", "failed")
 
 
-def make_actions(shares, records, containers, clock, settle=0, mark=""):
-    """[Action] for all devices, in order: removals first.
+def make_plan(targets, records, devices, seen, clock, settle=0, mark="", quiet=False):
+    """[Action] for all devices: removals first, to free what they hold, then the manifest's own order.
 
-    records: those of all devices.  containers: {device id: [Container]}.  What a deployment has left on a
-    device where it is not at home any more is cleared once it runs where it belongs, or when it is about to.
+    targets: as place_targets returns them, deployment and error both None where needs_document said so.
+    records: {key: record}, each at home on one of the devices.  devices: [Device].  seen: {device id: Seen}.
+    clock: a Clock.  settle, mark: `runtime.settle` and make_mark of `runtime.environment`.  quiet: whether it
+    is downtime.
+    What a deployment has left on another device than its own is cleared once it runs where it belongs.
     """
-    homes = {target.key: "" if target.error else target.device_id
-             for share in shares for target in share.targets}
-    actions, strays = [], []
-    placed = set()              # what runs where it belongs, or is about to
-    for share in shares:
-        there = containers[share.device.device_id]
-        placed.update(key for key, record in share.records.items() if record["state"] == "installed")
-        for action in make_plan(share.targets, share.records, there, clock, settle, mark, share.unseen):
-            action = hold_back(action, share)._replace(device_id=share.device.device_id)
-            record = records.get(action.key)
-            elsewhere = action.key in homes or record and action.key not in share.records
-            if action.verb == "remove" and elsewhere:
-                strays.append(action._replace(verb="clear"))
-                continue
-            if action.verb in CHANGES:
-                placed.add(action.key)
-                if record and record["running"] and record["deviceId"] != action.device_id:
-                    action = action._replace(reason=f"moves here from {record['deviceId']}")
-            actions.append(action)
-    for stray in strays:
-        home = homes.get(stray.key)
-        if home is None:
-            actions.append(stray)
-        elif home and stray.key in placed:
-            actions.append(stray._replace(reason=f"belongs on {home}"))
-    return sorted(actions, key=lambda action: action.verb not in ("remove", "clear"))
+    wanted = {target.key: target for target in targets}
+    silences = {device.device_id: device.silence for device in devices}
+    there = {(record["deviceId"], key): [] for key, record in records.items()
+             if record["state"] != "removed" and key not in wanted}
+    for home, sight in seen.items():
+        for container in sight.containers:
+            there.setdefault((home, container.key), []).append(container)
+    removals, actions = [], []
+    settled = set()             # what runs where it belongs; where it is about to, its step clears the others
+    for key, target in wanted.items():
+        home = target.device_id
+        before = records.get(key)
+        record = before if before and before["deviceId"] == home else None
+        fault = find_fault(seen[home], record, target)
+        containers = there.pop((home, key), [])
+        shown = None if fault else containers
+        verb, reason, *culprit = find_action(target, record, shown, clock, settle, mark, quiet)
+        if not record and before and before["running"] and verb == "install":
+            reason = f"moves here from {before['deviceId']}"
+        action = Action(target.deployment_id, verb, reason, target, home, *culprit)
+        actions.append(hold_back(action, silences[home], record, fault))
+        if record and record["state"] == "installed" and verb not in CHANGES and not target.error:
+            settled.add(key)
+    for home, key in sorted(there):
+        target = wanted.get(key)
+        record = records.get(key)
+        here = record if record and record["deviceId"] == home and not target else None
+        named = record["deploymentId"] if record else there[home, key][-1].deployment_id
+        reason = f"belongs on {target.device_id}" if target else "not in the desired state"
+        action = Action(named, "clear" if target or record and not here else "remove", reason, None, home)
+        if here and "leaving" in here["retry"] and find_wait(here["retry"], clock):
+            words = f"cannot be removed ({here['error']['code']}); {make_due(here, clock)}"
+            action = action._replace(verb="keep", reason=words)
+        if not target or key in settled:
+            removals.append(hold_back(action, silences[home], here, find_fault(seen[home], here)))
+    return removals + actions
 
 
-def make_plan(targets, records, containers, clock, settle=0, mark="", unseen=()):
-    """[Action] for one device: removals first, to free what they hold, then the manifest's own order.
+def find_action(target, record, containers, clock, settle, mark, quiet):
+    """(verb, reason) for one deployment that is wanted, and what is repaired in vain, see Action.
 
-    targets: [Target], deployment and error both None where needs_document said so.  records: those of the
-    state's `deployments` that are at home here.  containers: [Container] as observed.  clock: a Clock.
-    settle, mark: `runtime.settle` and make_mark of `runtime.environment`.  unseen: keys of deployments of
-    which not everything could be observed (then nothing is taken for drift).
+    containers: its own, None where they cannot be seen.  In downtime (quiet) nothing is fetched (protocol
+    10), and the version before runs.
     """
-    wanted = {target.key for target in targets}
-    seen = {}
-    for container in containers:
-        seen.setdefault(container.key, []).append(container)
-    unwanted = {key: items[-1].deployment_id for key, items in seen.items()}
-    unwanted.update((key, record["deploymentId"]) for key, record in records.items()
-                    if record["state"] != "removed")
-    plan = [Action(unwanted[key], "remove", "not in the desired state") for key in sorted(unwanted)
-            if key not in wanted]
-    for target in targets:
-        there = None if target.key in unseen else seen.get(target.key, [])
-        action = make_action(target, records.get(target.key), there, clock, settle, mark)
-        plan.append(action._replace(target=target))
-    return plan
-
-
-def make_action(target, record, containers, clock, settle, mark):
-    """The Action for one deployment that is wanted; containers: its own."""
-    def act(verb, reason, culprit=None):
-        return Action(target.deployment_id, verb, reason, culprit=culprit)
-
-    same = record and record["adopted"]["digest"] == target.digest
-    state = record and record["state"]
+    record = record or make_record(target, "")
+    running = record["running"]
+    versions = [version["digest"] for version in (running, record["previous"]) if version]
+    quiet = quiet and target.digest not in versions
+    state = record["state"]
+    same = record["adopted"]["digest"] == target.digest
     # A removal that failed says nothing of a deployment that is wanted again.
-    retry = find_wait(record["retry"], clock) if record and "leaving" not in record["retry"] else 0
-    pause = find_wait(record["repair"], clock) if record else 0
-    if same and state == "failed" and record["fallback"] and not pause and (target.error or retry):
-        words = find_drift(record["running"]["services"], containers, clock.now, settle)[1]
+    retry = 0 if "leaving" in record["retry"] else find_wait(record["retry"], clock)
+    pause = find_wait(record["repair"], clock) if same else 0   # another revision, another count
+    waits = quiet or same and state == "failed" and (target.error or retry)
+    before = record["fallback"] or running and not same         # whether it runs while this one waits
+    if waits and before and not pause:
+        words = find_drift(list_running(record), containers, clock.now, settle)[1]
         if words:
-            return act("restore", f"drift: {words}; the version before is brought back")
+            return "restore", f"drift: {words}; the version before is brought back"
     if target.error:
-        return act("refuse", f"{target.error.code}: {target.error.message}")
-    if record is None:
-        return act("install", "new")
-    change = "update" if record["running"] else "install"
+        return "refuse", make_refusal(target.error)
+    if quiet:
+        return "keep", "downtime: nothing is fetched"
+    change = "update" if running else "install"
     if not same:
-        return act(change, "another revision")
+        return change, "another revision"
     if record["refused"]:
-        return act(change, "was refused before, and can be carried out now")
+        return change, "was refused before, and can be carried out now"
     if state == "failed" and retry:
-        return act("keep", f"failed ({record['error']['code']}); {make_due(record, clock)}")
+        return "keep", f"failed ({record['error']['code']}); {make_due(record, clock)}"
     if state == "failed":
-        return act(change, f"failed before, attempt {record['retry'].get('failures', 0) + 1}")
-    if state in ("pending", "removed") and not record["running"]:
-        return act("install", "new")
+        return change, f"failed before, attempt {record['retry'].get('failures', 0) + 1}"
+    if state in ("pending", "removed") and not running:
+        return "install", "new"
     if state != "installed":
-        return act(change, f"was interrupted while {state}")
+        return change, f"was interrupted while {state}"
     culprit, words = find_drift(list_parts(record, "services"), containers, clock.now, settle)
     if words and pause:
         words += f" although it was repaired {record['repair']['failures']} times"
-        return act("give_up", f"{words}; next attempt at {make_time(clock.now + pause)}", culprit)
-    if not words and record["type"] == "compose" and record["running"].get("mark", mark) != mark:
-        return act("update", "runtime.environment has changed")
-    return act("update", f"drift: {words}") if words else act("keep", "as desired")
-
-
-def hold_quiet(action, record, containers, clock):
-    """(verb, record) of an action in downtime: nothing is fetched (protocol 10), the version before runs."""
-    versions = filter(None, (record["running"], record["previous"]))
-    if action.verb not in CHANGES or action.target.digest in [version["digest"] for version in versions]:
-        return action.verb, record
-    record = begin_record(record, action.target)
-    there = find_containers(record["deploymentId"], containers)
-    mend = record["fallback"] and not find_wait(record["repair"], clock)
-    services = record["running"]["services"] if mend else {}
-    return "restore" if mend and find_drift(services, there, clock.now, 0)[1] else "keep", record
+        return "give_up", f"{words}; next attempt at {make_time(clock.now + pause)}", culprit
+    if words:
+        return "update", f"drift: {words}"
+    if record["type"] == "compose" and running.get("mark", mark) != mark:
+        return "update", "runtime.environment has changed"
+    return "keep", "as desired"
 
 
 def find_drift(services, containers, now, settle):
@@ -916,19 +885,21 @@ def judge_containers(found, facts, now, settle):
 
 Change = define("Change", "event name record deployment rollback kind",
     "What listeners are told of: install, update or removal of the component `name`; rollback: on the way"
-    " back to the version before; kind: the deployment type of what is removed.", None)
-Ready = define("Ready", "takes",
-    "What a step says once all that can fail or say no has been done, and nothing is touched: the host's"
-    " ports that it will take, as find_held_ports has them.  It is answered by the verb and the words of"
-    " find_turn.")
+    " back to the version before; kind: its deployment type.")
 # Functions (before or after, Change, Step, error or None) of optional rooms; `before` may raise Forbidden.
 LISTENERS = []
+
+
+def tell_listeners(moment, change, step, error=None):
+    """Tells every listener of a change, before or after it."""
+    for listener in LISTENERS:
+        listener(moment, change, step, error)
 
 
 class Step:
     """One action under way.
 
-    action, record      the Action, and the record that it begins with
+    action, record      the Action, and what its deployment's record says now
     takes, holds        ports of the host that it will take, and that it holds, see find_held_ports
     sight               what its device shows: Seen
     config, store       Settings and Store
@@ -938,14 +909,20 @@ class Step:
     before              Steps that clear what moves here, where it was
     fetched             digests of packages and names of images that it has fetched
     begun               whether it has changed something
+    name                the component that is worked on, or None
+    touched, services   whether anything was touched that runs, and {component: {service: facts}} of what
+                        was made to run
     """
 
-    def __init__(self, verb, **facts):
+    def __init__(self, **facts):
         vars(self).update(facts)
-        self.course = EXECUTE[verb](self)
-        self.before, self.fetched = [], []
+        self.course = EXECUTE[self.action.verb](self)
+        self.before = []
+        self.fetched = []
         self.takes = set()
-        self.begun = False
+        self.services = {}
+        self.name = None
+        self.begun = self.touched = False
 
     def get_driver(self, kind):
         """The driver for a deployment type; raises ComponentError UNSUPPORTED_TYPE."""
@@ -962,207 +939,219 @@ class Step:
             raise target.error
         return target.deployment
 
-    def look(self, record):
-        """Looks anew at what there is of a deployment; raises CommandError."""
-        self.sight = self.sight._replace(containers=observe_all(self.sight.drivers, record))
+    def look(self):
+        """Looks anew at what there is of the deployment; raises CommandError."""
+        containers = []
+        for kind, driver in self.sight.drivers.items():
+            if is_asked(kind, self.record):
+                containers += driver.observe([self.record])
+        self.sight = self.sight._replace(containers=containers)
 
-    def fail(self, record, name, error, refused=False):
-        """The record after a ComponentError of the component `name`, or of all (None)."""
-        return fail_record(record, name, error, get_clock(), get_random(), refused)
+    def find_containers(self):
+        """[Container] of the deployment."""
+        return find_containers(self.record["deploymentId"], self.sight.containers)
 
+    def list_dropped(self, deployment, components, rollback):
+        """[Change] for what there is of the deployment and is not wanted, last component first (D-19).
 
-class Notices:
-    """The changes of one step: listeners agree to all before the first is made, and hear of each."""
+        The engine is asked, and the memory only where nothing is wanted: something may be there that is no
+        container.
+        """
+        record = self.record
+        kind = record["type"]
+        here = record["deviceId"] == self.action.device_id      # else its device is forgotten
+        known = [(item["name"], kind) for item in reversed(record["components"])
+                 if item["state"] != "pending" and (kind in self.sight.drivers or here and item["services"])]
+        known = [] if components else known
+        wanted = [(component.name, deployment.type) for component in components]
+        there = {(item.component, item.type) for item in self.find_containers()}.difference(wanted, known)
+        return [Change("removal", name, record, deployment, rollback, kind)
+                for name, kind in sorted(there) + known]
 
-    def __init__(self, step):
-        self.step, self.agreed = step, []
+    def prepare(self, deployment, components, packages, rollback):
+        """([(component, driver, workload, package)], [Change]): all is fetched and verified, nothing touched."""
+        prepared, changes = [], []
+        for component in components:
+            self.name = component.name
+            driver = self.get_driver(deployment.type)
+            known = packages.get(self.name)
+            workload, package = driver.prepare(deployment, component, known, self.store, self.fetched)
+            prepared.append((component, driver, workload, package))
+            event = "update" if rollback or known else "install"
+            changes.append(Change(event, self.name, self.record, deployment, rollback, deployment.type))
+        return prepared, changes + self.list_dropped(deployment, components, rollback)
 
-    def __enter__(self):
-        return self
-
-    def ask(self, change):
-        """Raises ComponentError where a listener forbids the change."""
-        for listener in LISTENERS:
-            listener("before", change, self.step, None)
-        self.agreed.append(change)
-
-    def tell(self, change, error=None):
-        """The change has been made, or nothing comes of it."""
-        self.agreed.remove(change)
-        for listener in LISTENERS:
-            listener("after", change, self.step, error)
-
-    def remove(self, change):
-        """Removes all of one component; raises ComponentError, CommandError."""
-        deadline = time.monotonic() + COMPONENT_TIMEOUT
-        driver = self.step.get_driver(change.kind)
-        driver.remove(change.record["deploymentId"], change.name, self.step.sight.containers, deadline)
-        self.tell(change)
-
-    def __exit__(self, kind, error, _):
-        for change in self.agreed[:] if isinstance(error, FAULTS) else ():
-            self.tell(change, to_fault(error))
-
-
-class Installation:
-    """A deployment on its way to a version: its record so far, and whether anything was touched."""
-
-    def __init__(self, record, step):
-        self.record, self.step = record, step
-        self.name, self.touched, self.services = None, False, {}
-
-    def run(self, deployment, packages, services, rollback=False):
-        """Makes a version run, and nothing else of its deployment.
+    def run(self, deployment, components, packages, services, rollback=False):
+        """Makes these components run, and nothing else of their deployment.
 
         All that can fail or say no comes first: everything is fetched and verified, and every listener agrees
-        (D-11, P-20).  Then it yields Ready, and after that the record at each change, which the caller makes
-        durable before the next one.  packages, services: what is known of the version, {component: package}
-        and {component: {service: facts}}.  rollback: the version before is brought back, in one go.
+        (D-11, P-20).  Then it waits for its turn.  After that it yields the record at each change, which the
+        caller makes durable before the next one.  packages, services: what is known of the version,
+        {component: package} and {component: {service: facts}}.  rollback: it is the way back from a failure;
+        nobody is asked, and nothing is yielded.
         """
-        step = self.step
         if rollback:
-            step.look(self.record)
-        prepared, changes = [], []
-        for component in deployment.components:
-            self.name = component.name
-            driver = step.get_driver(deployment.type)
-            known = packages.get(self.name)
-            prepared.append(driver.prepare(deployment, component, known, step.store, step.fetched))
-            event = "update" if rollback or known else "install"
-            changes.append(Change(event, self.name, self.record, deployment, rollback))
-        dropped = find_dropped(self.record, deployment, step.sight.containers, rollback)
-        with Notices(step) as notices:
-            for change in changes + dropped:
-                self.name = None if change.kind else change.name
-                notices.ask(change)
+            self.look()
+        prepared, changes = self.prepare(deployment, components, packages, rollback)
+        agreed = []
+        try:
+            for change in changes:
+                self.name = change.name
+                self.get_driver(change.kind)        # what it drove may run still
+                tell_listeners("before", change, self)
+                agreed.append(change)
             self.name = None
-            if not rollback:
-                yield from self.take_turn([port for item, _ in prepared for port in driver.list_ports(item)])
-            for component, change, (workload, package) in zip(deployment.components, changes, prepared):
+            if components and not rollback:
+                yield from self.take_turn(prepared)
+            for component, driver, workload, package in prepared:
                 self.name = component.name
                 if not rollback:
                     self.record = set_component(self.record, self.name, "installing")
                     yield self.record
                 self.touched = True
                 deadline = time.monotonic() + component.timeout
-                known = services.get(self.name, {})
-                self.services[self.name] = driver.apply(workload, step.sight.containers, known, deadline)
-                notices.tell(change)
+                facts = driver.apply(workload, self.sight.containers, services.get(self.name, {}), deadline)
+                self.services[self.name] = facts
+                tell_listeners("after", agreed.pop(0), self)
                 self.record = set_component(self.record, self.name, "installed", package=package,
-                                            services=self.services[self.name])
+                                            services=facts)
                 if not rollback and self.record["state"] != "installed":    # said once nothing else is left
                     yield self.record
-            self.name = None
-            for change in dropped:
-                notices.remove(change)
+            for change in changes[len(prepared):]:
+                self.name = change.name
+                deadline = time.monotonic() + COMPONENT_TIMEOUT
+                self.get_driver(change.kind).remove(deployment.deployment_id, self.name,
+                                                    self.sight.containers, deadline)
+                tell_listeners("after", agreed.pop(0), self)
+                if not components:
+                    self.record = set_component(self.record, self.name, "removed")
+                    if not rollback and self.record["state"] != "removed":
+                        yield self.record
+        except FAULTS as error:
+            for change in agreed:
+                tell_listeners("after", change, self, to_fault(error))
+            raise
 
-    def take_turn(self, ports):
+    def take_turn(self, prepared):
         """Waits for its turn, after freeing its ports where others wait for them; then clears what moves."""
-        step = self.step
         verb = "stop"
+        takes = {(self.action.device_id, *port)
+                 for _, driver, workload, _ in prepared for port in driver.list_ports(workload)}
         while verb == "stop":
-            verb, words = yield Ready({(step.action.device_id, *port) for port in ports})
+            verb, words = yield takes
             if verb == "fail":
                 raise ComponentError("PORT_IN_USE", words)
-            while step.before:
-                try:
-                    clear(step.before.pop())
-                except (CommandError, ComponentError) as error:
-                    if isinstance(error, Forbidden):
-                        raise
-                    step.troubles.append(error.message)
+            while self.before:
+                self.before.pop().clear()
             ids = [facts["id"] for facts in list_facts(self.record) if facts.get("ports")]
             if verb == "stop" and ids:
                 self.touched = True
-                driver = step.get_driver(self.record["running"]["type"])
+                driver = self.get_driver(self.record["running"]["type"])
                 driver.stop(ids, time.monotonic() + COMPONENT_TIMEOUT)
-                step.look(self.record)
+                self.look()
 
-    def fail(self, error, deployment):
-        """The record after a failure; as runtime.on_failure says, the version before runs again (P-8)."""
-        name, words = self.name, error.message
-        code = error.code if isinstance(error, ComponentError) else "INSTALL_FAILED"
-        code = "OUT_OF_MEMORY" if isinstance(error, NoMemory) else code
-        begun = self.record["state"] != "pending"               # else it has only freed its ports
-        if self.touched and begun and self.step.config.runtime.on_failure != "rollback":
-            self.record = dict(self.record, fallback=False)     # it is left as it is, for inspection
-        elif self.touched and (self.record["fallback"] or not self.record["running"]):
-            words = f"{words}; {self.undo(deployment)}"
-        return self.step.fail(self.record, name, ComponentError(code, words, retry_after=error.retry_after))
+    def clear(self):
+        """Removes what the deployment has where it is not at home: no deployment fails by that.
+
+        Raises Forbidden.
+        """
+        try:
+            list(self.run(make_nothing(self.record), (), {}, {}))
+        except Forbidden:
+            raise
+        except (CommandError, ComponentError) as error:
+            self.troubles.append(error.message)
+
+    def fail(self, error, refused=False):
+        """The record after a ComponentError: of the component that is worked on, or else of all."""
+        names = [item["name"] for item in self.record["components"]]
+        name = self.name if self.name in names else None
+        return fail_record(self.record, name, error, get_clock(), get_random(), refused)
 
     def undo(self, deployment=None):
-        """Brings the version before back, or removes what was begun; what came of it, in words."""
+        """Brings the version before back, or takes away what was begun; what came of it, in words."""
+        before = self.record["running"]
+        there = self.find_containers()
         try:
-            return self.go_back() if self.record["running"] else self.take_back(deployment)
+            if before:
+                self.services = {}
+                old = self.load_deployment(before["digest"])
+                list(self.run(old, old.components, before["packages"], before["services"], rollback=True))
+                log("warning", "rolled back; the version before runs again",
+                    deployment=self.record["deploymentId"], digest=before["digest"])
+                self.record = dict(self.record, running=dict(before, services=self.services))
+                return "the version before runs again"
+            if there and self.record.get("found"):              # what ran before, of a lost state
+                driver = self.get_driver(there[0].type)
+                return driver.bring_back(there, time.monotonic() + COMPONENT_TIMEOUT)
+            list(self.run(deployment, (), {}, {}, rollback=True))
+            self.record = set_component(self.record, None, "pending", services={})
+            return "it is taken back until the next attempt"
         except TROUBLE as error:
             words = f"going back failed too: {to_fault(error).message}"
             log("error", words, deployment=self.record["deploymentId"])
             return words
 
-    def take_back(self, deployment):
-        """Leaves nothing that crashes on and on; what ran before it, of a lost state, runs again."""
-        before = find_containers(deployment.deployment_id, self.step.sight.containers)
-        if before and self.record.get("found"):
-            driver = self.step.get_driver(before[0].type)
-            return driver.bring_back(before, time.monotonic() + COMPONENT_TIMEOUT)
-        list(self.run(deployment._replace(components=[]), {}, {}, rollback=True))
-        self.record = set_component(self.record, None, "pending", services={})
-        return "it is taken back until the next attempt"
-
-    def go_back(self):
-        """Makes the version before run."""
-        before = self.record["running"]
-        self.services = {}
-        deployment = self.step.load_deployment(before["digest"])
-        list(self.run(deployment, before["packages"], before["services"], rollback=True))
-        log("warning", "rolled back; the version before runs again", deployment=self.record["deploymentId"],
-            digest=before["digest"])
-        self.record = dict(self.record, running=dict(before, services=self.services))
-        return "the version before runs again"
-
 
 def apply_install(step):
-    """Makes one deployment as its target says, new or not; a failure ends in a failed record."""
+    """Makes one deployment as its target says, new or not; a failure ends in a failed record.
+
+    Then the version before runs again, as runtime.on_failure says (P-8).
+    """
     target, record = step.action.target, step.record
-    known = list_parts(record, "package"), list_parts(record, "services")
+    deployment = target.deployment
+    packages = list_parts(record, "package")
+    services = list_parts(record, "services")
     running = record["running"]
     if running and running["digest"] == target.digest == record["adopted"]["digest"]:
         record = count_repair(record, get_clock())
     if record["state"] == "pending" and not running and not record["retry"]:
-        record = dict(record, found=bool(find_containers(target.deployment_id, step.sight.containers)))
-    job = Installation(begin_record(record, target), step)
-    yield job.record
+        record = dict(record, found=bool(step.find_containers()))
+    step.record = begin_record(record, target)
+    yield step.record
     try:
-        yield from job.run(target.deployment, *known)
-        yield finish_record(job.record, make_mark(step.config.runtime.environment))
+        yield from step.run(deployment, deployment.components, packages, services)
+        yield finish_record(step.record, make_mark(step.config.runtime.environment))
     except TROUBLE as error:
-        yield job.fail(to_fault(error), target.deployment)
+        fault = to_fault(error)
+        name = step.name
+        words = fault.message
+        code = fault.code if isinstance(fault, ComponentError) else "INSTALL_FAILED"
+        code = "OUT_OF_MEMORY" if isinstance(fault, NoMemory) else code
+        begun = step.record["state"] != "pending"               # else it has only freed its ports
+        if step.touched and begun and step.config.runtime.on_failure != "rollback":
+            step.record = dict(step.record, fallback=False)     # it is left as it is, for inspection
+        elif step.touched and (step.record["fallback"] or not running):
+            words = f"{words}; {step.undo(deployment)}"
+        step.name = name
+        yield step.fail(ComponentError(code, words, retry_after=fault.retry_after))
 
 
 def apply_restore(step):
     """Mends the version before while another one waits for its next attempt; its error stays (P-1, P-12)."""
-    record = step.record
+    record, target = step.record, step.action.target
+    if record["adopted"]["digest"] != target.digest:
+        record = begin_record(record, target)
     yield record
-    job = Installation(count_repair(record, get_clock()), step)
-    job.undo()
+    step.record = count_repair(record, get_clock())
+    step.undo()
     components = [dict(new, state=old["state"], error=old["error"])
-                  for new, old in zip(job.record["components"], record["components"])]
-    yield dict(job.record, state=record["state"], error=record["error"], components=components)
+                  for new, old in zip(step.record["components"], record["components"])]
+    yield dict(step.record, state=record["state"], error=record["error"], components=components)
 
 
 def apply_give_up(step):
     """Fails a deployment that was repaired in vain too often, and says how its log ends (P-6, P-7)."""
     record, culprit = step.record, step.action.culprit
-    there = [container.id for container in find_containers(record["deploymentId"], step.sight.containers)
-             if (container.component, container.service) == culprit]
+    there = [item.id for item in step.find_containers() if (item.component, item.service) == culprit]
+    step.name = culprit[0]
     try:                                            # without its document nobody knows what to mask
-        digest = record["adopted"]["digest"]
-        deployment = step.load_deployment(digest)
-        secrets = make_variables(deployment, culprit[0]).values()
+        deployment = step.load_deployment(record["adopted"]["digest"])
+        secrets = make_variables(deployment, step.name).values()
         words = step.get_driver(deployment.type).tail_log((there or [""])[-1], secrets)
     except FAULTS:
         words = ""
-    failed = step.fail(record, culprit[0], ComponentError("UNSTABLE", step.action.reason + words))
+    failed = step.fail(ComponentError("UNSTABLE", step.action.reason + words))
     yield dict(failed, retry=dict(record["repair"], failures=failed["retry"]["failures"]))
 
 
@@ -1171,7 +1160,8 @@ def apply_refusal(step):
     record, target = step.record, step.action.target
     same = record["refused"] and record["adopted"]["digest"] == target.digest
     if not same or record["error"]["message"] != target.error.message:
-        yield step.fail(begin_record(record, target), None, target.error, refused=True)
+        step.record = begin_record(record, target)
+        yield step.fail(target.error, refused=True)
 
 
 def apply_nothing(step):
@@ -1182,72 +1172,42 @@ def apply_nothing(step):
 def apply_removal(step):
     """Removes all of a deployment, last component first; only an empty engine counts as removed (D-21)."""
     record = step.record
-    there = find_components(record["deploymentId"], step.sight.containers)
+    there = step.find_containers()
     if there and not record["components"]:          # the state was lost; they are still reported (C-131)
-        found = [dict(BLANK, name=name) for name in sorted({name for name, _ in there})]
-        record = dict(record, type=there[0][1], components=found)
+        found = [dict(BLANK, name=name) for name in sorted({item.component for item in there})]
+        record = dict(record, type=there[0].type, components=found)
     adopted = dict(record["adopted"], version=step.version)
-    record = dict(set_component(record, None, "removing"), error=None, adopted=adopted)
-    yield record
-    try:                                            # listeners are told of it
-        digest = (record["running"] or record["adopted"])["digest"]
-        deployment = step.load_deployment(digest)
-    except (ComponentError, StorageError):
-        deployment = make_nothing(record)
-    names = [component["name"] for component in record["components"]]
-    known = [(name, record["type"]) for name in names[::-1]]
-    here = record["deviceId"] == step.action.device_id          # else its device is forgotten
-    held = {component["name"] for component in record["components"] if here and component["services"]}
-    changes = [Change("removal", name, record, deployment, False, kind)
-               for name, kind in [item for item in there if item not in known] + known
-               if kind in step.sight.drivers or name in held]
-    name = None
+    step.record = dict(set_component(record, None, "removing"), error=None, adopted=adopted)
+    yield step.record
     try:
-        with Notices(step) as notices:
-            for change in changes:
-                name = change.name
-                step.get_driver(change.kind)        # it may run still
-                notices.ask(change)
-            for change in changes:
-                name = change.name
-                notices.remove(change)
-                if (name, change.kind) in known:
-                    record = set_component(record, name, "removed")
-                    if record["state"] != "removed":            # said below, once nothing is left
-                        yield record
+        try:                                        # listeners are told of it
+            deployment = step.load_deployment((record["running"] or record["adopted"])["digest"])
+        except (ComponentError, StorageError):
+            deployment = make_nothing(record)
+        yield from step.run(deployment, (), {}, {})
     except MargoError as error:
-        log("error", "removal failed", deployment=record["deploymentId"], component=name,
+        log("error", "removal failed", deployment=record["deploymentId"], component=step.name,
             reason=error.message)
         code = error.code if isinstance(error, ComponentError) else "REMOVE_FAILED"
-        failed = step.fail(record, name if name in names else None, ComponentError(code, error.message))
+        failed = step.fail(ComponentError(code, error.message))
         yield dict(failed, retry=dict(failed["retry"], leaving=True))
         return
     remove_folder(step.store.path("deployments", step.action.key))
-    yield dict(set_component(record, None, "removed"), running=None, previous=None)
-
-
-def clear(step):
-    """Removes what a deployment has where it is not at home; raises ComponentError, CommandError."""
-    record = dict(step.record, deviceId=step.action.device_id)
-    with Notices(step) as notices:
-        dropped = find_dropped(record, make_nothing(record), step.sight.containers)
-        for change in dropped:
-            notices.ask(change)
-        for change in dropped:
-            notices.remove(change)
+    yield dict(set_component(step.record, None, "removed"), running=None, previous=None)
 
 
 def apply_clearing(step):
     """Clears a device of what belongs elsewhere; where that cannot be done, no deployment fails."""
     yield None
     try:
-        clear(step)
-    except (CommandError, ComponentError) as error:
+        step.clear()
+    except Forbidden as error:
         step.troubles.append(error.message)
 
 
 # Each verb of a plan: a generator of a Step that carries it out.  It yields None or the record at each
-# change, and perhaps Ready; one that yields nothing has nothing to do.
+# change.  Once all that can fail or say no has been done, and nothing is touched, it may yield the ports of
+# the host that it will take (see find_held_ports), and is answered by the verb and the words of find_turn.
 EXECUTE = {"install": apply_install, "update": apply_install, "restore": apply_restore,
            "give_up": apply_give_up, "remove": apply_removal, "clear": apply_clearing,
            "refuse": apply_refusal, "keep": apply_nothing}
@@ -1256,19 +1216,6 @@ EXECUTE = {"install": apply_install, "update": apply_install, "restore": apply_r
 def make_nothing(record):
     """The Deployment of which nothing but its record is known."""
     return Deployment(record["deploymentId"], record["name"], "", "", record["type"], [], [], None)
-
-
-def find_components(deployment_id, containers):
-    """[(component, type)] of a deployment that there is something of; asks the engine, not the memory."""
-    return sorted({(item.component, item.type) for item in find_containers(deployment_id, containers)})
-
-
-def find_dropped(record, deployment, containers, rollback=False):
-    """[Change] for the components of a deployment that its document no longer has (D-19)."""
-    wanted = {(component.name, deployment.type) for component in deployment.components}
-    there = find_components(deployment.deployment_id, containers)
-    return [Change("removal", name, record, deployment, rollback, kind) for name, kind in there
-            if (name, kind) not in wanted]
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1300,15 +1247,6 @@ def make_record(target, device_id):
 BLANK = {"services": {}, "package": None}           # of a component of which nothing else is known
 
 
-def make_pending(target, own_id):
-    """The record of what was received and is not begun (protocol 5.1).
-
-    What may run on any child is at home on this device, `own_id`, until it is placed.
-    """
-    home = target.device_id if target.deployment.device_id == target.device_id else own_id
-    return begin_record(make_record(target, home), target)
-
-
 def begin_record(record, target):
     """The record as work on a revision begins: all components pending, its version adopted (E-112, E-114).
 
@@ -1335,7 +1273,7 @@ def set_component(record, name, state, error=None, **facts):
     components = [dict(item, state=state, error=error, **facts) if name in (None, item["name"]) else item
                   for item in record["components"]]
     states = [component["state"] for component in components] or [state]
-    return dict(record, components=components, state=make_overall_state(states))
+    return dict(record, components=components, state=min(states, key=STATES.index))
 
 
 def fail_record(record, component, error, clock, jitter, refused=False):
@@ -1343,17 +1281,13 @@ def fail_record(record, component, error, clock, jitter, refused=False):
 
     component: its name, or None where the deployment failed as a whole.  jitter: a number in [0, 1).
     """
-    source = error.source or component or record["name"]
-    told = {"code": error.code, "source": source, "message": error.message}
+    told = {"code": error.code, "source": error.source or record["name"], "message": error.message}
+    components = [dict(item, state="failed", error=dict(told, source=error.source or item["name"]))
+                  if component in (None, item["name"]) else item for item in record["components"]]
     if component:
-        record = set_component(record, component, "failed", told)
-        told = dict(told, source=record["name"], message=f"component {component} failed: {error.message}")
-    else:
-        components = [dict(item, state="failed", error=dict(told, source=error.source or item["name"]))
-                      for item in record["components"]]
-        record = dict(record, components=components)
+        told.update(source=record["name"], message=f"component {component} failed: {error.message}")
     retry = make_retry(record["retry"], error.retry_after, clock, jitter)
-    return dict(record, state="failed", error=told, refused=refused, retry=retry)
+    return dict(record, state="failed", error=told, refused=refused, retry=retry, components=components)
 
 
 # What to do about a deployment that has failed, by the code of its error; README has the same table.
@@ -1377,7 +1311,7 @@ REMEDIES = {
     "UNHEALTHY": "mend the application, or its health check",
     "UNSTABLE": "`logs NAME` shows why it stops again and again",
     "HOOK_FAILED": "do as the hook says, or see `hooks.run`",
-    "REMOVE_FAILED": "see what the engine says; the next run tries again",
+    "REMOVE_FAILED": "see what the engine says",
 }
 
 
@@ -1399,25 +1333,16 @@ def finish_record(record, mark=""):
                 found=False)
 
 
-def make_overall_state(states):
-    """The most severe of some component states (C-133)."""
-    return min(states, key=STATES.index)
-
-
 def make_status(record):
     """A DeploymentStatusManifest (protocol 3.6), with `error` only where there is one (C-131 to C-137)."""
-    status = {"state": record["state"]}
-    if record["state"] == "failed" and record["error"]:
-        status["error"] = record["error"]
-    components = []
-    for component in record["components"]:
-        entry = {"name": component["name"], "state": component["state"]}
-        if component["error"]:
-            entry["error"] = component["error"]
-        components.append(entry)
+    def tell(item, **more):
+        """The state of the deployment, or of a component."""
+        error = {"error": item["error"]} if item["error"] else {}
+        return dict(more, state=item["state"], **error)
+
     return {"deploymentId": record["deploymentId"], "deviceId": record["deviceId"],
-            "adoptedManifestVersion": record["adopted"]["version"], "status": status,
-            "components": components}
+            "adoptedManifestVersion": record["adopted"]["version"], "status": tell(record),
+            "components": [tell(component, name=component["name"]) for component in record["components"]]}
 
 
 def enqueue_status(state, record):
@@ -1442,7 +1367,8 @@ def put_off_status(state, key, error, clock, jitter):
     final = isinstance(error, Refused) and error.status >= 400
     if final or removed and 0 < wait["since"] <= clock.now - MAX_WAIT:
         acknowledge_status(state, key, error.message, make_time(clock.now))
-        return "the WFM refuses a status for good" if final else "the WFM has not taken a `removed` for a day"
+        words = "refuses a status for good" if final else "has not taken a `removed` for a day"
+        return f"the WFM {words}; it is dropped"
     state["waits"][key] = wait
     return "a status cannot be sent now and waits in the outbox"
 
@@ -1469,37 +1395,28 @@ def acknowledge_status(state, key, refused="", at=""):
 # 7. Devices
 # ----------------------------------------------------------------------------------------------------------
 
-def load_own_device(config, own_id):
-    """[Device]: this one."""
-    others = [f"{own_id}/{child.id}" for child in config.device.children]
-    return [Device(own_id, config.device, make_drivers(config, others=others))]
+def find_own_place(deployment, held, own_id, children, find_reason, loads):
+    """The id of the one device there is.
+
+    Raises ComponentError WRONG_DEVICE for what is meant for another one (protocol 9).
+    """
+    wanted = deployment.device_id or own_id
+    if wanted != own_id:
+        raise ComponentError("WRONG_DEVICE", f"metadata.deviceId is {wanted}, this device is {own_id}")
+    return own_id
 
 
-def assign_here(targets, records, devices, silent, offers):
-    """[Share] of the one device there is; what is meant for another one is WRONG_DEVICE (protocol 9)."""
-    device = devices[0]
-    own_id, found = device.device_id, []
-    for target in targets:
-        error = target.error
-        if target.deployment and not error:
-            wanted = target.deployment.device_id or own_id
-            error = find_reason(target.deployment, device, offers)
-            if wanted != own_id:
-                error = ComponentError("WRONG_DEVICE",
-                                       f"metadata.deviceId is {wanted}, this device is {own_id}")
-        found.append(target._replace(error=error, device_id=own_id))
-    return [make_share(device, found, records, silent[own_id])]
-
-
-# What makes the devices that the agent serves, this one first: functions of (Settings, own device id).
-DEVICES = [load_own_device]
-# What says which deployment belongs on which device: the last one counts.  All are pure; see assign_here.
-ASSIGN = [assign_here]
+# What makes devices that the agent serves beside this one: functions of (Settings, own device id).
+DEVICES = []
+# What says on which device a deployment belongs, see find_own_place and find_place: the last one counts.
+PLACES = [find_own_place]
 
 
 def load_devices(config, own_id):
     """[Device] that the agent serves, this one first."""
-    return [device for load in DEVICES for device in load(config, own_id)]
+    others = [device for load in DEVICES for device in load(config, own_id)]
+    drivers = make_drivers(config, others=[device.device_id for device in others])
+    return [Device(own_id, config.device, drivers), *others]
 
 
 def find_reason(deployment, device, offers):
@@ -1519,36 +1436,56 @@ def find_reason(deployment, device, offers):
     return None
 
 
-def make_share(device, targets, records, silent):
-    """The Share of a device, from what should run there and what is at home there.
+def place_targets(targets, records, devices, seen, offers):
+    """[Target], each with the device where it is at home, and with why it cannot run there.
 
-    silent: {deployment type: CommandError} of what does not answer there.
+    records: {key: record}, each at home on one of the devices.  devices: [Device], this one first.  seen:
+    {device id: Seen}.  offers: {device id: capabilities document}, where a rule asks for one.
     """
-    wanted = {target.key: target for target in targets}
-    unseen = {}
-    for key in {**records, **wanted}:
-        for kind in sorted(find_kinds(records.get(key), wanted.get(key)) & set(silent)):
-            unseen[key] = silent[kind]
-    return Share(device, targets, records, unseen)
+    known = {device.device_id: device for device in devices}
+    own_id, *children = known
+    homes = {key: record["deviceId"] for key, record in records.items()}
+    found = []
+    for target in targets:
+        home = homes.pop(target.key, None)
+        error = target.error
+        if target.deployment and not error:
+            loads = {child: [*homes.values()].count(child) for child in children}
+            answers = {child: target.deployment.type not in seen[child].silent for child in children}
+            reasons = {name: find_reason(target.deployment, device, offers) for name, device in known.items()}
+            try:
+                home = PLACES[-1](target.deployment, home, own_id, answers, reasons.get, loads)
+                error = reasons[home]
+            except ComponentError as fault:
+                error = fault
+        homes[target.key] = home or own_id
+        found.append(target._replace(error=error, device_id=homes[target.key]))
+    return found
 
 
-def hold_back(action, share):
+def find_fault(sight, record, target=None):
+    """The CommandError for which not all of a deployment can be seen on a device, or None.  sight: its Seen.
+    """
+    kinds = find_kinds(record, target).intersection(sight.silent)
+    return sight.silent[max(kinds)] if kinds else None
+
+
+def make_refusal(error):
+    """A ComponentError as the reason for which nothing is done."""
+    return f"{error.code}: {error.message}"
+
+
+def hold_back(action, silence, record, fault):
     """The action as far as it can be seen what is there: nothing is done blindfold (D-16).
 
-    It waits where this device itself does not answer; of another one the WFM is told the device's `silence`.
+    It waits where this device itself does not answer; of another one the WFM is told its `silence`.
     """
-    silence = share.device.silence
-    fault = share.unseen.get(action.key)
     if not fault or action.verb in ("keep", "refuse"):
         return action
     if not silence:
         return action._replace(verb="keep", reason=f"waits ({action.reason}): {fault.message}")
-    target = action.target
-    if not target:
-        adopted = share.records[action.key]["adopted"]
-        target = Target(action.deployment_id, adopted["digest"], adopted["version"])
-    return action._replace(verb="refuse", reason=f"{silence.code}: {silence.message}",
-                           target=target._replace(error=silence))
+    target = action.target or Target(action.deployment_id, **record["adopted"])
+    return action._replace(verb="refuse", reason=make_refusal(silence), target=target._replace(error=silence))
 
 
 def make_drivers(config, child=None, others=()):
@@ -1567,39 +1504,23 @@ def obtain_claim(profile, device_id):
     An identity that cannot be read now counts as the one before.
     """
     owners = profile.state["owners"]
-    last = owner = (owners or [""])[-1]
+    owner = owners[-1] if owners else ""
     try:
         owner = make_owner(profile.identify(), device_id)
     except Untrusted:
         pass
-    if owner != last:
+    if owner:
         before = [other for other in owners if other != owner]
         profile.state["owners"] = before[1 - HISTORY:] + [owner]
     return make_claim(owner, profile.state)
 
 
-def find_nothing():
-    """The look at a child device that cannot be reached from here."""
-    raise CommandError("the engine's command that its connection needs is not installed here")
+def is_asked(kind, *records):
+    """Whether a driver is asked what there is of some deployments.
 
-
-def list_looks(drivers, records, claim=None):
-    """{deployment type: function that looks} of what has to be asked on one device.
-
-    That is an engine in any case, because there may be leftovers (P-11), and a cluster where a deployment
-    needs one.  claim: by what a workload is ours; None: as it was told last.
+    An engine is in any case, because there may be leftovers (P-11), and a cluster where one of them needs it.
     """
-    known = {kind: [record for record in records if kind in find_kinds(record)] for kind in drivers}
-    return {kind: lambda kind=kind: drivers[kind].observe(known[kind], claim)
-            for kind in drivers if kind == "compose" or known[kind]}
-
-
-def try_look(function):
-    """What it returns, or the CommandError that it raises."""
-    try:
-        return function()
-    except CommandError as error:
-        return error
+    return kind == "compose" or any(kind in find_kinds(record) for record in records)
 
 
 def observe_devices(devices, records, claim):
@@ -1607,54 +1528,57 @@ def observe_devices(devices, records, claim):
 
     records: those of all deployments that are there, or will be.  claim: by what a workload is ours.
     """
-    looks = []
-    seen = {device.device_id: Seen([], dict(device.drivers), {}) for device in devices}
+    seen, looks = {}, []
     for device in devices:
-        found = list_looks(device.drivers, records, claim)
+        silent = {}
         if device.silence and not device.drivers:
-            found = dict.fromkeys(("compose", "helm"), find_nothing)
-        looks += [(device.device_id, kind, function) for kind, function in found.items()]
-    functions = [function for _, _, function in looks]
+            words = "the engine's command that its connection needs is not installed here"
+            silent = dict.fromkeys(("compose", "helm"), CommandError(words))
+        sight = seen[device.device_id] = Seen([], dict(device.drivers), silent)
+        looks += [(sight, kind) for kind in device.drivers if is_asked(kind, *records)]
+
+    def look(item):
+        """What a driver shows, or the CommandError that it raises."""
+        sight, kind = item
+        known = [record for record in records if kind in find_kinds(record)]
+        try:
+            return sight.drivers[kind].observe(known, claim)
+        except CommandError as error:
+            return error
+
     if len(looks) < 2:
-        answers = list(map(try_look, functions))
+        answers = list(map(look, looks))
     else:
         from concurrent.futures import ThreadPoolExecutor
         with ThreadPoolExecutor(LOOKS) as pool:
-            answers = list(pool.map(try_look, functions))
-    for (device_id, kind, _), answer in zip(looks, answers):
+            answers = list(pool.map(look, looks))
+    for (sight, kind), answer in zip(looks, answers):
         if isinstance(answer, CommandError):
-            seen[device_id].silent[kind] = answer
-            seen[device_id].drivers.pop(kind, None)
+            sight.silent[kind] = answer
+            sight.drivers.pop(kind)
         else:
-            seen[device_id].containers.extend(answer)
+            sight.containers.extend(answer)
     return seen
 
 
-def ask_others(answering, known=None):
+def ask_others(seen, known=None):
     """[{owner, deploymentId, name, type}] of workloads of other owners, as the last look has shown.
 
-    answering: {device id: {type: driver}}.  known: an earlier list; then clusters are not asked again.
+    seen: {device id: what has its drivers}.  known: an earlier list; then clusters are not asked again.
     """
     others = {item["name"]: item for item in known or () if item["type"] == "helm"}
-    for device_id, drivers in answering.items():
-        for kind, driver in drivers.items():
-            found = try_look(driver.ask_strangers) if kind == "compose" or known is None else []
-            if isinstance(found, CommandError):
+    for device_id, sight in seen.items():
+        for kind, driver in sight.drivers.items():
+            try:
+                found = driver.ask_strangers() if kind == "compose" or known is None else ()
+            except CommandError as error:
                 log("warning", "workloads of other owners cannot be named", device=device_id,
-                    reason=found.message)
+                    reason=error.message)
                 continue
             for item in found:
                 others[item.id] = {"owner": make_printable(item.owner), "name": item.name, "type": kind,
                                    "deploymentId": item.deployment_id}
     return list(others.values())
-
-
-def observe_all(drivers, record):
-    """Every container of ours on one device, as far as a deployment may have some there.
-
-    Raises CommandError where something does not answer.
-    """
-    return [container for look in list_looks(drivers, [record]).values() for container in look()]
 
 
 def find_kinds(record, target=None):
@@ -1674,26 +1598,19 @@ def make_mark(environment):
     return sha256_digest(make_json(environment))[7:23] if environment else ""
 
 
-def make_prefix(device_id, own_id):
-    """What stands before the name of an image that was pulled on a device, in the state's `pulled`."""
-    return "" if device_id == own_id else device_id + " "
-
-
 def find_needed(state):
-    """({artifact digest}, {image}) that the desired state and the last two versions of all need (P-5)."""
-    digests = {item["digest"] for item in (state["accepted"] or {}).get("deployments", ())}
-    images = set()
+    """{artifact's digest, image's name} that the desired state and the last two versions of all need (P-5).
+    """
+    needed = {item["digest"] for item in (state["accepted"] or {}).get("deployments", ())}
     for record in state["deployments"].values():
-        digests.update([record["adopted"]["digest"], *record["fetched"]])
-        images.update(record["fetched"])
+        needed.update([record["adopted"]["digest"], *record["fetched"]])
         packages = [*list_parts(record, "package").values()]
-        images.update(facts["image"] for item in record["components"] for facts in item["services"].values())
+        needed.update(facts["image"] for item in record["components"] for facts in item["services"].values())
         for version in filter(None, (record["running"], record["previous"])):
-            digests.add(version["digest"])
+            needed.update([version["digest"], *version["images"]])
             packages += version["packages"].values()
-            images.update(version["images"])
-        digests.update(package["digest"] for package in packages if package)
-    return digests, images
+        needed.update(package["digest"] for package in packages if package)
+    return needed
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1705,33 +1622,34 @@ def list_parts(record, part):
     return {item["name"]: item[part] for item in record["components"]}
 
 
+def list_running(record):
+    """{component: {service: facts}} of the version that runs, as far as known."""
+    return record["running"]["services"] if record["fallback"] else list_parts(record, "services")
+
+
 def list_facts(record):
     """[facts] of each service of the version that runs, as far as known."""
-    services = list_parts(record, "services")
-    if record["fallback"]:
-        services = record["running"]["services"]    # the version before runs still
-    return [facts for items in services.values() for facts in items.values()]
+    return [facts for items in list_running(record).values() for facts in items.values()]
 
 
 def make_groups(actions, records):
     """[[Action]] in the order in which they are carried out; a group is made ready before any of it is done.
 
     What frees comes before what takes: removals and repairs, then the updates of what runs, as one group,
-    because one may take what another gives up; last what is new.  What is cleared because it moves is left to
-    the step by which it moves.
+    because one may take what another gives up; last what is new.
     """
-    moving = {action.key for action in actions if action.verb in CHANGES}
     first, updates, new = [], [], []
     for action in actions:
         record = records.get(action.key)
         running = record and record["running"]
-        if action.verb in CHANGES and not running:
-            new.append([action])
-        elif action.verb in CHANGES and (running["digest"], record["deviceId"]) != (
-                action.target.digest, action.device_id):
-            updates.append(action)
-        elif action.verb != "clear" or action.key not in moving:
+        if action.verb not in CHANGES:
             first.append([action])
+        elif not running:
+            new.append([action])
+        elif (running["digest"], record["deviceId"]) == (action.target.digest, action.device_id):
+            first.append([action])
+        else:
+            updates.append(action)
     return first + [updates] + new
 
 
@@ -1845,8 +1763,8 @@ class HttpSource:
         accepted: the state's `accepted`, or None.  load_artifact: digest to bytes or None, of what is at
         hand.  Raises what `send` raises, and Refused.
         """
-        incomplete = bool(accepted and accepted.get("incomplete"))                  # one was lost here (D-9)
-        response = self.fetch_manifest(accepted.get("etag") if accepted and not incomplete else None)
+        incomplete = accepted and accepted.get("incomplete")                        # one was lost here (D-9)
+        response = self.fetch_manifest(accepted["etag"] if accepted and not incomplete else None)
         if response.status == 304:                                                  # C-102
             return None
         digest = sha256_digest(response.body)
@@ -1999,8 +1917,8 @@ class Profile:
         """What is wrong with a configuration for this profile: [(whether it is wrong, key, words)]."""
         url = config.wfm.url
         words = f"not set, and needed for profile {config.wfm.profile}{suffix}"
-        values = {key: config[key.split(".")[0]][key.split(".")[1]] for key in cls.settings}
-        return [(value is None, key, words) for key, value in values.items()] + [
+        parts = [key.split(".") for key in cls.settings]
+        return [(config[group][key] is None, f"{group}.{key}", words) for group, key in parts] + [
             (cls.https and not suffix and url and not url.startswith("https://"),
              "wfm.url", f"found {make_printable(url or '', 60)!r}, expected an absolute https URL")]
 
@@ -2094,8 +2012,8 @@ REVISION_PATTERN = (r"(0|[1-9]\d*)\.(0|[1-9]\d*)\.(0|[1-9]\d*)"
 # What the documents have to look like, see check_shape.  Members that are not named here are checked where
 # they are used, or nowhere (C-116).
 ARTIFACT = {"digest": DIGEST_PATTERN, "url": r"(?s).*"}             # no other algorithm (C-107)
-MANIFEST = {"deployments": [dict(ARTIFACT, deploymentId=UUID_PATTERN)], "bundle?": dict}
-BUNDLE = dict(ARTIFACT, mediaType=re.escape(BUNDLE_TYPE))
+MANIFEST = {"deployments": [dict(ARTIFACT, deploymentId=UUID_PATTERN)],
+            "bundle": (None, dict(ARTIFACT, mediaType=re.escape(BUNDLE_TYPE)))}
 CONSTRAINTS = {                                                     # protocol 3.2
     "capacityRequirements?": {
         "cpu?": {"cores": float, "architectures?": list},
@@ -2127,11 +2045,9 @@ def parse_manifest(data, base_url):
         value = parse_json(data, "the state manifest")
         check_shape(value, MANIFEST, "")
         version = parse_version(value.get("manifestVersion"))
-        bundle = value.get("bundle")
+        bundle = value["bundle"]
         if len(value["deployments"]) > MAX_DEPLOYMENTS:
             raise ValueError(f"deployments: expected a list of at most {MAX_DEPLOYMENTS}")
-        if "bundle" not in value:
-            raise ValueError("bundle: missing (it is null where there are no deployments)")
         if (bundle is None) != (not value["deployments"]):                          # C-114
             raise ValueError("bundle: is null if and only if there are no deployments")
         entries = {}
@@ -2145,7 +2061,6 @@ def parse_manifest(data, base_url):
                 raise ValueError(f"{where}.deploymentId: {name} occurs twice")
             entries[name.lower()] = ManifestEntry(name, item["digest"], parse_advice(item))
         if bundle is not None:
-            check_shape(bundle, BUNDLE, "bundle")
             path = f"/bundles/{bundle['digest']}"
             foreign = check_url(bundle["url"], path, base_url, "bundle") or foreign
     except ValueError as error:
@@ -2266,8 +2181,8 @@ def parse_deployment(data, deployment_id, values={}):
         names = {component.name for component in components}
         if not components or len(names) < len(components):
             raise ValueError(f"{where}.components: {'a name occurs twice' if names else 'none'}")
-        parameters = parse_parameters(spec, dialect.prefix if kind == "compose" else "", values)
-        check_targets(parameters, names)
+        prefix = dialect.prefix if kind == "compose" else ""
+        parameters = parse_parameters(spec, prefix, values, names)
     except ValueError as error:                     # a YAMLError is one
         raise ComponentError("INVALID_DEPLOYMENT", f"ApplicationDeployment: {error}") from None
     extensions = {"spec": find_extensions(spec), "deploymentProfile": find_extensions(profile)}
@@ -2322,25 +2237,21 @@ def find_extensions(value):
     return found
 
 
-def find_value(item, values):
-    """The value of a parameter: a draft lets a document name one that the device has, before its own."""
-    try:
-        return values[item["valueFrom"]["device"]["key"]]
-    except (KeyError, TypeError):
-        return item.get("value")
-
-
-def parse_parameters(spec, prefix, values):
-    """spec.parameters to a list of Parameter; raises ValueError.
+def parse_parameters(spec, prefix, values, names):
+    """spec.parameters to a list of Parameter; raises ValueError, also for one that reaches no component.
 
     prefix: a pattern of what older generations put before pointers; it is taken away.  values: what the
-    device has for parameters that ask for it.
+    device has for parameters that ask for it: a draft lets a document name one, before its own.  names: of
+    the components there are; further targets may be those of another profile.
     """
     parameters = []
     for name, item in (spec.get("parameters") or {}).items():
         where = f"spec.parameters.{make_printable(str(name), 80)}"
         check_shape(item, PARAMETER, where)
-        value = find_value(item, values)
+        try:
+            value = values[item["valueFrom"]["device"]["key"]]
+        except (KeyError, TypeError):
+            value = item.get("value")
         if any(isinstance(part, (dict, list)) for part in (value if isinstance(value, list) else [value])):
             raise ValueError(f"{where}.value: expected a scalar or a list of scalars")
         if value is None and "valueFrom" in item:
@@ -2348,23 +2259,12 @@ def parse_parameters(spec, prefix, values):
             raise ComponentError("PARAMETER_INVALID", f"{where}.valueFrom: {words}")
         targets = [(re.sub(f"^{prefix}", "", target["pointer"]), target["components"])
                    for target in item["targets"]]
+        reached = [str(component) for _, components in targets for component in components]
+        if reached and not names.intersection(reached):
+            raise ValueError(f"{where}.targets: {make_printable(reached[0], 80)!r} is not among the"
+                             f" components {', '.join(sorted(names))}")
         parameters.append(Parameter(str(name), value, targets))
     return parameters
-
-
-def check_targets(parameters, names):
-    """Raises ValueError for a parameter that reaches no component there is.
-
-    Further targets may be those of another profile.
-    """
-    for parameter in parameters:
-        named = [str(name) for _, components in parameter.targets for name in components]
-        if named and not names.intersection(named):
-            raise ValueError(
-                f"spec.parameters.{make_printable(parameter.name, 80)}.targets:"
-                f" {make_printable(named[0], 80)!r} is not"
-                f" among the components {', '.join(sorted(names))}"
-            )
 
 
 def parse_bundle(data, entries, max_unpacked, max_document=8 * MIB):
@@ -2392,10 +2292,10 @@ def parse_bundle(data, entries, max_unpacked, max_document=8 * MIB):
             if digest not in wanted:
                 raise ValueError(f"{name} has digest {digest}, which the manifest does not name")
             documents[digest] = content
-        missing = wanted - set(documents)
+        missing = wanted.difference(documents)
         if missing:
-            words = f"documents of the manifest are not in it, such as {min(missing)}"
-            raise ValueError(f"{len(missing)} {words}")
+            raise ValueError(f"{len(missing)} documents of the manifest are not in it,"
+                             f" such as {min(missing)}")
     except ValueError as error:
         raise Refused(f"bundle refused: {error}") from None
     return documents
@@ -3111,8 +3011,11 @@ def is_match(expression, look):
     if operator in ("Exists", "DoesNotExist"):
         return present == (operator == "Exists")
     if operator in ("ContainsAll", "ContainsAny"):
+        parts = get_expressions(expression, "itemSelector")     # their keys are relative to the item (C-211)
         combine = all if operator == "ContainsAll" else any
-        return is_contained(get_expressions(expression, "itemSelector"), value, combine)
+        return isinstance(value, list) and all(isinstance(item, dict) for item in value) and any(
+            combine([is_match(part, lambda key, item=item: find_pointer(item, key)) for part in parts])
+            for item in value)
     if operator in ("Gt", "Lt"):
         limit = parse_limit(values)
         return get_kind(value) == "number" and (value > limit if operator == "Gt" else value < limit)
@@ -3122,12 +3025,12 @@ def is_match(expression, look):
     kinds = set(map(get_kind, values))
     if kinds not in ({"text"}, {"number"}) and (kinds != {"boolean"} or len(values) > 1):
         raise ValueError("values must be texts, or numbers, or one boolean")
-    items = value if isinstance(value, list) else [value]
-    # another type is false for both (C-206)
-    if not items or None in map(get_kind, items) or items is value and "boolean" in map(get_kind, items):
+    listed = isinstance(value, list)
+    items = value if listed else [value]
+    there = list(map(get_kind, items))
+    if not items or None in there or listed and "boolean" in there:     # false for both (C-206)
         return False
-    found = any(get_kind(item) in kinds and item in values for item in items)
-    return found == (operator == "In")
+    return any(get_kind(item) in kinds and item in values for item in items) == (operator == "In")
 
 
 def parse_limit(values):
@@ -3138,18 +3041,6 @@ def parse_limit(values):
     if get_kind(limit) != "number":
         raise ValueError("values must be one number")
     return limit
-
-
-def is_contained(expressions, value, combine):
-    """Whether one object of an array meets all, or any, of a selector's expressions.
-
-    Their keys are relative to it (C-211).
-    """
-    if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
-        return False
-    return any(combine([is_match(expression, lambda key, item=item: find_pointer(item, key))
-                        for expression in expressions])
-               for item in value)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -3431,7 +3322,7 @@ LACKS = (("podman", "4.7", "`host-gateway` is the gateway of the first network")
          ("podman", "4.8", "a volume's `driver_opts` have no `size`; `tmpfs` of a service has"),
          ("docker", "20.10", "`host-gateway` fails"))
 # With these an engine looks a program up, and the kernel does not start it: its environment is too long.
-UNSTARTABLE = ["--ulimit=stack=262144", *(f"--env=MARGO_TRIAL_{name}=" + "x" * 100000 for name in "AB")]
+UNSTARTABLE = ["--ulimit=stack=262144", *(f"--env=MARGO_TRIAL_{name}=" + "x" * 66000 for name in "AB")]
 # An engine's words for what does not run.
 AT_REST = ("exited", "created", "initialized", "stopped", "configured")
 
@@ -3589,7 +3480,8 @@ def make_trial(service, engine):
         options = [option for option in mount.options if option not in ("z", "Z")]
         arguments.append(make_mount_argument(mount._replace(options=options)))
     arguments += UNSTARTABLE if engine != "podman" else []
-    return service._replace(arguments=arguments, shares=(), hash="", networks=[Attachment("none", None, None)])
+    return service._replace(arguments=arguments, shares=(), hash="",
+                            networks=[Attachment("none", None, None)])
 
 
 def check_addresses(services, project, engine, there=None):
@@ -3608,21 +3500,24 @@ def check_addresses(services, project, engine, there=None):
             for option in (options or ()) if there is not None or not chosen else ():
                 kind, _, address = option.partition("=")
                 if kind in ("--ip", "--ip6") and not may_have_address(text, address):
-                    raise make_fault(f"services.{service.name}.networks: {make_printable(address, 60)!r} lies in"
-                                     f" no `subnet` of network {network}, or is the host's own there")
+                    where = f"services.{service.name}.networks"
+                    raise make_fault(f"{where}: {make_printable(address, 60)!r} lies in no `subnet` of"
+                                     f" network {network}, or is the host's own there")
 
 
-def check_external(kind, wanted, there, services):
+def check_external(project, networks, volumes, services):
     """Raises ComponentError where services use an external network or volume that is not there.
 
-    To the engine its name could be the beginning of another one's id.
+    networks, volumes: what is there, by its name.  To the engine a name could be the beginning of another
+    one's id.
     """
     used = {item.network for service in services for item in service.networks}
     used.update(mount.source for service in services for mount in service.mounts)
-    missing = [name for name in wanted if wanted[name] is None and name in used and name not in there]
-    if missing:
-        raise ComponentError("INSTALL_FAILED", f"there is no {kind} {min(missing)} on this device;"
-                             " `external: true` takes one that is there")
+    for kind, wanted, there in (("network", project.networks, networks), ("volume", project.volumes, volumes)):
+        for name in sorted(used.intersection(wanted).difference(there)):
+            if wanted[name] is None:
+                raise ComponentError("INSTALL_FAILED", f"there is no {kind} {name} on this device;"
+                                     " `external: true` takes one that is there")
 
 
 def find_rivals(services):
@@ -3644,13 +3539,16 @@ def find_rivals(services):
 def check_rivals(services):
     """Raises ComponentError for a port of the host, or an address, that two services would have at a time.
 
-    Who waits for another one's end can have what that had.
+    Who starts once another one has ended can have what that had.
     """
-    awaited = [pair for service in services for pair in service.depends_on.items()]
-    ended = {name for name, (condition, _) in awaited if condition == "service_completed_successfully"}
-    for names, thing in find_rivals(services).items():
-        if ended.isdisjoint(names):
-            raise make_fault(f"services.{names[0]}: it cannot have {thing} beside service {names[1]}")
+    rivals = find_rivals(services)
+    ended = set()
+    for service in services:                        # they are started in this order
+        ended.update(name for name, (condition, _) in service.depends_on.items()
+                     if condition == "service_completed_successfully")
+        for (name, other), thing in rivals.items():
+            if name == service.name and other not in ended:
+                raise make_fault(f"services.{name}: it cannot have {thing} beside service {other}")
 
 
 def ask_ports(services, known):
@@ -3704,8 +3602,10 @@ def make_volume_names(project, prefix, known, present, seen):
             paths = unnamed if mount.kind == "volume" and not mount.source else named
             paths.add(make_path(mount.target))
         there = before.get(service.name, {})
-        volumes[service.name] = {path: there.get(path) or (
-            f"{prefix}_{service.name}_{sha256_digest(path.encode())[7:19]}") for path in sorted(unnamed - named)}
+        volumes[service.name] = {}
+        for path in sorted(unnamed - named):
+            name = f"{prefix}_{service.name}_{sha256_digest(path.encode())[7:19]}"
+            volumes[service.name][path] = there.get(path) or name
     return volumes
 
 
@@ -3768,9 +3668,8 @@ def find_cause(stderr):
 
     Ids of 64 digits are cut to the 12 that the engine shows elsewhere.
     """
-    starts = [match.end() for match in re.finditer(r"(?:^|\\n)(?=Error)", stderr)]      # made printable
-    start = min(starts, default=0)
-    return re.sub(r"\b([0-9a-f]{12})[0-9a-f]{52}\b", r"\1", stderr[start:])[-1500:]
+    cause = re.split(r"(?:^|\\n)(?=Error)", stderr, maxsplit=1)[-1]       # made printable
+    return re.sub(r"\b([0-9a-f]{12})[0-9a-f]{52}\b", r"\1", cause)[-1500:]
 
 
 def is_before(version, other):
@@ -3791,12 +3690,12 @@ class ComposeDriver:
         self.claim = NOBODY                         # by what a container is ours, as of the last look
         self.info = {}                              # see ask_info
         self.strangers = []                         # [Container] not ours that the last look has shown
-        self.device_id, self.connection = child
+        self.device_id, connection = child
         self.others = frozenset(others)             # devices whose containers are not ours, even here
         remote = set(CONNECTIONS) - {"CONTAINERS_STORAGE_CONF", "KUBECONFIG"}
-        self.remote = not remote.isdisjoint(self.connection)
+        self.remote = not remote.isdisjoint(connection)
 
-    def run(self, arguments, timeout, code=None, more=None):
+    def run(self, arguments, code=None, timeout=60, more=None):
         """The Output of one engine command; more: for its environment.
 
         With `code` a failure raises ComponentError of that code.
@@ -3820,7 +3719,7 @@ class ComposeDriver:
         if self.engine != "podman":
             form = DOCKER_FORM % ",".join(f'"{name}":{{{{json (.Label "{name}")}}}}' for name in LABELS)
         options = ["--all", "--no-trunc", f"--filter=label={LABEL_DEPLOYMENT}", f"--format={form}"]
-        output = self.run(["ps"] + options, 20 if self.remote else 60)
+        output = self.run(["ps"] + options, timeout=20 if self.remote else 60)
         if output.code:
             words = f"{self.engine} ps: {output.stderr[-500:]}"
             raise CommandError(f"the container engine does not answer ({words}); put it right, or see"
@@ -3880,7 +3779,7 @@ class ComposeDriver:
         facts: as the engine shows it, its words in lower case.  there: what has to be shown, because it is
         there (D-16).
         """
-        output = self.run([kind, "inspect"] + names, 60) if names else Output(0, b"", "")
+        output = self.run([kind, "inspect"] + names) if names else Output(0, b"", "")
         found = {}
         for item in parse_answer(output.stdout or b"[]", self.engine, list):
             facts = {key.lower(): value for key, value in item.items()}
@@ -3904,7 +3803,7 @@ class ComposeDriver:
     def list_volumes(self):
         """The names of this agent's volumes."""
         label = f"--filter=label={LABEL_OWNER}={self.claim.owner}"
-        return self.run(["volume", "ls", label, "--format={{.Name}}"], 60).stdout.decode().split()
+        return self.run(["volume", "ls", label, "--format={{.Name}}"]).stdout.decode().split()
 
     def ask(self, argv):
         """The mapping that a program prints as JSON; {} where it prints none."""
@@ -3993,7 +3892,7 @@ class ComposeDriver:
         checked = set()
         result = []
         for service in services:
-            output = self.run(["image", "inspect", service.image], 60, "PULL_FAILED")
+            output = self.run(["image", "inspect", service.image], "PULL_FAILED")
             made_for, check, paths = parse_answer(output.stdout, self.engine,
                                                   lambda items: parse_image(items[0]))
             result.append(service._replace(declared=paths))
@@ -4052,7 +3951,7 @@ class ComposeDriver:
 
     def has_image(self, name):
         """Whether an image is on the device."""
-        return self.run(["image", "inspect", "--format={{.Id}}", name], 60).code == 0
+        return self.run(["image", "inspect", "--format={{.Id}}", name]).code == 0
 
     def pull(self, service, timeout):
         """Has a service's image on the device; returns [its name] where it was not there before.
@@ -4094,7 +3993,7 @@ class ComposeDriver:
                                  f"{self.engine} cannot pull {name} for {service.name}: {cause}")
         if host != own:                             # a digest becomes a tag here, and podman knows it by both
             kept = re.sub("(:[^:/@]*)?@(sha256):", r":\2-", service.image)
-            self.run(["tag", name, kept], 60, "PULL_FAILED")
+            self.run(["tag", name, kept], "PULL_FAILED")
         if not before:
             self.remove_image(name)
 
@@ -4155,7 +4054,7 @@ class ComposeDriver:
 
     def remove_image(self, name):
         """Removes an image; False where the engine keeps it, because something else uses it."""
-        return self.run(["image", "rm", name], 60).code == 0
+        return self.run(["image", "rm", name]).code == 0
 
     def apply(self, prepared, containers, known, deadline):
         """Makes the component's containers as prepared; {service: facts} once they run.
@@ -4193,7 +4092,7 @@ class ComposeDriver:
 
     def carry_out(self, job, arguments, more=None):
         """The Output of a command that has to succeed; its words may hold values of parameters."""
-        output = self.run(arguments, job.deadline - time.monotonic(), more=more)
+        output = self.run(arguments, timeout=job.deadline - time.monotonic(), more=more)
         if output.code:
             words = mask(output.stderr, job.workload.parameters.values())
             for name, container_id in job.current.items():
@@ -4217,28 +4116,25 @@ class ComposeDriver:
                                       job.project.networks)
         new, first, last = plan_networks(job.project.networks, networks, project)
         changes = plan_services(services, present, job.known, set(new))
-        volumes = self.create_volumes(job)
-        check_external("network", job.project.networks, networks, changes.making)
-        check_external("volume", job.project.volumes, volumes, changes.making)
-        leaving = [container for group in changes.leaving for container in group]
+        check_external(job.project, networks, self.create_volumes(job), changes.making)
+        leaving = {container.name: container.id for group in changes.leaving for container in group}
         stopping = [list_active(group) for group in changes.leaving]
         first = self.ask_free(first, job.project.networks, leaving)
         job.current.update({name: container.id for name, container in changes.kept.items()})
-        self.try_networks(job, new, [networks[name][1] for name in first])
+        self.try_networks(job, new, [networks.pop(name)[1] for name in first])
         for service in changes.making if any(stopping) else ():
             self.rehearse(service, job)
-        there = {name: item for name, item in networks.items() if name not in first}
         if not first:
             self.create_all(job, new, changes.kept, leaving)
-            there.update(self.inspect_names("network", list(new)))
-        check_addresses(changes.making, job.project, self.engine, there)
+            networks.update(self.inspect_names("network", list(new)))
+        check_addresses(changes.making, job.project, self.engine, networks)
         try:
             stopped = job.deadline
             for ids in stopping:
                 stopped = self.stop(ids, stopped)
             if first:
-                self.discard([container.id for container in leaving], job.deadline)
-                leaving = []
+                self.discard(leaving.values(), job.deadline)
+                leaving = {}
                 for name in first:
                     self.carry_out(job, ["network", "rm", name])
                 self.create_all(job, new, changes.kept, leaving)
@@ -4251,11 +4147,11 @@ class ComposeDriver:
             finished = self.await_startup(names, job, settle) if job.workload.wait else set()
         except FAULTS:
             if leaving and self.config.runtime.on_failure != "rollback":    # kept for the way back alone
-                self.run(["rm", "--force"] + [container.id for container in leaving], 60)
+                self.run(["rm", "--force", *leaving.values()])
             raise
-        self.discard([container.id for container in leaving], job.deadline)
+        self.discard(leaving.values(), job.deadline)
         for name in last:
-            if self.run(["network", "rm", name], 60).code:
+            if self.run(["network", "rm", name]).code:
                 log("warning", "a network that is not needed any more stays: somebody else uses it",
                     network=name)
         return finished
@@ -4266,21 +4162,23 @@ class ComposeDriver:
         One of somebody else is shown without labels.
         """
         mark = f"--filter=label={LABEL_PROJECT}={project}"
-        found = self.run(["network", "ls", mark, "--format={{.Name}}"], 60, code).stdout.decode().split()
+        found = self.run(["network", "ls", mark, "--format={{.Name}}"], code).stdout.decode().split()
         there = self.inspect_names("network", sorted({*found, *names}), found)
-        return {name: (labels if is_ours(self.claim, deployment_id, labels.get(LABEL_OWNER, "")) else {}, facts)
-                for name, (labels, facts) in there.items()}
+        for name, (labels, facts) in there.items():
+            if not is_ours(self.claim, deployment_id, labels.get(LABEL_OWNER, "")):
+                there[name] = {}, facts
+        return there
 
     def ask_free(self, names, wanted, leaving):
-        """Those of these networks that nobody uses once these containers have left.
+        """Those of these networks that nobody uses once containers have left, {name: id}.
 
         Raises ComponentError for a wanted one that somebody else uses.
         """
         free = []
         for name in names:
             form = ["--all", "--no-trunc", f"--filter=network={name}", "--format={{.ID}}"]
-            ids = self.run(["ps"] + form, 60, "INSTALL_FAILED").stdout.decode().split()
-            strange = set(ids).difference(container.id for container in leaving)
+            ids = self.run(["ps"] + form, "INSTALL_FAILED").stdout.decode().split()
+            strange = set(ids).difference(leaving.values())
             if not strange:
                 free.append(name)
             elif name in wanted:
@@ -4320,16 +4218,15 @@ class ComposeDriver:
     def create_all(self, job, networks, kept, leaving):
         """Makes networks and what is not kept of the containers, each by the name of its service.
 
-        One that leaves and has that name gets another one before.  Nothing is stopped yet, so that this is no
+        leaving: {name: id} of containers; one that has such a name gets another one before.  Nothing is stopped yet, so that this is no
         part of the outage.
         """
         for name, arguments in networks.items():
             self.carry_out(job, ["network", "create", *arguments, name])
-        held = {container.name: container.id for container in leaving}
         for service in job.project.services:
             name = make_container_name(job.workload.project, service.name)
-            if name in held:                        # it may have gone meanwhile
-                self.run(["rename", held[name], f"{name}-old-{held[name][:12]}"], 60)
+            if name in leaving:                     # it may have gone meanwhile
+                self.run(["rename", leaving[name], f"{name}-old-{leaving[name][:12]}"])
             if service.name not in kept:
                 job.current[service.name] = self.create(service, job, name)
             elif kept[service.name].name != name:
@@ -4344,7 +4241,7 @@ class ComposeDriver:
         marks = [f"--name={name}"] + [f"--label={key}={item}" for key, item in labels.items()]
         arguments = ["create", *marks, *self.prepare_options(service, job), service.image, *service.command]
         handed = find_handed(service.environment)
-        output = self.run(arguments, job.deadline - time.monotonic(), more=handed)
+        output = self.run(arguments, timeout=job.deadline - time.monotonic(), more=handed)
         if output.code:
             self.renew_image(service, job)
             output = self.carry_out(job, arguments, handed)
@@ -4370,8 +4267,8 @@ class ComposeDriver:
         name = make_container_name(job.workload.project, service.name) + f"-try-{os.urandom(4).hex()}"
         container_id = self.create(make_trial(service, self.engine), job, name)
         output = self.run(["init" if self.engine == "podman" else "start", container_id],
-                          job.deadline - time.monotonic())
-        self.run(["rm", "--force", container_id], 60, "REMOVE_FAILED")
+                          timeout=job.deadline - time.monotonic())
+        self.run(["rm", "--force", container_id], "REMOVE_FAILED")
         if output.code:
             words = mask(find_cause(output.stderr), job.workload.parameters.values())
             raise ComponentError("INSTALL_FAILED",
@@ -4404,20 +4301,20 @@ class ComposeDriver:
         if not is_before(self.ask_info()["version"], "4.7"):
             return "host-gateway"
         form = "--format={{range .Subnets}}{{.Gateway}} {{end}}"
-        gateways = self.run(["network", "inspect", form, network], 60).stdout.decode().split()
+        gateways = self.run(["network", "inspect", form, network]).stdout.decode().split()
         return min(gateways, key=lambda item: ":" in item, default="127.0.0.1")
 
     def free_names(self, project):
         """Frees names of a project that storage alone holds, as a killed `podman create` leaves them."""
         if self.engine != "podman":
             return
-        output = self.run(["ps", "--all", "--external", "--format=json"], 60)
+        output = self.run(["ps", "--all", "--external", "--format=json"])
         for item in parse_answer(output.stdout.strip() or b"[]", self.engine, lambda items: items or ()):
             names = [name for name in item["Names"] or () if name.startswith(project + "-")]
             if names and item["State"] == "storage":
                 log("warning", "a name is freed that the engine's storage held for no container",
                     container=names[0])
-                self.run(["rm", "--force", item["Id"]], 60)
+                self.run(["rm", "--force", item["Id"]])
 
     def renew_image(self, service, job):
         """Pulls an image of ours anew where not even a bare container can be made of it (P-1).
@@ -4428,9 +4325,9 @@ class ComposeDriver:
         if f"{self.device_id} {service.image}".strip() not in self.claim.images:
             return
         marks = make_arguments("--label", make_labels(job.workload, service.name, ""))
-        probe = self.run(["create", *marks, *platform, "--network=none", service.image, "true"], 60)
+        probe = self.run(["create", *marks, *platform, "--network=none", service.image, "true"])
         if not probe.code:
-            self.run(["rm", "--force"] + probe.stdout.decode().split()[-1:], 60, "INSTALL_FAILED")
+            self.run(["rm", "--force"] + probe.stdout.decode().split()[-1:], "INSTALL_FAILED")
             return
         asked = service._replace(pull="always")
         try:
@@ -4451,7 +4348,7 @@ class ComposeDriver:
         arguments = ["start", job.current[service.name]]
         if service.name not in kept:
             self.carry_out(job, arguments)
-        elif self.run(arguments, job.deadline - time.monotonic()).code:
+        elif self.run(arguments, timeout=job.deadline - time.monotonic()).code:
             log("warning", "a container that cannot be started is made anew", service=service.name)
             sharing = [item.name for item in job.project.services if service.name in item.shares]
             self.discard([job.current[name] for name in [*sharing, service.name]], job.deadline)
@@ -4486,16 +4383,13 @@ class ComposeDriver:
     def inspect(self, ids):
         """{id: Shown} of those containers that can be looked at; CommandError where none answers."""
         ids = list(ids)
-        output = self.run(["inspect", "--type=container"] + ids, 60) if ids else Output(0, b"[]", "")
+        output = self.run(["inspect", "--type=container"] + ids) if ids else Output(0, b"[]", "")
         seen = parse_answer(output.stdout.strip() or b"[]", self.engine,
                             lambda items: dict(map(parse_seen, items)))
-        if seen or not ids:                         # without those that are gone
-            return seen
-        if len(ids) < 2:
-            self.observe()                          # where it answers, the container itself is damaged
-            return {}
-        for container_id in ids:
-            seen.update(self.inspect([container_id]))
+        if ids and not seen:                        # where all are gone, or one alone is damaged
+            self.observe()
+            for container_id in ids if len(ids) > 1 else ():
+                seen.update(self.inspect([container_id]))
         return seen
 
     def await_dependencies(self, service, job):
@@ -4550,7 +4444,7 @@ class ComposeDriver:
             return seen.health
         now = time.monotonic()
         patience = seen.check.interval * seen.check.retries
-        if self.run(["healthcheck", "run", container_id], 120).code == 0:
+        if self.run(["healthcheck", "run", container_id], timeout=120).code == 0:
             checks[container_id] = "healthy", now + patience
         word, until = checks.setdefault(container_id, ("starting", now + seen.check.start + patience))
         return "unhealthy" if now >= until else word
@@ -4566,7 +4460,7 @@ class ComposeDriver:
         if checked:
             container = checked[int(chance * len(checked))]
             try:
-                self.run(["healthcheck", "run", container.id], 30)
+                self.run(["healthcheck", "run", container.id], timeout=30)
             except CommandError as error:
                 log("warning", "a health check hangs", container=container.name, reason=error.message)
 
@@ -4596,13 +4490,13 @@ class ComposeDriver:
         if not ids:
             return deadline
         try:
-            code = self.run(["stop"] + patience + ids, deadline - time.monotonic()).code
+            code = self.run(["stop"] + patience + ids, timeout=deadline - time.monotonic()).code
         except CommandTimeout:
             code = 1
         if code:
             log("warning", "killed, because it did not stop in time", containers=" ".join(ids))
-            if self.run(["kill"] + ids, 60).code:
-                self.run(["rm", "--force"] + ids, 60, "INSTALL_FAILED")
+            if self.run(["kill"] + ids).code:
+                self.run(["rm", "--force"] + ids, "INSTALL_FAILED")
             deadline = time.monotonic() + 60
         return deadline
 
@@ -4613,8 +4507,8 @@ class ComposeDriver:
 
     def discard(self, ids, deadline):
         """Removes containers; one whose namespace another one shares goes after that one."""
-        for _ in ids[:]:
-            output = self.run(["rm", "--force"] + ids, deadline - time.monotonic())
+        for _ in tuple(ids):
+            output = self.run(["rm", "--force", *ids], timeout=deadline - time.monotonic())
             if not output.code:
                 return
             ids = [container.id for container in self.observe() if container.id in ids]
@@ -4631,7 +4525,7 @@ class ComposeDriver:
         self.remove_containers([container for container in there if container.id not in states], deadline)
         for container in there:
             if container.state in AT_REST and states.get(container.id, "created") not in AT_REST:
-                self.run(["start", container.id], deadline - time.monotonic(), "INSTALL_FAILED")
+                self.run(["start", container.id], "INSTALL_FAILED", deadline - time.monotonic())
         return "what ran before runs again"
 
     def remove(self, deployment_id, component, containers, deadline):
@@ -4646,7 +4540,7 @@ class ComposeDriver:
         self.remove_containers(there[::-1], deadline)
         for name, (labels, _) in self.list_networks(deployment_id, project, "REMOVE_FAILED").items():
             if labels:
-                self.run(["network", "rm", name], 60, "REMOVE_FAILED")
+                self.run(["network", "rm", name], "REMOVE_FAILED")
         for container in find_containers(deployment_id, self.observe(), component):
             raise ComponentError("REMOVE_FAILED", f"container {container.name} is still there")
 
@@ -8144,13 +8038,9 @@ def parse_size(text):
 class Settings(dict):
     """A part of the configuration: a dictionary whose keys are attributes too."""
 
-    __slots__ = ()
-
-    def __getattr__(self, name):
-        try:
-            return self[name]
-        except KeyError:
-            raise AttributeError(name) from None
+    def __init__(self, *parts, **values):
+        super().__init__(*parts, **values)
+        self.__dict__ = self
 
 
 # The kit of readers. A reader takes (value, base) and returns what it makes of the value, or raises
@@ -8207,7 +8097,7 @@ def get_kind(value):
         return "boolean"
     if isinstance(value, str):
         return "text"
-    return "number" if is_number(value) else None
+    return "number" if isinstance(value, (int, float)) and abs(value) < float("inf") else None
 
 
 def is_mapping(value):
@@ -8540,7 +8430,7 @@ def make_config(document, base, environ):
     found = []
     config = make_settings(document, SCHEMA, base, "", found)
     faults += [(key, words) for key, words in found if key not in unset]    # else it is empty for that
-    registries = Settings()
+    registries = {}
     for host, entry in (config["registries"] or {}).items():
         registries[host] = make_settings(entry, REGISTRY_SCHEMA, base, f"registries.{host}.", faults)
         if not re.fullmatch(REGISTRY_PATTERN, host):
@@ -10096,21 +9986,20 @@ def fetch_chart(repository, revision, config):
     """The bytes of a chart from `https://repository/NAME` by that repository's index."""
     from urllib.parse import urljoin
     base, _, name = repository.rpartition("/")
+    index = f"{base}/index.yaml"
     try:
-        items = load_yaml(fetch_file(f"{base}/index.yaml", config))["entries"][name]
+        items = load_yaml(fetch_file(index, config))["entries"][name]
         entry = next(item for item in items if item["version"] == revision.replace("_", "+"))          # C-166
-        url = urljoin(base + "/", entry["urls"][0])
-        wanted = entry.get("digest")
-    except YAMLError as error:
-        raise ComponentError("PULL_FAILED", f"{base}/index.yaml: {error}") from None
-    except (KeyError, TypeError, IndexError, AttributeError, ValueError, StopIteration):
-        raise ComponentError("PULL_FAILED", f"{base}/index.yaml names no chart {name} {revision}") from None
-    if not re.fullmatch(PACKAGE_URL_PATTERN, url):
-        raise ComponentError("PULL_FAILED", f"{base}/index.yaml: {make_printable(url)!r} is no https URL")
+        url = urljoin(index, entry["urls"][0])
+        check_shape(url, PACKAGE_URL_PATTERN, "urls[0]")
+    except (KeyError, TypeError, IndexError, AttributeError, ValueError, StopIteration) as error:
+        words = f"{index} names no chart {name} {revision} with an https URL: {error}"
+        raise ComponentError("PULL_FAILED", words) from None
     data = fetch_file(url, config)
     digest = sha256_digest(data)
-    if wanted and str(wanted) not in (digest, digest[7:]):
-        words = f"the index names {make_printable(str(wanted), 80)}, the chart has {digest}"
+    wanted = str(entry.get("digest") or digest)
+    if wanted not in (digest, digest[7:]):
+        words = f"the index names {make_printable(wanted, 80)}, the chart has {digest}"
         raise ComponentError("DIGEST_MISMATCH", f"{url}: {words}")
     return data
 
@@ -10130,30 +10019,23 @@ def fetch_file(url, config, missing=False):
 
 
 def run_signature_check(data, url, key, config):
-    """Raises ComponentError unless gpg finds that the key signed the package.
+    """Raises ComponentError unless gpg finds that the key signed the package; ConfigError without a gpg.
 
     No signature to be had is a warning.
     """
     import tempfile
     signature = fetch_file(f"{url}.asc", config, True) or fetch_file(f"{url}.sig", config, True)
     if not signature:
-        log(
-            "warning",
-            "the document names a key, but there is no signature of the package beside it (.asc or .sig)",
-            package=url,
-        )
+        log("warning", "the document names a key, but there is no signature of the package beside it (.asc or"
+            " .sig)", package=url)
         return
     with tempfile.TemporaryDirectory(prefix="margo-gpg-") as home:
         paths = [os.path.join(home, name) for name in ("key", "signature", "package")]
         for path, content in zip(paths, (key, signature, data)):
             write_file(path, content)
         gpg = ["gpg", "--batch", "--no-options", "--no-autostart", "--homedir", home]
-        try:
-            run_command(gpg + ["--import", paths[0]], 60)
-            output = run_command(gpg + ["--trust-model", "always", "--verify"] + paths[1:], 60)
-        except (CommandError, ConfigError) as error:
-            raise ComponentError("PULL_FAILED",
-                                 f"{url} is signed, and that cannot be checked: {error.message}") from None
+        run_command(gpg + ["--import", paths[0]], 60)
+        output = run_command(gpg + ["--trust-model", "always", "--verify"] + paths[1:], 60)
     if output.code:
         words = f"the key at keyLocation did not sign this package: {output.stderr[-300:]}"
         raise ComponentError("DIGEST_MISMATCH", f"{url}: {words}")
@@ -11954,42 +11836,6 @@ def load_child_devices(config, own_id):
     return devices
 
 
-def assign(targets, records, devices, silent, offers):
-    """[Share] of each device: which deployment belongs where, or why on none; see assign_here and find_place.
-
-    targets: [Target].  records: {key: record}.  devices: [Device], the gateway first.  silent:
-    {device id: {deployment type: CommandError}} of what does not answer.  offers: {device id: capabilities
-    document}, where a rule asks for one.
-    """
-    known = {device.device_id: device for device in devices}
-    own_id, *children = known
-    before = {key: record["deviceId"] if record["deviceId"] in known else own_id
-              for key, record in records.items()}
-    homes = dict(before)
-    found = []
-    for target in targets:
-        key = target.key
-        error = target.error
-        if target.deployment and not error:
-            others = [home for other, home in homes.items() if other != key]
-            loads = {child: others.count(child) for child in children}
-            answers = {child: target.deployment.type not in silent[child] for child in children}
-            reasons = {name: find_reason(target.deployment, device, offers) for name, device in known.items()}
-            try:
-                homes[key] = find_place(target.deployment, before.get(key), own_id, answers, reasons.get,
-                                        loads)
-                error = reasons[homes[key]]
-            except ComponentError as fault:
-                error = fault
-        found.append(target._replace(error=error, device_id=homes.get(key, own_id)))
-    shares = []
-    for device_id, device in known.items():
-        mine = {key: record for key, record in records.items() if before[key] == homes[key] == device_id}
-        wanted = [target for target in found if target.device_id == device_id]
-        shares.append(make_share(device, wanted, mine, silent[device_id]))
-    return shares
-
-
 def find_place(deployment, held, own_id, children, find_reason, loads):
     """The id of the device that a deployment is for.
 
@@ -12003,7 +11849,7 @@ def find_place(deployment, held, own_id, children, find_reason, loads):
     if wanted == own_id or wanted in children:
         return wanted
     if not wanted.startswith(own_id + "/") or not (children or wanted == f"{own_id}/*"):
-        raise ComponentError("WRONG_DEVICE", f"metadata.deviceId is {wanted}, this device is {own_id}")
+        return find_own_place(deployment, held, own_id, children, find_reason, loads)
     if wanted != f"{own_id}/*":
         parent = wanted[:-2] if wanted.endswith("/*") else None
         if parent in children:
@@ -12028,7 +11874,7 @@ def find_place(deployment, held, own_id, children, find_reason, loads):
 def examine_children(agent):
     """Whether every child device answers."""
     children = agent.devices[1:]
-    seen = observe_devices(children, [], obtain_claim(agent.get_profile(), agent.device_id))
+    seen = observe_devices(children, [], obtain_claim(agent.profile, agent.device_id))
     words = [f"{device_id} does not answer ({fault.message}); see its connection in device.children"
              for device_id, sight in seen.items() for fault in list(sight.silent.values())[:1]]
     if words:
@@ -12038,7 +11884,7 @@ def examine_children(agent):
 
 EXAMINE.update(children=examine_children)
 DEVICES.append(load_child_devices)
-ASSIGN.append(assign)
+PLACES.append(find_place)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -12227,7 +12073,6 @@ def command_doctor(config, options):
     """
     log.level = log.level if "-v" in options else "error"       # what it finds, it says itself
     agent = Agent(config)
-    agent.state = make_state()
     first = {"state": examine_storage, "lock": examine_lock, "wait": examine_wait, "clock": examine_clock,
              "device": examine_device, "engine": examine_engine}
     last = {"others": examine_others, "registry": examine_registries, "labels": examine_labels,
@@ -12290,7 +12135,7 @@ def examine_device(agent):
 def examine_identity(agent):
     """Whether the own identity can be used; what an enrollment under way lacks, the last run has said."""
     try:
-        return agent.get_profile().check(time.time())
+        return agent.profile.check(time.time())
     except Untrusted as error:
         if agent.config.identity.get("enrollment") != "est":
             raise
@@ -12331,7 +12176,7 @@ def examine_failed(agent):
 
 def examine_storage(agent):
     """Whether the state can be read and written, and has room to grow."""
-    agent.state = agent.store.load_state()
+    agent.hold(agent.store.load_state())
     folder = agent.store.folder
     while not os.path.exists(folder):
         folder = os.path.dirname(folder) or "/"
@@ -12375,7 +12220,7 @@ def examine_engine(agent):
         wanted = agent.config.runtime.engine.replace("auto", "podman or docker")
         return "warn", (f"nothing here runs Compose applications; install {wanted}, or see runtime.compose"
                         " and runtime.engine")
-    claim = obtain_claim(agent.get_profile(), agent.device_id)
+    claim = obtain_claim(agent.profile, agent.device_id)
     words = [driver.check(claim) for driver in drivers.values()]
     lacks, notes = drivers["compose"].list_lacks() if "compose" in drivers else ([], [])
     return "warn" if lacks else "ok", "; ".join(words + lacks + notes)
@@ -12383,7 +12228,7 @@ def examine_engine(agent):
 
 def examine_others(agent):
     """Whether workloads of another owner run here: they are left alone, but may hold a port or a name."""
-    others = ask_others({device.device_id: device.drivers for device in agent.devices})
+    others = ask_others({device.device_id: device for device in agent.devices})
     words = "; ".join(make_others_words(others))
     return "warn", others and f"{len(others)} workloads are not this agent's and are left alone: {words}"
 
@@ -12427,8 +12272,9 @@ def examine_connection(agent):
             error.message += f"; there answers {ask_peer(url, agent.config.wfm.timeout)}"
         raise
     if desired:
-        agent.check_removals(desired)
-        actions, _ = agent.decide(make_accepted(desired), lambda digest: desired.documents.get(digest)
+        accepted = make_accepted(desired)
+        agent.check_removals(accepted, agent.state["deployments"])
+        actions = agent.decide(accepted, lambda digest: desired.documents.get(digest)
                                   or agent.store.load_artifact(digest))
         refused = [f"{action.deployment_id}: {action.reason}" for action in actions
                    if action.verb == "refuse"]
@@ -12465,9 +12311,10 @@ def look_at(config, word):
     """
     agent = load_agent(config)
     record = find_record(agent.state, word)
-    devices = [device for device in agent.devices if device.device_id == record["deviceId"]]
-    claim = obtain_claim(agent.get_profile(), agent.device_id)
-    seen = observe_devices(devices, [record], claim).get(record["deviceId"], Seen([], {}, {}))
+    home = record["deviceId"]
+    devices = [device for device in agent.devices if device.device_id == home]
+    claim = obtain_claim(agent.profile, agent.device_id)
+    seen = observe_devices(devices, [record], claim).get(home, NOTHING)
     return agent, record, seen._replace(containers=find_containers(record["deploymentId"], seen.containers))
 
 
@@ -12974,11 +12821,13 @@ def purge(agent):
     """Removes every workload, as far as that goes, and reports it; names the volumes that are left behind."""
     if agent.state["enrollment"]:
         agent.connect()
+    for record in agent.state["deployments"].values():
+        record["retry"] = {}                        # a person asks: nothing waits
     version = (agent.state["accepted"] or {}).get("version", 0)
     agent.reconcile({"version": version, "deployments": []})
     agent.flush_outbox()                            # also what an earlier purge could not report
-    for drivers in agent.answering.values():
-        driver = drivers.get("compose")
+    for sight in agent.seen.values():
+        driver = sight.drivers.get("compose")
         names = driver.list_volumes() if driver else ()
         if names:
             print(f"kept: {len(names)} volumes, which `{driver.engine} volume rm {' '.join(names)}` removes")
@@ -12991,13 +12840,11 @@ def command_plan(config, options):
     """
     agent = load_agent(config)
     accepted, load = fetch_accepted(agent)
-    actions, seen = agent.decide(accepted, load) if accepted else ([], {})
-    others = ask_others(agent.answering)
-    # What clears the way for an installation elsewhere is part of it.
-    moved = {action.key for action in actions if action.verb in CHANGES}
+    actions = agent.decide(accepted, load) if accepted else []
+    others = ask_others(agent.seen)
     items = [{"deploymentId": action.deployment_id, "action": PRINTED.get(action.verb, action.verb),
               "reason": action.reason, "deviceId": action.device_id, "changes": load_changes(agent, action)}
-             for action in actions if action.verb != "clear" or action.key not in moved]
+             for action in actions]
     version = accepted["version"] if accepted else None
     if options.pop("--json", False):                # what fails after that is told on stderr alone
         print_json({"version": version, "actions": items, "others": others})
@@ -13009,14 +12856,14 @@ def command_plan(config, options):
             print(f"{item['action']:8}{item['deploymentId']}  {where}{make_printable(item['reason'] + what)}")
         for words in make_others_words(others):
             print(f"other   {words}; it is left alone")
-    for fault in seen[agent.device_id].silent.values() if seen else ():
+    for fault in agent.seen[agent.device_id].silent.values() if accepted else ():
         raise fault
 
 
 def load_agent(config):
     """An Agent that only looks: it has read the state, and leaves its lock alone."""
     agent = Agent(config)
-    agent.state = agent.store.load_state()
+    agent.hold(agent.store.load_state())
     return agent
 
 
@@ -13058,11 +12905,12 @@ def fetch_accepted(agent):
     desired = agent.fetch_desired()
     if not desired:
         return agent.state["accepted"], stored
+    accepted = make_accepted(desired)
     try:
-        agent.check_removals(desired)
+        agent.check_removals(accepted, agent.state["deployments"])
     except Waiting as error:
         log("warning", error.message)
-    return make_accepted(desired), lambda digest: desired.documents.get(digest) or stored(digest)
+    return accepted, lambda digest: desired.documents.get(digest) or stored(digest)
 
 
 def command_status(config, options):
@@ -13172,7 +13020,7 @@ def command_capabilities(config, options):
     Example: margo_agent.py capabilities > capabilities.json
     """
     agent = load_agent(config)
-    documents = list(map(agent.get_profile().translate, load_capabilities(agent.devices, config).values()))
+    documents = list(map(agent.profile.translate, load_capabilities(agent.devices, config).values()))
     print_json(documents if documents[1:] else documents[0])
 
 

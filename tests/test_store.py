@@ -123,7 +123,7 @@ class State(StoreCase):
         now = margo_agent.Clock(1000, "boot", 5)
         record = margo_agent.fail_record(record, "web", margo_agent.ComponentError("C", "words"), now, 0)
         target = margo_agent.Target(support.HELLO, digest, 3, None, None)
-        self.assertEqual(margo_agent.make_action(target, record, [], now, 0, "").verb, "keep")
+        self.assertEqual(margo_agent.find_action(target, record, [], now, 0, "", False)[0], "keep")
         self.assertEqual(margo_agent.find_held_ports(record), set())
 
     def test_a_newer_schema_says_so(self):
