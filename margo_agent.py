@@ -82,22 +82,22 @@ MAX_DEPLOYMENTS = 10000             # entries of one state manifest
 DOCUMENTS = 8                       # all documents together: one part in so many of policy.max_unpacked
 MAX_NODES = 250000                  # members of a document: each takes some hundred bytes of memory
 MAX_DURATION = 3650 * 86400         # seconds of one setting; clocks and timers take no sum of centuries
-MAX_NUMBER = 1e300                  # larger ones are none: sums of them would leave what the processor knows
+MAX_NUMBER = 1e300                  # of a document: with larger ones the processor cannot reckon
 MAX_VERSION = 2 ** 64 - 1           # manifestVersion is an unsigned 64 bit number (protocol 3.1)
 
 MANIFEST_TYPE = "application/vnd.margo.manifest.v1+json"
 BUNDLE_TYPE = "application/vnd.margo.bundle.v1+tar+gzip"
 DEPLOYMENT_TYPE = "application/yaml"
 JSON_TYPE = "application/json"
-SUCCESS = tuple(range(200, 300))    # of a report: HTTP has more words for it than Margo's interface names
+SUCCESS = range(200, 300)           # of a report: HTTP has more words for it than Margo's interface names
 PROBLEM_ROOT = "https://docs.margo.org/specification/"
 # Problem types (protocol 3.7), earlier ones too: what is said of the client, and of one request.
-DENIALS = ("not-authorized", "certificate-not-trusted", "signature-verification-failed",
-           "wfm-client-relationship-retired")
-REFUSALS = ("invalid-request", "semantic-error", "gateway-not-found", "device-not-found", "invalid-bundle",
-            "deployment-not-found", "server-cannot-generate-response", "discovery-document-not-found",
-            "spiffe-bundle-not-found", "invalid-client", "invalid-digest-header",
-            "invalid-certificate-format")
+DENIALS = ("not-authorized certificate-not-trusted signature-verification-failed"
+           " wfm-client-relationship-retired").split()
+REFUSALS = ("invalid-request semantic-error gateway-not-found device-not-found invalid-bundle"
+            " deployment-not-found server-cannot-generate-response discovery-document-not-found"
+            " spiffe-bundle-not-found invalid-client invalid-digest-header"
+            " invalid-certificate-format").split()
 
 DIGEST_PATTERN = r"sha256:[0-9a-f]{64}"
 UUID_PATTERN = r"[0-9a-fA-F]{8}-[0-9a-fA-F]{4}-[0-9a-fA-F]{4}-[0-9a-fA-F]{4}-[0-9a-fA-F]{12}"
@@ -107,7 +107,7 @@ REGISTRY_PATTERN = rf"(?:[A-Za-z0-9.-]+|\[[0-9a-fA-F:]+\])(?:{PORT_PATTERN})?"
 DEVICE_ID_PATTERN = r"[A-Za-z0-9._~-]+(/[A-Za-z0-9._~-]+)*"
 
 # Most severe first (C-133).
-STATES = ("failed", "removing", "installing", "pending", "removed", "installed")
+STATES = "failed removing installing pending removed installed".split()
 GOING = ("removing", "removed")     # those of what is not wanted any more
 CHANGES = ("install", "update")     # verbs of a plan that make a version run
 
@@ -3113,7 +3113,7 @@ def detect_properties(state_dir, root="/", hostname=False):
     cpu = {"cores": len(os.sched_getaffinity(0))}
     if os.uname().machine in ARCHITECTURES:
         cpu["architecture"] = ARCHITECTURES[os.uname().machine]
-    memory = re.search(r"^MemTotal:\s+([0-9]+) kB", read_fact(root, "proc/meminfo"), re.M)
+    memory = read_fact(root, "proc/meminfo").partition("MemTotal:")[2].split() or ["0"]         # in kB
     disk = os.statvfs(state_dir if os.path.isdir(state_dir) else "/")
     kinds = set(read_signs(root, INTERFACE_SIGNS).values()) - {""}
     found = {
@@ -3121,13 +3121,14 @@ def detect_properties(state_dir, root="/", hostname=False):
         "modelNumber": detect_text(root, "product_name", "model") or "unknown",
         "serialNumber": detect_text(root, "product_serial", "serial-number") or "unknown",
         "cpus": [cpu],
-        "memory": f"{int(memory.group(1)) // 1024 if memory else 0}Mi",
+        "memory": f"{int(memory[0]) // 1024}Mi",
         "storage": f"{disk.f_blocks * disk.f_frsize // MIB}Mi",
         "peripherals": detect_peripherals(root),
         "interfaces": [{"type": kind} for kind in sorted(kinds)],
     }
-    name = re.match("[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?", os.uname().nodename)      # RFC 1123
-    if hostname and name:
+    label = "[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?"           # RFC 1123
+    name = hostname and re.match(label, os.uname().nodename)
+    if name:
         found["hostname"] = name.group()
     return found
 
@@ -3138,8 +3139,8 @@ PLACEHOLDERS = frozenset((
     "oem default defaultstring standard none null empty blank invalid tbd test dummy na unknown undefined"
     " unspecified notspecified notapplicable notavailable notprovided notpresent notset noassettag noserial"
     " noserialnumber serial serialno serialnumber 03000200040005000006000700080009").split())
-COUNTING = ("0123456789abcdef", "123456789abcdef", "12345678901234567890", "fedcba9876543210", "9876543210",
-            "987654321")
+COUNTING = ("0123456789abcdef 123456789abcdef 12345678901234567890 fedcba9876543210 9876543210"
+            " 987654321").split()
 
 
 def is_placeholder(text):
@@ -3211,10 +3212,9 @@ def make_capabilities(detected, device, device_id, deployment_types):
     if not deployment_types:
         properties = {key: value for key, value in properties.items() if key not in HOSTING_PROPERTIES}
     properties["id"] = device_id
-    extensions = [name for name in properties if name.startswith("x-")]
-    # they stand at the root (protocol 3.5)
-    document = {name: properties.pop(name) for name in extensions}
-    document["properties"] = properties
+    # extensions stand at the root (protocol 3.5)
+    document = {name: item for name, item in properties.items() if name.startswith("x-")}
+    document["properties"] = {name: item for name, item in properties.items() if name not in document}
     if device.labels:
         document["labels"] = dict(device.labels)
     return document
@@ -6493,8 +6493,8 @@ NEEDED_BY = {"openssl": "`csr`, wfm.profile signed, identity.enrollment est and 
 # Where programs of administration lie, which cron's PATH lacks (contract, On the engine), and what is between
 # systemd and this process alone.
 SYSTEM_FOLDERS = ("/usr/local/sbin", "/usr/sbin", "/sbin")
-SYSTEMD_NAMES = ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID", "LISTEN_FDS", "LISTEN_PID",
-                 "LISTEN_FDNAMES")
+SYSTEMD_NAMES = ("NOTIFY_SOCKET WATCHDOG_USEC WATCHDOG_PID LISTEN_FDS LISTEN_PID"
+                 " LISTEN_FDNAMES").split()
 
 
 def parse_answer(data, program, read):
@@ -6538,10 +6538,10 @@ def get_temporary(state_dir, environ):
 def make_limiter(limits):
     """A function that bounds the process which calls it, by {a name of `resource`: the most}."""
     import resource
-    kinds = {getattr(resource, name): most for name, most in limits.items()}
 
     def limit():
-        for kind, most in kinds.items():
+        for name, most in limits.items():
+            kind = getattr(resource, name)
             hard = resource.getrlimit(kind)[1]
             most = most if hard < 0 else min(most, hard)
             resource.setrlimit(kind, (most, most))
@@ -7052,9 +7052,8 @@ class Log:
     """
 
     LEVELS = ("debug", "info", "warning", "error")
-
-    def __init__(self):
-        self.level, self.form, self.callback = "info", "text", None
+    level, form = "info", "text"
+    callback = None                                 # set by whoever embeds the agent
 
     def __call__(self, level, message, **fields):
         """Writes one event; `fields` are facts for machines and never hold a secret or a parameter's value.
@@ -7062,7 +7061,7 @@ class Log:
         """
         if self.LEVELS.index(level) < self.LEVELS.index(self.level):
             return
-        if self.callback:                           # set by whoever embeds the agent
+        if self.callback:
             self.callback(level, message, fields)
             return
         if self.form == "json":
@@ -7107,7 +7106,7 @@ def write_file(path, data, mode=0o600, temporary=None):
     the folder.  Raises StorageError.
     """
     folder = os.path.dirname(path)
-    temporary = temporary or f"{path}.tmp"
+    temporary = temporary or path + ".tmp"
     try:
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
         descriptor = os.open(temporary, flags, mode)
@@ -7370,7 +7369,7 @@ def make_state_data(state):
 
 SUM = b',"sum":"'                   # what stands before the digest
 MAX_WORDS = 2 * MIB                 # characters that are kept of the messages of all faults together
-OLD_FIELDS = ("left", "failures", "retryAt", "repairs", "repairedAt")      # of records of schema 1
+OLD_FIELDS = "left failures retryAt repairs repairedAt".split()            # of records of schema 1
 
 
 def parse_state(data, path):
@@ -7407,12 +7406,12 @@ def migrate_record(record):
     """A deployment's record as schema 2 has it; that of schema 1 knew moments where that has waits, which are
     over then (see make_wait).
     """
-    if "repairs" not in record:
-        return record
-    record = {key: value for key, value in record.items() if key not in OLD_FIELDS}
+    if "repairs" in record:
+        record = {key: value for key, value in record.items() if key not in OLD_FIELDS}
+        record = dict({"refused": False, "found": False, "fetched": []}, **dict(record, retry={}, repair={}))
     if "services" not in (record.get("running") or ()):
-        record["fallback"] = False                  # what is installed has been said to have a version before
-    return dict({"refused": False, "found": False, "fetched": []}, **dict(record, retry={}, repair={}))
+        record["fallback"] = False                  # no version before is known that could run
+    return record
 
 
 def shorten_errors(state):
@@ -7652,7 +7651,7 @@ class Store:
         return True
 
 
-ENGINE_SOCKETS = ("docker.sock", "podman.sock", "containerd.sock", "crio.sock")
+ENGINE_SOCKETS = "docker.sock podman.sock containerd.sock crio.sock".split()
 
 
 class Folder:
@@ -8100,7 +8099,7 @@ def list_of(read_item, expected, least=0):
 
 def is_number(value):
     """Whether a value is a number that JSON can write; a boolean is none."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < MAX_NUMBER
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < float("inf")
 
 
 def get_kind(value):
@@ -8249,7 +8248,7 @@ read_labels = checked("a mapping of labels to text, number, boolean, or a list o
                       lambda value: is_mapping(value) and all(map(is_label, value.values())))
 
 
-DAYS = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
+DAYS = "Mon Tue Wed Thu Fri Sat Sun".split()
 MINUTE = "%Y-%m-%dT%H:%M"
 
 
@@ -8274,15 +8273,14 @@ def parse_window(text):
     clock = "([0-9]{2}):([0-5][0-9])"
     match = re.fullmatch(f"(?:{day}(?:-{day})? )?{clock}-{clock}", text)
     if match:
-        first = match.group(1) or "Mon"
-        last = match.group(2) or match.group(1) or "Sun"
-        length = (DAYS.index(last) - DAYS.index(first)) % 7 + 1
-        days = {(DAYS.index(first) + step) % 7 for step in range(length)}
-        hours = [int(number) for number in match.group(3, 4, 5, 6)]
-        start = 60 * hours[0] + hours[1]
-        end = 60 * hours[2] + hours[3]
+        first, last, *numbers = match.groups()
+        begin = DAYS.index(first or "Mon")
+        length = (DAYS.index(last or first or "Sun") - begin) % 7
+        hour, minute, end_hour, end_minute = map(int, numbers)
+        start = 60 * hour + minute
+        end = 60 * end_hour + end_minute
         if start < 1440 and end <= 1440:
-            return days, start, end
+            return {(begin + step) % 7 for step in range(length + 1)}, start, end
     raise ValueError('a window such as "Mon-Fri 06:00-22:00" or "2026-12-24T00:00/2026-12-27T00:00"')
 
 
@@ -8365,7 +8363,6 @@ SCHEMA = {
     },
     "log": {"level": (choice("debug", "info", "warning", "error"), "info", "least level that is logged")},
 }
-CHECKS = []
 
 
 # The configuration as a whole
@@ -8453,7 +8450,7 @@ def make_config(document, base, environ):
     config["registries"] = registries
     config.device["children"] = make_children(config.device.children, base, faults)
     named = {key for key, _ in faults}
-    for check in (check_devices, check_profile, *CHECKS):
+    for check in CHECKS:
         faults += [(key, words) for wrong, key, words in check(config) if wrong and key not in named]
     if faults:
         raise ConfigError("; ".join(f"{key}: {words}" for key, words in faults))
@@ -8483,6 +8480,9 @@ def check_profile(config):
     """What its profile has to say of a configuration: [(whether it is wrong, key, words)]."""
     profile = PROFILES.get(config.wfm.profile)
     return profile.check_settings(config) if profile else []
+
+
+CHECKS = [check_devices, check_profile]             # optional rooms add themselves
 
 
 def expand_environment(value, environ, where, faults):
@@ -8554,7 +8554,7 @@ def find_flaw(value, shape):
     kind = shape if isinstance(shape, type) else type(shape)
     fits = isinstance(value, kind)
     if kind is float:
-        fits = is_number(value) and value >= 0
+        fits = is_number(value) and 0 <= value < MAX_NUMBER
     elif isinstance(shape, str):
         fits = fits and re.fullmatch(shape, value, re.ASCII)
     elif isinstance(shape, list) and fits:
@@ -8838,18 +8838,17 @@ class YAMLReader:
     STOP = (re.compile(r":(?=[ \t\n])|[ \t]#|\n"), re.compile(r":(?=[ \t\n,\[\]{}])|[ \t]#|[\n,\[\]{}]"))
     MARKER = re.compile(r"(?:---|\.\.\.)(?=[ \t\n])")
     ALIAS = re.compile(r"\*([^\s,\[\]{}]+)")
-    # a plain key: quoted, it is text
-    MERGE = re.compile(r"(?:\?\s+)?(?:&\S+\s+)?<<")
-    PROPERTY = re.compile(r"(&[^\s,\[\]{}]+|!<[^\s<>]+>|![^\s,\[\]{}]*)(?:[ \t]+|(?=[\n,\]}]))")
+    # What few documents have is compiled when it is met.  MERGE: a plain key; quoted, it is text.
+    MERGE = r"(?:\?\s+)?(?:&\S+\s+)?<<"
+    PROPERTY = r"(&[^\s,\[\]{}]+|!<[^\s<>]+>|![^\s,\[\]{}]*)(?:[ \t]+|(?=[\n,\]}]))"
+    FORBIDDEN = "[\x00-\x08\x0b-\x1f\x7f-\x84\x86-\x9f\ud800-\udfff\ufeff\ufffe\uffff]"
+    HEADER = r"([|>])([-+]?[1-9]?|[1-9][-+])(?:[ \t]+#[^\n]*|[ \t]*)\n"
     # what is not itself in a quoted scalar, or ends it
     QUOTED = {
         '"': re.compile(r"\"|\\(?:\n[ \t\n]*|x[0-9a-fA-F]{2}|u[0-9a-fA-F]{4}|U[0-9a-fA-F]{8}|.)"
                         r"|(?:(?<![ \t])|(?<=\\[ \t]))[ \t]*\n[ \t\n]*"),
         "'": re.compile(r"''?|(?<![ \t])[ \t]*\n[ \t\n]*"),
     }
-    # its opposite takes 3 ms to compile
-    FORBIDDEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x84\x86-\x9f\ud800-\udfff\ufeff\ufffe\uffff]")
-    HEADER = re.compile(r"([|>])([-+]?[1-9]?|[1-9][-+])(?:[ \t]+#[^\n]*|[ \t]*)\n")
     NUMBER = re.compile(f"(?:({INT_PATTERN})|({FLOAT_PATTERN}))\\Z")
 
     def __init__(self, text):
@@ -8861,7 +8860,9 @@ class YAMLReader:
         self.position, self.column, self.depth, self.nodes = 0, 0, 0, 0
         self.kind = ""                              # of the last node, see make_node
         self.anchors = {}
-        bad = self.FORBIDDEN.search(self.text)
+        # none of these is printable; to compile the pattern takes longer than to read a configuration
+        plain = self.text.replace("\n", "").replace("\t", "")
+        bad = None if plain.isprintable() else re.search(self.FORBIDDEN, self.text)
         if bad:
             self.fail(f"character {bad.group()!r} is not allowed", bad.start())
         self.count(self.text.count("\n"))
@@ -8997,7 +8998,7 @@ class YAMLReader:
         """
         found = {}
         while self.text[self.position] in "&!":
-            match = self.PROPERTY.match(self.text, self.position)
+            match = re.compile(self.PROPERTY).match(self.text, self.position)
             sign = self.text[self.position]
             if not match or sign in found:
                 self.fail("an anchor or tag without name or white space after it, or a second one")
@@ -9094,7 +9095,7 @@ class YAMLReader:
         """
         mapping, merges = {}, []
         for key, value, position in pairs:
-            if key == "<<" and self.MERGE.match(self.text, position):
+            if key == "<<" and re.compile(self.MERGE).match(self.text, position):
                 merges.append((value, position))
                 if len(merges) > 1:
                     self.fail("the key << occurs twice", position)
@@ -9119,7 +9120,7 @@ class YAMLReader:
     def read_block_scalar(self, parent):
         """The text of a literal or folded scalar; the position is at its indicator."""
         text = self.text
-        header = self.HEADER.match(text, self.position)
+        header = re.compile(self.HEADER).match(text, self.position)
         if not header:
             self.fail("the header of a block scalar is | or >, then at most + or - and a digit")
         style, marks = header.groups()
