@@ -44,7 +44,8 @@ import os
 import re
 import sys
 import time
-from collections import ChainMap, namedtuple
+from collections import ChainMap
+from operator import itemgetter
 
 __version__ = "0.1.0"
 __all__ = ["main", "Agent", "load_config", "load_yaml", "status", "log", "PROFILES", "__version__",
@@ -57,11 +58,10 @@ __all__ = ["main", "Agent", "load_config", "load_yaml", "status", "log", "PROFIL
 # ----------------------------------------------------------------------------------------------------------
 
 # What optional rooms add where they are defined; nothing outside names anything in them.
-# See also SCHEMA, CHECKS, STEPS, DEVICES, ASSIGN, LISTENERS and COMPANIONS.
+# See also SCHEMA, CHECKS, STEPS, DEVICES, PLACES, LISTENERS and COMPANIONS.
 PROFILES = {}                       # {wfm.profile: its Profile class}
-OPTIONS = {"enroll": {}}            # {command: {option: (name of its value, function of config and value)}}
-COMMANDS = {}                       # {name: (its function, to an exit code or nothing for 0; its options,
-                                    # each with what follows it; its operands)}; its docstring is its help
+COMMANDS = {}                       # {name: (its function of config and options, to an exit code or nothing
+                                    # for 0; its usage)}; its docstring is its help
 JUDGES = []                         # functions of (image, config) to the name by which it is pulled, once
                                     # nothing speaks against it; else ComponentError
 DRIVERS = {}                        # {deployment type: function of (config, child, others) to its driver or
@@ -79,6 +79,7 @@ MAX_DEPLOYMENTS = 10000             # entries of one state manifest
 DOCUMENTS = 8                       # all documents together: one part in so many of policy.max_unpacked
 MAX_NODES = 250000                  # members of a document: each takes some hundred bytes of memory
 MAX_DURATION = 3650 * 86400         # seconds of one setting; clocks and timers take no sum of centuries
+MAX_NUMBER = 1e300                  # larger ones are none: sums of them would leave what the processor knows
 MAX_VERSION = 2 ** 64 - 1           # manifestVersion is an unsigned 64 bit number (protocol 3.1)
 
 MANIFEST_TYPE = "application/vnd.margo.manifest.v1+json"
@@ -221,16 +222,41 @@ class Forbidden(ComponentError):
 # 2. Records
 # ----------------------------------------------------------------------------------------------------------
 
+class Record(tuple):
+    """A tuple whose places have names, made by `define`.
+
+    It is what collections.namedtuple makes, at a fifth of what that takes each time this file is loaded.
+    """
+
+    __slots__ = ()
+
+    def __new__(cls, *values, **named):
+        if named or len(values) != len(cls._fields):
+            found = {**cls._defaults, **dict(zip(cls._fields, values)), **named}
+            if len(values) > len(cls._fields) or found.keys() != set(cls._fields):
+                raise TypeError(f"{cls.__name__} has the fields {' '.join(cls._fields)}")
+            values = map(found.get, cls._fields)
+        return super().__new__(cls, values)
+
+    def _asdict(self):
+        return dict(zip(self._fields, self))
+
+    def _replace(self, **changes):
+        return type(self)(**dict(self._asdict(), **changes))
+
+
 def define(name, fields, meaning, *defaults):
-    """A record type: a named tuple of `fields`, documented by `meaning`; `defaults`: of the last fields.
+    """A record type: a tuple of named `fields`, documented by `meaning`; `defaults`: of the last fields.
 
     One with a deployment's id has a `key`, too: the id in lower case, by which the state knows it.
     """
-    record = namedtuple(name, fields, defaults=defaults)
-    record.__doc__ = meaning
-    if "deployment_id" in record._fields:           # ids are told apart without regard to case
-        record.key = property(lambda self: self.deployment_id.lower())
-    return record
+    fields = fields.split()
+    parts = {field: property(itemgetter(place)) for place, field in enumerate(fields)}
+    if "deployment_id" in fields:                   # ids are told apart without regard to case
+        parts["key"] = property(lambda self: self.deployment_id.lower())
+    last = fields[len(fields) - len(defaults):]
+    return type(name, (Record,), dict(parts, __slots__=(), __doc__=meaning, _fields=tuple(fields),
+                                      _defaults=dict(zip(last, defaults))))
 
 
 Certificate = define("Certificate",
@@ -284,13 +310,11 @@ Device = define("Device", "device_id settings drivers silence",
 Seen = define("Seen", "containers drivers silent",
     "What a device shows now: [Container], {deployment type: driver} of what answers, and {deployment type:"
     " CommandError} of what does not.")
-Share = define("Share", "device targets records unseen",
-    "What a device has to care for: its Device, [Target] that should run there, {key: record} of what is at"
-    " home there, {key: CommandError} of what cannot be seen now.")
 Outcome = define("Outcome", "code result detail delay",
     "How a cycle went: exit code, the word of `lastPoll.result`, detail for people, seconds to the next one.")
 
 NOBODY = Claim("", (), (), ())
+NOTHING = Seen((), {}, {})
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -308,12 +332,17 @@ class Agent:
         self.store = Store(config.state_dir)
         self.device_id = get_device_id(config.device)
         self.devices = load_devices(config, self.device_id)
-        self.state = None                           # what state.json holds, while a cycle has it
+        self.hold(make_state())
         self.source = None                          # connected when the WFM is first needed
-        self.profile = None                         # how wfm.profile is served, for the state at hand
-        self.answering = {}                         # {device id: {type: driver}} that answered the last look
+        self.seen = {}                              # {device id: Seen} of the last look
         self.asked = False                          # whether a person asks for an SVID, by `enroll`
+        self.polled = False                         # whether the source has told the desired state
         self.starting = 0                           # seconds until the first contact since the device started
+
+    def hold(self, state):
+        """Works with this state from now on, and serves wfm.profile by it."""
+        self.state = state
+        self.profile = PROFILES[self.config.wfm.profile](self.config, self.store, state)
 
     def cycle(self):
         """One cycle: every step in turn.  Returns an Outcome, which tells what went wrong.
@@ -321,13 +350,12 @@ class Agent:
         Raises Locked where another instance works, StorageError where the state cannot be read.
         """
         with self:
-            began = time.time()
             for step in STEPS:
                 try:
                     step(self)
                 except FAULTS as error:
-                    self.note_fault(to_fault(error), began)
-            return self.conclude(began)
+                    self.note_fault(to_fault(error))
+            return self.conclude()
 
     def __enter__(self):
         """Takes the state directory for this process and reads the state."""
@@ -335,11 +363,13 @@ class Agent:
         self.store.lock()
         empty_folder(self.store.path("tmp"))
         try:
-            self.state = self.store.load_state()
+            self.hold(self.store.load_state())
         except MargoError:
             self.store.unlock()
             raise
+        self.began = time.time()
         self.faults = []                            # what went wrong in this cycle
+        self.polled = False
         self.silent = False                         # whether the WFM is not spoken to any more in this cycle
         self.changed = False                        # whether this cycle had something to do
         return self
@@ -347,19 +377,13 @@ class Agent:
     def __exit__(self, *_):
         self.store.save_memo()
         self.store.unlock()
-        self.source = self.profile = None
+        self.source = None
 
     def connect(self, keep=True):
         """The source of the desired state, connected when it is needed; raises Untrusted, Unreachable."""
         if self.source is None:
-            self.source = self.get_profile().connect(keep)
+            self.source = self.profile.connect(keep)
         return self.source
-
-    def get_profile(self):
-        """How wfm.profile is served."""
-        if self.profile is None or self.profile.state is not self.state:
-            self.profile = PROFILES[self.config.wfm.profile](self.config, self.store, self.state)
-        return self.profile
 
     def check_patience(self, spread=True):
         """Raises Silence where nobody is to be asked now; spread: or where a fleet may just be starting."""
@@ -376,7 +400,7 @@ class Agent:
         """Whether the operator wants no communication now."""
         return is_within(self.config.poll.downtime, time.localtime())
 
-    def note_fault(self, error, began):
+    def note_fault(self, error):
         """Logs what went wrong, and keeps what follows from it: a back-off, and silence for this cycle.
 
         One time-out a cycle is enough, and without an SVID there is nothing to speak with.
@@ -393,7 +417,7 @@ class Agent:
             error.message += f"; {make_clock_fault(time.time(), stored)}"
         log("error", error.message, code=error.code)
         if final or isinstance(error, Refused):
-            clock = get_clock()._replace(now=began)
+            clock = get_clock()._replace(now=self.began)
             self.state["patience"] = make_patience(self.state["patience"], error, clock, get_random())
 
     def exchange(self):
@@ -419,17 +443,19 @@ class Agent:
 
         An ETag that alone is new is kept in memory: two servers behind one name may differ in it (P-16).
         """
-        accepted = self.state["accepted"]
-        if not accepted:
-            return self.source.fetch_desired(None, self.store.load_artifact)
+        load = self.store.load_artifact
         memo = self.store.load_memo()
-        etag = memo.get("etags", {}).get(accepted["digest"], accepted["etag"])
-        needed = [target.digest for target in list_targets(accepted) if self.is_needed(target)]
-        lost = None in map(self.store.load_artifact, needed)        # it is fetched again (D-9)
-        asked = dict(accepted, etag=etag, incomplete=lost)
-        desired = self.source.fetch_desired(asked, self.store.load_artifact)
-        if not desired and asked["etag"] != etag:
-            memo["etags"] = {accepted["digest"]: asked["etag"]}
+        accepted = self.state["accepted"]
+        if accepted:
+            etag = memo.get("etags", {}).get(accepted["digest"], accepted["etag"])
+            needed = [target.digest for target in list_targets(accepted)
+                      if needs_document(target, self.state["deployments"].get(target.key))]
+            lost = None in map(load, needed)        # it is fetched again (D-9)
+            accepted = dict(accepted, etag=etag, incomplete=lost)
+        desired = self.source.fetch_desired(accepted, load)
+        if accepted and not desired and accepted["etag"] != etag:
+            memo["etags"] = {accepted["digest"]: accepted["etag"]}
+        self.polled = True
         return desired
 
     def report_capabilities(self, always=False):
@@ -439,80 +465,67 @@ class Agent:
 
     def accept(self, desired):
         """Makes a verified desired state the accepted one, durable: first its documents, then it (C-111)."""
-        self.check_removals(desired)
         state = self.state
-        records = state["deployments"]
+        at = make_time(time.time())
+        accepted = make_accepted(desired, at)
+        self.check_removals(accepted, state["deployments"])
         for digest, data in desired.documents.items():
             self.store.save_artifact(digest, data)
-        at = make_time(time.time())
         state["waiting"] = None
         state["history"] = make_history(state, desired, at)
-        state["accepted"] = make_accepted(desired, at)
-        new = []
-        for target in list_targets(state["accepted"]):
-            record = records.get(target.key)
-            if not record:
-                new.append(read_target(target, self.store.load_artifact, self.config))
-            elif record["adopted"]["digest"] == target.digest and record["state"] not in GOING:
+        state["accepted"] = accepted
+        for target in list_targets(accepted):
+            record = state["deployments"].get(target.key)
+            if record and record["adopted"]["digest"] == target.digest and record["state"] not in GOING:
                 record["adopted"]["version"] = target.version       # the new manifest defines it, too (E-113)
                 enqueue_status(state, record)
-        for share in self.assign(new, {}):
-            for target in share.targets:
-                if not target.error:                # received, not started (protocol 5.1)
-                    records[target.key] = make_pending(target, self.device_id)
-                    enqueue_status(state, records[target.key])
         self.store.save_state(state)
         log("info", "desired state accepted", version=desired.version, deployments=len(desired.entries))
 
-    def check_removals(self, desired):
-        """Raises Waiting where a manifest removes more than is allowed and no second poll confirmed it."""
+    def check_removals(self, accepted, keys):
+        """Raises Waiting where a manifest removes more than is allowed and no second poll confirmed it.
+
+        accepted: as make_accepted returns it.  keys: of the deployments that are there.
+        """
         limit = self.config.policy.max_removals
-        gone = self.state["deployments"].keys() - {entry.key for entry in desired.entries}
-        if limit is not None and len(gone) > limit and self.state["waiting"] != desired.digest:
-            self.state["waiting"] = desired.digest
-            raise Waiting(f"version {desired.version} would remove {len(gone)} deployments,"
+        gone = set(keys).difference(target.key for target in list_targets(accepted))
+        confirmed = self.polled and self.state["waiting"] == accepted["digest"]
+        if limit is not None and len(gone) > limit and not confirmed:
+            self.state["waiting"] = accepted["digest"]
+            raise Waiting(f"version {accepted['version']} would remove {len(gone)} deployments,"
                           f" policy.max_removals is {limit}; nothing is done until the next poll confirms it")
 
-    def is_needed(self, target):
-        """Whether deciding on a target takes its document."""
-        record = self.state["deployments"].get(target.key)
-        known = [device.device_id for device in self.devices]
-        return needs_document(target, record) or record["deviceId"] not in known
-
-    def assign(self, targets, silent):
-        """[Share] of each device.
-
-        silent: {device id: {deployment type: CommandError}} of what does not answer.
-        """
-        offers = {}
-        if any(target.deployment and target.deployment.constraints for target in targets):
-            offers = load_capabilities(self.devices, self.config)
-        silent = {device.device_id: silent.get(device.device_id, {}) for device in self.devices}
-        return ASSIGN[-1](targets, self.state["deployments"], self.devices, silent, offers)
-
     def decide(self, accepted, load_document):
-        """([Action], {device id: Seen}): what to do so that what was accepted runs, and what is there now.
+        """[Action]: what to do so that what was accepted runs; Agent.seen tells what is there now.
 
         The documents of what is not as it should be are read, and it is decided again: another device may
         have to run it.
         """
-        records = self.state["deployments"]
-        targets = [read_target(target, load_document, self.config) if self.is_needed(target) else target
+        runtime = self.config.runtime
+        mark = make_mark(runtime.environment)
+        records = dict(self.state["deployments"])
+        ids = [device.device_id for device in self.devices]
+        for key, record in records.items():
+            if record["deviceId"] not in ids:       # what was on a device that has gone begins anew, here
+                state = "removed" if record["state"] == "removed" else "pending"
+                records[key] = dict(record, deviceId=self.device_id, state=state)
+        targets = [read_target(target, load_document, self.config)
+                   if needs_document(target, records.get(target.key)) else target
                    for target in list_targets(accepted)]
         new = [begin_record(make_record(target, ""), target) for target in targets if target.deployment]
-        claim = obtain_claim(self.get_profile(), self.device_id)
-        seen = observe_devices(self.devices, [*records.values(), *new], claim)
-        self.answering = {device_id: sight.drivers for device_id, sight in seen.items()}
-        silent = {device_id: sight.silent for device_id, sight in seen.items()}
-        containers = {device_id: sight.containers for device_id, sight in seen.items()}
-        mark = make_mark(self.config.runtime.environment)
+        claim = obtain_claim(self.profile, self.device_id)
+        self.seen = observe_devices(self.devices, [*records.values(), *new], claim)
         while True:
-            shares = self.assign(targets, silent)
-            actions = make_actions(shares, records, containers, get_clock(), self.config.runtime.settle, mark)
+            offers = {}
+            if any(target.deployment and target.deployment.constraints for target in targets):
+                offers = load_capabilities(self.devices, self.config)
+            placed = place_targets(targets, records, self.devices, self.seen, offers)
+            actions = make_plan(placed, records, self.devices, self.seen, get_clock(), runtime.settle, mark,
+                                self.is_downtime())
             unread = {action.key for action in actions
                       if action.verb in CHANGES and not action.target.deployment}
             if not unread:
-                return actions, seen
+                return actions
             targets = [read_target(target, load_document, self.config) if target.key in unread else target
                        for target in targets]
 
@@ -524,13 +537,24 @@ class Agent:
         accepted = accepted or self.state["accepted"]
         if not accepted:
             return                                  # what runs is left alone until a WFM says what should
-        actions, seen = self.decide(accepted, self.store.load_artifact)
+        actions = self.decide(accepted, self.store.load_artifact)
+        records = self.state["deployments"]
+        if "digest" in accepted:                    # what no record tells of is counted here (F-32)
+            removed = {action.key for action in actions if action.verb == "remove"}
+            self.check_removals(accepted, removed.difference(records))
+        new = [action for action in actions
+               if action.target and not action.target.error and action.key not in records]
+        for action in new:                          # received, not started (protocol 5.1)
+            records[action.key] = begin_record(make_record(action.target, action.device_id), action.target)
+            enqueue_status(self.state, records[action.key])
+        if new:
+            self.store.save_state(self.state)
         actions = [action for action in actions if action.verb != "keep"]
         if actions:
             self.prune()                            # before anything is pulled, too (P-5)
-        troubles = self.carry_out(actions, seen, accepted["version"])
+        troubles = self.carry_out(actions, accepted["version"])
         for device in self.devices:
-            sight = seen[device.device_id]
+            sight = self.seen[device.device_id]
             name = f"child device {device.device_id}: " if device.silence else ""
             troubles += [name + fault.message for fault in sight.silent.values()]
             for driver in () if self.changed else sight.drivers.values():
@@ -548,18 +572,16 @@ class Agent:
         """
         if not self.config.runtime.prune:
             return
-        digests, images = find_needed(self.state)
-        self.store.prune_artifacts(digests)
-        drivers = {make_prefix(device_id, self.device_id): found.values()
-                   for device_id, found in self.answering.items()}
+        needed = find_needed(self.state)
+        self.store.prune_artifacts(needed)
         for entry in self.state["pulled"]:
-            device_id, space, name = entry.rpartition(" ")
-            there = drivers.get(device_id + space, ())
-            if name not in images and any(driver.remove_image(name) for driver in there):
+            device_id, _, name = entry.rpartition(" ")
+            sight = self.seen.get(device_id or self.device_id, NOTHING)
+            if name not in needed and any(driver.remove_image(name) for driver in sight.drivers.values()):
                 log("info", "image pruned", image=entry)
                 self.state["pulled"] = [other for other in self.state["pulled"] if other != entry]
 
-    def carry_out(self, actions, seen, version):
+    def carry_out(self, actions, version):
         """Carries out a plan, group by group; returns what went wrong and fails no deployment, in words."""
         records = self.state["deployments"]
         troubles = []
@@ -567,10 +589,12 @@ class Agent:
             ready = {}
             for action in group:
                 self.check_stopping()
-                step = self.begin(action, seen, version, troubles)
-                if action.verb in CHANGES:
-                    step.before = [self.begin(other, seen, version, troubles) for other in actions
-                                   if other.verb == "clear" and other.key == action.key]
+                step = self.begin(action, version, troubles)
+                if action.verb in CHANGES:          # it is cleared where it was, before it starts here
+                    step.before = [self.begin(action._replace(verb="clear", target=None, device_id=home),
+                                              version, troubles)
+                                   for home, sight in self.seen.items() if home != action.device_id
+                                   and find_containers(action.deployment_id, sight.containers)]
                 if self.advance(step):
                     ready[action.key] = step
             stopped = False
@@ -592,22 +616,21 @@ class Agent:
         if self.stopping():
             raise Interrupted("ended before everything was done; the next run goes on from here")
 
-    def begin(self, action, seen, version, troubles):
+    def begin(self, action, version, troubles):
         """The Step of an action, before anything of it is done."""
+        target = action.target
         record = self.state["deployments"].get(action.key)
         home = record and record["deviceId"]
         holds = find_held_ports(record) if record else set()
-        if record and home not in seen and action.verb != "keep":
+        if record and home not in self.seen:
             log("warning", "its device is no longer configured; what runs there is forgotten",
                 deployment=action.deployment_id, device=home)
-        if not record or home != action.device_id and action.target and action.verb != "clear":
-            record = make_record(action.target or Target(action.deployment_id, ""), action.device_id)
-        sight = seen[action.device_id]
-        verb = action.verb
-        if self.is_downtime():
-            verb, record = hold_quiet(action, record, sight.containers, get_clock())
-        return Step(verb, action=action, record=record, holds=holds, sight=sight, config=self.config,
-                    store=self.store, version=version, troubles=troubles)
+        if not record or target and home != action.device_id:
+            record = make_record(target or Target(action.deployment_id, ""), action.device_id)
+        if action.verb == "clear":
+            record = dict(record, deviceId=action.device_id, components=[])
+        return Step(action=action, record=record, holds=holds, sight=self.seen[action.device_id],
+                    config=self.config, store=self.store, version=version, troubles=troubles)
 
     def advance(self, step, turn=None):
         """Carries on with a step until it is ready to change something, or done; whether it is ready.
@@ -618,7 +641,7 @@ class Agent:
         action = step.action
         try:
             item = step.course.send(turn)
-            while not isinstance(item, Ready):
+            while not isinstance(item, set):
                 if not step.begun:
                     log("info", PRINTED.get(action.verb, action.verb), deployment=action.deployment_id,
                         reason=action.reason)
@@ -629,23 +652,19 @@ class Agent:
         except StopIteration:
             record = self.state["deployments"].get(action.key)
             if step.begun and record and action.verb != "clear":
-                self.tell(record)
+                level, why = "info", {}
+                if record["state"] == "failed":
+                    level = "error"
+                    why = {"code": record["error"]["code"], "reason": make_failure_words(record)}
+                log(level, record["state"], deployment=record["deploymentId"], name=record["name"], **why)
             return False
-        step.takes = item.takes
+        step.takes = item
         return True
-
-    def tell(self, record):
-        """Logs what became of a deployment."""
-        facts = {"deployment": record["deploymentId"], "name": record["name"]}
-        level = "info"
-        if record["state"] == "failed":
-            level = "error"
-            facts.update(code=record["error"]["code"], reason=make_failure_words(record))
-        log(level, record["state"], **facts)
 
     def keep(self, step, record):
         """Makes a record durable, with what was fetched for it, and tells the WFM."""
-        prefix = make_prefix(step.action.device_id, self.device_id)
+        device_id = step.action.device_id
+        prefix = "" if device_id == self.device_id else f"{device_id} "
         images = {prefix + name for name in step.fetched if not re.fullmatch(DIGEST_PATTERN, name)}
         self.state["pulled"] = sorted(images.union(self.state["pulled"]))
         if record["state"] not in ("installed", "removed"):     # the next attempt finds it here (P-15)
@@ -669,29 +688,34 @@ class Agent:
                 acknowledge_status(state, key)
             except (Refused, Unreachable, Untrusted) as error:
                 words = put_off_status(state, key, error, clock, get_random())
-                if key in state["outbox"]:
-                    self.faults.append(error)
-                    log("warning", words, deployment=key, reason=error.message)
-                else:
-                    log("error", f"{words}; it is dropped", deployment=key, reason=error.message)
+                waits = key in state["outbox"]
+                log("warning" if waits else "error", words, deployment=key, reason=error.message)
+                self.faults += [error] if waits else []
                 answered = error.status or isinstance(error, Refused)
                 if error.retry_after or not answered:
                     return answered                 # the others come next time
         return True
 
-    def conclude(self, began):
+    def conclude(self):
         """The Outcome of a cycle, kept where `status` finds it; writes the disk only if something changed."""
         state = self.state
         fault = max(self.faults, key=lambda fault: fault.exit, default=None)
         failed = any(record["state"] == "failed" for record in state["deployments"].values())
-        result, code = judge_cycle(fault, self.changed, failed, bool(state["outbox"] or state["waits"]))
+        silence = fault and not fault.exit          # the operator's own, which is no fault
+        waits = (state["outbox"] or state["waits"]) and not silence
         detail = fault.message if fault else ""
+        code = max(fault.exit if fault else 0, 1 if failed else 0, 3 if waits else 0)
+        result = "applied" if self.changed else "unchanged"
+        if fault and not silence:
+            result = fault.result
+        elif failed:
+            result = "failed"
         note_outcome(state, fault)
         memo = self.store.load_memo()
-        memo["lastPoll"] = last = {"at": make_time(began), "result": result, "detail": detail}
-        if self.answering:
+        memo["lastPoll"] = last = {"at": make_time(self.began), "result": result, "detail": detail}
+        if self.seen:
             known = None if self.changed else memo.get("others")
-            memo["others"] = ask_others(self.answering, known)[:MAX_NAMED]
+            memo["others"] = ask_others(self.seen, known)[:MAX_NAMED]
         try:
             if make_state_data(state) != self.store.saved:
                 state["lastPoll"] = last
@@ -704,21 +728,6 @@ class Agent:
 
 # What a cycle does, in order: functions of the Agent.  A MargoError ends that step alone.
 STEPS = [Agent.exchange, Agent.reconcile, Agent.flush_outbox]
-
-
-def judge_cycle(fault, changed, failed, waiting):
-    """(word of `lastPoll.result`, exit code) of a cycle; the operator's own silence is no fault.
-
-    fault: the worst MargoError, or None.  changed: whether there was something to do.  failed: whether a
-    deployment has failed.  waiting: whether a report waits to be taken.
-    """
-    silence = bool(fault) and not fault.exit
-    code = max(fault.exit if fault else 0, int(failed), 3 if waiting and not silence else 0)
-    if fault and not silence:
-        return fault.result, code
-    if failed:
-        return "failed", code
-    return "applied" if changed else "unchanged", code
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -736,114 +745,100 @@ def needs_document(target, record):
     return record["state"] not in ("installed", "failed")
 
 
-def make_actions(shares, records, containers, clock, settle=0, mark=""):
-    """[Action] for all devices, in order: removals first.
+def make_plan(targets, records, devices, seen, clock, settle=0, mark="", quiet=False):
+    """[Action] for all devices: removals first, to free what they hold, then the manifest's own order.
 
-    records: those of all devices.  containers: {device id: [Container]}.  What a deployment has left on a
-    device where it is not at home any more is cleared once it runs where it belongs, or when it is about to.
+    targets: as place_targets returns them, deployment and error both None where needs_document said so.
+    records: {key: record}, each at home on one of the devices.  devices: [Device].  seen: {device id: Seen}.
+    clock: a Clock.  settle, mark: `runtime.settle` and make_mark of `runtime.environment`.  quiet: whether it
+    is downtime.
+    What a deployment has left on another device than its own is cleared once it runs where it belongs.
     """
-    homes = {target.key: "" if target.error else target.device_id
-             for share in shares for target in share.targets}
-    actions, strays = [], []
-    placed = set()              # what runs where it belongs, or is about to
-    for share in shares:
-        there = containers[share.device.device_id]
-        placed.update(key for key, record in share.records.items() if record["state"] == "installed")
-        for action in make_plan(share.targets, share.records, there, clock, settle, mark, share.unseen):
-            action = hold_back(action, share)._replace(device_id=share.device.device_id)
-            record = records.get(action.key)
-            elsewhere = action.key in homes or record and action.key not in share.records
-            if action.verb == "remove" and elsewhere:
-                strays.append(action._replace(verb="clear"))
-                continue
-            if action.verb in CHANGES:
-                placed.add(action.key)
-                if record and record["running"] and record["deviceId"] != action.device_id:
-                    action = action._replace(reason=f"moves here from {record['deviceId']}")
-            actions.append(action)
-    for stray in strays:
-        home = homes.get(stray.key)
-        if home is None:
-            actions.append(stray)
-        elif home and stray.key in placed:
-            actions.append(stray._replace(reason=f"belongs on {home}"))
-    return sorted(actions, key=lambda action: action.verb not in ("remove", "clear"))
+    wanted = {target.key: target for target in targets}
+    silences = {device.device_id: device.silence for device in devices}
+    there = {(record["deviceId"], key): [] for key, record in records.items()
+             if record["state"] != "removed" and key not in wanted}
+    for home, sight in seen.items():
+        for container in sight.containers:
+            there.setdefault((home, container.key), []).append(container)
+    removals, actions = [], []
+    settled = set()             # what runs where it belongs; where it is about to, its step clears the others
+    for key, target in wanted.items():
+        home = target.device_id
+        before = records.get(key)
+        record = before if before and before["deviceId"] == home else None
+        fault = find_fault(seen[home], record, target)
+        containers = there.pop((home, key), [])
+        shown = None if fault else containers
+        verb, reason, *culprit = find_action(target, record, shown, clock, settle, mark, quiet)
+        if not record and before and before["running"] and verb == "install":
+            reason = f"moves here from {before['deviceId']}"
+        action = Action(target.deployment_id, verb, reason, target, home, *culprit)
+        actions.append(hold_back(action, silences[home], record, fault))
+        if record and record["state"] == "installed" and verb not in CHANGES and not target.error:
+            settled.add(key)
+    for home, key in sorted(there):
+        target = wanted.get(key)
+        record = records.get(key)
+        here = record if record and record["deviceId"] == home and not target else None
+        named = record["deploymentId"] if record else there[home, key][-1].deployment_id
+        reason = f"belongs on {target.device_id}" if target else "not in the desired state"
+        action = Action(named, "clear" if target or record and not here else "remove", reason, None, home)
+        if here and "leaving" in here["retry"] and find_wait(here["retry"], clock):
+            words = f"cannot be removed ({here['error']['code']}); {make_due(here, clock)}"
+            action = action._replace(verb="keep", reason=words)
+        if not target or key in settled:
+            removals.append(hold_back(action, silences[home], here, find_fault(seen[home], here)))
+    return removals + actions
 
 
-def make_plan(targets, records, containers, clock, settle=0, mark="", unseen=()):
-    """[Action] for one device: removals first, to free what they hold, then the manifest's own order.
+def find_action(target, record, containers, clock, settle, mark, quiet):
+    """(verb, reason) for one deployment that is wanted, and what is repaired in vain, see Action.
 
-    targets: [Target], deployment and error both None where needs_document said so.  records: those of the
-    state's `deployments` that are at home here.  containers: [Container] as observed.  clock: a Clock.
-    settle, mark: `runtime.settle` and make_mark of `runtime.environment`.  unseen: keys of deployments of
-    which not everything could be observed (then nothing is taken for drift).
+    containers: its own, None where they cannot be seen.  In downtime (quiet) nothing is fetched (protocol
+    10), and the version before runs.
     """
-    wanted = {target.key for target in targets}
-    seen = {}
-    for container in containers:
-        seen.setdefault(container.key, []).append(container)
-    unwanted = {key: items[-1].deployment_id for key, items in seen.items()}
-    unwanted.update((key, record["deploymentId"]) for key, record in records.items()
-                    if record["state"] != "removed")
-    plan = [Action(unwanted[key], "remove", "not in the desired state") for key in sorted(unwanted)
-            if key not in wanted]
-    for target in targets:
-        there = None if target.key in unseen else seen.get(target.key, [])
-        action = make_action(target, records.get(target.key), there, clock, settle, mark)
-        plan.append(action._replace(target=target))
-    return plan
-
-
-def make_action(target, record, containers, clock, settle, mark):
-    """The Action for one deployment that is wanted; containers: its own."""
-    def act(verb, reason, culprit=None):
-        return Action(target.deployment_id, verb, reason, culprit=culprit)
-
-    same = record and record["adopted"]["digest"] == target.digest
-    state = record and record["state"]
+    record = record or make_record(target, "")
+    running = record["running"]
+    versions = [version["digest"] for version in (running, record["previous"]) if version]
+    quiet = quiet and target.digest not in versions
+    state = record["state"]
+    same = record["adopted"]["digest"] == target.digest
     # A removal that failed says nothing of a deployment that is wanted again.
-    retry = find_wait(record["retry"], clock) if record and "leaving" not in record["retry"] else 0
-    pause = find_wait(record["repair"], clock) if record else 0
-    if same and state == "failed" and record["fallback"] and not pause and (target.error or retry):
-        words = find_drift(record["running"]["services"], containers, clock.now, settle)[1]
+    retry = 0 if "leaving" in record["retry"] else find_wait(record["retry"], clock)
+    pause = find_wait(record["repair"], clock) if same else 0   # another revision, another count
+    waits = quiet or same and state == "failed" and (target.error or retry)
+    before = record["fallback"] or running and not same         # whether it runs while this one waits
+    if waits and before and not pause:
+        words = find_drift(list_running(record), containers, clock.now, settle)[1]
         if words:
-            return act("restore", f"drift: {words}; the version before is brought back")
+            return "restore", f"drift: {words}; the version before is brought back"
     if target.error:
-        return act("refuse", f"{target.error.code}: {target.error.message}")
-    if record is None:
-        return act("install", "new")
-    change = "update" if record["running"] else "install"
+        return "refuse", make_refusal(target.error)
+    if quiet:
+        return "keep", "downtime: nothing is fetched"
+    change = "update" if running else "install"
     if not same:
-        return act(change, "another revision")
+        return change, "another revision"
     if record["refused"]:
-        return act(change, "was refused before, and can be carried out now")
+        return change, "was refused before, and can be carried out now"
     if state == "failed" and retry:
-        return act("keep", f"failed ({record['error']['code']}); {make_due(record, clock)}")
+        return "keep", f"failed ({record['error']['code']}); {make_due(record, clock)}"
     if state == "failed":
-        return act(change, f"failed before, attempt {record['retry'].get('failures', 0) + 1}")
-    if state in ("pending", "removed") and not record["running"]:
-        return act("install", "new")
+        return change, f"failed before, attempt {record['retry'].get('failures', 0) + 1}"
+    if state in ("pending", "removed") and not running:
+        return "install", "new"
     if state != "installed":
-        return act(change, f"was interrupted while {state}")
+        return change, f"was interrupted while {state}"
     culprit, words = find_drift(list_parts(record, "services"), containers, clock.now, settle)
     if words and pause:
         words += f" although it was repaired {record['repair']['failures']} times"
-        return act("give_up", f"{words}; next attempt at {make_time(clock.now + pause)}", culprit)
-    if not words and record["type"] == "compose" and record["running"].get("mark", mark) != mark:
-        return act("update", "runtime.environment has changed")
-    return act("update", f"drift: {words}") if words else act("keep", "as desired")
-
-
-def hold_quiet(action, record, containers, clock):
-    """(verb, record) of an action in downtime: nothing is fetched (protocol 10), the version before runs."""
-    versions = filter(None, (record["running"], record["previous"]))
-    if action.verb not in CHANGES or action.target.digest in [version["digest"] for version in versions]:
-        return action.verb, record
-    record = begin_record(record, action.target)
-    there = find_containers(record["deploymentId"], containers)
-    mend = record["fallback"] and not find_wait(record["repair"], clock)
-    services = record["running"]["services"] if mend else {}
-    return "restore" if mend and find_drift(services, there, clock.now, 0)[1] else "keep", record
+        return "give_up", f"{words}; next attempt at {make_time(clock.now + pause)}", culprit
+    if words:
+        return "update", f"drift: {words}"
+    if record["type"] == "compose" and running.get("mark", mark) != mark:
+        return "update", "runtime.environment has changed"
+    return "keep", "as desired"
 
 
 def find_drift(services, containers, now, settle):
@@ -890,19 +885,21 @@ def judge_containers(found, facts, now, settle):
 
 Change = define("Change", "event name record deployment rollback kind",
     "What listeners are told of: install, update or removal of the component `name`; rollback: on the way"
-    " back to the version before; kind: the deployment type of what is removed.", None)
-Ready = define("Ready", "takes",
-    "What a step says once all that can fail or say no has been done, and nothing is touched: the host's"
-    " ports that it will take, as find_held_ports has them.  It is answered by the verb and the words of"
-    " find_turn.")
+    " back to the version before; kind: its deployment type.")
 # Functions (before or after, Change, Step, error or None) of optional rooms; `before` may raise Forbidden.
 LISTENERS = []
+
+
+def tell_listeners(moment, change, step, error=None):
+    """Tells every listener of a change, before or after it."""
+    for listener in LISTENERS:
+        listener(moment, change, step, error)
 
 
 class Step:
     """One action under way.
 
-    action, record      the Action, and the record that it begins with
+    action, record      the Action, and what its deployment's record says now
     takes, holds        ports of the host that it will take, and that it holds, see find_held_ports
     sight               what its device shows: Seen
     config, store       Settings and Store
@@ -912,14 +909,20 @@ class Step:
     before              Steps that clear what moves here, where it was
     fetched             digests of packages and names of images that it has fetched
     begun               whether it has changed something
+    name                the component that is worked on, or None
+    touched, services   whether anything was touched that runs, and {component: {service: facts}} of what
+                        was made to run
     """
 
-    def __init__(self, verb, **facts):
+    def __init__(self, **facts):
         vars(self).update(facts)
-        self.course = EXECUTE[verb](self)
-        self.before, self.fetched = [], []
+        self.course = EXECUTE[self.action.verb](self)
+        self.before = []
+        self.fetched = []
         self.takes = set()
-        self.begun = False
+        self.services = {}
+        self.name = None
+        self.begun = self.touched = False
 
     def get_driver(self, kind):
         """The driver for a deployment type; raises ComponentError UNSUPPORTED_TYPE."""
@@ -936,207 +939,219 @@ class Step:
             raise target.error
         return target.deployment
 
-    def look(self, record):
-        """Looks anew at what there is of a deployment; raises CommandError."""
-        self.sight = self.sight._replace(containers=observe_all(self.sight.drivers, record))
+    def look(self):
+        """Looks anew at what there is of the deployment; raises CommandError."""
+        containers = []
+        for kind, driver in self.sight.drivers.items():
+            if is_asked(kind, self.record):
+                containers += driver.observe([self.record])
+        self.sight = self.sight._replace(containers=containers)
 
-    def fail(self, record, name, error, refused=False):
-        """The record after a ComponentError of the component `name`, or of all (None)."""
-        return fail_record(record, name, error, get_clock(), get_random(), refused)
+    def find_containers(self):
+        """[Container] of the deployment."""
+        return find_containers(self.record["deploymentId"], self.sight.containers)
 
+    def list_dropped(self, deployment, components, rollback):
+        """[Change] for what there is of the deployment and is not wanted, last component first (D-19).
 
-class Notices:
-    """The changes of one step: listeners agree to all before the first is made, and hear of each."""
+        The engine is asked, and the memory only where nothing is wanted: something may be there that is no
+        container.
+        """
+        record = self.record
+        kind = record["type"]
+        here = record["deviceId"] == self.action.device_id      # else its device is forgotten
+        known = [(item["name"], kind) for item in reversed(record["components"])
+                 if item["state"] != "pending" and (kind in self.sight.drivers or here and item["services"])]
+        known = [] if components else known
+        wanted = [(component.name, deployment.type) for component in components]
+        there = {(item.component, item.type) for item in self.find_containers()}.difference(wanted, known)
+        return [Change("removal", name, record, deployment, rollback, kind)
+                for name, kind in sorted(there) + known]
 
-    def __init__(self, step):
-        self.step, self.agreed = step, []
+    def prepare(self, deployment, components, packages, rollback):
+        """([(component, driver, workload, package)], [Change]): all is fetched and verified, nothing touched."""
+        prepared, changes = [], []
+        for component in components:
+            self.name = component.name
+            driver = self.get_driver(deployment.type)
+            known = packages.get(self.name)
+            workload, package = driver.prepare(deployment, component, known, self.store, self.fetched)
+            prepared.append((component, driver, workload, package))
+            event = "update" if rollback or known else "install"
+            changes.append(Change(event, self.name, self.record, deployment, rollback, deployment.type))
+        return prepared, changes + self.list_dropped(deployment, components, rollback)
 
-    def __enter__(self):
-        return self
-
-    def ask(self, change):
-        """Raises ComponentError where a listener forbids the change."""
-        for listener in LISTENERS:
-            listener("before", change, self.step, None)
-        self.agreed.append(change)
-
-    def tell(self, change, error=None):
-        """The change has been made, or nothing comes of it."""
-        self.agreed.remove(change)
-        for listener in LISTENERS:
-            listener("after", change, self.step, error)
-
-    def remove(self, change):
-        """Removes all of one component; raises ComponentError, CommandError."""
-        deadline = time.monotonic() + COMPONENT_TIMEOUT
-        driver = self.step.get_driver(change.kind)
-        driver.remove(change.record["deploymentId"], change.name, self.step.sight.containers, deadline)
-        self.tell(change)
-
-    def __exit__(self, kind, error, _):
-        for change in self.agreed[:] if isinstance(error, FAULTS) else ():
-            self.tell(change, to_fault(error))
-
-
-class Installation:
-    """A deployment on its way to a version: its record so far, and whether anything was touched."""
-
-    def __init__(self, record, step):
-        self.record, self.step = record, step
-        self.name, self.touched, self.services = None, False, {}
-
-    def run(self, deployment, packages, services, rollback=False):
-        """Makes a version run, and nothing else of its deployment.
+    def run(self, deployment, components, packages, services, rollback=False):
+        """Makes these components run, and nothing else of their deployment.
 
         All that can fail or say no comes first: everything is fetched and verified, and every listener agrees
-        (D-11, P-20).  Then it yields Ready, and after that the record at each change, which the caller makes
-        durable before the next one.  packages, services: what is known of the version, {component: package}
-        and {component: {service: facts}}.  rollback: the version before is brought back, in one go.
+        (D-11, P-20).  Then it waits for its turn.  After that it yields the record at each change, which the
+        caller makes durable before the next one.  packages, services: what is known of the version,
+        {component: package} and {component: {service: facts}}.  rollback: it is the way back from a failure;
+        nobody is asked, and nothing is yielded.
         """
-        step = self.step
         if rollback:
-            step.look(self.record)
-        prepared, changes = [], []
-        for component in deployment.components:
-            self.name = component.name
-            driver = step.get_driver(deployment.type)
-            known = packages.get(self.name)
-            prepared.append(driver.prepare(deployment, component, known, step.store, step.fetched))
-            event = "update" if rollback or known else "install"
-            changes.append(Change(event, self.name, self.record, deployment, rollback))
-        dropped = find_dropped(self.record, deployment, step.sight.containers, rollback)
-        with Notices(step) as notices:
-            for change in changes + dropped:
-                self.name = None if change.kind else change.name
-                notices.ask(change)
+            self.look()
+        prepared, changes = self.prepare(deployment, components, packages, rollback)
+        agreed = []
+        try:
+            for change in changes:
+                self.name = change.name
+                self.get_driver(change.kind)        # what it drove may run still
+                tell_listeners("before", change, self)
+                agreed.append(change)
             self.name = None
-            if not rollback:
-                yield from self.take_turn([port for item, _ in prepared for port in driver.list_ports(item)])
-            for component, change, (workload, package) in zip(deployment.components, changes, prepared):
+            if components and not rollback:
+                yield from self.take_turn(prepared)
+            for component, driver, workload, package in prepared:
                 self.name = component.name
                 if not rollback:
                     self.record = set_component(self.record, self.name, "installing")
                     yield self.record
                 self.touched = True
                 deadline = time.monotonic() + component.timeout
-                known = services.get(self.name, {})
-                self.services[self.name] = driver.apply(workload, step.sight.containers, known, deadline)
-                notices.tell(change)
+                facts = driver.apply(workload, self.sight.containers, services.get(self.name, {}), deadline)
+                self.services[self.name] = facts
+                tell_listeners("after", agreed.pop(0), self)
                 self.record = set_component(self.record, self.name, "installed", package=package,
-                                            services=self.services[self.name])
+                                            services=facts)
                 if not rollback and self.record["state"] != "installed":    # said once nothing else is left
                     yield self.record
-            self.name = None
-            for change in dropped:
-                notices.remove(change)
+            for change in changes[len(prepared):]:
+                self.name = change.name
+                deadline = time.monotonic() + COMPONENT_TIMEOUT
+                self.get_driver(change.kind).remove(deployment.deployment_id, self.name,
+                                                    self.sight.containers, deadline)
+                tell_listeners("after", agreed.pop(0), self)
+                if not components:
+                    self.record = set_component(self.record, self.name, "removed")
+                    if not rollback and self.record["state"] != "removed":
+                        yield self.record
+        except FAULTS as error:
+            for change in agreed:
+                tell_listeners("after", change, self, to_fault(error))
+            raise
 
-    def take_turn(self, ports):
+    def take_turn(self, prepared):
         """Waits for its turn, after freeing its ports where others wait for them; then clears what moves."""
-        step = self.step
         verb = "stop"
+        takes = {(self.action.device_id, *port)
+                 for _, driver, workload, _ in prepared for port in driver.list_ports(workload)}
         while verb == "stop":
-            verb, words = yield Ready({(step.action.device_id, *port) for port in ports})
+            verb, words = yield takes
             if verb == "fail":
                 raise ComponentError("PORT_IN_USE", words)
-            while step.before:
-                try:
-                    clear(step.before.pop())
-                except (CommandError, ComponentError) as error:
-                    if isinstance(error, Forbidden):
-                        raise
-                    step.troubles.append(error.message)
+            while self.before:
+                self.before.pop().clear()
             ids = [facts["id"] for facts in list_facts(self.record) if facts.get("ports")]
             if verb == "stop" and ids:
                 self.touched = True
-                driver = step.get_driver(self.record["running"]["type"])
+                driver = self.get_driver(self.record["running"]["type"])
                 driver.stop(ids, time.monotonic() + COMPONENT_TIMEOUT)
-                step.look(self.record)
+                self.look()
 
-    def fail(self, error, deployment):
-        """The record after a failure; as runtime.on_failure says, the version before runs again (P-8)."""
-        name, words = self.name, error.message
-        code = error.code if isinstance(error, ComponentError) else "INSTALL_FAILED"
-        code = "OUT_OF_MEMORY" if isinstance(error, NoMemory) else code
-        begun = self.record["state"] != "pending"               # else it has only freed its ports
-        if self.touched and begun and self.step.config.runtime.on_failure != "rollback":
-            self.record = dict(self.record, fallback=False)     # it is left as it is, for inspection
-        elif self.touched and (self.record["fallback"] or not self.record["running"]):
-            words = f"{words}; {self.undo(deployment)}"
-        return self.step.fail(self.record, name, ComponentError(code, words, retry_after=error.retry_after))
+    def clear(self):
+        """Removes what the deployment has where it is not at home: no deployment fails by that.
+
+        Raises Forbidden.
+        """
+        try:
+            list(self.run(make_nothing(self.record), (), {}, {}))
+        except Forbidden:
+            raise
+        except (CommandError, ComponentError) as error:
+            self.troubles.append(error.message)
+
+    def fail(self, error, refused=False):
+        """The record after a ComponentError: of the component that is worked on, or else of all."""
+        names = [item["name"] for item in self.record["components"]]
+        name = self.name if self.name in names else None
+        return fail_record(self.record, name, error, get_clock(), get_random(), refused)
 
     def undo(self, deployment=None):
-        """Brings the version before back, or removes what was begun; what came of it, in words."""
+        """Brings the version before back, or takes away what was begun; what came of it, in words."""
+        before = self.record["running"]
+        there = self.find_containers()
         try:
-            return self.go_back() if self.record["running"] else self.take_back(deployment)
+            if before:
+                self.services = {}
+                old = self.load_deployment(before["digest"])
+                list(self.run(old, old.components, before["packages"], before["services"], rollback=True))
+                log("warning", "rolled back; the version before runs again",
+                    deployment=self.record["deploymentId"], digest=before["digest"])
+                self.record = dict(self.record, running=dict(before, services=self.services))
+                return "the version before runs again"
+            if there and self.record.get("found"):              # what ran before, of a lost state
+                driver = self.get_driver(there[0].type)
+                return driver.bring_back(there, time.monotonic() + COMPONENT_TIMEOUT)
+            list(self.run(deployment, (), {}, {}, rollback=True))
+            self.record = set_component(self.record, None, "pending", services={})
+            return "it is taken back until the next attempt"
         except TROUBLE as error:
             words = f"going back failed too: {to_fault(error).message}"
             log("error", words, deployment=self.record["deploymentId"])
             return words
 
-    def take_back(self, deployment):
-        """Leaves nothing that crashes on and on; what ran before it, of a lost state, runs again."""
-        before = find_containers(deployment.deployment_id, self.step.sight.containers)
-        if before and self.record.get("found"):
-            driver = self.step.get_driver(before[0].type)
-            return driver.bring_back(before, time.monotonic() + COMPONENT_TIMEOUT)
-        list(self.run(deployment._replace(components=[]), {}, {}, rollback=True))
-        self.record = set_component(self.record, None, "pending", services={})
-        return "it is taken back until the next attempt"
-
-    def go_back(self):
-        """Makes the version before run."""
-        before = self.record["running"]
-        self.services = {}
-        deployment = self.step.load_deployment(before["digest"])
-        list(self.run(deployment, before["packages"], before["services"], rollback=True))
-        log("warning", "rolled back; the version before runs again", deployment=self.record["deploymentId"],
-            digest=before["digest"])
-        self.record = dict(self.record, running=dict(before, services=self.services))
-        return "the version before runs again"
-
 
 def apply_install(step):
-    """Makes one deployment as its target says, new or not; a failure ends in a failed record."""
+    """Makes one deployment as its target says, new or not; a failure ends in a failed record.
+
+    Then the version before runs again, as runtime.on_failure says (P-8).
+    """
     target, record = step.action.target, step.record
-    known = list_parts(record, "package"), list_parts(record, "services")
+    deployment = target.deployment
+    packages = list_parts(record, "package")
+    services = list_parts(record, "services")
     running = record["running"]
     if running and running["digest"] == target.digest == record["adopted"]["digest"]:
         record = count_repair(record, get_clock())
     if record["state"] == "pending" and not running and not record["retry"]:
-        record = dict(record, found=bool(find_containers(target.deployment_id, step.sight.containers)))
-    job = Installation(begin_record(record, target), step)
-    yield job.record
+        record = dict(record, found=bool(step.find_containers()))
+    step.record = begin_record(record, target)
+    yield step.record
     try:
-        yield from job.run(target.deployment, *known)
-        yield finish_record(job.record, make_mark(step.config.runtime.environment))
+        yield from step.run(deployment, deployment.components, packages, services)
+        yield finish_record(step.record, make_mark(step.config.runtime.environment))
     except TROUBLE as error:
-        yield job.fail(to_fault(error), target.deployment)
+        fault = to_fault(error)
+        name = step.name
+        words = fault.message
+        code = fault.code if isinstance(fault, ComponentError) else "INSTALL_FAILED"
+        code = "OUT_OF_MEMORY" if isinstance(fault, NoMemory) else code
+        begun = step.record["state"] != "pending"               # else it has only freed its ports
+        if step.touched and begun and step.config.runtime.on_failure != "rollback":
+            step.record = dict(step.record, fallback=False)     # it is left as it is, for inspection
+        elif step.touched and (step.record["fallback"] or not running):
+            words = f"{words}; {step.undo(deployment)}"
+        step.name = name
+        yield step.fail(ComponentError(code, words, retry_after=fault.retry_after))
 
 
 def apply_restore(step):
     """Mends the version before while another one waits for its next attempt; its error stays (P-1, P-12)."""
-    record = step.record
+    record, target = step.record, step.action.target
+    if record["adopted"]["digest"] != target.digest:
+        record = begin_record(record, target)
     yield record
-    job = Installation(count_repair(record, get_clock()), step)
-    job.undo()
+    step.record = count_repair(record, get_clock())
+    step.undo()
     components = [dict(new, state=old["state"], error=old["error"])
-                  for new, old in zip(job.record["components"], record["components"])]
-    yield dict(job.record, state=record["state"], error=record["error"], components=components)
+                  for new, old in zip(step.record["components"], record["components"])]
+    yield dict(step.record, state=record["state"], error=record["error"], components=components)
 
 
 def apply_give_up(step):
     """Fails a deployment that was repaired in vain too often, and says how its log ends (P-6, P-7)."""
     record, culprit = step.record, step.action.culprit
-    there = [container.id for container in find_containers(record["deploymentId"], step.sight.containers)
-             if (container.component, container.service) == culprit]
+    there = [item.id for item in step.find_containers() if (item.component, item.service) == culprit]
+    step.name = culprit[0]
     try:                                            # without its document nobody knows what to mask
-        digest = record["adopted"]["digest"]
-        deployment = step.load_deployment(digest)
-        secrets = make_variables(deployment, culprit[0]).values()
+        deployment = step.load_deployment(record["adopted"]["digest"])
+        secrets = make_variables(deployment, step.name).values()
         words = step.get_driver(deployment.type).tail_log((there or [""])[-1], secrets)
     except FAULTS:
         words = ""
-    failed = step.fail(record, culprit[0], ComponentError("UNSTABLE", step.action.reason + words))
+    failed = step.fail(ComponentError("UNSTABLE", step.action.reason + words))
     yield dict(failed, retry=dict(record["repair"], failures=failed["retry"]["failures"]))
 
 
@@ -1145,7 +1160,8 @@ def apply_refusal(step):
     record, target = step.record, step.action.target
     same = record["refused"] and record["adopted"]["digest"] == target.digest
     if not same or record["error"]["message"] != target.error.message:
-        yield step.fail(begin_record(record, target), None, target.error, refused=True)
+        step.record = begin_record(record, target)
+        yield step.fail(target.error, refused=True)
 
 
 def apply_nothing(step):
@@ -1156,72 +1172,42 @@ def apply_nothing(step):
 def apply_removal(step):
     """Removes all of a deployment, last component first; only an empty engine counts as removed (D-21)."""
     record = step.record
-    there = find_components(record["deploymentId"], step.sight.containers)
+    there = step.find_containers()
     if there and not record["components"]:          # the state was lost; they are still reported (C-131)
-        found = [dict(BLANK, name=name) for name in sorted({name for name, _ in there})]
-        record = dict(record, type=there[0][1], components=found)
+        found = [dict(BLANK, name=name) for name in sorted({item.component for item in there})]
+        record = dict(record, type=there[0].type, components=found)
     adopted = dict(record["adopted"], version=step.version)
-    record = dict(set_component(record, None, "removing"), error=None, adopted=adopted)
-    yield record
-    try:                                            # listeners are told of it
-        digest = (record["running"] or record["adopted"])["digest"]
-        deployment = step.load_deployment(digest)
-    except (ComponentError, StorageError):
-        deployment = make_nothing(record)
-    names = [component["name"] for component in record["components"]]
-    known = [(name, record["type"]) for name in names[::-1]]
-    here = record["deviceId"] == step.action.device_id          # else its device is forgotten
-    held = {component["name"] for component in record["components"] if here and component["services"]}
-    changes = [Change("removal", name, record, deployment, False, kind)
-               for name, kind in [item for item in there if item not in known] + known
-               if kind in step.sight.drivers or name in held]
-    name = None
+    step.record = dict(set_component(record, None, "removing"), error=None, adopted=adopted)
+    yield step.record
     try:
-        with Notices(step) as notices:
-            for change in changes:
-                name = change.name
-                step.get_driver(change.kind)        # it may run still
-                notices.ask(change)
-            for change in changes:
-                name = change.name
-                notices.remove(change)
-                if (name, change.kind) in known:
-                    record = set_component(record, name, "removed")
-                    if record["state"] != "removed":            # said below, once nothing is left
-                        yield record
+        try:                                        # listeners are told of it
+            deployment = step.load_deployment((record["running"] or record["adopted"])["digest"])
+        except (ComponentError, StorageError):
+            deployment = make_nothing(record)
+        yield from step.run(deployment, (), {}, {})
     except MargoError as error:
-        log("error", "removal failed", deployment=record["deploymentId"], component=name,
+        log("error", "removal failed", deployment=record["deploymentId"], component=step.name,
             reason=error.message)
         code = error.code if isinstance(error, ComponentError) else "REMOVE_FAILED"
-        failed = step.fail(record, name if name in names else None, ComponentError(code, error.message))
+        failed = step.fail(ComponentError(code, error.message))
         yield dict(failed, retry=dict(failed["retry"], leaving=True))
         return
     remove_folder(step.store.path("deployments", step.action.key))
-    yield dict(set_component(record, None, "removed"), running=None, previous=None)
-
-
-def clear(step):
-    """Removes what a deployment has where it is not at home; raises ComponentError, CommandError."""
-    record = dict(step.record, deviceId=step.action.device_id)
-    with Notices(step) as notices:
-        dropped = find_dropped(record, make_nothing(record), step.sight.containers)
-        for change in dropped:
-            notices.ask(change)
-        for change in dropped:
-            notices.remove(change)
+    yield dict(set_component(step.record, None, "removed"), running=None, previous=None)
 
 
 def apply_clearing(step):
     """Clears a device of what belongs elsewhere; where that cannot be done, no deployment fails."""
     yield None
     try:
-        clear(step)
-    except (CommandError, ComponentError) as error:
+        step.clear()
+    except Forbidden as error:
         step.troubles.append(error.message)
 
 
 # Each verb of a plan: a generator of a Step that carries it out.  It yields None or the record at each
-# change, and perhaps Ready; one that yields nothing has nothing to do.
+# change.  Once all that can fail or say no has been done, and nothing is touched, it may yield the ports of
+# the host that it will take (see find_held_ports), and is answered by the verb and the words of find_turn.
 EXECUTE = {"install": apply_install, "update": apply_install, "restore": apply_restore,
            "give_up": apply_give_up, "remove": apply_removal, "clear": apply_clearing,
            "refuse": apply_refusal, "keep": apply_nothing}
@@ -1230,19 +1216,6 @@ EXECUTE = {"install": apply_install, "update": apply_install, "restore": apply_r
 def make_nothing(record):
     """The Deployment of which nothing but its record is known."""
     return Deployment(record["deploymentId"], record["name"], "", "", record["type"], [], [], None)
-
-
-def find_components(deployment_id, containers):
-    """[(component, type)] of a deployment that there is something of; asks the engine, not the memory."""
-    return sorted({(item.component, item.type) for item in find_containers(deployment_id, containers)})
-
-
-def find_dropped(record, deployment, containers, rollback=False):
-    """[Change] for the components of a deployment that its document no longer has (D-19)."""
-    wanted = {(component.name, deployment.type) for component in deployment.components}
-    there = find_components(deployment.deployment_id, containers)
-    return [Change("removal", name, record, deployment, rollback, kind) for name, kind in there
-            if (name, kind) not in wanted]
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1274,15 +1247,6 @@ def make_record(target, device_id):
 BLANK = {"services": {}, "package": None}           # of a component of which nothing else is known
 
 
-def make_pending(target, own_id):
-    """The record of what was received and is not begun (protocol 5.1).
-
-    What may run on any child is at home on this device, `own_id`, until it is placed.
-    """
-    home = target.device_id if target.deployment.device_id == target.device_id else own_id
-    return begin_record(make_record(target, home), target)
-
-
 def begin_record(record, target):
     """The record as work on a revision begins: all components pending, its version adopted (E-112, E-114).
 
@@ -1309,7 +1273,7 @@ def set_component(record, name, state, error=None, **facts):
     components = [dict(item, state=state, error=error, **facts) if name in (None, item["name"]) else item
                   for item in record["components"]]
     states = [component["state"] for component in components] or [state]
-    return dict(record, components=components, state=make_overall_state(states))
+    return dict(record, components=components, state=min(states, key=STATES.index))
 
 
 def fail_record(record, component, error, clock, jitter, refused=False):
@@ -1317,17 +1281,13 @@ def fail_record(record, component, error, clock, jitter, refused=False):
 
     component: its name, or None where the deployment failed as a whole.  jitter: a number in [0, 1).
     """
-    source = error.source or component or record["name"]
-    told = {"code": error.code, "source": source, "message": error.message}
+    told = {"code": error.code, "source": error.source or record["name"], "message": error.message}
+    components = [dict(item, state="failed", error=dict(told, source=error.source or item["name"]))
+                  if component in (None, item["name"]) else item for item in record["components"]]
     if component:
-        record = set_component(record, component, "failed", told)
-        told = dict(told, source=record["name"], message=f"component {component} failed: {error.message}")
-    else:
-        components = [dict(item, state="failed", error=dict(told, source=error.source or item["name"]))
-                      for item in record["components"]]
-        record = dict(record, components=components)
+        told.update(source=record["name"], message=f"component {component} failed: {error.message}")
     retry = make_retry(record["retry"], error.retry_after, clock, jitter)
-    return dict(record, state="failed", error=told, refused=refused, retry=retry)
+    return dict(record, state="failed", error=told, refused=refused, retry=retry, components=components)
 
 
 # What to do about a deployment that has failed, by the code of its error; README has the same table.
@@ -1351,7 +1311,7 @@ REMEDIES = {
     "UNHEALTHY": "mend the application, or its health check",
     "UNSTABLE": "`logs NAME` shows why it stops again and again",
     "HOOK_FAILED": "do as the hook says, or see `hooks.run`",
-    "REMOVE_FAILED": "see what the engine says; the next run tries again",
+    "REMOVE_FAILED": "see what the engine says",
 }
 
 
@@ -1373,25 +1333,16 @@ def finish_record(record, mark=""):
                 found=False)
 
 
-def make_overall_state(states):
-    """The most severe of some component states (C-133)."""
-    return min(states, key=STATES.index)
-
-
 def make_status(record):
     """A DeploymentStatusManifest (protocol 3.6), with `error` only where there is one (C-131 to C-137)."""
-    status = {"state": record["state"]}
-    if record["state"] == "failed" and record["error"]:
-        status["error"] = record["error"]
-    components = []
-    for component in record["components"]:
-        entry = {"name": component["name"], "state": component["state"]}
-        if component["error"]:
-            entry["error"] = component["error"]
-        components.append(entry)
+    def tell(item, **more):
+        """The state of the deployment, or of a component."""
+        error = {"error": item["error"]} if item["error"] else {}
+        return dict(more, state=item["state"], **error)
+
     return {"deploymentId": record["deploymentId"], "deviceId": record["deviceId"],
-            "adoptedManifestVersion": record["adopted"]["version"], "status": status,
-            "components": components}
+            "adoptedManifestVersion": record["adopted"]["version"], "status": tell(record),
+            "components": [tell(component, name=component["name"]) for component in record["components"]]}
 
 
 def enqueue_status(state, record):
@@ -1416,7 +1367,8 @@ def put_off_status(state, key, error, clock, jitter):
     final = isinstance(error, Refused) and error.status >= 400
     if final or removed and 0 < wait["since"] <= clock.now - MAX_WAIT:
         acknowledge_status(state, key, error.message, make_time(clock.now))
-        return "the WFM refuses a status for good" if final else "the WFM has not taken a `removed` for a day"
+        words = "refuses a status for good" if final else "has not taken a `removed` for a day"
+        return f"the WFM {words}; it is dropped"
     state["waits"][key] = wait
     return "a status cannot be sent now and waits in the outbox"
 
@@ -1443,37 +1395,28 @@ def acknowledge_status(state, key, refused="", at=""):
 # 7. Devices
 # ----------------------------------------------------------------------------------------------------------
 
-def load_own_device(config, own_id):
-    """[Device]: this one."""
-    others = [f"{own_id}/{child.id}" for child in config.device.children]
-    return [Device(own_id, config.device, make_drivers(config, others=others))]
+def find_own_place(deployment, held, own_id, children, find_reason, loads):
+    """The id of the one device there is.
+
+    Raises ComponentError WRONG_DEVICE for what is meant for another one (protocol 9).
+    """
+    wanted = deployment.device_id or own_id
+    if wanted != own_id:
+        raise ComponentError("WRONG_DEVICE", f"metadata.deviceId is {wanted}, this device is {own_id}")
+    return own_id
 
 
-def assign_here(targets, records, devices, silent, offers):
-    """[Share] of the one device there is; what is meant for another one is WRONG_DEVICE (protocol 9)."""
-    device = devices[0]
-    own_id, found = device.device_id, []
-    for target in targets:
-        error = target.error
-        if target.deployment and not error:
-            wanted = target.deployment.device_id or own_id
-            error = find_reason(target.deployment, device, offers)
-            if wanted != own_id:
-                error = ComponentError("WRONG_DEVICE",
-                                       f"metadata.deviceId is {wanted}, this device is {own_id}")
-        found.append(target._replace(error=error, device_id=own_id))
-    return [make_share(device, found, records, silent[own_id])]
-
-
-# What makes the devices that the agent serves, this one first: functions of (Settings, own device id).
-DEVICES = [load_own_device]
-# What says which deployment belongs on which device: the last one counts.  All are pure; see assign_here.
-ASSIGN = [assign_here]
+# What makes devices that the agent serves beside this one: functions of (Settings, own device id).
+DEVICES = []
+# What says on which device a deployment belongs, see find_own_place and find_place: the last one counts.
+PLACES = [find_own_place]
 
 
 def load_devices(config, own_id):
     """[Device] that the agent serves, this one first."""
-    return [device for load in DEVICES for device in load(config, own_id)]
+    others = [device for load in DEVICES for device in load(config, own_id)]
+    drivers = make_drivers(config, others=[device.device_id for device in others])
+    return [Device(own_id, config.device, drivers), *others]
 
 
 def find_reason(deployment, device, offers):
@@ -1493,36 +1436,56 @@ def find_reason(deployment, device, offers):
     return None
 
 
-def make_share(device, targets, records, silent):
-    """The Share of a device, from what should run there and what is at home there.
+def place_targets(targets, records, devices, seen, offers):
+    """[Target], each with the device where it is at home, and with why it cannot run there.
 
-    silent: {deployment type: CommandError} of what does not answer there.
+    records: {key: record}, each at home on one of the devices.  devices: [Device], this one first.  seen:
+    {device id: Seen}.  offers: {device id: capabilities document}, where a rule asks for one.
     """
-    wanted = {target.key: target for target in targets}
-    unseen = {}
-    for key in {**records, **wanted}:
-        for kind in sorted(find_kinds(records.get(key), wanted.get(key)) & set(silent)):
-            unseen[key] = silent[kind]
-    return Share(device, targets, records, unseen)
+    known = {device.device_id: device for device in devices}
+    own_id, *children = known
+    homes = {key: record["deviceId"] for key, record in records.items()}
+    found = []
+    for target in targets:
+        home = homes.pop(target.key, None)
+        error = target.error
+        if target.deployment and not error:
+            loads = {child: [*homes.values()].count(child) for child in children}
+            answers = {child: target.deployment.type not in seen[child].silent for child in children}
+            reasons = {name: find_reason(target.deployment, device, offers) for name, device in known.items()}
+            try:
+                home = PLACES[-1](target.deployment, home, own_id, answers, reasons.get, loads)
+                error = reasons[home]
+            except ComponentError as fault:
+                error = fault
+        homes[target.key] = home or own_id
+        found.append(target._replace(error=error, device_id=homes[target.key]))
+    return found
 
 
-def hold_back(action, share):
+def find_fault(sight, record, target=None):
+    """The CommandError for which not all of a deployment can be seen on a device, or None.  sight: its Seen.
+    """
+    kinds = find_kinds(record, target).intersection(sight.silent)
+    return sight.silent[max(kinds)] if kinds else None
+
+
+def make_refusal(error):
+    """A ComponentError as the reason for which nothing is done."""
+    return f"{error.code}: {error.message}"
+
+
+def hold_back(action, silence, record, fault):
     """The action as far as it can be seen what is there: nothing is done blindfold (D-16).
 
-    It waits where this device itself does not answer; of another one the WFM is told the device's `silence`.
+    It waits where this device itself does not answer; of another one the WFM is told its `silence`.
     """
-    silence = share.device.silence
-    fault = share.unseen.get(action.key)
     if not fault or action.verb in ("keep", "refuse"):
         return action
     if not silence:
         return action._replace(verb="keep", reason=f"waits ({action.reason}): {fault.message}")
-    target = action.target
-    if not target:
-        adopted = share.records[action.key]["adopted"]
-        target = Target(action.deployment_id, adopted["digest"], adopted["version"])
-    return action._replace(verb="refuse", reason=f"{silence.code}: {silence.message}",
-                           target=target._replace(error=silence))
+    target = action.target or Target(action.deployment_id, **record["adopted"])
+    return action._replace(verb="refuse", reason=make_refusal(silence), target=target._replace(error=silence))
 
 
 def make_drivers(config, child=None, others=()):
@@ -1541,39 +1504,23 @@ def obtain_claim(profile, device_id):
     An identity that cannot be read now counts as the one before.
     """
     owners = profile.state["owners"]
-    last = owner = (owners or [""])[-1]
+    owner = owners[-1] if owners else ""
     try:
         owner = make_owner(profile.identify(), device_id)
     except Untrusted:
         pass
-    if owner != last:
+    if owner:
         before = [other for other in owners if other != owner]
         profile.state["owners"] = before[1 - HISTORY:] + [owner]
     return make_claim(owner, profile.state)
 
 
-def find_nothing():
-    """The look at a child device that cannot be reached from here."""
-    raise CommandError("the engine's command that its connection needs is not installed here")
+def is_asked(kind, *records):
+    """Whether a driver is asked what there is of some deployments.
 
-
-def list_looks(drivers, records, claim=None):
-    """{deployment type: function that looks} of what has to be asked on one device.
-
-    That is an engine in any case, because there may be leftovers (P-11), and a cluster where a deployment
-    needs one.  claim: by what a workload is ours; None: as it was told last.
+    An engine is in any case, because there may be leftovers (P-11), and a cluster where one of them needs it.
     """
-    known = {kind: [record for record in records if kind in find_kinds(record)] for kind in drivers}
-    return {kind: lambda kind=kind: drivers[kind].observe(known[kind], claim)
-            for kind in drivers if kind == "compose" or known[kind]}
-
-
-def try_look(function):
-    """What it returns, or the CommandError that it raises."""
-    try:
-        return function()
-    except CommandError as error:
-        return error
+    return kind == "compose" or any(kind in find_kinds(record) for record in records)
 
 
 def observe_devices(devices, records, claim):
@@ -1581,54 +1528,57 @@ def observe_devices(devices, records, claim):
 
     records: those of all deployments that are there, or will be.  claim: by what a workload is ours.
     """
-    looks = []
-    seen = {device.device_id: Seen([], dict(device.drivers), {}) for device in devices}
+    seen, looks = {}, []
     for device in devices:
-        found = list_looks(device.drivers, records, claim)
+        silent = {}
         if device.silence and not device.drivers:
-            found = dict.fromkeys(("compose", "helm"), find_nothing)
-        looks += [(device.device_id, kind, function) for kind, function in found.items()]
-    functions = [function for _, _, function in looks]
+            words = "the engine's command that its connection needs is not installed here"
+            silent = dict.fromkeys(("compose", "helm"), CommandError(words))
+        sight = seen[device.device_id] = Seen([], dict(device.drivers), silent)
+        looks += [(sight, kind) for kind in device.drivers if is_asked(kind, *records)]
+
+    def look(item):
+        """What a driver shows, or the CommandError that it raises."""
+        sight, kind = item
+        known = [record for record in records if kind in find_kinds(record)]
+        try:
+            return sight.drivers[kind].observe(known, claim)
+        except CommandError as error:
+            return error
+
     if len(looks) < 2:
-        answers = list(map(try_look, functions))
+        answers = list(map(look, looks))
     else:
         from concurrent.futures import ThreadPoolExecutor
         with ThreadPoolExecutor(LOOKS) as pool:
-            answers = list(pool.map(try_look, functions))
-    for (device_id, kind, _), answer in zip(looks, answers):
+            answers = list(pool.map(look, looks))
+    for (sight, kind), answer in zip(looks, answers):
         if isinstance(answer, CommandError):
-            seen[device_id].silent[kind] = answer
-            seen[device_id].drivers.pop(kind, None)
+            sight.silent[kind] = answer
+            sight.drivers.pop(kind)
         else:
-            seen[device_id].containers.extend(answer)
+            sight.containers.extend(answer)
     return seen
 
 
-def ask_others(answering, known=None):
+def ask_others(seen, known=None):
     """[{owner, deploymentId, name, type}] of workloads of other owners, as the last look has shown.
 
-    answering: {device id: {type: driver}}.  known: an earlier list; then clusters are not asked again.
+    seen: {device id: what has its drivers}.  known: an earlier list; then clusters are not asked again.
     """
     others = {item["name"]: item for item in known or () if item["type"] == "helm"}
-    for device_id, drivers in answering.items():
-        for kind, driver in drivers.items():
-            found = try_look(driver.ask_strangers) if kind == "compose" or known is None else []
-            if isinstance(found, CommandError):
+    for device_id, sight in seen.items():
+        for kind, driver in sight.drivers.items():
+            try:
+                found = driver.ask_strangers() if kind == "compose" or known is None else ()
+            except CommandError as error:
                 log("warning", "workloads of other owners cannot be named", device=device_id,
-                    reason=found.message)
+                    reason=error.message)
                 continue
             for item in found:
                 others[item.id] = {"owner": make_printable(item.owner), "name": item.name, "type": kind,
                                    "deploymentId": item.deployment_id}
     return list(others.values())
-
-
-def observe_all(drivers, record):
-    """Every container of ours on one device, as far as a deployment may have some there.
-
-    Raises CommandError where something does not answer.
-    """
-    return [container for look in list_looks(drivers, [record]).values() for container in look()]
 
 
 def find_kinds(record, target=None):
@@ -1648,26 +1598,19 @@ def make_mark(environment):
     return sha256_digest(make_json(environment))[7:23] if environment else ""
 
 
-def make_prefix(device_id, own_id):
-    """What stands before the name of an image that was pulled on a device, in the state's `pulled`."""
-    return "" if device_id == own_id else device_id + " "
-
-
 def find_needed(state):
-    """({artifact digest}, {image}) that the desired state and the last two versions of all need (P-5)."""
-    digests = {item["digest"] for item in (state["accepted"] or {}).get("deployments", ())}
-    images = set()
+    """{artifact's digest, image's name} that the desired state and the last two versions of all need (P-5).
+    """
+    needed = {item["digest"] for item in (state["accepted"] or {}).get("deployments", ())}
     for record in state["deployments"].values():
-        digests.update([record["adopted"]["digest"], *record["fetched"]])
-        images.update(record["fetched"])
+        needed.update([record["adopted"]["digest"], *record["fetched"]])
         packages = [*list_parts(record, "package").values()]
-        images.update(facts["image"] for item in record["components"] for facts in item["services"].values())
+        needed.update(facts["image"] for item in record["components"] for facts in item["services"].values())
         for version in filter(None, (record["running"], record["previous"])):
-            digests.add(version["digest"])
+            needed.update([version["digest"], *version["images"]])
             packages += version["packages"].values()
-            images.update(version["images"])
-        digests.update(package["digest"] for package in packages if package)
-    return digests, images
+        needed.update(package["digest"] for package in packages if package)
+    return needed
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1679,33 +1622,34 @@ def list_parts(record, part):
     return {item["name"]: item[part] for item in record["components"]}
 
 
+def list_running(record):
+    """{component: {service: facts}} of the version that runs, as far as known."""
+    return record["running"]["services"] if record["fallback"] else list_parts(record, "services")
+
+
 def list_facts(record):
     """[facts] of each service of the version that runs, as far as known."""
-    services = list_parts(record, "services")
-    if record["fallback"]:
-        services = record["running"]["services"]    # the version before runs still
-    return [facts for items in services.values() for facts in items.values()]
+    return [facts for items in list_running(record).values() for facts in items.values()]
 
 
 def make_groups(actions, records):
     """[[Action]] in the order in which they are carried out; a group is made ready before any of it is done.
 
     What frees comes before what takes: removals and repairs, then the updates of what runs, as one group,
-    because one may take what another gives up; last what is new.  What is cleared because it moves is left to
-    the step by which it moves.
+    because one may take what another gives up; last what is new.
     """
-    moving = {action.key for action in actions if action.verb in CHANGES}
     first, updates, new = [], [], []
     for action in actions:
         record = records.get(action.key)
         running = record and record["running"]
-        if action.verb in CHANGES and not running:
-            new.append([action])
-        elif action.verb in CHANGES and (running["digest"], record["deviceId"]) != (
-                action.target.digest, action.device_id):
-            updates.append(action)
-        elif action.verb != "clear" or action.key not in moving:
+        if action.verb not in CHANGES:
             first.append([action])
+        elif not running:
+            new.append([action])
+        elif (running["digest"], record["deviceId"]) == (action.target.digest, action.device_id):
+            first.append([action])
+        else:
+            updates.append(action)
     return first + [updates] + new
 
 
@@ -1819,8 +1763,8 @@ class HttpSource:
         accepted: the state's `accepted`, or None.  load_artifact: digest to bytes or None, of what is at
         hand.  Raises what `send` raises, and Refused.
         """
-        incomplete = bool(accepted and accepted.get("incomplete"))                  # one was lost here (D-9)
-        response = self.fetch_manifest(accepted.get("etag") if accepted and not incomplete else None)
+        incomplete = accepted and accepted.get("incomplete")                        # one was lost here (D-9)
+        response = self.fetch_manifest(accepted["etag"] if accepted and not incomplete else None)
         if response.status == 304:                                                  # C-102
             return None
         digest = sha256_digest(response.body)
@@ -1915,7 +1859,7 @@ class MtlsSource(HttpSource):
         self.memo = memo                            # the Store's, see load_memo
         self.client_id = identity.spiffe_id.text
         self.peer = identity.wfm_id
-        self.context = load_wfm_context(identity, bundle.anchors, config.wfm.min_tls)
+        self.context = load_wfm_context(config, bundle.anchors)
         self.judges = []  # functions (leaf, now) of companions, which raise Untrusted
         self.chain = []                             # what the WFM presented last (DER), leaf first
 
@@ -1926,10 +1870,9 @@ class MtlsSource(HttpSource):
 
     def check_peer(self, chain):
         """Raises Untrusted unless the peer is our WFM, and no companion has anything against it."""
-        now = time.time()
-        leaf = check_wfm(chain[0], self.identity, now)
+        leaf = check_wfm(chain[0], self.identity)
         for judge in self.judges:
-            judge(leaf, now)
+            judge(leaf, time.time())
         self.chain = chain
 
     def send_of(self, method, device_id, document=None):
@@ -1974,8 +1917,8 @@ class Profile:
         """What is wrong with a configuration for this profile: [(whether it is wrong, key, words)]."""
         url = config.wfm.url
         words = f"not set, and needed for profile {config.wfm.profile}{suffix}"
-        values = {key: config[key.split(".")[0]][key.split(".")[1]] for key in cls.settings}
-        return [(value is None, key, words) for key, value in values.items()] + [
+        parts = [key.split(".") for key in cls.settings]
+        return [(config[group][key] is None, f"{group}.{key}", words) for group, key in parts] + [
             (cls.https and not suffix and url and not url.startswith("https://"),
              "wfm.url", f"found {make_printable(url or '', 60)!r}, expected an absolute https URL")]
 
@@ -2014,12 +1957,11 @@ class Mtls(Profile):
         store = self.store
         state = self.state
         now = time.time()
-        identity = self.identity = load_identity(config)
+        identity = self.identity = load_identity(config, now)
         check_enrollment(state, client_id or identity.spiffe_id.text)
-        check_own(identity.leaf, config, now)
         warn_of_own(config, identity.leaf, store, now)
         bundle = obtain_trust_bundle(config, store, state, identity.spiffe_id.trust_domain, now, keep)
-        judge_own_chain(identity, bundle, store, state)
+        judge_own_chain(config, identity.leaf, bundle, state)
         return self.open_source(identity, bundle, keep)
 
     def open_source(self, identity, bundle, keep):
@@ -2040,9 +1982,8 @@ class Mtls(Profile):
         return dict(found, warning="; ".join(filter(None, warnings)))
 
     def check(self, now):
-        own = load_identity(self.config)
-        check_own(own.leaf, self.config, now)
-        load_wfm_context(own, [own.leaf.der], self.config.wfm.min_tls)
+        own = load_identity(self.config, now)
+        load_wfm_context(self.config, [own.leaf.der])
         return judge_own(own.leaf, own.spiffe_id.text, self.config, now)
 
     def identify(self):
@@ -2071,8 +2012,8 @@ REVISION_PATTERN = (r"(0|[1-9]\d*)\.(0|[1-9]\d*)\.(0|[1-9]\d*)"
 # What the documents have to look like, see check_shape.  Members that are not named here are checked where
 # they are used, or nowhere (C-116).
 ARTIFACT = {"digest": DIGEST_PATTERN, "url": r"(?s).*"}             # no other algorithm (C-107)
-MANIFEST = {"deployments": [dict(ARTIFACT, deploymentId=UUID_PATTERN)], "bundle?": dict}
-BUNDLE = dict(ARTIFACT, mediaType=re.escape(BUNDLE_TYPE))
+MANIFEST = {"deployments": [dict(ARTIFACT, deploymentId=UUID_PATTERN)],
+            "bundle": (None, dict(ARTIFACT, mediaType=re.escape(BUNDLE_TYPE)))}
 CONSTRAINTS = {                                                     # protocol 3.2
     "capacityRequirements?": {
         "cpu?": {"cores": float, "architectures?": list},
@@ -2104,11 +2045,9 @@ def parse_manifest(data, base_url):
         value = parse_json(data, "the state manifest")
         check_shape(value, MANIFEST, "")
         version = parse_version(value.get("manifestVersion"))
-        bundle = value.get("bundle")
+        bundle = value["bundle"]
         if len(value["deployments"]) > MAX_DEPLOYMENTS:
             raise ValueError(f"deployments: expected a list of at most {MAX_DEPLOYMENTS}")
-        if "bundle" not in value:
-            raise ValueError("bundle: missing (it is null where there are no deployments)")
         if (bundle is None) != (not value["deployments"]):                          # C-114
             raise ValueError("bundle: is null if and only if there are no deployments")
         entries = {}
@@ -2122,7 +2061,6 @@ def parse_manifest(data, base_url):
                 raise ValueError(f"{where}.deploymentId: {name} occurs twice")
             entries[name.lower()] = ManifestEntry(name, item["digest"], parse_advice(item))
         if bundle is not None:
-            check_shape(bundle, BUNDLE, "bundle")
             path = f"/bundles/{bundle['digest']}"
             foreign = check_url(bundle["url"], path, base_url, "bundle") or foreign
     except ValueError as error:
@@ -2243,8 +2181,8 @@ def parse_deployment(data, deployment_id, values={}):
         names = {component.name for component in components}
         if not components or len(names) < len(components):
             raise ValueError(f"{where}.components: {'a name occurs twice' if names else 'none'}")
-        parameters = parse_parameters(spec, dialect.prefix if kind == "compose" else "", values)
-        check_targets(parameters, names)
+        prefix = dialect.prefix if kind == "compose" else ""
+        parameters = parse_parameters(spec, prefix, values, names)
     except ValueError as error:                     # a YAMLError is one
         raise ComponentError("INVALID_DEPLOYMENT", f"ApplicationDeployment: {error}") from None
     extensions = {"spec": find_extensions(spec), "deploymentProfile": find_extensions(profile)}
@@ -2299,25 +2237,21 @@ def find_extensions(value):
     return found
 
 
-def find_value(item, values):
-    """The value of a parameter: a draft lets a document name one that the device has, before its own."""
-    try:
-        return values[item["valueFrom"]["device"]["key"]]
-    except (KeyError, TypeError):
-        return item.get("value")
-
-
-def parse_parameters(spec, prefix, values):
-    """spec.parameters to a list of Parameter; raises ValueError.
+def parse_parameters(spec, prefix, values, names):
+    """spec.parameters to a list of Parameter; raises ValueError, also for one that reaches no component.
 
     prefix: a pattern of what older generations put before pointers; it is taken away.  values: what the
-    device has for parameters that ask for it.
+    device has for parameters that ask for it: a draft lets a document name one, before its own.  names: of
+    the components there are; further targets may be those of another profile.
     """
     parameters = []
     for name, item in (spec.get("parameters") or {}).items():
         where = f"spec.parameters.{make_printable(str(name), 80)}"
         check_shape(item, PARAMETER, where)
-        value = find_value(item, values)
+        try:
+            value = values[item["valueFrom"]["device"]["key"]]
+        except (KeyError, TypeError):
+            value = item.get("value")
         if any(isinstance(part, (dict, list)) for part in (value if isinstance(value, list) else [value])):
             raise ValueError(f"{where}.value: expected a scalar or a list of scalars")
         if value is None and "valueFrom" in item:
@@ -2325,23 +2259,12 @@ def parse_parameters(spec, prefix, values):
             raise ComponentError("PARAMETER_INVALID", f"{where}.valueFrom: {words}")
         targets = [(re.sub(f"^{prefix}", "", target["pointer"]), target["components"])
                    for target in item["targets"]]
+        reached = [str(component) for _, components in targets for component in components]
+        if reached and not names.intersection(reached):
+            raise ValueError(f"{where}.targets: {make_printable(reached[0], 80)!r} is not among the"
+                             f" components {', '.join(sorted(names))}")
         parameters.append(Parameter(str(name), value, targets))
     return parameters
-
-
-def check_targets(parameters, names):
-    """Raises ValueError for a parameter that reaches no component there is.
-
-    Further targets may be those of another profile.
-    """
-    for parameter in parameters:
-        named = [str(name) for _, components in parameter.targets for name in components]
-        if named and not names.intersection(named):
-            raise ValueError(
-                f"spec.parameters.{make_printable(parameter.name, 80)}.targets:"
-                f" {make_printable(named[0], 80)!r} is not"
-                f" among the components {', '.join(sorted(names))}"
-            )
 
 
 def parse_bundle(data, entries, max_unpacked, max_document=8 * MIB):
@@ -2369,10 +2292,10 @@ def parse_bundle(data, entries, max_unpacked, max_document=8 * MIB):
             if digest not in wanted:
                 raise ValueError(f"{name} has digest {digest}, which the manifest does not name")
             documents[digest] = content
-        missing = wanted - set(documents)
+        missing = wanted.difference(documents)
         if missing:
-            words = f"documents of the manifest are not in it, such as {min(missing)}"
-            raise ValueError(f"{len(missing)} {words}")
+            raise ValueError(f"{len(missing)} documents of the manifest are not in it,"
+                             f" such as {min(missing)}")
     except ValueError as error:
         raise Refused(f"bundle refused: {error}") from None
     return documents
@@ -2401,34 +2324,32 @@ def read_target(target, load_document, config):
 # 11. Identity and trust
 # ----------------------------------------------------------------------------------------------------------
 
-EXPIRY_WARNING = 0.2  # share of the own certificate's lifetime that is left when `run` begins to warn
-EXPIRY_ADVICE = 0.25                # ... and when `doctor` does
+EXPIRY_WARNING = 0.2                # share of the own certificate's lifetime that is left when warnings begin
 CLOCK_SKEW = 300                    # seconds that another clock may be ahead of ours
 DRAFT = "the Margo draft of enrollment, renewal and revocation, which may still change"
 KEY_KINDS = {  # identity.algorithm: what openssl makes a key from; those that are not named sign by RSA
-    "ecdsa-p256-sha256": ["EC", "-pkeyopt", "ec_paramgen_curve:P-256"],
-    "ecdsa-p384-sha384": ["EC", "-pkeyopt", "ec_paramgen_curve:P-384"],
-    "ed25519": ["ED25519"]}
+    "ecdsa-p256-sha256": "EC -pkeyopt ec_paramgen_curve:P-256",
+    "ecdsa-p384-sha384": "EC -pkeyopt ec_paramgen_curve:P-384",
+    "ed25519": "ED25519"}
 
 SpiffeId = define("SpiffeId", "text trust_domain path",
                   "A SPIFFE ID, its trust domain and its path (with leading slash).")
-Identity = define("Identity", "spiffe_id wfm_id leaf certificate_file key_file",
-    "The own SVID: its SpiffeId, the text of the WFM's, which follows from it (C-009), the leaf Certificate,"
-    " the two files.")
+Identity = define("Identity", "spiffe_id wfm_id leaf",
+    "The own SVID: its SpiffeId, the text of the WFM's, which follows from it (C-009), the leaf Certificate.")
 TrustBundle = define("TrustBundle", "anchors sequence refresh_hint",
     "Trust anchors (DER), `spiffe_sequence`, `spiffe_refresh_hint` in seconds; each of these may be None.")
-Discovery = define("Discovery", "trust_domain bundle_uri parts faults",
-    "A discovery document: texts, {name: value} of what COMPANIONS read, words about what was left out.")
-Companion = define("Companion", "wanted parse limits flaw judge remark",
-    """What an optional room has to say about identity and trust; each member is a function, or None.
+Discovery = define("Discovery", "trust_domain bundle_uri parts",
+    "A discovery document: texts, and {name: value} of what COMPANIONS read.")
+Companion = define("Companion", "title wanted parse limits flaw judge remark",
+    """What an optional room has to say about identity and trust: its name, then functions, or None.
 
     wanted(config): whether its part of the discovery document is needed.
-    parse(members, document_url, public, held): (value of its part, [words about what was passed over]).
+    parse(members, document_url, public): its part of the members of that document.
     limits(state): [seconds] after each of which the trust bundle is asked for again at the latest.
     flaw(store, state, leaf): why an own SVID that is valid is of no use, "" where it is.
     judge(config, store, state, source, keep): a function (leaf, now) that raises Untrusted for a WFM's leaf.
     remark(state, now): what `status` should warn of, or "".
-    """, None, None, None, None, None, None)
+    """, None, None, None)
 COMPANIONS = {}  # {name of its part in state["trust"]: Companion}; optional rooms add themselves
 
 
@@ -2463,8 +2384,8 @@ def check_validity(certificate, now):
                          " the certificate renewed")
 
 
-def make_identity(leaf, certificate_file="", key_file=""):
-    """The own Identity from its leaf Certificate and two paths; raises ValueError."""
+def make_identity(leaf):
+    """The own Identity from its leaf Certificate; raises ValueError."""
     spiffe_id = check_leaf(leaf)
     match = re.fullmatch(r"(/margo/wfm/[^/]+)/client/[^/]+", spiffe_id.path)
     if not match:
@@ -2472,19 +2393,18 @@ def make_identity(leaf, certificate_file="", key_file=""):
                          " (spiffe://<trust domain>/margo/wfm/<wfm id>/client/<client id>); name the"
                          " certificate that was made for this device")
     wfm_id = f"spiffe://{spiffe_id.trust_domain}{match.group(1)}"
-    return Identity(spiffe_id, wfm_id, leaf, certificate_file, key_file)
+    return Identity(spiffe_id, wfm_id, leaf)
 
 
-def load_identity(config):
-    """The own SVID, from its files alone; raises Untrusted."""
-    settings = config.identity
-    return load_own(config, lambda leaf: make_identity(leaf, settings.certificate, settings.key))
+def load_identity(config, now=None):
+    """The own SVID, from its files alone; see load_own."""
+    return load_own(config, make_identity, now)
 
 
-def load_own(config, make):
-    """What `make` makes of the leaf Certificate in identity.certificate.
+def load_own(config, make, now=None):
+    """What `make` makes of the leaf Certificate in identity.certificate, which is valid `now` (Unix seconds).
 
-    Raises Untrusted: which file, and what is wrong with it.
+    now: None where that does not matter.  Raises Untrusted: which file, and what is wrong with it.
     """
     path = config.identity.certificate
     try:
@@ -2503,17 +2423,13 @@ def load_own(config, make):
             found = f"a {other.group(1).decode().lower()} and " if other else ""
             raise ValueError(f"it holds {found}no certificate in PEM; name the file that begins with"
                              " -----BEGIN CERTIFICATE-----")
-        return make(parse_certificate(chain[0]))
+        leaf = parse_certificate(chain[0])
+        own = make(leaf)
+        if now is not None:
+            check_validity(leaf, now)
+        return own
     except (StorageError, ValueError) as error:
         raise Untrusted(f"identity.certificate {path}: {error}") from None
-
-
-def check_own(leaf, config, now):
-    """Raises Untrusted unless the own certificate is valid now."""
-    try:
-        check_validity(leaf, now)
-    except ValueError as error:
-        raise Untrusted(f"identity.certificate {config.identity.certificate}: {error}") from None
 
 
 def check_enrollment(state, client_id):
@@ -2523,23 +2439,29 @@ def check_enrollment(state, client_id):
                         f" {state['enrollment']['id']}; unenroll first")
 
 
-def find_expiry(leaf, now, share=EXPIRY_WARNING):
+def find_expiry(leaf, now):
     """What to say of a certificate's end, "" while more than a share of its lifetime is left."""
     left = leaf.not_after - now
     if left < 0:
         return "expired"
-    if left < share * (leaf.not_after - leaf.not_before):
+    if left < EXPIRY_WARNING * (leaf.not_after - leaf.not_before):
         return f"expires in {left // 86400:.0f} days, at {make_time(leaf.not_after)}; have it renewed"
     return ""
 
 
-def warn_of_own(config, leaf, store, now):
-    """Warns once a day of an own certificate that ends soon, and of a key that others can read."""
-    memo = store.load_memo()
+def ask_warnings(config, leaf, now):
+    """[what to say] of an own certificate that ends soon, and of a key that others can read."""
     expiry = find_expiry(leaf, now)
     words = [expiry and f"the own certificate {expiry}", ask_looseness("identity.key", config.identity.key)]
-    if any(words) and not 0 <= now - memo.get("warnedAt", 0) < 86400:
-        for line in filter(None, words):
+    return list(filter(None, words))
+
+
+def warn_of_own(config, leaf, store, now):
+    """Warns once a day of the own certificate and key."""
+    memo = store.load_memo()
+    words = ask_warnings(config, leaf, now)
+    if words and not 0 <= now - memo.get("warnedAt", 0) < 86400:
+        for line in words:
             log("warning", line)
         memo["warnedAt"] = now
 
@@ -2560,9 +2482,9 @@ def describe_own(config, load, known_id, now):
 
 def judge_own(leaf, words, config, now):
     """What `doctor` says of an own certificate that can be used: (ok or warn, words)."""
-    expiry = find_expiry(leaf, now, EXPIRY_ADVICE)
-    fault = ask_looseness("identity.key", config.identity.key) or expiry and f"{words}, {expiry}"
-    return ("warn", fault) if fault else ("ok", f"{words}, {(leaf.not_after - now) // 86400:.0f} days left")
+    faults = ask_warnings(config, leaf, now)
+    words += f", {(leaf.not_after - now) // 86400:.0f} days left"
+    return ("warn", "; ".join([words, *faults])) if faults else ("ok", words)
 
 
 def note_draft(store, state, what):
@@ -2579,12 +2501,14 @@ def load_flaw(store, state, leaf):
     return next(filter(None, flaws), "")
 
 
-def check_wfm(der, identity, now):
-    """The peer's leaf; raises Untrusted unless it is the SVID of exactly our WFM (C-009 to C-014)."""
+def check_wfm(der, identity):
+    """The peer's leaf; raises Untrusted unless it is the SVID of exactly our WFM (C-009 to C-014).
+
+    That it is valid now, and leads to an anchor, OpenSSL has found before.
+    """
     try:
         leaf = parse_certificate(der or b"")
         peer = check_leaf(leaf)
-        check_validity(leaf, now)
     except ValueError as error:
         raise Untrusted(f"the WFM's certificate is no X.509-SVID: {error}") from None
     if peer.text != identity.wfm_id:
@@ -2593,10 +2517,10 @@ def check_wfm(der, identity, now):
     return leaf
 
 
-def load_wfm_context(identity, anchors, min_tls):
+def load_wfm_context(config, anchors):
     """The SSLContext towards the WFM: the own chain (C-004), the anchors (DER) and no others (C-006)."""
-    context = make_tls_context(anchors, min_tls=min_tls)
-    load_key_pair(context, identity.certificate_file, identity.key_file)
+    context = make_tls_context(anchors, min_tls=config.wfm.min_tls)
+    load_key_pair(context, config.identity.certificate, config.identity.key)
     return context
 
 
@@ -2606,21 +2530,19 @@ def load_key_pair(context, certificate_file, key_file, where="identity"):
     Raises Untrusted, also while an operator has replaced only one of the two files (E-010).
     """
     asked = []  # nobody can type a password here; to raise in there upsets Python 3.7
+    for name, path in (("certificate", certificate_file), ("key", key_file)):
+        if not os.path.exists(path):
+            raise Untrusted(f"{where}.{name} {path}: there is no such file")
     try:
         context.load_cert_chain(certificate_file, key_file, lambda: asked.append(True) or "")
-    except FileNotFoundError:
-        name, path = "key", key_file
-        if not os.path.exists(certificate_file):
-            name, path = "certificate", certificate_file
-        raise Untrusted(f"{where}.{name} {path}: there is no such file") from None
     except (OSError, ValueError) as error:
-        if asked:
-            raise Untrusted(f"{where}.key {key_file} is encrypted; store it unencrypted, mode 0600") from None
-        if "MISMATCH" in str(error):
-            raise Untrusted(f"{where}.key {key_file}: not the key of {where}.certificate"
-                            f" {certificate_file}; name the one that it was made with") from None
         words = "it holds no private key in PEM, or is unreadable; name the file that does"
-        if isinstance(error, PermissionError):
+        if asked:
+            words = "it is encrypted; store it unencrypted, mode 0600"
+        elif "MISMATCH" in str(error):
+            words = (f"not the key of {where}.certificate {certificate_file}; name the one that it was made"
+                     " with")
+        elif isinstance(error, PermissionError):
             words = "unreadable (Permission denied); run as root, or as its owner"
         raise Untrusted(f"{where}.key {key_file}: {words}") from None
 
@@ -2651,31 +2573,30 @@ def run_own_handshake(certificate_file, key_file, anchors):
             raise ValueError(getattr(error, "verify_message", None) or make_printable(str(error))) from None
 
 
-def judge_own_chain(identity, bundle, store, state):
+def judge_own_chain(config, own, bundle, state):
     """Raises Untrusted for a new own chain that does not lead to the trust bundle (E-012).
 
     A chain that once did is used on after the bundle has changed, because the WFM decides; `strays` in the
     state's trust then names its leaf.  The handshake is made once for each pair of leaf and bundle.
+    own: the leaf Certificate.
     """
-    mark = sha256_digest(identity.leaf.der + b"".join(bundle.anchors))
-    memo = store.load_memo()
-    if memo.get("checked") == mark:
+    leaf = sha256_digest(own.der)
+    pair = leaf + sha256_digest(b"".join(bundle.anchors))
+    if state["identity"] == pair:
         return
-    leaf = sha256_digest(identity.leaf.der)
     try:
-        run_own_handshake(identity.certificate_file, identity.key_file, bundle.anchors)
+        run_own_handshake(config.identity.certificate, config.identity.key, bundle.anchors)
     except ValueError as error:
-        message = (f"identity.certificate {identity.certificate_file}: its chain does not lead to the trust"
+        message = (f"identity.certificate {config.identity.certificate}: its chain does not lead to the trust"
                    f" bundle ({error})")
-        if state["identity"] != leaf:
-            raise Untrusted(f"{message}: it is certified by {make_name(identity.leaf.issuer)}; ask whoever"
-                            " runs the WFM for a certificate and a bundle that belong together") from None
+        if not (state["identity"] or "").startswith(leaf):
+            raise Untrusted(f"{message}: it is certified by {make_name(own.issuer)}; ask whoever runs the WFM"
+                            " for a certificate and a bundle that belong together") from None
         log("error", f"{message} any more; have it issued anew")
         state["trust"]["strays"] = leaf
         return
-    state["identity"] = leaf
+    state["identity"] = pair
     state["trust"].pop("strays", None)
-    memo["checked"] = mark
 
 
 # Trust bundle and discovery.
@@ -2722,11 +2643,11 @@ def check_sequence(bundle, trust, trust_domain):
                          " a rebuilt identity service: then unenroll and enroll again)")
 
 
-def parse_discovery(data, document_url, trust_domain, public, held=None):
+def parse_discovery(data, document_url, trust_domain, public):
     """A discovery document to a Discovery; raises ValueError (C-033 to C-035).
 
     trust_domain: of the own SVID, None where there is none yet.  public: whether the system's store vouched
-    for the document, which may then name no other origin.  held: the state's `trust`.
+    for the document, which may then name no other origin.
     """
     value = parse_json(data, "the discovery document")
     check_shape(value, {"trustDomain": "(?s).*"}, "the discovery document")
@@ -2735,11 +2656,8 @@ def parse_discovery(data, document_url, trust_domain, public, held=None):
         raise ValueError(f"it is for trust domain {make_printable(domain, 100)}, the own SVID is of"
                          f" {trust_domain}")
     uri = parse_discovered("trustBundleUri", read_url, value, document_url, public)
-    parts, faults = {}, []
-    for name, companion in COMPANIONS.items():
-        parts[name], passed = companion.parse(value, document_url, public, (held or {}).get(name))
-        faults += passed
-    return Discovery(domain, uri, parts, faults)
+    parts = {name: item.parse(value, document_url, public) for name, item in COMPANIONS.items()}
+    return Discovery(domain, uri, parts)
 
 
 def parse_discovered(name, reader, members, document_url, public):
@@ -2761,7 +2679,7 @@ def find_origin(url):
     return parts.hostname, parts.port or 443
 
 
-def fetch_discovery(config, trust_domain, now, held=None):
+def fetch_discovery(config, trust_domain, now):
     """The Discovery of identity.discovery; raises Unreachable, Untrusted, Refused.
 
     None where there is no such document and identity.trust_bundle is a URL (C-046).
@@ -2774,12 +2692,9 @@ def fetch_discovery(config, trust_domain, now, held=None):
     check_response(answer, where, (200,), now)
     public = not (settings.ca or settings.pins)
     try:
-        found = parse_discovery(answer.body, settings.discovery, trust_domain, public, held)
+        return parse_discovery(answer.body, settings.discovery, trust_domain, public)
     except ValueError as error:
         raise Untrusted(f"{where}: {error}") from None
-    for fault in found.faults:
-        log("warning", "part of the discovery document is passed over", reason=fault)
-    return found
 
 
 def is_remote(settings):
@@ -2812,12 +2727,12 @@ def is_bundle_due(config, state, hint, asked, now):
     hint: seconds after which the bundle at hand asks for it.  asked: when it was done last (Unix seconds).
     """
     trust = state["trust"]
-    wanted = [name for name, item in COMPANIONS.items() if config.identity.discovery and item.wanted(config)]
+    wanted = [name for name, item in COMPANIONS.items() if item.wanted(config)]
     if not trust.keys() >= {"source", *wanted}:
         return True
     periods = [hint or config.identity.refresh]
     for companion in COMPANIONS.values():
-        periods += companion.limits(state) if companion.limits else []
+        periods += companion.limits(state)
     return not asked <= now < asked + min(periods)
 
 
@@ -2852,12 +2767,15 @@ def fetch_trust_bundle(config, store, state, held, trust_domain, now, keep):
     """
     trust = state["trust"]
     url = config.identity.trust_bundle
-    found = fetch_discovery(config, trust_domain, now, trust) if config.identity.discovery else None
+    found = fetch_discovery(config, trust_domain, now) if config.identity.discovery else None
     if found:
         url, trust_domain = found.bundle_uri, found.trust_domain
     for name, companion in COMPANIONS.items():
         if companion.wanted(config) and (found or name not in trust):
-            trust[name] = found.parts[name] if found else None
+            part = found.parts[name] if found else None
+            if trust.get(name) and not part:
+                log("warning", f"it names no {companion.title} any more; what is at hand of that counts on")
+            trust[name] = part
     answer = fetch_from_mis(url, config)
     check_response(answer, f"trust bundle {url}", (200,), now)
     store.load_memo()["trust"] = now
@@ -2948,15 +2866,15 @@ def fetch_from_mis(url, config, headers=None, limit=MAX_CERTIFICATES):
 
 # Keys, which openssl makes and uses; the agent never holds a private one.
 
-def run_openssl(arguments, data=b"", expected=b""):
+def run_openssl(command, *values, data=b"", expected=b""):
     """What one openssl command prints on stdout.
 
-    Raises CommandError where it does not say `expected` or ends with another code than 0, and ConfigError
-    where there is no openssl.
+    command: its fixed words as one would type them; values: what follows.  Raises CommandError where it does
+    not say `expected` or ends with another code than 0, and ConfigError where there is no openssl.
     """
-    output = run_command(["openssl"] + arguments, 60, data=data)
+    output = run_command(["openssl", *command.split(), *values], 60, data=data)
     if output.code or expected not in output.stdout + output.stderr.encode():
-        raise CommandError(f"openssl {arguments[0]} failed: {output.stderr}")
+        raise CommandError(f"openssl {command.partition(' ')[0]} failed: {output.stderr}")
     return output.stdout
 
 
@@ -2977,21 +2895,20 @@ def obtain_key(path, algorithm=None):
     """
     if os.path.exists(path) or is_uri(path):        # whoever made the token made its key
         return False
-    kind = KEY_KINDS.get(algorithm or "ecdsa-p256-sha256", ["RSA", "-pkeyopt", "rsa_keygen_bits:3072"])
-    write_file(path, run_openssl(["genpkey", "-algorithm"] + kind, expected=b"PRIVATE KEY"))
+    kind = KEY_KINDS.get(algorithm or "ecdsa-p256-sha256", "RSA -pkeyopt rsa_keygen_bits:3072")
+    write_file(path, run_openssl("genpkey -algorithm " + kind, expected=b"PRIVATE KEY"))
     log("info", "new private key", path=path)
     return True
 
 
 def load_public_key(path):
     """The public key of a private one, as it stands in a certificate (DER); raises CommandError."""
-    return run_openssl(["pkey", "-in", path, "-pubout", "-outform", "DER"])
+    return run_openssl("pkey -pubout -outform DER -in", path)
 
 
 def run_csr(path, form="PEM"):
     """A PKCS#10 request for a key; it carries no names, because the issuer decides on them (E-035)."""
-    command = ["req", "-new", "-batch", "-sha256", "-subj", "/", "-outform", form, "-key", path]
-    return run_openssl(command, expected=b"CERTIFICATE REQUEST" if form == "PEM" else b"")
+    return run_openssl("req -new -batch -sha256 -subj / -outform", form, "-key", path)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -3094,8 +3011,11 @@ def is_match(expression, look):
     if operator in ("Exists", "DoesNotExist"):
         return present == (operator == "Exists")
     if operator in ("ContainsAll", "ContainsAny"):
+        parts = get_expressions(expression, "itemSelector")     # their keys are relative to the item (C-211)
         combine = all if operator == "ContainsAll" else any
-        return is_contained(get_expressions(expression, "itemSelector"), value, combine)
+        return isinstance(value, list) and all(isinstance(item, dict) for item in value) and any(
+            combine([is_match(part, lambda key, item=item: find_pointer(item, key)) for part in parts])
+            for item in value)
     if operator in ("Gt", "Lt"):
         limit = parse_limit(values)
         return get_kind(value) == "number" and (value > limit if operator == "Gt" else value < limit)
@@ -3105,12 +3025,12 @@ def is_match(expression, look):
     kinds = set(map(get_kind, values))
     if kinds not in ({"text"}, {"number"}) and (kinds != {"boolean"} or len(values) > 1):
         raise ValueError("values must be texts, or numbers, or one boolean")
-    items = value if isinstance(value, list) else [value]
-    # another type is false for both (C-206)
-    if not items or None in map(get_kind, items) or items is value and "boolean" in map(get_kind, items):
+    listed = isinstance(value, list)
+    items = value if listed else [value]
+    there = list(map(get_kind, items))
+    if not items or None in there or listed and "boolean" in there:     # false for both (C-206)
         return False
-    found = any(get_kind(item) in kinds and item in values for item in items)
-    return found == (operator == "In")
+    return any(get_kind(item) in kinds and item in values for item in items) == (operator == "In")
 
 
 def parse_limit(values):
@@ -3121,18 +3041,6 @@ def parse_limit(values):
     if get_kind(limit) != "number":
         raise ValueError("values must be one number")
     return limit
-
-
-def is_contained(expressions, value, combine):
-    """Whether one object of an array meets all, or any, of a selector's expressions.
-
-    Their keys are relative to it (C-211).
-    """
-    if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
-        return False
-    return any(combine([is_match(expression, lambda key, item=item: find_pointer(item, key))
-                        for expression in expressions])
-               for item in value)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -3216,23 +3124,27 @@ def detect_properties(state_dir, root="/", hostname=False):
     return found
 
 
-# What boards say that have nothing of their own to say, each run of signs a blank: words for nothing, the
-# name of the field itself, one character again and again; and what counts up or down, from whose start five
-# or more characters are taken.
-PLACEHOLDER = (
-    r"(?i)(to be filled.*|o ?e ?m|default( string)?|standard|none|null|empty|blank|invalid|tbd|test|dummy"
-    r"|un(known|defined|specified)|n ?a|serial( ?(number|no))?|03000200 0400 0500 0006 000700080009"
-    r"|not? ?(specified|applicable|available|provided|present|set|asset tag|serial( number)?)"
-    r"|(type ?[0-9]+ )?(system|chassis|base ?board|board|product) .*|[0 ]*|(?P<one>\S)((?P=one)| ){2,})")
+# What boards say that have nothing of their own to say, without blanks and signs; and what counts up or down,
+# from whose start five or more characters are taken.
+PLACEHOLDERS = frozenset((
+    "oem default defaultstring standard none null empty blank invalid tbd test dummy na unknown undefined"
+    " unspecified notspecified notapplicable notavailable notprovided notpresent notset noassettag noserial"
+    " noserialnumber serial serialno serialnumber 03000200040005000006000700080009").split())
 COUNTING = ("0123456789abcdef", "123456789abcdef", "12345678901234567890", "fedcba9876543210", "9876543210",
             "987654321")
 
 
 def is_placeholder(text):
-    """Whether the firmware's text says nothing of this one device."""
-    plain = re.sub(r"[\W_]+", " ", text).strip()
-    counts = len(text) > 4 and any(row.startswith(text.lower()) for row in COUNTING)
-    return counts or bool(re.fullmatch(PLACEHOLDER, plain))
+    """Whether the firmware's text says nothing of this one device.
+
+    So does the name of the field itself, such as `System Serial Number`, and one character again and again.
+    """
+    text = text.lower()
+    plain = re.sub(r"[\W_]", "", text)
+    repeats = len(set(plain)) == 1 and len(text) > 2
+    counts = len(plain) > 4 and any(row.startswith(plain) for row in COUNTING)
+    named = re.match(r"to be filled|(type ?[0-9]+ \W*)?(system|chassis|base ?board|board|product)\W", text)
+    return plain in PLACEHOLDERS or not plain.strip("0") or repeats or counts or bool(named)
 
 
 def detect_text(root, dmi, tree):
@@ -3385,10 +3297,10 @@ Changes = define("Changes", "kept idle making leaving",
     "What becomes of the services of a project: {name: Container} that go on, names of those that need"
     " no start, [Service] to be made, and [[Container]] that leave, those that stop together in one list,"
     " whoever depends on others first.")
-Job = define("Job", "workload project folder known deadline current runs volumes",
+Job = define("Job", "workload project folder known deadline current restarts volumes",
     "One apply: what runs, in which folder its files are, what an earlier apply returned, until when;"
-    " {service: id of its container} as far as it has come, the ids of what ran before, {service: {path:"
-    " volume}} as it was.")
+    " {service: id of its container} as far as it has come, {id: how often it had been restarted} of what ran"
+    " before, {service: {path: volume}} of volumes to which nobody gave a name.")
 Shown = define("Shown", "state code restarts health volumes check said",
     "One container as `inspect` shows it: the engine's word for its state, numbers, the word for its health"
     " where there is a check, {path: name} of volumes in it, its Check or None, what that has printed last.",
@@ -3398,6 +3310,9 @@ Check = define("Check", "interval retries start",
 # How docker shows a container, in podman's form.
 DOCKER_FORM = ('{"Id":{{json .ID}},"Names":[{{json .Names}}],"State":{{json .State}},'
                '"Status":{{json .Status}},"Labels":{%s}}')
+# What podman, or docker, says of itself, by our words.
+INFO = {"architecture": ("arch", "Architecture"), "root": ("graphRoot", "DockerRootDir"),
+        "version": ("Version", "ServerVersion"), "network": ("networkBackend",)}
 PULL_NOTE = 60                      # seconds between two lines of the log about a pull
 LOG_LINES = 4000                    # of a log that are looked at for its end
 MAX_LOG = 256 * KIB                 # bytes of them
@@ -3406,7 +3321,8 @@ RUNS_TOO = {"amd64": "386", "arm64": "arm"}         # what a processor usually r
 LACKS = (("podman", "4.7", "`host-gateway` is the gateway of the first network"),
          ("podman", "4.8", "a volume's `driver_opts` have no `size`; `tmpfs` of a service has"),
          ("docker", "20.10", "`host-gateway` fails"))
-NO_PROGRAM = "/.margo-trial"        # what a trial of docker's starts
+# With these an engine looks a program up, and the kernel does not start it: its environment is too long.
+UNSTARTABLE = ["--ulimit=stack=262144", *(f"--env=MARGO_TRIAL_{name}=" + "x" * 66000 for name in "AB")]
 # An engine's words for what does not run.
 AT_REST = ("exited", "created", "initialized", "stopped", "configured")
 
@@ -3477,28 +3393,29 @@ def mask(text, values):
 def is_usable(container, service, known):
     """Whether a container was made for a service as it is wanted, and can go on from its state."""
     ours = not known or known["hash"] != service.hash or known.get("id", container.id) == container.id
-    return ours and container.hash == service.hash and container.state in (
-        "running", "exited", "created", "initialized", "stopped", "restarting")
+    return ours and (container.service, container.hash) == (service.name, service.hash) and (
+        container.state in AT_REST or container.state in ("running", "restarting"))
 
 
 def plan_services(services, present, known, networks):
     """The Changes that lead from what is there to what is wanted (P-7, P-16).
 
     present: [Container] of this component; known: what an earlier apply returned; networks: names of those
-    that are about to be made.  Whose network is made anew, or who shares a namespace of a service that starts
-    anew, is made anew, too.
+    that are about to be made.  Made anew is, too, whose network is, who shares a namespace of a service that
+    starts anew, and who holds a port or address that one needs which is made before it.
     """
     kept, making = {}, []
     idle = set()
+    rivals = find_rivals(services)
     for service in services:
         facts = known.get(service.name)
-        mine = [item for item in present if item.service == service.name]
-        usable = [item for item in mine if is_usable(item, service, facts)]
-        joined = {name for name, *_ in service.networks} & networks
-        if usable and not joined and idle.issuperset(service.shares):
-            container = min(usable, key=lambda item: item.state != "running")
-            kept[service.name] = container
-            if container.state == "running" or facts and facts["finished"] and facts["hash"] == service.hash:
+        usable = [item for item in present if is_usable(item, service, facts)]
+        running = [item for item in usable if item.state == "running"]
+        displaced = running and any((service.name, other.name) in rivals for other in making)
+        joined = networks.intersection(item.network for item in service.networks)
+        if usable and not displaced and not joined and idle.issuperset(service.shares):
+            kept[service.name] = (running or usable)[0]
+            if running or facts and facts["finished"] and facts["hash"] == service.hash:
                 idle.add(service.name)
         else:
             making.append(service)
@@ -3509,37 +3426,34 @@ def plan_services(services, present, known, networks):
 def order_leaving(services, leaving):
     """[[Container]]: those that stop at once in one list, each before what it depends on.
 
-    What the file no longer names goes first.
+    What the file no longer names is in the first one.
     """
-    by_name = {}
-    names = {service.name for service in services}
+    levels, groups = {}, {}
+    for service in reversed(services):              # whoever depends on others comes first here
+        level = levels.setdefault(service.name, 0)
+        for name in service.depends_on:
+            levels[name] = max(levels.get(name, 0), level + 1)
     for item in leaving:
-        by_name.setdefault(item.service, []).append(item)
-    groups = [([], [item for item in leaving if item.service not in names])]
-    for service in reversed(services):
-        if any(service.name in other.depends_on for other in groups[-1][0]):
-            groups.append(([], []))
-        groups[-1][0].append(service)
-        groups[-1][1].extend(by_name.get(service.name, ()))
-    return [items for _, items in groups if items]
+        groups.setdefault(levels.get(item.service, 0), []).append(item)
+    return [groups[level] for level in sorted(groups)]
 
 
-def is_same_network(labels, internal, arguments):
+def is_same_network(labels, facts, arguments):
     """Whether a network that is there is what these create arguments make.
 
     One that an agent made before there was such a mark may be, unless it is open and should not be.
     """
     if LABEL_HASH in labels:
         return f"--label={LABEL_HASH}={labels[LABEL_HASH]}" in arguments
-    return internal == ("--internal" in arguments)
+    return facts.get("internal", False) == ("--internal" in arguments)
 
 
 def plan_networks(wanted, there, project):
     """What becomes of networks: ({name: create arguments} to be made, [names] to go before, and last).
 
-    wanted: as in a Project; there: {name: (labels, whether it is internal)} of those and of all others of
-    this compose project.  One of somebody else stays as it is.  One that is no longer wanted goes first where
-    a new one may be after its addresses.
+    wanted: as in a Project; there: {name: (labels, facts)} of those and of all others of this compose
+    project.  One of somebody else stays as it is.  One that is no longer wanted goes first where a new one
+    may be after its addresses.
     """
     ours = {name for name, (labels, _) in there.items() if labels.get(LABEL_PROJECT) == project}
     new = {name: arguments for name, arguments in wanted.items() if arguments is not None and (
@@ -3551,61 +3465,90 @@ def plan_networks(wanted, there, project):
 
 
 # Options of `create` that a trial goes without: they need a network, or another container, or a run.
-UNTRIED = ("--(init\\Z|publish|add-host|dns|mac-address|health|no-health|restart|pid=c|ipc=c)|"
+UNTRIED = ("--(init\\Z|volume|tmpfs|publish|add-host|dns|mac-address|health|no-health|restart|pid=c|ipc=c)|"
            "--sysctl=\"?net[./]ipv[46][./](conf|neigh)[./]")
 
 
 def make_trial(service, engine):
     """The Service of a trial, see ComposeDriver.rehearse.
 
-    Docker can only start it, so that it has a program there that no image has.  Nothing is labelled anew for
-    SELinux while another container uses it.
+    Docker can only start it, so that it is made unstartable.  Nothing is labelled anew for SELinux while
+    another container uses it.
     """
-    arguments = []
-    for argument in service.arguments:
-        head, _, options = argument.rpartition(":")
-        if argument.startswith("--volume=") and "/" not in options:
-            options = ",".join(option for option in options.split(",") if option not in "zZ")
-            argument = ":".join(filter(None, [head, options]))
-        if not re.match(UNTRIED, argument):
-            arguments.append(argument)
-    command = service.command
-    if engine != "podman":
-        arguments = [item for item in arguments if not item.startswith("--entrypoint=")]
-        arguments.append(f"--entrypoint={NO_PROGRAM}")
-        command = []
-    return service._replace(arguments=arguments, command=command, shares=(), hash="",
+    arguments = [argument for argument in service.arguments if not re.match(UNTRIED, argument)]
+    for mount in service.mounts:
+        options = [option for option in mount.options if option not in ("z", "Z")]
+        arguments.append(make_mount_argument(mount._replace(options=options)))
+    arguments += UNSTARTABLE if engine != "podman" else []
+    return service._replace(arguments=arguments, shares=(), hash="",
                             networks=[Attachment("none", None, None)])
 
 
-def find_subnets(text):
-    """The subnets in create arguments of a network, a line each, or in what an engine shows, as JSON."""
-    import ipaddress
-    try:
-        return [ipaddress.ip_network(subnet, False)
-                for subnet in re.findall('(?im)(?:^--subnet=|"subnet": *")([^"\n]*)', text)]
-    except ValueError as error:
-        raise make_fault(f"networks: {error}") from None
+def check_addresses(services, project, engine, there=None):
+    """Raises ComponentError for an address that a network cannot give: an engine says so at the start alone.
+
+    there: {name: (labels, facts)} of the networks that are there by now; without it an external one is passed
+    over, and one of which podman will choose the subnet.  Docker gives none out of what it has chosen itself.
+    """
+    for service in services:
+        for network, _, options in service.networks:
+            arguments = project.networks.get(network)
+            text = "\n".join(arguments or ())
+            chosen = arguments is None or engine == "podman" and "--subnet=" not in text
+            if chosen and there is not None:
+                text = make_json(there.get(network)).decode()
+            for option in (options or ()) if there is not None or not chosen else ():
+                kind, _, address = option.partition("=")
+                if kind in ("--ip", "--ip6") and not may_have_address(text, address):
+                    where = f"services.{service.name}.networks"
+                    raise make_fault(f"{where}: {make_printable(address, 60)!r} lies in no `subnet` of"
+                                     f" network {network}, or is the host's own there")
+
+
+def check_external(project, networks, volumes, services):
+    """Raises ComponentError where services use an external network or volume that is not there.
+
+    networks, volumes: what is there, by its name.  To the engine a name could be the beginning of another
+    one's id.
+    """
+    used = {item.network for service in services for item in service.networks}
+    used.update(mount.source for service in services for mount in service.mounts)
+    for kind, wanted, there in (("network", project.networks, networks), ("volume", project.volumes, volumes)):
+        for name in sorted(used.intersection(wanted).difference(there)):
+            if wanted[name] is None:
+                raise ComponentError("INSTALL_FAILED", f"there is no {kind} {name} on this device;"
+                                     " `external: true` takes one that is there")
+
+
+def find_rivals(services):
+    """{(service, an earlier one): what both would have}, of the host's ports and addresses in networks."""
+    taken, rivals = {}, {}
+    for service in services:
+        things = list(service.ports)
+        for network, _, options in service.networks:
+            things += [("", network, option.strip("-")) for option in options or ()]
+        for address, *key in things:
+            holders = taken.setdefault(tuple(key), [])
+            for held, other in holders:
+                if held == address or "" in (held, address):
+                    rivals[service.name, other] = f"{key[0]} {key[1]}"
+            holders.append((address, service.name))
+    return rivals
 
 
 def check_rivals(services):
     """Raises ComponentError for a port of the host, or an address, that two services would have at a time.
 
-    Who waits for another one's end can have what that had.
+    Who starts once another one has ended can have what that had.
     """
-    awaited = [pair for service in services for pair in service.depends_on.items()]
-    ended = [name for name, (condition, _) in awaited if condition == "service_completed_successfully"]
-    taken = {}
-    for service in services:
-        things = list(service.ports)
-        for network, _, options in service.networks:
-            things += [("", network, option.strip("-")) for option in options or ()]
-        for address, *key in things if service.name not in ended else ():
-            rivals = taken.setdefault(tuple(key), {})
-            if address in rivals or rivals and "" in (address, *rivals):
-                raise make_fault(f"services.{service.name}: it cannot have {key[0]} {key[1]} beside service"
-                                 f" {next(iter(rivals.values()))}")
-            rivals[address] = service.name
+    rivals = find_rivals(services)
+    ended = set()
+    for service in services:                        # they are started in this order
+        ended.update(name for name, (condition, _) in service.depends_on.items()
+                     if condition == "service_completed_successfully")
+        for (name, other), thing in rivals.items():
+            if name == service.name and other not in ended:
+                raise make_fault(f"services.{name}: it cannot have {thing} beside service {other}")
 
 
 def ask_ports(services, known):
@@ -3635,31 +3578,34 @@ def ask_taken(address, number, protocol):
     return False
 
 
-def find_targets(service):
-    """({path} at which the compose file mounts something of a name, {path} of volumes without a name)."""
-    named = set(map(make_path, service.files))
-    unnamed = set()
-    for mount in service.mounts:
-        paths = unnamed if mount.kind == "volume" and not mount.source else named
-        paths.add(make_path(mount.target))
-    return named, unnamed
-
-
 def make_path(text):
     """A path in a container in its shortest spelling."""
     return re.sub("/+", "/", text).rstrip("/") or "/"
 
 
-def make_volume_names(service, project, before):
-    """{path: volume} for each volume to which nobody gave a name: in the file, or declared by the image.
+def make_volume_names(project, prefix, known, present, seen):
+    """{service: {path: volume}} for each volume to which nobody gave a name: in the file, or by the image.
 
-    It goes by a name of ours, so that whatever is made in the place of a container finds it.  before: {path:
-    volume} as it was in the container before, which an earlier agent may have left to the engine to name.
+    It goes by a name of ours, so that whatever is made in the place of a container finds it.  known, present,
+    seen: what an earlier apply returned and [Container] and {id: Shown} of what there is, where an earlier
+    agent may have left a volume to the engine to name.
     """
-    named, unnamed = find_targets(service)
+    before = {name: dict(facts.get("volumes", {})) for name, facts in known.items()}
+    for container in sorted(present, key=lambda item: item.state == "running"):
+        if container.id in seen:
+            before.setdefault(container.service, {}).update(seen[container.id].volumes)
     volumes = {}
-    for path in sorted(unnamed.union(map(make_path, service.declared)) - named):
-        volumes[path] = before.get(path) or f"{project}_{service.name}_{sha256_digest(path.encode())[7:19]}"
+    for service in project.services:
+        named = set(map(make_path, service.files))
+        unnamed = set(map(make_path, service.declared))
+        for mount in service.mounts:
+            paths = unnamed if mount.kind == "volume" and not mount.source else named
+            paths.add(make_path(mount.target))
+        there = before.get(service.name, {})
+        volumes[service.name] = {}
+        for path in sorted(unnamed - named):
+            name = f"{prefix}_{service.name}_{sha256_digest(path.encode())[7:19]}"
+            volumes[service.name][path] = there.get(path) or name
     return volumes
 
 
@@ -3691,20 +3637,23 @@ def make_compose_driver(config, child=None, others=(), environ=None):
     """
     environ = dict(os.environ if environ is None else environ)
     environ.update(get_temporary(config.state_dir, environ))
+    setting = config.runtime.engine if config.runtime.compose != "off" else ""
     if child:
-        kinds = {CONNECTIONS.get(key) for key in child[1]} & {"podman", "docker"}
         environ = make_child_environment(environ, child[1])
-        engine = kinds and find_engine(max(kinds), environ)
-        return ComposeDriver(engine, config, environ, child, ["", *others]) if engine else None
-    engine = find_engine(config.runtime.engine, environ)
-    if config.runtime.compose == "off" or engine is None:
-        return None
-    return ComposeDriver(engine, config, environ, others=others)
+        setting = max({CONNECTIONS.get(key) for key in child[1]} & {"podman", "docker"}, default="")
+        others = ["", *others]
+    engine = setting and find_engine(setting, environ)
+    return ComposeDriver(engine, config, environ, child or ("", {}), others) if engine else None
 
 
 # Where podman looks for its own helpers, beside PATH.
 HELPER_FOLDERS = ("/usr/local/libexec/podman", "/usr/local/lib/podman", "/usr/libexec/podman",
                   "/usr/lib/podman")
+
+
+def list_active(containers):
+    """[id] of those containers that there is something to stop of."""
+    return [container.id for container in containers if container.state not in AT_REST]
 
 
 def find_containers(deployment_id, containers, component=None, kind=None):
@@ -3719,9 +3668,8 @@ def find_cause(stderr):
 
     Ids of 64 digits are cut to the 12 that the engine shows elsewhere.
     """
-    starts = [match.end() for match in re.finditer(r"(?:^|\\n)(?=Error)", stderr)]      # made printable
-    start = min(starts, default=0)
-    return re.sub(r"\b([0-9a-f]{12})[0-9a-f]{52}\b", r"\1", stderr[start:])[-1500:]
+    cause = re.split(r"(?:^|\\n)(?=Error)", stderr, maxsplit=1)[-1]       # made printable
+    return re.sub(r"\b([0-9a-f]{12})[0-9a-f]{52}\b", r"\1", cause)[-1500:]
 
 
 def is_before(version, other):
@@ -3742,12 +3690,12 @@ class ComposeDriver:
         self.claim = NOBODY                         # by what a container is ours, as of the last look
         self.info = {}                              # see ask_info
         self.strangers = []                         # [Container] not ours that the last look has shown
-        self.device_id, self.connection = child
+        self.device_id, connection = child
         self.others = frozenset(others)             # devices whose containers are not ours, even here
         remote = set(CONNECTIONS) - {"CONTAINERS_STORAGE_CONF", "KUBECONFIG"}
-        self.remote = not remote.isdisjoint(self.connection)
+        self.remote = not remote.isdisjoint(connection)
 
-    def run(self, arguments, timeout, code=None, more=None):
+    def run(self, arguments, code=None, timeout=60, more=None):
         """The Output of one engine command; more: for its environment.
 
         With `code` a failure raises ComponentError of that code.
@@ -3771,7 +3719,7 @@ class ComposeDriver:
         if self.engine != "podman":
             form = DOCKER_FORM % ",".join(f'"{name}":{{{{json (.Label "{name}")}}}}' for name in LABELS)
         options = ["--all", "--no-trunc", f"--filter=label={LABEL_DEPLOYMENT}", f"--format={form}"]
-        output = self.run(["ps"] + options, 20 if self.remote else 60)
+        output = self.run(["ps"] + options, timeout=20 if self.remote else 60)
         if output.code:
             words = f"{self.engine} ps: {output.stderr[-500:]}"
             raise CommandError(f"the container engine does not answer ({words}); put it right, or see"
@@ -3811,7 +3759,7 @@ class ComposeDriver:
         items = {"network": project.networks, "volume": project.volumes,
                  "container": dict.fromkeys(containers, [])}
         for kind, wanted in items.items():
-            for name, labels, facts in self.inspect_names(kind, list(wanted)):
+            for name, (labels, facts) in self.inspect_names(kind, list(wanted)).items():
                 owner = labels.get(LABEL_OWNER, "")
                 made_for = labels.get(LABEL_DEPLOYMENT, workload.deployment_id)
                 private = name.startswith(labels.get(LABEL_PROJECT, "/") + "_")
@@ -3826,20 +3774,20 @@ class ComposeDriver:
                                          f" {make_printable(owner, 300)}: {words}")
 
     def inspect_names(self, kind, names, there=()):
-        """[(name, labels, facts)] of the containers, networks or volumes of these names that there are.
+        """{name: (labels, facts)} of the containers, networks or volumes of these names that there are.
 
         facts: as the engine shows it, its words in lower case.  there: what has to be shown, because it is
         there (D-16).
         """
-        output = self.run([kind, "inspect"] + names, 60) if names else Output(0, b"", "")
-        found = []
+        output = self.run([kind, "inspect"] + names) if names else Output(0, b"", "")
+        found = {}
         for item in parse_answer(output.stdout or b"[]", self.engine, list):
             facts = {key.lower(): value for key, value in item.items()}
             name = facts["name"].lstrip("/")
             labels = facts.get("labels") or facts.get("config", {}).get("Labels") or {}
             if name in names:                       # what is asked for may be the beginning of an id, too
-                found.append((name, labels, facts))
-        if not {name for name, _, _ in found}.issuperset(there):
+                found[name] = labels, facts
+        if not set(there).issubset(found):
             raise CommandError(f"{self.engine} {kind} inspect failed: {output.stderr[-500:]}")
         return found
 
@@ -3855,7 +3803,7 @@ class ComposeDriver:
     def list_volumes(self):
         """The names of this agent's volumes."""
         label = f"--filter=label={LABEL_OWNER}={self.claim.owner}"
-        return self.run(["volume", "ls", label, "--format={{.Name}}"], 60).stdout.decode().split()
+        return self.run(["volume", "ls", label, "--format={{.Name}}"]).stdout.decode().split()
 
     def ask(self, argv):
         """The mapping that a program prints as JSON; {} where it prints none."""
@@ -3871,11 +3819,10 @@ class ComposeDriver:
         """
         if not self.info:
             told = self.ask([self.engine, "info", "--format={{json .}}"])
-            host, store, version = (told.get(key) or {} for key in ("host", "store", "version"))
-            self.info = {"architecture": host.get("arch") or told.get("Architecture", ""),
-                         "root": store.get("graphRoot") or told.get("DockerRootDir", ""),
-                         "version": version.get("Version") or told.get("ServerVersion", ""),
-                         "network": host.get("networkBackend", "")}
+            for part in ("host", "store", "version"):
+                told.update(told.get(part) or {})
+            self.info = {key: next((told[name] for name in names if told.get(name)), "")
+                         for key, names in INFO.items()}
         return self.info
 
     def list_lacks(self):
@@ -3945,7 +3892,7 @@ class ComposeDriver:
         checked = set()
         result = []
         for service in services:
-            output = self.run(["image", "inspect", service.image], 60, "PULL_FAILED")
+            output = self.run(["image", "inspect", service.image], "PULL_FAILED")
             made_for, check, paths = parse_answer(output.stdout, self.engine,
                                                   lambda items: parse_image(items[0]))
             result.append(service._replace(declared=paths))
@@ -3982,6 +3929,7 @@ class ComposeDriver:
         try:
             text = read_inside(folder, "compose.yaml", "compose.yaml").encode("utf-8", "surrogateescape")
             project = make_project(load_yaml(text), workload, self.config.policy, self.engine, folder)
+            check_addresses(project.services, project, self.engine)
         except YAMLError as error:
             raise make_fault(str(error)) from None
         except ComponentError as error:             # it may show what a parameter has put into the file
@@ -4003,7 +3951,7 @@ class ComposeDriver:
 
     def has_image(self, name):
         """Whether an image is on the device."""
-        return self.run(["image", "inspect", "--format={{.Id}}", name], 60).code == 0
+        return self.run(["image", "inspect", "--format={{.Id}}", name]).code == 0
 
     def pull(self, service, timeout):
         """Has a service's image on the device; returns [its name] where it was not there before.
@@ -4045,7 +3993,7 @@ class ComposeDriver:
                                  f"{self.engine} cannot pull {name} for {service.name}: {cause}")
         if host != own:                             # a digest becomes a tag here, and podman knows it by both
             kept = re.sub("(:[^:/@]*)?@(sha256):", r":\2-", service.image)
-            self.run(["tag", name, kept], 60, "PULL_FAILED")
+            self.run(["tag", name, kept], "PULL_FAILED")
         if not before:
             self.remove_image(name)
 
@@ -4106,7 +4054,7 @@ class ComposeDriver:
 
     def remove_image(self, name):
         """Removes an image; False where the engine keeps it, because something else uses it."""
-        return self.run(["image", "rm", name], 60).code == 0
+        return self.run(["image", "rm", name]).code == 0
 
     def apply(self, prepared, containers, known, deadline):
         """Makes the component's containers as prepared; {service: facts} once they run.
@@ -4116,24 +4064,26 @@ class ComposeDriver:
         ComponentError, CommandError.
         """
         workload, project = prepared
+        self.free_names(workload.project)
         present = self.look_up(workload)
-        runs = {container.id for container in present if container.state == "running"}
-        volumes = self.look_at_volumes(known, present)
-        job = Job(workload, project, os.path.dirname(workload.folder), known, deadline, {}, runs, volumes)
+        seen = self.inspect([container.id for container in present])
+        restarts = {container.id: seen[container.id].restarts for container in present
+                    if container.state == "running" and container.id in seen}
+        volumes = make_volume_names(project, workload.project, known, present, seen)
+        job = Job(workload, project, os.path.dirname(workload.folder), known, deadline, {}, restarts, volumes)
         check_rivals(project.services)
-        if not self.remote and runs <= {facts.get("id") for facts in known.values()}:   # else who holds what?
+        own = {facts.get("id") for facts in known.values()}
+        if not self.remote and own.issuperset(restarts):        # else who holds what?
             ask_ports(project.services, known)
         finished = self.carry_through(job, present)
         started = {container.id: container.started for container in self.look_up(workload)}
-        seen = self.inspect(job.current.values())
         result = {}
         for service in project.services:
             container_id = job.current.get(service.name, "")
-            volumes = seen[container_id].volumes if container_id in seen else {}
             result[service.name] = {
                 "hash": service.hash, "finished": service.name in finished, "image": service.image,
                 "id": container_id, "started": started.get(container_id, 0), "ports": service.ports,
-                "volumes": {path: volumes[path] for path in sorted(set(volumes) - find_targets(service)[0])}}
+                "volumes": volumes[service.name]}
         return result
 
     def look_up(self, workload):
@@ -4142,7 +4092,7 @@ class ComposeDriver:
 
     def carry_out(self, job, arguments, more=None):
         """The Output of a command that has to succeed; its words may hold values of parameters."""
-        output = self.run(arguments, job.deadline - time.monotonic(), more=more)
+        output = self.run(arguments, timeout=job.deadline - time.monotonic(), more=more)
         if output.code:
             words = mask(output.stderr, job.workload.parameters.values())
             for name, container_id in job.current.items():
@@ -4162,168 +4112,140 @@ class ComposeDriver:
         """
         services = job.project.services
         project = job.workload.project
-        new, first, last = plan_networks(job.project.networks, self.look_at_networks(job), project)
+        networks = self.list_networks(job.workload.deployment_id, project, "INSTALL_FAILED",
+                                      job.project.networks)
+        new, first, last = plan_networks(job.project.networks, networks, project)
         changes = plan_services(services, present, job.known, set(new))
-        self.ask_external(job.project, changes.making)
-        leaving = [container for group in changes.leaving for container in group]
+        check_external(job.project, networks, self.create_volumes(job), changes.making)
+        leaving = {container.name: container.id for group in changes.leaving for container in group}
+        stopping = [list_active(group) for group in changes.leaving]
         first = self.ask_free(first, job.project.networks, leaving)
         job.current.update({name: container.id for name, container in changes.kept.items()})
-        names = {name: container.name for name, container in changes.kept.items()}
-        self.create_shared(job, "volume", job.project.volumes)
-        self.try_networks(job, new, first)
-        if any(container.state not in AT_REST for container in leaving):
-            for service in changes.making:
-                self.rehearse(service, job)
+        self.try_networks(job, new, [networks.pop(name)[1] for name in first])
+        for service in changes.making if any(stopping) else ():
+            self.rehearse(service, job)
         if not first:
-            self.create_all(job, new, changes.making, leaving, names)
+            self.create_all(job, new, changes.kept, leaving)
+            networks.update(self.inspect_names("network", list(new)))
+        check_addresses(changes.making, job.project, self.engine, networks)
         try:
             stopped = job.deadline
-            for group in changes.leaving:
-                active = [container.id for container in group if container.state not in AT_REST]
-                stopped = self.stop(active, stopped) if active else stopped
+            for ids in stopping:
+                stopped = self.stop(ids, stopped)
             if first:
-                self.remove_containers(leaving, job.deadline)
-                leaving = []
+                self.discard(leaving.values(), job.deadline)
+                leaving = {}
                 for name in first:
                     self.carry_out(job, ["network", "rm", name])
-                self.create_all(job, new, changes.making, leaving, names)
+                self.create_all(job, new, changes.kept, leaving)
             for service in services:
                 self.await_dependencies(service, job)
-                if service.name not in changes.idle:
-                    self.start(service, job, service.name in changes.kept)
+                if service.name not in changes.idle and not self.start(service, job, changes.kept):
+                    return self.carry_through(job, self.look_up(job.workload))
             names = [service.name for service in services]
-            finished = self.await_startup(names, job) if job.workload.wait else set()
+            settle = self.config.runtime.settle
+            finished = self.await_startup(names, job, settle) if job.workload.wait else set()
         except FAULTS:
             if leaving and self.config.runtime.on_failure != "rollback":    # kept for the way back alone
-                self.run(["rm", "--force"] + [container.id for container in leaving], 60)
+                self.run(["rm", "--force", *leaving.values()])
             raise
-        self.remove_containers([container._replace(state="exited") for container in leaving], job.deadline)
+        self.discard(leaving.values(), job.deadline)
         for name in last:
-            if self.run(["network", "rm", name], 60).code:
+            if self.run(["network", "rm", name]).code:
                 log("warning", "a network that is not needed any more stays: somebody else uses it",
                     network=name)
         return finished
 
-    def look_at_networks(self, job):
-        """The networks that are there of those that the project names or that were made for it.
+    def list_networks(self, deployment_id, project, code, names=()):
+        """{name: (labels, facts)} of the networks of these names and of all that were made for a project.
 
-        {name: (labels, whether it is internal)}; one of somebody else is shown without labels.
+        One of somebody else is shown without labels.
         """
-        mark = f"--filter=label={LABEL_PROJECT}={job.workload.project}"
-        names = self.carry_out(job, ["network", "ls", mark, "--format={{.Name}}"]).stdout.decode().split()
-        there = {}
-        for name, labels, facts in self.inspect_names(
-                "network", sorted({*names, *job.project.networks}), names):
-            ours = is_ours(self.claim, job.workload.deployment_id, labels.get(LABEL_OWNER, ""))
-            there[name] = labels if ours else {}, facts.get("internal", False)
+        mark = f"--filter=label={LABEL_PROJECT}={project}"
+        found = self.run(["network", "ls", mark, "--format={{.Name}}"], code).stdout.decode().split()
+        there = self.inspect_names("network", sorted({*found, *names}), found)
+        for name, (labels, facts) in there.items():
+            if not is_ours(self.claim, deployment_id, labels.get(LABEL_OWNER, "")):
+                there[name] = {}, facts
         return there
 
     def ask_free(self, names, wanted, leaving):
-        """Those of these networks that nobody uses once these containers have left.
+        """Those of these networks that nobody uses once containers have left, {name: id}.
 
         Raises ComponentError for a wanted one that somebody else uses.
         """
         free = []
         for name in names:
             form = ["--all", "--no-trunc", f"--filter=network={name}", "--format={{.ID}}"]
-            ids = self.run(["ps"] + form, 60, "INSTALL_FAILED").stdout.decode().split()
-            strange = [item for item in ids if item not in {container.id for container in leaving}]
-            if strange and name in wanted:
-                words = f"network {name} is defined anew, and container {strange[0][:12]} is in it"
-                raise ComponentError(
-                    "INSTALL_FAILED", f"{words}, which is not of this component: disconnect it")
+            ids = self.run(["ps"] + form, "INSTALL_FAILED").stdout.decode().split()
+            strange = set(ids).difference(leaving.values())
             if not strange:
                 free.append(name)
+            elif name in wanted:
+                words = f"network {name} is defined anew, and container {min(strange)[:12]} is in it"
+                raise ComponentError(
+                    "INSTALL_FAILED", f"{words}, which is not of this component: disconnect it")
         return free
 
-    def try_networks(self, job, new, first):
-        """Raises ComponentError for a network that could not be made once the first have gone (K23).
+    def try_networks(self, job, new, going):
+        """Raises ComponentError for a network that could not be made once others have gone (K23).
 
         It is made by another name and removed again, unless it may want addresses that those have still.
+        going: what the engine shows of those.
         """
-        going = make_json([facts for _, _, facts in self.inspect_names("network", first)]).decode()
-        for name, arguments in new.items() if first else ():
-            subnets = find_subnets("\n".join(arguments))
-            held = subnets and find_subnets(going)
+        for name, arguments in new.items() if going else ():
+            subnets = find_ranges("subnet", "\n".join(arguments))
+            held = subnets and find_ranges("subnet", make_json(going).decode())
             if subnets and not any(one.overlaps(other) for one in subnets for other in held):
                 self.carry_out(job, ["network", "create", *arguments, f"{name}-try"])
                 self.carry_out(job, ["network", "rm", f"{name}-try"])
 
-    def create_shared(self, job, kind, items):
-        """Networks or volumes that are not there yet; items: {name: create arguments, or None}."""
-        for name, arguments in items.items():
-            there = [] if arguments is None else self.inspect_names(kind, [name])
-            for _, _, facts in there:
-                kept = (facts.get("options") or {}).get("type", "") == "tmpfs"
-                if kind == "volume" and kept != ("--opt=type=tmpfs" in arguments):
+    def create_volumes(self, job):
+        """Makes the volumes that are not there yet; those that were, as inspect_names shows them."""
+        labels = make_arguments("--label", make_shared_labels(job.workload))
+        volumes = {name: labels for paths in job.volumes.values() for name in paths.values()}
+        volumes.update(job.project.volumes)
+        there = self.inspect_names("volume", list(volumes))
+        for name, arguments in volumes.items():
+            if arguments is not None and name not in there:
+                self.carry_out(job, ["volume", "create", *arguments, name])
+            elif arguments is not None:
+                kept = (there[name][1].get("options") or {}).get("type", "") == "tmpfs"
+                if kept != ("--opt=type=tmpfs" in arguments):
                     log("warning", "a volume is there with other driver_opts, and stays so", volume=name)
-            if arguments is not None and not there:
-                self.carry_out(job, [kind, "create"] + arguments + [name])
+        return there
 
-    def ask_external(self, project, services):
-        """Raises ComponentError where services use an external network or volume that is not there.
+    def create_all(self, job, networks, kept, leaving):
+        """Makes networks and what is not kept of the containers, each by the name of its service.
 
-        To the engine its name could be the beginning of another one's id.
+        leaving: {name: id} of containers; one that has such a name gets another one before.  Nothing is stopped yet, so that this is no
+        part of the outage.
         """
-        used = {item.network for service in services for item in service.networks}
-        used.update(mount.source for service in services for mount in service.mounts)
-        for kind, items in (("network", project.networks), ("volume", project.volumes)):
-            names = {name for name, arguments in items.items() if arguments is None and name in used}
-            for name in sorted(names.difference(item[0] for item in self.inspect_names(kind, list(names)))):
-                raise ComponentError("INSTALL_FAILED", f"there is no {kind} {name} on this device;"
-                                     " `external: true` takes one that is there")
-
-    def look_at_volumes(self, known, present):
-        """{service: {path: volume}} of what is there for each service, or was when it was installed."""
-        volumes = {name: dict(facts.get("volumes", {})) for name, facts in known.items()}
-        seen = self.inspect([container.id for container in present])
-        for container in sorted(present, key=lambda item: item.state == "running"):
-            if container.id in seen:
-                volumes.setdefault(container.service, {}).update(seen[container.id].volumes)
-        return volumes
-
-    def create_all(self, job, networks, services, leaving, names):
-        """Makes networks and containers, and gives each container the name of its service.
-
-        One that leaves and has that name gets another one before.  names: {service: name} of containers that
-        are kept.  Nothing is stopped yet, so that this is no part of the outage.
-        """
-        self.create_shared(job, "network", networks)
-        held = {container.name: container.id for container in leaving}
-        making = {service.name: service for service in services}
-        for service in [*names, *making]:
-            own = make_container_name(job.workload.project, service)
-            if own in held:                         # it may have gone meanwhile
-                self.run(["rename", held[own], f"{own}-old-{held[own][:12]}"], 60)
-            if service in making:
-                job.current[service] = self.create(making[service], job, own)
-            elif names[service] != own:
-                self.rename(job, job.current[service], own)
-
-    def rename(self, job, container_id, name):
-        """Renames a container."""
-        arguments = ["rename", container_id, name]
-        if self.run(arguments, job.deadline - time.monotonic()).code:
-            self.free_name(name)
-            self.carry_out(job, arguments)
+        for name, arguments in networks.items():
+            self.carry_out(job, ["network", "create", *arguments, name])
+        for service in job.project.services:
+            name = make_container_name(job.workload.project, service.name)
+            if name in leaving:                     # it may have gone meanwhile
+                self.run(["rename", leaving[name], f"{name}-old-{leaving[name][:12]}"])
+            if service.name not in kept:
+                job.current[service.name] = self.create(service, job, name)
+            elif kept[service.name].name != name:
+                self.carry_out(job, ["rename", kept[service.name].id, name])
 
     def create(self, service, job, name):
         """Makes the container of a service, joined to its networks, not started yet; its id.
 
-        Where that fails because the engine remembers something wrongly, that is put right, and it is tried
-        again.
+        Where that fails because its image is damaged, that is put right, and it is tried again.
         """
         labels = make_labels(job.workload, service.name, service.hash)
         marks = [f"--name={name}"] + [f"--label={key}={item}" for key, item in labels.items()]
         arguments = ["create", *marks, *self.prepare_options(service, job), service.image, *service.command]
         handed = find_handed(service.environment)
-        output = self.run(arguments, job.deadline - time.monotonic(), more=handed)
-        if not output.code:
-            words = output.stdout.decode("utf-8", "replace").split()
-        else:
-            if not self.free_name(name):
-                self.renew_image(service, marks)
-            words = self.carry_out(job, arguments, handed).stdout.decode("utf-8", "replace").split()
+        output = self.run(arguments, timeout=job.deadline - time.monotonic(), more=handed)
+        if output.code:
+            self.renew_image(service, job)
+            output = self.carry_out(job, arguments, handed)
+        words = output.stdout.decode("utf-8", "replace").split()
         for network, aliases, addresses in service.networks[1:]:
             aliases = [f"--alias={alias}" for alias in [service.name] + aliases]
             self.carry_out(job, ["network", "connect"] + aliases + addresses + [network, name])
@@ -4345,19 +4267,16 @@ class ComposeDriver:
         name = make_container_name(job.workload.project, service.name) + f"-try-{os.urandom(4).hex()}"
         container_id = self.create(make_trial(service, self.engine), job, name)
         output = self.run(["init" if self.engine == "podman" else "start", container_id],
-                          job.deadline - time.monotonic())
-        self.run(["rm", "--force", container_id], 60, "REMOVE_FAILED")
-        if output.code and NO_PROGRAM not in output.stderr:     # else nothing lacks but that
+                          timeout=job.deadline - time.monotonic())
+        self.run(["rm", "--force", container_id], "REMOVE_FAILED")
+        if output.code:
             words = mask(find_cause(output.stderr), job.workload.parameters.values())
             raise ComponentError("INSTALL_FAILED",
                                  f"service {service.name} could not be started: {self.engine}: {words}")
 
     def prepare_options(self, service, job):
-        """The options of `create` for a service; its files are written, and its volumes made."""
-        project = job.workload.project
-        volumes = make_volume_names(service, project, job.volumes.get(service.name, {}))
-        labels = make_arguments("--label", make_shared_labels(job.workload))
-        self.create_shared(job, "volume", {volume: labels for volume in volumes.values()})
+        """The options of `create` for a service; its files are written."""
+        volumes = job.volumes[service.name]
         # Else podman hands in the agent's own proxy, password and all.
         options = ["--http-proxy=false"] if self.engine == "podman" else []
         options += self.write_environment(service, job.folder) + self.write_files(service, job.folder)
@@ -4367,7 +4286,7 @@ class ComposeDriver:
         first = service.networks[0]
         options.append(f"--network={first[0]}")
         for owner in service.shares:                # whose container may have another name yet
-            name = f"=container:{make_container_name(project, owner)}"
+            name = f"=container:{make_container_name(job.workload.project, owner)}"
             now = f"=container:{job.current[owner]}"
             options = [option[:-len(name)] + now if option.endswith(name) else option for option in options]
         if self.engine == "podman" and any(option.endswith(":host-gateway") for option in options):
@@ -4382,21 +4301,22 @@ class ComposeDriver:
         if not is_before(self.ask_info()["version"], "4.7"):
             return "host-gateway"
         form = "--format={{range .Subnets}}{{.Gateway}} {{end}}"
-        gateways = self.run(["network", "inspect", form, network], 60).stdout.decode().split()
+        gateways = self.run(["network", "inspect", form, network]).stdout.decode().split()
         return min(gateways, key=lambda item: ":" in item, default="127.0.0.1")
 
-    def free_name(self, name):
-        """Frees a name that storage alone holds, as a killed `podman create` leaves it; whether it was so."""
+    def free_names(self, project):
+        """Frees names of a project that storage alone holds, as a killed `podman create` leaves them."""
         if self.engine != "podman":
-            return False
-        output = self.run(["ps", "--all", "--external", "--format=json"], 60)
-        held = parse_answer(output.stdout.strip() or b"[]", self.engine, lambda items: [
-            item["Id"] for item in items or () if item["State"] == "storage" and name in item["Names"]])
-        if held:
-            log("warning", "a name is freed that the engine's storage held for no container", container=name)
-        return bool(held) and self.run(["rm", "--force"] + held, 60).code == 0
+            return
+        output = self.run(["ps", "--all", "--external", "--format=json"])
+        for item in parse_answer(output.stdout.strip() or b"[]", self.engine, lambda items: items or ()):
+            names = [name for name in item["Names"] or () if name.startswith(project + "-")]
+            if names and item["State"] == "storage":
+                log("warning", "a name is freed that the engine's storage held for no container",
+                    container=names[0])
+                self.run(["rm", "--force", item["Id"]])
 
-    def renew_image(self, service, marks):
+    def renew_image(self, service, job):
         """Pulls an image of ours anew where not even a bare container can be made of it (P-1).
 
         Its registry has to have it.
@@ -4404,9 +4324,10 @@ class ComposeDriver:
         platform = [argument for argument in service.arguments if argument.startswith("--platform=")]
         if f"{self.device_id} {service.image}".strip() not in self.claim.images:
             return
-        probe = self.run(["create"] + marks + platform + ["--network=none", service.image, "true"], 60)
+        marks = make_arguments("--label", make_labels(job.workload, service.name, ""))
+        probe = self.run(["create", *marks, *platform, "--network=none", service.image, "true"])
         if not probe.code:
-            self.run(["rm", "--force"] + probe.stdout.decode().split()[-1:], 60, "INSTALL_FAILED")
+            self.run(["rm", "--force"] + probe.stdout.decode().split()[-1:], "INSTALL_FAILED")
             return
         asked = service._replace(pull="always")
         try:
@@ -4420,17 +4341,19 @@ class ComposeDriver:
             self.pull(asked, PULL_TIMEOUT)
 
     def start(self, service, job, kept):
-        """Starts a service's container; a kept one that cannot start is made anew, with its network's."""
-        start = ["start", job.current[service.name]]
-        if not kept:
-            self.carry_out(job, start)
-        elif self.run(start, job.deadline - time.monotonic()).code:
+        """Starts a service's container; False where a kept one could not be started and is removed.
+
+        So are those of the services that share a namespace of it.
+        """
+        arguments = ["start", job.current[service.name]]
+        if service.name not in kept:
+            self.carry_out(job, arguments)
+        elif self.run(arguments, timeout=job.deadline - time.monotonic()).code:
             log("warning", "a container that cannot be started is made anew", service=service.name)
-            again = [item for item in job.project.services if service.name in (item.name, *item.shares)]
-            for item in reversed(again):
-                self.carry_out(job, ["rm", "--force", job.current[item.name]])
-            self.create_all(job, {}, again, [], {})
-            self.carry_out(job, ["start", job.current[service.name]])
+            sharing = [item.name for item in job.project.services if service.name in item.shares]
+            self.discard([job.current[name] for name in [*sharing, service.name]], job.deadline)
+            return False
+        return True
 
     def write_environment(self, service, folder):
         """The environment by a file of mode 0600, never on a command line; what no line can hold, by name."""
@@ -4460,16 +4383,13 @@ class ComposeDriver:
     def inspect(self, ids):
         """{id: Shown} of those containers that can be looked at; CommandError where none answers."""
         ids = list(ids)
-        output = self.run(["inspect", "--type=container"] + ids, 60) if ids else Output(0, b"[]", "")
+        output = self.run(["inspect", "--type=container"] + ids) if ids else Output(0, b"[]", "")
         seen = parse_answer(output.stdout.strip() or b"[]", self.engine,
                             lambda items: dict(map(parse_seen, items)))
-        if seen or not ids:                         # without those that are gone
-            return seen
-        if len(ids) < 2:
-            self.observe()                          # where it answers, the container itself is damaged
-            return {}
-        for container_id in ids:
-            seen.update(self.inspect([container_id]))
+        if ids and not seen:                        # where all are gone, or one alone is damaged
+            self.observe()
+            for container_id in ids if len(ids) > 1 else ():
+                seen.update(self.inspect([container_id]))
         return seen
 
     def await_dependencies(self, service, job):
@@ -4478,63 +4398,56 @@ class ComposeDriver:
             names = [name for name, (wanted, _) in service.depends_on.items()
                      if wanted == condition and name in job.current]
             if names:
-                self.await_startup(names, job, settle=0, complete=condition.endswith("successfully"))
+                self.await_startup(names, job, 0, condition.endswith("successfully"))
 
-    def await_startup(self, names, job, settle=None, complete=False):
-        """Waits until all these services run, are healthy, and stay so for runtime.settle.
+    def await_startup(self, names, job, settle, complete=False):
+        """Waits until all these services run, are healthy, and stay so for `settle` seconds.
 
         Returns the set of those that finished with exit code 0.  Raises ComponentError at once for one that
         failed (C-164), or when the time is over.  Earlier restarts of what ran before are forgiven.
         complete: wait for their end instead.
         """
-        settle = self.config.runtime.settle if settle is None else settle
-        checks, before, calm = {}, None, None
+        checks, calm = {}, None
         began = time.monotonic()
         secrets = job.workload.parameters.values()
         while True:
             seen = self.inspect([job.current[name] for name in names])
-            before = before or {key: seen[key].restarts if key in job.runs else 0 for key in seen}
             facts = {}
             for name in names:
                 key = job.current[name]
                 if key in seen:
-                    restarts = seen[key].restarts - before.get(key, 0)
+                    restarts = seen[key].restarts - job.restarts.get(key, 0)
                     health = self.ask_health(key, seen[key], checks)
                     facts[name] = seen[key]._replace(restarts=restarts, health=health)
             failure, waiting, finished = judge_startup(names, facts, complete)
+            now = time.monotonic()
+            late = now > job.deadline
+            if waiting and late:
+                words = f"not up within {job.deadline - began:.0f} s: {', '.join(waiting.values())}"
+                failure = next(iter(waiting)), "INSTALL_TIMEOUT", words
             if failure:
                 name, code, words = failure
                 raise ComponentError(code, mask(words, secrets) + self.tail_log(job.current[name], secrets))
-            now = time.monotonic()
             calm = None if waiting else calm or now
             restless = any(not facts[name].health for name in names if name not in finished)
-            if not waiting and (not restless or now - calm >= settle or now > job.deadline):
+            if not waiting and (not restless or late or now - calm >= settle):
                 return finished
-            if now > job.deadline:
-                words = f"not up within {job.deadline - began:.0f} s: {', '.join(waiting.values())}"
-                log_end = self.tail_log(job.current[next(iter(waiting))], secrets)
-                raise ComponentError("INSTALL_TIMEOUT", words + log_end)
             time.sleep(min(0.5, max(0.1, settle / 4)))
 
     def ask_health(self, container_id, seen, checks):
         """The health of a container in the engine's word, "" where nobody checks it.
 
-        podman may have nobody to run a check: it is run here.  A miss counts once an interval, after the
-        start period.  checks: {container: (word, misses, when the last one counted)}, which is kept up.
+        podman may have nobody to run a check: it is run here.  It may fail for so many intervals after the
+        start period, or after it passed last.  checks: {container: (word, until when it may fail)}, kept up.
         """
         if self.engine != "podman" or not seen.check or seen.state != "running":
             return seen.health
         now = time.monotonic()
-        word, misses, last = checks.get(container_id, ("starting", 0, now + seen.check.start))
-        if self.run(["healthcheck", "run", container_id], 120).code == 0:
-            word, misses = "healthy", 0
-        elif now - last >= seen.check.interval:
-            misses += 1
-            last = now
-        if misses >= seen.check.retries:
-            word = "unhealthy"
-        checks[container_id] = word, misses, last
-        return word
+        patience = seen.check.interval * seen.check.retries
+        if self.run(["healthcheck", "run", container_id], timeout=120).code == 0:
+            checks[container_id] = "healthy", now + patience
+        word, until = checks.setdefault(container_id, ("starting", now + seen.check.start + patience))
+        return "unhealthy" if now >= until else word
 
     def tend(self, containers, chance):
         """Runs one health check a cycle, of a container by chance, where podman has no systemd that does.
@@ -4547,7 +4460,7 @@ class ComposeDriver:
         if checked:
             container = checked[int(chance * len(checked))]
             try:
-                self.run(["healthcheck", "run", container.id], 30)
+                self.run(["healthcheck", "run", container.id], timeout=30)
             except CommandError as error:
                 log("warning", "a health check hangs", container=container.name, reason=error.message)
 
@@ -4574,25 +4487,28 @@ class ComposeDriver:
         Returns the deadline for what follows.  One that is not there any more is passed over.
         """
         patience = ["--ignore"] if self.engine == "podman" else []
+        if not ids:
+            return deadline
         try:
-            code = self.run(["stop"] + patience + ids, deadline - time.monotonic()).code
+            code = self.run(["stop"] + patience + ids, timeout=deadline - time.monotonic()).code
         except CommandTimeout:
             code = 1
         if code:
             log("warning", "killed, because it did not stop in time", containers=" ".join(ids))
-            if self.run(["kill"] + ids, 60).code:
-                self.run(["rm", "--force"] + ids, 60, "INSTALL_FAILED")
+            if self.run(["kill"] + ids).code:
+                self.run(["rm", "--force"] + ids, "INSTALL_FAILED")
             deadline = time.monotonic() + 60
         return deadline
 
     def remove_containers(self, containers, deadline):
         """Stops containers within their own grace period and removes them."""
-        ids = [container.id for container in containers]
-        active = [container.id for container in containers if container.state not in AT_REST]
-        if active:
-            deadline = self.stop(active, deadline)  # what cannot be stopped is removed by force
-        for _ in containers:                        # one whose network another one shares goes after that one
-            output = self.run(["rm", "--force"] + ids, deadline - time.monotonic())
+        deadline = self.stop(list_active(containers), deadline)     # what cannot be is removed by force
+        self.discard([container.id for container in containers], deadline)
+
+    def discard(self, ids, deadline):
+        """Removes containers; one whose namespace another one shares goes after that one."""
+        for _ in tuple(ids):
+            output = self.run(["rm", "--force", *ids], timeout=deadline - time.monotonic())
             if not output.code:
                 return
             ids = [container.id for container in self.observe() if container.id in ids]
@@ -4609,7 +4525,7 @@ class ComposeDriver:
         self.remove_containers([container for container in there if container.id not in states], deadline)
         for container in there:
             if container.state in AT_REST and states.get(container.id, "created") not in AT_REST:
-                self.run(["start", container.id], deadline - time.monotonic(), "INSTALL_FAILED")
+                self.run(["start", container.id], "INSTALL_FAILED", deadline - time.monotonic())
         return "what ran before runs again"
 
     def remove(self, deployment_id, component, containers, deadline):
@@ -4619,13 +4535,12 @@ class ComposeDriver:
         left (P-11, D-21).
         """
         project = make_project_name(component, deployment_id)
+        self.free_names(project)
         there = find_containers(deployment_id, containers, component, "compose")
         self.remove_containers(there[::-1], deadline)
-        arguments = ["network", "ls", f"--filter=label={LABEL_PROJECT}={project}", "--format={{.Name}}"]
-        output = self.run(arguments, 60, "REMOVE_FAILED")
-        for name, labels, _ in self.inspect_names("network", output.stdout.decode().split()):
-            if is_ours(self.claim, deployment_id, labels.get(LABEL_OWNER, "")):
-                self.run(["network", "rm", name], 60, "REMOVE_FAILED")
+        for name, (labels, _) in self.list_networks(deployment_id, project, "REMOVE_FAILED").items():
+            if labels:
+                self.run(["network", "rm", name], "REMOVE_FAILED")
         for container in find_containers(deployment_id, self.observe(), component):
             raise ComponentError("REMOVE_FAILED", f"container {container.name} is still there")
 
@@ -4673,8 +4588,7 @@ def part_containers(containers, claim):
 
 def find_health(state, status):
     """(state, health) of a container from its state and its status, where `ps` alone shows it."""
-    health = re.search(r"\((?:health: )?(healthy|unhealthy|starting)\)\Z", str(status))
-    health = health.group(1) if health else ""
+    (health,) = re.findall(r"\((?:health: )?(healthy|unhealthy|starting)\)\Z", str(status)) or [""]
     return "unhealthy" if (state, health) == ("running", "unhealthy") else state, health
 
 
@@ -5420,6 +5334,10 @@ def make_networks(document, workload):
         arguments = make_options(value, ("internal", "enable_ipv6"))
         for item in value.ipam.config:
             arguments += make_options(item, ("subnet", "gateway", "ip_range"))
+        try:
+            find_ranges("subnet", "\n".join(arguments))
+        except ValueError as error:
+            raise make_fault(f"networks.{name}.ipam: {error}") from None
         mark = sha256_digest(make_json(make_arguments("--label", value.labels) + arguments))[7:39]
         networks[name] = make_shared(name, value, workload, f"networks.{name}",
                                      arguments + [f"--label={LABEL_HASH}={mark}"])
@@ -5654,11 +5572,7 @@ def make_attachments(name, service, reading, where):
     wanted = service.networks or read_value(["default"], SERVICE_FORM["networks"])
     joined = []
     for network, value in sorted(wanted.items(), key=lambda pair: -(pair[1].priority or 0)):
-        own, arguments = find_member(reading.networks, network, f"{where}.networks", "networks")
-        for address in filter(None, (value.ipv4_address, value.ipv6_address)):
-            if not may_have_address(arguments, address, reading.engine):
-                raise make_fault(f"{where}.networks.{network}: {make_printable(address, 60)!r} lies in no"
-                                 " `subnet` of this network's `ipam`")
+        own = find_member(reading.networks, network, f"{where}.networks", "networks")[0]
         options = make_options(value, ("ipv4_address", "ipv6_address", "mac_address"))
         aliases = dict.fromkeys((value.aliases or []) + reading.aliases.get(name, []))
         for alias in aliases:
@@ -5667,19 +5581,33 @@ def make_attachments(name, service, reading, where):
     return joined
 
 
-def may_have_address(arguments, address, engine):
-    """Whether a network with these create arguments can give an address; nobody knows where it is external.
-
-    Docker gives none out of a subnet that it has chosen itself.
+def find_ranges(kind, text):
+    """The subnets, gateways or ip_ranges of a network in its create arguments, a line each, or in what an
+    engine shows, as JSON; raises ValueError.
     """
     import ipaddress
-    subnets = [text[len("--subnet="):] for text in arguments or () if text.startswith("--subnet=")]
-    if arguments is None or engine == "podman" and not subnets:
-        return True
+    return [ipaddress.ip_network(item, False)
+            for item in re.findall(f'(?im)(?:^--|"){kind}(?:=|": *")([^"\n]+)', text)]
+
+
+def may_have_address(text, address):
+    """Whether a container can have an address in a network, by what find_ranges takes.
+
+    The ends of a subnet are nobody's, and the gateway is the host.
+    """
+    import ipaddress
     try:
-        return any(ipaddress.ip_address(address) in ipaddress.ip_network(text, False) for text in subnets)
+        address = ipaddress.ip_address(address)
+        subnets, gateways, ranges = [find_ranges(kind, text) for kind in ("subnet", "gateway", "ip-?range")]
     except ValueError:
         return False
+    for subnet in subnets:
+        if address in subnet:
+            taken = [item.network_address for item in gateways if item.network_address in subnet]
+            if not taken and not ranges:            # of which docker takes the first one
+                taken = [subnet.network_address + 1]
+            return address not in (subnet.network_address, subnet.broadcast_address, *taken)
+    return False
 
 
 def make_container_name(project, service):
@@ -6722,14 +6650,16 @@ Problem = define("Problem", "type title detail retryable retry_after strategy er
     "", "", "", None, None, "", ())
 
 
-def make_tls_context(anchors=(), ca_file=None, min_tls="1.3"):
+def make_tls_context(anchors=(), ca_file=None, min_tls="1.3", direct=False):
     """An SSLContext that trusts the anchors (DER), or those of a PEM file, or without both the system's.
 
+    direct: what is asked by it goes through no proxy.
     Python's default loaders are not used: they would let any web certificate through where a trust bundle
     decides (C-006).
     """
     import ssl
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.direct = direct
     context.hostname_checks_common_name = False     # a name stands in subjectAltName (RFC 9525)
     context.set_ciphers(CIPHERS)
     try:
@@ -6765,15 +6695,16 @@ def request(method, url, headers, body, context, timeout, limit, check_peer=None
     where = f"{method} {url}"
     headers = {"User-Agent": f"margo-agent/{__version__}", **headers}
     message = urllib.request.Request(url, data=body, headers=headers, method=method)
+    proxy = "" if getattr(context, "direct", False) else ask_proxy(url)
     try:
-        with make_opener(context, check_peer).open(message, timeout=timeout) as response:
+        with make_opener(context, check_peer, proxy).open(message, timeout=timeout) as response:
             found = http.client.HTTPMessage()
             for name, value in response.headers.items():            # folded lines are one (RFC 9112, 5.2)
                 found[name] = re.sub(r"\s*[\r\n]\s*", " ", value)
             return Response(response.status, found, read_body(response, limit, timeout, where))
     except (OSError, http.client.HTTPException, ValueError) as error:
         reason = error.reason if isinstance(error, urllib.error.URLError) else error
-        raise make_network_error(where, reason, timeout, context, ask_proxy(url)) from None
+        raise make_network_error(where, reason, timeout, context, proxy) from None
 
 
 class Paced(io.RawIOBase):
@@ -6853,8 +6784,11 @@ def open_connection(address, timeout, source=None):
             peer.close()
 
 
-def make_opener(context, check_peer):
-    """The agent's own opener: it follows no redirect, keeps no cookie, and takes any status as an answer."""
+def make_opener(context, check_peer, proxy):
+    """The agent's own opener: it follows no redirect, keeps no cookie, and takes any status as an answer.
+
+    proxy: whether the environment's proxies are asked.
+    """
     import http.client
     import urllib.request
 
@@ -6897,8 +6831,9 @@ def make_opener(context, check_peer):
     setattr(handler, f"{scheme}_open", lambda message: handler.do_open(Connection, message))
     setattr(handler, f"{scheme}_request", handler.do_request_)
     opener = urllib.request.OpenerDirector()
-    for item in (urllib.request.ProxyHandler(), handler):
-        opener.add_handler(item)
+    if proxy:
+        opener.add_handler(urllib.request.ProxyHandler())
+    opener.add_handler(handler)
     return opener
 
 
@@ -7306,7 +7241,7 @@ def make_state():
     trust       {source, etag, sequence, refreshedAt, trustDomain}: of trust-bundle.json; {est, crls}: what
                 discovery named;
                 {strays}: digest of an own leaf that does not lead to it any more
-    identity    digest of the own leaf that was last found to lead to the trust bundle
+    identity    digests of the own leaf that was last found to lead to a trust bundle, and of that
     est         what is under way, and the back-off: see Enrollment
     crls        {URL: {digest, number, key, thisUpdate, validity, etag, modified; back-off}}: of the lists of
                 revocations in crls/
@@ -7321,15 +7256,12 @@ def make_state():
                 refused: what came after it}
     lastPoll    {at, result, detail} of the last cycle that had something to store
     """
-    return {
-        "schema": 2, "enrollment": None, "client": None, "accepted": None, "deployments": {}, "outbox": {},
-        "dropped": {}, "reported": {}, "trust": {}, "identity": None, "est": {}, "crls": {}, "drafts": [],
-        "patience": {}, "waits": {}, "waiting": None, "owners": [], "pulled": [], "history": [],
-        "lastPoll": None}
+    parts = {name: None if isinstance(form, tuple) else type(form)() for name, form in STATE.items()}
+    return dict(parts, schema=2)
 
 
-# What is read of it has to look like, see check_shape; a state with a digest is as this agent wrote it.
-VERSION = (float, str)
+# The forms of its parts, see check_shape.
+VERSION = (float, "[0-9a-f]{40,64}")                 # a commit's hash, with profile git
 WAIT = {"failures+": float, "at+": float, "delay+": float, "boot+": str, "uptime+": float, "since?": float}
 PACKAGE = {"reference": str, "digest": DIGEST_PATTERN}
 SERVICES = {"*": {"finished": bool, "hash": str, "image": str, "id?": str, "started+": float,
@@ -7339,26 +7271,28 @@ PART = {"name": str, "state": str, "error?": FAULT}
 RUNNING = {"digest": str, "packages": {"*": PACKAGE}, "images": [str], "type+": str, "mark+": str,
            "services+": {"*": SERVICES}}
 RECORD = {
-    "deploymentId": UUID_PATTERN, "name": str, "deviceId": str, "type": str, "state": str,
+    "deploymentId": UUID_PATTERN, "name": str, "deviceId": str, "type": str, "state": "|".join(STATES),
     "error": (None, FAULT),
     "adopted": {"digest": str, "version": VERSION}, "running": (None, RUNNING), "previous": (None, RUNNING),
-    "refused+": bool, "fallback": bool, "found+": bool, "fetched+": [str], "retry": WAIT, "repair": WAIT,
+    "refused": bool, "fallback": bool, "found": bool, "fetched": [str], "retry": WAIT, "repair": WAIT,
     "components": [dict(PART, services=SERVICES, **{"error": (None, FAULT), "package": (None, PACKAGE)})]}
-ACCEPTED = {"version": VERSION, "etag?": str, "digest": str, "acceptedAt": str,
+ACCEPTED = {"version": VERSION, "etag": (None, str), "digest": str, "acceptedAt": str,
             "deployments": [{"deploymentId": UUID_PATTERN, "digest": DIGEST_PATTERN}]}
+POLL = {"at": str, "result": str, "detail": str}
 STATE = {
-    "enrollment?": {"id": str, "devices+": {"*": (None, str)}}, "client?": {"id": str, "key": str},
-    "accepted?": ACCEPTED, "deployments": {"*": RECORD}, "reported": {"*": (None, str)}, "waits": {"*": WAIT},
-    "outbox": {"*": {"deploymentId": r"[\w-]{1,99}", "status+": {"state": str, "error?": FAULT},
-                     "components+": [PART]}},
-    "dropped": {"*": {"state": str, "at": str, "reason": str}}, "identity?": str, "drafts": [str],
+    "enrollment": (None, {"id": str, "devices+": {"*": (None, str)}}),
+    "client": (None, {"id": str, "key": str}), "accepted": (None, ACCEPTED), "deployments": {"*": RECORD},
+    "outbox": {"*": {"deploymentId": r"[\w-]{1,99}", "deviceId": str, "adoptedManifestVersion": VERSION,
+                     "status": {"state": str, "error?": FAULT}, "components": [PART]}},
+    "dropped": {"*": {"state": str, "at": str, "reason": str}}, "reported": {"*": (None, str)},
     "trust": {"source?": str, "etag?": str, "sequence?": float, "refreshedAt?": float, "trustDomain?": str,
               "strays+": str, "est?": str, "crls?": [str]},
-    "est": dict, "crls": dict, "patience": WAIT, "waiting?": str, "owners": [str], "pulled": [str],
+    "identity": (None, str), "est": {}, "crls": {}, "drafts": [str], "patience": WAIT, "waits": {"*": WAIT},
+    "waiting": (None, str), "owners": [str], "pulled": [str],
     "history": [{"version": VERSION, "at": str, "outcome": str, "refused+": str, "added": [str],
                  "changed": [str], "removed": [str], "names+": {"*": str}}],
-    "lastPoll?": {"at": (None, str), "result+": str, "detail+": str}}
-MEMO = {"lastPoll?": STATE["lastPoll?"], "etags+": {"*": str}, "warnedAt+": float, "checked?": str,
+    "lastPoll": (None, POLL)}
+MEMO = {"lastPoll?": POLL, "etags+": {"*": str}, "warnedAt+": float,
         "others?": [{"owner": str, "name": str, "type": str, "deploymentId": str}], "trust?": float,
         "boot?": str, "start+": float}
 
@@ -7446,9 +7380,11 @@ def parse_state(data, path):
     outbox = state["outbox"].values() if isinstance(state["outbox"], dict) else state["outbox"]
     try:
         state["outbox"] = {status["deploymentId"].lower(): status for status in outbox}
-        state["deployments"] = {key: migrate_record(record) for key, record in state["deployments"].items()}
+        records = [migrate_record(record) for record in state["deployments"].values()]
+        state["deployments"] = {record["deploymentId"].lower(): record for record in records}
     except (TypeError, KeyError, AttributeError):
         raise ValueError(f"{path} is not a state of this agent (outbox or deployments)") from None
+    check_shape(state, STATE, path)
     return state
 
 
@@ -7461,7 +7397,7 @@ def migrate_record(record):
     record = {key: value for key, value in record.items() if key not in OLD_FIELDS}
     if "services" not in (record.get("running") or ()):
         record["fallback"] = False                  # what is installed has been said to have a version before
-    return dict(record, retry={}, repair={})
+    return dict({"refused": False, "found": False, "fetched": []}, **dict(record, retry={}, repair={}))
 
 
 def shorten_errors(state):
@@ -7580,8 +7516,6 @@ class Store:
                 continue
             try:
                 state = parse_state(data, name)
-                if SUM not in data:
-                    check_shape(state, STATE, name)
             except ValueError as error:
                 fault = fault or error
                 continue
@@ -7646,7 +7580,7 @@ class Store:
         for name in os.listdir(self.path("artifacts")):
             if name not in keep and re.match("sha256-[0-9a-f]{64}", name):
                 os.remove(self.path("artifacts", name))
-        short = {digest.split(":")[1][:16] for digest in digests}
+        short = {digest[7:23] for digest in digests}
         form = re.compile(r"[0-9a-f]{16}(\.content)?|content-[0-9a-f]{32}(\.new)?")
         top = self.path("deployments")
         for folder, folders, files in os.walk(top):
@@ -8101,36 +8035,32 @@ def parse_size(text):
 class Settings(dict):
     """A part of the configuration: a dictionary whose keys are attributes too."""
 
-    __slots__ = ()
-
-    def __getattr__(self, name):
-        try:
-            return self[name]
-        except KeyError:
-            raise AttributeError(name) from None
+    def __init__(self, *parts, **values):
+        super().__init__(*parts, **values)
+        self.__dict__ = self
 
 
 # The kit of readers. A reader takes (value, base) and returns what it makes of the value, or raises
 # ValueError of what is expected. The value is YAML; `base` is the folder that relative file names start from.
 
-def scalar(expected, pattern=r"(?s).*", make=None):
-    """A reader of text of one form; a plain number keeps its spelling.  make: what is made of the text.
+def scalar(expected, pattern="", make=str, words=()):
+    """A reader of text of one form, or of one of some words; a plain number keeps its spelling.
 
-    It may raise ValueError.
+    make: what is made of the text.  It may raise ValueError.
     """
     def read(value, base):
         if isinstance(value, bool) or not isinstance(value, (str, int, float)):
             raise ValueError(expected)
         text = scalar_text(value)
-        if not re.fullmatch(pattern, text):
+        if pattern and not re.fullmatch(pattern, text) or words and text not in words:
             raise ValueError(expected)
-        return make(text) if make else text
+        return make(text)
     return read
 
 
 def choice(*words):
     """A reader of one of some words."""
-    return scalar("one of " + ", ".join(words), "|".join(map(re.escape, words)))
+    return scalar("one of " + ", ".join(words), words=words)
 
 
 def checked(expected, test):
@@ -8155,7 +8085,7 @@ def list_of(read_item, expected, least=0):
 
 def is_number(value):
     """Whether a value is a number that JSON can write; a boolean is none."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < float("inf")
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < MAX_NUMBER
 
 
 def get_kind(value):
@@ -8164,7 +8094,7 @@ def get_kind(value):
         return "boolean"
     if isinstance(value, str):
         return "text"
-    return "number" if is_number(value) else None
+    return "number" if isinstance(value, (int, float)) and abs(value) < float("inf") else None
 
 
 def is_mapping(value):
@@ -8499,7 +8429,7 @@ def make_config(document, base, environ):
     found = []
     config = make_settings(document, SCHEMA, base, "", found)
     faults += [(key, words) for key, words in found if key not in unset]    # else it is empty for that
-    registries = Settings()
+    registries = {}
     for host, entry in (config["registries"] or {}).items():
         registries[host] = make_settings(entry, REGISTRY_SCHEMA, base, f"registries.{host}.", faults)
         if not re.fullmatch(REGISTRY_PATTERN, host):
@@ -8590,39 +8520,58 @@ def check_shape(value, shape, where):
     {member: shape}.  `?` after a member's name says that it may be missing or null, `+` that it may be
     missing; the name `*` stands for all.
     """
+    flaw = find_flaw(value, shape)
+    if flaw:
+        place, found, expected = flaw
+        place = (where + place).lstrip(".") or "the document"
+        raise ValueError(f"{place}: found {make_printable(str(found), 80)!r}, expected {expected}")
+
+
+EXPECTED = {dict: "a mapping", list: "a list", float: "a number", bool: "true or false", str: "text",
+            type(None): "null"}
+
+
+def find_flaw(value, shape):
+    """(place, what is there, what is expected there) of the first thing that a shape forbids, or None."""
     if isinstance(shape, tuple):
-        for inner in shape[:-1]:
-            try:
-                return check_shape(value, inner, where)
-            except ValueError:
-                pass
-        shape = shape[-1]
+        flaws = [find_flaw(value, inner) for inner in shape]
+        return None if None in flaws else flaws[-1]
     kind = shape if isinstance(shape, type) else type(shape)
-    expected = {dict: "a mapping", list: "a list", float: "a number", bool: "true or false"}.get(
-        kind, f"text of the form {shape}")
     fits = isinstance(value, kind)
     if kind is float:
-        fits = get_kind(value) == "number" and value >= 0
-    if isinstance(shape, str):
+        fits = is_number(value) and value >= 0
+    elif isinstance(shape, str):
         fits = fits and re.fullmatch(shape, value, re.ASCII)
+    elif isinstance(shape, list) and fits:
+        fits = len(shape) in (1, len(value))
     if not fits:
-        found = make_printable(str(value), 80)
-        raise ValueError(f"{where or 'the document'}: found {found!r}, expected {expected}")
+        expected = f"text of the form {shape}" if isinstance(shape, str) else EXPECTED[kind]
+        return "", value, expected
+    for key, item, inner in list_members(value, shape):
+        if inner is type(item) is not float:
+            continue                                # most are just text: a state has thousands of these
+        flaw = find_flaw(item, inner)
+        if flaw:
+            place = f"[{key}]" if isinstance(value, list) else f".{make_printable(key, 80)}"
+            return place + flaw[0], flaw[1], flaw[2]
+    return None
+
+
+def list_members(value, shape):
+    """[(place, item, its shape)] of all that a shape of a list or of a mapping asks for."""
     if isinstance(shape, list):
-        shapes = shape * len(value) if len(shape) == 1 else shape
-        for index, inner in enumerate(shapes):
-            check_shape(value[index] if index < len(value) else None, inner, f"{where}[{index}]")
-    if isinstance(shape, dict):
-        for name, inner in shape.items():
-            key = name.rstrip("?+")
-            wanted = value if key == "*" else {key}
-            for key in wanted if key == name else value.keys() & wanted:
-                place = f"{where}.{make_printable(key, 80)}" if where else key
-                if name[-1] == "?":
-                    inner = None, inner
-                elif key not in value and isinstance(inner, tuple):
-                    inner = inner[-1]               # what may be null has to be there all the same
-                check_shape(value.get(key), inner, place)
+        return zip(range(len(value)), value, shape * len(value))
+    found = []
+    for name, inner in shape.items() if isinstance(shape, dict) else ():
+        key = name.rstrip("?+")
+        if name == "*":
+            found += [(key, item, inner) for key, item in value.items()]
+        elif key not in value:                      # what may be null has to be there all the same
+            inner = inner[-1] if isinstance(inner, tuple) else inner
+            found += [(key, None, inner)] * (key == name)
+        elif value[key] is not None or name[-1] != "?":
+            found.append((key, value[key], inner))
+    return found
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -8673,8 +8622,10 @@ def parse_der(data):
 def make_der(tag, *parts):
     """One DER element around its parts."""
     body = b"".join(parts)
-    size = len(body).to_bytes((len(body).bit_length() + 7) // 8, "big")
-    return bytes([tag]) + (size or b"\0" if len(body) < 128 else bytes([0x80 | len(size)]) + size) + body
+    size = len(body).to_bytes(4, "big").lstrip(b"\0") or b"\0"
+    if len(body) > 127:
+        size = bytes([0x80 | len(size)]) + size
+    return bytes([tag]) + size + body
 
 
 def parse_certificate(der):
@@ -8776,8 +8727,7 @@ def parse_pem(text, label="CERTIFICATE"):
 
 def make_pem(ders):
     """Certificates (DER) as PEM text."""
-    import textwrap
-    bodies = ("\n".join(textwrap.wrap(make_base64(der), 64)) for der in ders)
+    bodies = ("\n".join(re.findall(".{1,64}", make_base64(der))) for der in ders)
     return "".join(f"-----BEGIN CERTIFICATE-----\n{body}\n-----END CERTIFICATE-----\n" for body in bodies)
 
 
@@ -9418,7 +9368,7 @@ def parse_json(data, what, most=MAX_NODES):
         value = json.loads(data.decode("utf-8"), object_pairs_hook=make_object, parse_constant=refuse,
                            parse_int=read_int,
                            parse_float=read_float)
-        if re.search(rb"\\u[dD][89a-fA-F]", data):
+        if b"\\ud" in data.lower():
             make_json(value)                        # refuses a half character
         return value
     except UnicodeDecodeError:
@@ -9550,23 +9500,16 @@ Signer = define("Signer", "leaf key algorithm label components keyid alg",
     "What signs requests: the own leaf Certificate, its key (a file, or a URI that openssl knows), algorithm,"
     " and how RFC 9421 is spoken: label, components to cover, keyid, `alg` parameter (empty: not sent).")
 
-# What a public key is, by the object identifiers in it, and what it may sign by, the default first (C-065).
-KEY_ALGORITHMS = {
-    "2a8648ce3d0201 2a8648ce3d030107": ("ecdsa-p256-sha256",),
-    "2a8648ce3d0201 2b81040022": ("ecdsa-p384-sha384",),
-    "2a864886f70d010101": ("rsa-pss-sha512", "rsa-v1_5-sha256", "rsa-pss-sha256"),
-    "2a864886f70d01010a": ("rsa-pss-sha512", "rsa-pss-sha256"),
-    "2b6570": ("ed25519",),
-}
-# openssl's arguments of each algorithm, and the bytes of r and of s where it is ECDSA.
+# openssl's arguments of each algorithm, the bytes of r and of s where it is ECDSA, and which keys sign by it,
+# by the object identifiers in a public key; the first that fits a key is its default (C-065).
 PSS = "-sigopt rsa_padding_mode:pss -sigopt rsa_pss_saltlen:"
 SIGNING = {
-    "ecdsa-p256-sha256": ("-sha256", 32),
-    "ecdsa-p384-sha384": ("-sha384", 48),
-    "rsa-v1_5-sha256": ("-sha256", 0),
-    "rsa-pss-sha256": (f"-sha256 {PSS}32", 0),
-    "rsa-pss-sha512": (f"-sha512 {PSS}64", 0),
-    "ed25519": ("", 0),
+    "ecdsa-p256-sha256": ("-sha256", 32, "2a8648ce3d0201 2a8648ce3d030107"),
+    "ecdsa-p384-sha384": ("-sha384", 48, "2a8648ce3d0201 2b81040022"),
+    "rsa-pss-sha512": (f"-sha512 {PSS}64", 0, "2a864886f70d01010[1a]"),
+    "rsa-v1_5-sha256": ("-sha256", 0, "2a864886f70d010101"),
+    "rsa-pss-sha256": (f"-sha256 {PSS}32", 0, "2a864886f70d01010[1a]"),
+    "ed25519": ("", 0, "2b6570"),
 }
 ROLES = (("helm", "Standalone Cluster"), ("compose", "Standalone Device"))
 
@@ -9614,7 +9557,8 @@ def choose_algorithm(spki, wanted):
     Raises ValueError.
     """
     fields = parse_der(parse_der(parse_der(spki)[0][1])[0][1])
-    known = KEY_ALGORITHMS.get(" ".join(value.hex() for tag, value, _ in fields if tag == 0x06))
+    kind = " ".join(value.hex() for tag, value, _ in fields if tag == 0x06)
+    known = [name for name, (_, _, keys) in SIGNING.items() if re.fullmatch(keys, kind)]
     if not known:
         raise ValueError("its key is of no kind that signs requests: ECDSA P-256 or P-384, RSA, or Ed25519")
     if wanted and wanted not in known:
@@ -9633,9 +9577,9 @@ def make_signer(leaf, config):
     return Signer(leaf, config.identity.key, algorithm, wish.label, wish.components, keyid, alg)
 
 
-def load_signer(config):
-    """What signs requests for the own certificate; raises Untrusted."""
-    return load_own(config, lambda leaf: make_signer(leaf, config))
+def load_signer(config, now=None):
+    """What signs requests for the own certificate; see load_own."""
+    return load_own(config, lambda leaf: make_signer(leaf, config), now)
 
 
 def make_signature_base(method, url, headers, signer, created):
@@ -9668,13 +9612,13 @@ def parse_ecdsa(der, size):
 
 def run_signature(data, signer):
     """The signature over bytes by openssl, which alone sees the key; raises Untrusted, ConfigError."""
-    arguments, size = SIGNING[signer.algorithm]
+    arguments, size, _ = SIGNING[signer.algorithm]
     try:
         if arguments:
-            found = run_openssl(["dgst", *arguments.split(), "-sign", signer.key], data)
+            found = run_openssl(f"dgst {arguments} -sign", signer.key, data=data)
         else:                                       # Ed25519 takes a file that it can measure
             with lend_file(data) as file:
-                found = run_openssl(["pkeyutl", "-sign", "-inkey", signer.key, "-rawin", "-in", file.name])
+                found = run_openssl("pkeyutl -sign -rawin -inkey", signer.key, "-in", file.name)
         if not found:
             raise ValueError("it printed no signature")
         return parse_ecdsa(found, size) if size else found
@@ -9725,7 +9669,19 @@ def fetch_ca(config, path):
         print(f"{path}: compare its SHA-256 fingerprint {sha256_digest(anchor)[7:]}")
 
 
-OPTIONS["enroll"]["--fetch-ca"] = ("FILE", fetch_ca)
+def command_enroll_signed(config, options):
+    """Makes this device known to the WFM: checks its identity and reports its capabilities.
+
+    It may be repeated at any time.  `--fetch-ca FILE` first downloads the WFM's root CA (profile signed).
+
+    Example: margo_agent.py enroll
+    """
+    if "--fetch-ca" in options:
+        fetch_ca(config, options["--fetch-ca"])
+    command_enroll(config, options)
+
+
+COMMANDS["enroll"] = (command_enroll_signed, "[--fetch-ca FILE]")
 
 
 class SignedSource(HttpSource):
@@ -9843,22 +9799,24 @@ def parse_client_id(value, name):
 def make_older_capabilities(document, dialect):
     """Capabilities of rc.3 as the first preview release has them, without labels (protocol 3.5)."""
     heading = {"apiVersion": "device.margo.org/v1alpha1", "kind": "DeviceCapabilitiesManifest"}
-    properties = document["properties"]
-    cpus = properties.get("cpus")
+    properties = dict(document["properties"])
+    cpus = properties.pop("cpus", None)
     if SPEECHES[dialect].flat:
-        sent = {key: value for key, value in document.items() if key != "labels"}
-        properties = {"cpu" if key == "cpus" else key: value for key, value in properties.items()}
-        return dict(sent, properties=properties, **heading)
-    sent = {key: value for key, value in properties.items() if key not in HOSTING_PROPERTIES}
+        if cpus:
+            properties["cpu"] = cpus
+        sent = dict(document, properties=properties, **heading)
+        sent.pop("labels", None)
+        return sent
     names = ("memory", "storage", "peripherals", "interfaces")
     resources = {key: properties[key] for key in names if key in properties}
     if cpus:
         resources["cpu"] = max(cpus, key=lambda cpu: cpu["cores"])                  # never summed (C-203)
     if resources:
-        sent["resources"] = resources
+        properties["resources"] = resources
     types = properties.get("supportedDeploymentTypes", ())
-    sent.setdefault("roles", [role for kind, role in ROLES if kind in types] or ["Gateway"])
-    return dict(heading, properties=sent)
+    properties.setdefault("roles", [role for kind, role in ROLES if kind in types] or ["Gateway"])
+    return dict(heading, properties={key: value for key, value in properties.items()
+                                     if key not in HOSTING_PROPERTIES})
 
 
 def make_older_status(document, dialect):
@@ -9886,27 +9844,27 @@ class Signed(Profile):
         config = self.config
         state = self.state
         now = time.time()
-        signer = load_signer(config)
-        check_own(signer.leaf, config, now)
+        signer = load_signer(config, now)
         warn_of_own(config, signer.leaf, self.store, now)
         source = SignedSource(config, signer, state)
         key = sha256_digest(signer.leaf.spki)
-        if not state["client"] or state["client"]["key"] != key:
+        client = state["client"] or {"id": "not known to the WFM", "key": ""}
+        check_enrollment(state, client["id"])
+        if client["key"] != key:
             if not keep:
                 raise Untrusted("this device is not onboarded with its key yet; `enroll` does that, or the"
                                 " next run", "NOT_ONBOARDED")
-            state["client"] = {"id": source.onboard(), "key": key}
+            client = state["client"] = {"id": source.onboard(), "key": key}
             self.store.save_state(state)
-        check_enrollment(state, state["client"]["id"])
-        source.adopt(state["client"]["id"])
+            check_enrollment(state, client["id"])
+        source.adopt(client["id"])
         return source
 
     def describe(self, now):
         return describe_own(self.config, load_signer, (self.state["client"] or {}).get("id", ""), now)
 
     def check(self, now):
-        signer = load_signer(self.config)
-        check_own(signer.leaf, self.config, now)
+        signer = load_signer(self.config, now)
         run_signature(b"a test of this device's own", signer)
         if load_public_key(signer.key) != signer.leaf.spki:
             raise Untrusted(f"identity.key {signer.key} is not the key of identity.certificate")
@@ -10021,21 +9979,20 @@ def fetch_chart(repository, revision, config):
     """The bytes of a chart from `https://repository/NAME` by that repository's index."""
     from urllib.parse import urljoin
     base, _, name = repository.rpartition("/")
+    index = f"{base}/index.yaml"
     try:
-        items = load_yaml(fetch_file(f"{base}/index.yaml", config))["entries"][name]
+        items = load_yaml(fetch_file(index, config))["entries"][name]
         entry = next(item for item in items if item["version"] == revision.replace("_", "+"))          # C-166
-        url = urljoin(base + "/", entry["urls"][0])
-        wanted = entry.get("digest")
-    except YAMLError as error:
-        raise ComponentError("PULL_FAILED", f"{base}/index.yaml: {error}") from None
-    except (KeyError, TypeError, IndexError, AttributeError, ValueError, StopIteration):
-        raise ComponentError("PULL_FAILED", f"{base}/index.yaml names no chart {name} {revision}") from None
-    if not re.fullmatch(PACKAGE_URL_PATTERN, url):
-        raise ComponentError("PULL_FAILED", f"{base}/index.yaml: {make_printable(url)!r} is no https URL")
+        url = urljoin(index, entry["urls"][0])
+        check_shape(url, PACKAGE_URL_PATTERN, "urls[0]")
+    except (KeyError, TypeError, IndexError, AttributeError, ValueError, StopIteration) as error:
+        words = f"{index} names no chart {name} {revision} with an https URL: {error}"
+        raise ComponentError("PULL_FAILED", words) from None
     data = fetch_file(url, config)
     digest = sha256_digest(data)
-    if wanted and str(wanted) not in (digest, digest[7:]):
-        words = f"the index names {make_printable(str(wanted), 80)}, the chart has {digest}"
+    wanted = str(entry.get("digest") or digest)
+    if wanted not in (digest, digest[7:]):
+        words = f"the index names {make_printable(wanted, 80)}, the chart has {digest}"
         raise ComponentError("DIGEST_MISMATCH", f"{url}: {words}")
     return data
 
@@ -10055,30 +10012,23 @@ def fetch_file(url, config, missing=False):
 
 
 def run_signature_check(data, url, key, config):
-    """Raises ComponentError unless gpg finds that the key signed the package.
+    """Raises ComponentError unless gpg finds that the key signed the package; ConfigError without a gpg.
 
     No signature to be had is a warning.
     """
     import tempfile
     signature = fetch_file(f"{url}.asc", config, True) or fetch_file(f"{url}.sig", config, True)
     if not signature:
-        log(
-            "warning",
-            "the document names a key, but there is no signature of the package beside it (.asc or .sig)",
-            package=url,
-        )
+        log("warning", "the document names a key, but there is no signature of the package beside it (.asc or"
+            " .sig)", package=url)
         return
     with tempfile.TemporaryDirectory(prefix="margo-gpg-") as home:
         paths = [os.path.join(home, name) for name in ("key", "signature", "package")]
         for path, content in zip(paths, (key, signature, data)):
             write_file(path, content)
         gpg = ["gpg", "--batch", "--no-options", "--no-autostart", "--homedir", home]
-        try:
-            run_command(gpg + ["--import", paths[0]], 60)
-            output = run_command(gpg + ["--trust-model", "always", "--verify"] + paths[1:], 60)
-        except (CommandError, ConfigError) as error:
-            raise ComponentError("PULL_FAILED",
-                                 f"{url} is signed, and that cannot be checked: {error.message}") from None
+        run_command(gpg + ["--import", paths[0]], 60)
+        output = run_command(gpg + ["--trust-model", "always", "--verify"] + paths[1:], 60)
     if output.code:
         words = f"the key at keyLocation did not sign this package: {output.stderr[-300:]}"
         raise ComponentError("DIGEST_MISMATCH", f"{url}: {words}")
@@ -10178,42 +10128,39 @@ class GitSource:
         self.secret = save_secret(header) if header else None
         self.heads, self.reporter = {}, None
         self.context = self.url.startswith("https:") and make_tls_context(
-            (), config.identity.ca, config.wfm.min_tls)
+            (), config.identity.ca, config.wfm.min_tls, direct=True)        # git itself asks no proxy
 
     def git(self, command, *arguments, timeout=60, codes=(0,), env=None, limit=MAX_LISTING, **options):
         """One git command on the repository: its Output.
 
+        command: its fixed words as one would type them; arguments: what follows.
         It has bounds of memory and of what it writes, and raises Refused where it wants more than these or
-        prints more than `limit` bytes.  Raises CommandError unless it ends with one of `codes` (None: any).
+        prints more than `limit` bytes.  Raises CommandError unless it ends with one of `codes`.
         """
         most = GIT_MEMORY + self.config.policy.max_unpacked // DOCUMENTS
         bounds = {"RLIMIT_DATA": most, "RLIMIT_FSIZE": self.config.policy.max_unpacked}
-        folder = self.repository
-        if command == "ls-remote":
-            folder = os.path.join(self.home, "none")                    # what is spoilt stops no poll (P-14)
-        before = os.umask(0o077)                    # what git writes is below the state directory
+        # what is spoilt stops no poll (P-14)
+        words = command.split()
+        folder = os.path.join(self.home, "none") if words[0] == "ls-remote" else self.repository
+        files = [self.secret.fileno()] if self.secret else []
+        include = ["-c", f"include.path=/proc/self/fd/{files[0]}"] if files else []
         try:
-            files = [self.secret.fileno()] if self.secret else []
-            command_line = ["git", f"--git-dir={folder}"]
-            for number in files:
-                command_line += ["-c", f"include.path=/proc/self/fd/{number}"]
-            output = run_command([*command_line, command, *arguments], timeout, env or self.env, self.home,
-                                 limit, files=files, limits=bounds, **options)
+            output = run_command(["git", f"--git-dir={folder}", *include, *words, *arguments], timeout,
+                                 env or self.env, self.home, limit, files=files, limits=bounds, **options)
         except CommandError as error:
             if error.code == "TOO_MUCH":
-                self.refuse(command, f"prints more than {limit} bytes")
+                self.refuse(words[0], f"prints more than {limit} bytes")
             raise
-        finally:
-            os.umask(before)
         # git has no code of its own for it, nor other words in any language but this one (LC_ALL)
         if output.code and re.search("[Oo]ut of memory", output.stderr):
-            self.refuse(command, f"takes more than {most} bytes of memory")
-        if codes and output.code not in codes:
-            raise CommandError(f"git {command}: {output.stderr or f'exit code {output.code}'}")
+            self.refuse(words[0], f"takes more than {most} bytes of memory")
+        if output.code not in codes:
+            raise CommandError(f"git {words[0]}: {output.stderr or f'exit code {output.code}'}")
         return output
 
     def refuse(self, command, words):
-        """Raises Refused for a git command that wants more than it may have."""
+        """Raises Refused for a git command that wants more than it may have; pieces of a pack may be left."""
+        remove_folder(self.repository)
         raise Refused(f"{self.url}: git {command} {words}, all that it may; keep less in the repository, set"
                       " git.path, or see policy.max_unpacked") from None
 
@@ -10225,9 +10172,9 @@ class GitSource:
         """
         wait = self.config.wfm.timeout
         try:
-            if self.context and not self.heads and not ask_proxy(self.url):     # git itself asks no proxy
+            if self.context and not self.heads:
                 fetch_chain(self.url, self.context, wait)
-            output = self.git("ls-remote", "--", self.url, ref, timeout=4 * wait)
+            output = self.git("ls-remote --", self.url, ref, timeout=4 * wait)
         except (CommandError, Untrusted, Unreachable) as error:
             raise self.ask_reason(error, "git-upload-pack") from None
         found = re.search(rf"^([0-9a-f]{{40}}|[0-9a-f]{{64}})\t{re.escape(ref)}$",
@@ -10249,10 +10196,7 @@ class GitSource:
                     headers["Authorization"] = self.header
                 where = f"{self.url}/info/refs?service={service}"
                 answer = request("GET", where, headers, None, self.context, wfm.timeout, MAX_ANSWER)
-                denial = "set git.token_file"
-                if self.header:
-                    denial = "mend the token in git.token_file, which is refused"
-                check_response(answer, self.url, (200,), time.time(), denial)
+                check_response(answer, self.url, (200,), time.time(), "see git.token_file")
             except MargoError as fault:
                 fault.message += "; set identity.ca" if fault.stranger else ""
                 return fault
@@ -10273,9 +10217,7 @@ class GitSource:
         if accepted and accepted["digest"] == self.make_digest(head) and not accepted.get("incomplete"):
             return None
         base = accepted["version"] if accepted else None
-        head, (entries, documents, ignored) = self.work(lambda: self.fetch_files(base))
-        for name in ignored[:MAX_NAMED]:
-            log("info", "ignored: not an ApplicationDeployment", name=name)
+        head, (entries, documents) = self.work(lambda: self.fetch_files(base))
         new = {digest: data for digest, data in documents.items() if load_artifact(digest) is None}
         return Desired(head, None, self.make_digest(head), entries, new)
 
@@ -10308,12 +10250,15 @@ class GitSource:
         accepted commit, which a server gives if it still has it.  Raises Refused, Untrusted.
         """
         self.prepare()
-        if base and not self.has(base):
-            self.fetch(f"{base}:refs/margo/base", "--depth=1", codes=(0, 1, 128))
-        elif base:
-            self.git("update-ref", "refs/margo/base", base)
+        try:
+            if base and self.has(base):
+                self.git("update-ref refs/margo/base", base)
+            elif base:
+                self.fetch(f"{base}:refs/margo/base", "--depth=1")
+        except CommandError as error:
+            log("debug", "the server gives no single commits", reason=error.message)
         self.fetch(f"+{self.branch}:refs/margo/head", *([] if base else ["--depth=1"]))
-        head = self.git("rev-parse", "--verify", "refs/margo/head").stdout.decode().strip()
+        head = self.git("rev-parse --verify refs/margo/head").stdout.decode().strip()
         if self.config.git.verify_signatures:
             self.ask_signature(head)
         there = base if base and self.has(base) else None
@@ -10332,40 +10277,38 @@ class GitSource:
         """Makes the bare repository where there is none, and anew where many fetches have piled up: nothing
         tidies it.
         """
-        packs = os.path.join(self.repository, "objects", "pack")
-        if os.path.isdir(packs) and len(os.listdir(packs)) <= 3 * MAX_PACKS:
+        if os.path.isdir(self.repository) and len(self.list_packs()) <= 3 * MAX_PACKS:
             return
         remove_folder(self.repository)
-        known = self.heads[self.branch] if self.branch in self.heads else self.fetch_head(self.branch)
+        known = self.heads.get(self.branch) or self.fetch_head(self.branch)
         form = ["--object-format=sha256"] if len(known or "") == 64 else []
-        self.git("init", "--quiet", "--bare", "--template=", *form)
+        self.git("init --quiet --bare --template=", *form)
+
+    def list_packs(self):
+        """The paths of what was fetched."""
+        packs = os.path.join(self.repository, "objects", "pack")
+        return [os.path.join(folder, name) for folder, _, names in os.walk(packs) for name in names]
 
     def has(self, commit):
         """Whether a commit is in the repository."""
-        return not self.git("cat-file", "-e", f"{commit}^{{commit}}", codes=(0, 1, 128)).code
+        return not self.git("cat-file -e", f"{commit}^{{commit}}", codes=(0, 1, 128)).code
 
     def follows(self, base, head):
         """Whether a commit follows on another one."""
-        return not self.git("merge-base", "--is-ancestor", base, head, codes=(0, 1)).code
+        return not self.git("merge-base --is-ancestor", base, head, codes=(0, 1)).code
 
-    def fetch(self, refspec, *options, codes=(0,)):
+    def fetch(self, refspec, *options):
         """Fetches one ref; a pack may have policy.max_unpacked bytes, and raises Refused where it has more.
 
         """
         limit = self.config.policy.max_unpacked
-        packs = os.path.join(self.repository, "objects", "pack")
         try:
-            output = self.git("fetch", "--quiet", "--no-tags", "--no-recurse-submodules", *options, "--",
-                              self.url, refspec, timeout=PULL_TIMEOUT, codes=None)
-            paths = [os.path.join(packs, name) for name in os.listdir(packs)] if os.path.isdir(packs) else []
-            if output.code and max(map(os.path.getsize, paths), default=0) >= limit:
-                raise Refused(f"{self.url}: more than {limit} bytes to fetch; keep large files elsewhere, or"
-                              " see policy.max_unpacked")
-        except Refused:
-            remove_folder(self.repository)          # with the piece of a pack that it left
+            self.git("fetch --quiet --no-tags --no-recurse-submodules", *options, "--", self.url, refspec,
+                     timeout=PULL_TIMEOUT)
+        except CommandError:
+            if max(map(os.path.getsize, self.list_packs()), default=0) >= limit:
+                self.refuse("fetch", f"has more than {limit} bytes to fetch")
             raise
-        if output.code not in codes:
-            raise CommandError(f"git fetch: {output.stderr}")
 
     def ask_signature(self, head):
         """Raises Untrusted unless a commit is signed by one of git.allowed_signers: ssh's file of that, or
@@ -10380,13 +10323,13 @@ class GitSource:
             data = read_file(signers, MAX_CERTIFICATES) or b""
             if data[:1] > b"\x7f" or data.startswith(b"-----BEGIN PGP"):
                 run_command(["gpg", "--homedir", home, "--import", signers], 60, env)
-            verdict = self.git("log", "-1", "--format=%G?", head, "--", env=env).stdout.decode().strip()
+            verdict = self.git("log -1 --format=%G?", head, "--", env=env).stdout.decode().strip()
         if verdict != "G":
             words = "is not signed" if verdict == "N" else "has no good signature of git.allowed_signers"
             raise Untrusted(f"commit {head} {words} (git says {verdict}); the accepted state is kept")
 
     def read_files(self, head, base):
-        """What parse_files makes of the YAML files below git.path.
+        """([ManifestEntry], {digest: bytes}) of the YAML files below git.path.
 
         Links, submodules and all else are not looked at.
 
@@ -10397,33 +10340,38 @@ class GitSource:
         listing = self.list_tree(head)
         if self.config.git.path and not listing:
             raise Refused(f"it has no folder {self.config.git.path} (git.path); nothing is removed for that")
-        blobs, ignored = find_blobs(listing, policy.max_document)
-        for name in ignored[:MAX_NAMED]:
-            log("info", "ignored: not a file", name=name)
+        blobs, links = find_blobs(listing, policy.max_document)
         total = sum(size for _, _, size in blobs)
         if total > policy.max_unpacked // DOCUMENTS:
             raise Refused(f"{len(blobs)} documents of {total} bytes are more than"
                           f" 1/{DOCUMENTS} of policy.max_unpacked")
-        found = parse_files(self.read_blobs(blobs))
-        suspects = find_suspects(self.list_tree(base), listing, {*found[2]}) if base else []
-        for name, data in self.read_blobs(suspects):
-            if is_deployment(data):
-                raise Refused(f"{make_printable(name, 200)} held a deployment in the accepted commit, and is"
-                              " none now, or lies below what is no folder; nothing is removed for that:"
-                              " remove the file itself, or put it right")
-        return found
+        entries, documents, others = parse_files(self.read_blobs(blobs))
+        for words, names in (("a file", links), ("an ApplicationDeployment", others)):
+            for name in names[:MAX_NAMED]:
+                log("info", f"ignored: not {words}", name=name)
+        suspects = find_suspects(self.list_tree(base), listing, {*others}) if base else []
+        passed = parse_files(self.read_blobs(suspects))[2]
+        for name in [item[0] for item in suspects if item[0] not in passed][:1]:
+            raise Refused(f"{make_printable(name, 200)} held a deployment in the accepted commit, and is"
+                          " none now, or lies below what is no folder; nothing is removed for that:"
+                          " remove the file itself, or put it right")
+        return entries, documents
 
     def list_tree(self, commit):
         """What `git ls-tree` prints of all that lies below git.path in a commit."""
         below = [self.config.git.path + "/"] if self.config.git.path else []
-        return self.git("ls-tree", "-r", "-z", "-l", "--full-tree", "--", commit, *below).stdout
+        return self.git("ls-tree -r -z -l --full-tree --", commit, *below).stdout
 
     def read_blobs(self, blobs):
-        """[(name, bytes)] of [(name, blob, size)]."""
+        """Yields (name, bytes) of [(name, blob, size)]."""
         wanted = "".join(f"{blob}\n" for _, blob, _ in blobs).encode()
         limit = sum(size + 256 for _, _, size in blobs) + 1
-        data = self.git("cat-file", "--batch", data=wanted, limit=limit).stdout if blobs else b""
-        return split_blobs(data, blobs)
+        data = io.BytesIO(self.git("cat-file --batch", data=wanted, limit=limit).stdout)
+        for name, blob, size in blobs:
+            if data.readline() != f"{blob} blob {size}\n".encode():
+                raise CommandError(f"git cat-file: blob {blob} cannot be read")
+            yield name, data.read(size)
+            data.readline()
 
     def put_capabilities(self, device_id, document):
         """Reports what this device can do: to wfm.status_url, else as capabilities.json on its branch."""
@@ -10475,8 +10423,7 @@ class GitSource:
             if commit is None:
                 return
             try:
-                self.git("push", "--quiet", "--no-verify", "--no-follow-tags", "--", self.url,
-                         f"{commit}:{ref}",
+                self.git("push --quiet --no-verify --no-follow-tags --", self.url, f"{commit}:{ref}",
                          timeout=PULL_TIMEOUT)
                 self.heads[ref] = commit
                 return
@@ -10492,23 +10439,21 @@ class GitSource:
         None where it is so.
         """
         self.prepare()
-        old, parent = None, []
+        old, parent = None, ""
         if base:
             if not self.has(base):
                 self.fetch(f"+{ref}:refs/margo/status", "--depth=1")
-            found = self.git("cat-file", "blob", f"{base}:{path}", codes=(0, 128))
+            found = self.git("cat-file blob", f"{base}:{path}", codes=(0, 128))
             old = None if found.code else found.stdout
-            parent = [b"from " + base.encode()]
+            parent = f"from {base}\n"
         if old == content:
             return None
-        change = [b"D " + path.encode()]
-        if content is not None:
-            change = [f"M 100644 inline {path}\ndata {len(content)}".encode(), content]
-        stream = [b"commit refs/margo/next\nmark :1",
-                  f"committer margo-agent <margo-agent@localhost> {int(time.time())} +0000".encode(),
-                  b"data %d\n%s" % (len(message), message.encode())]
-        stream += parent + change + [b"get-mark :1", b"done", b""]
-        made = self.git("fast-import", "--quiet", "--force", "--done", data=b"\n".join(stream))
+        change = f"M 100644 inline {path}\ndata {len(content)}\n" if content else f"D {path}"
+        head = ("commit refs/margo/next\nmark :1\n"
+                f"committer margo-agent <margo-agent@localhost> {int(time.time())} +0000\n"
+                f"data {len(message)}\n{message}\n{parent}{change}").encode()
+        made = self.git("fast-import --quiet --force --done",
+                        data=head + (content or b"") + b"\nget-mark :1\ndone\n")
         return made.stdout.decode().strip()
 
 
@@ -10530,21 +10475,28 @@ def make_git_environment(config, home, environ):
     """
     from shlex import quote
     timeout = int(config.wfm.timeout) or 1
-    git = config.git
-    options = ["BatchMode=yes", "StrictHostKeyChecking=yes", f"ConnectTimeout={timeout}",
-               f"ServerAliveInterval={timeout}"]
-    if git.known_hosts:
-        options += [f'UserKnownHostsFile="{git.known_hosts}"', "GlobalKnownHostsFile=/dev/null"]
-    if git.ssh_key:
-        options += ["IdentitiesOnly=yes", f'IdentityFile="{git.ssh_key}"']
-    return {"PATH": environ.get("PATH", ""), **get_temporary(config.state_dir, environ),
-            "HOME": home, "LC_ALL": "C", "GIT_CONFIG_NOSYSTEM": "1", "GIT_ATTR_NOSYSTEM": "1",
-            "GIT_TERMINAL_PROMPT": "0", "GIT_SSH_VARIANT": "ssh", "GIT_LITERAL_PATHSPECS": "1",
-            "GIT_NO_REPLACE_OBJECTS": "1",
-            "GIT_SSH_COMMAND": " ".join(["ssh", "-F",
-                                         "/dev/null"] + [quote(f"-o{option}") for option in options])}
+    ssh = (f"ssh -F /dev/null -oBatchMode=yes -oStrictHostKeyChecking=yes -oConnectTimeout={timeout}"
+           f" -oServerAliveInterval={timeout}")
+    if config.git.known_hosts:
+        known = quote(f'-oUserKnownHostsFile="{config.git.known_hosts}"')
+        ssh += f" -oGlobalKnownHostsFile=/dev/null {known}"
+    if config.git.ssh_key:
+        key = quote(f'-oIdentityFile="{config.git.ssh_key}"')
+        ssh += f" -oIdentitiesOnly=yes {key}"
+    fixed = dict(line.split("=") for line in GIT_VARIABLES.split())
+    return dict(fixed, PATH=environ.get("PATH", ""), HOME=home, GIT_SSH_COMMAND=ssh,
+                **get_temporary(config.state_dir, environ))
 
 
+GIT_VARIABLES = """\
+LC_ALL=C
+GIT_CONFIG_NOSYSTEM=1
+GIT_ATTR_NOSYSTEM=1
+GIT_TERMINAL_PROMPT=0
+GIT_SSH_VARIANT=ssh
+GIT_LITERAL_PATHSPECS=1
+GIT_NO_REPLACE_OBJECTS=1
+"""
 # All that git may do: its configuration, whatever the machine's is (C-250).
 GIT_CONFIG = """\
 [protocol]
@@ -10584,23 +10536,18 @@ GIT_CONFIG = """\
 
 def make_git_config(config, home):
     """The configuration that git finds in its home, as bytes."""
-    settings = {
-        "http.lowSpeedTime": int(4 * config.wfm.timeout) or 1,
-        "http.sslVersion": f"tlsv{config.wfm.min_tls}",
-        "http.sslCAInfo": config.identity.ca,
-        "http.sslCAPath": config.identity.ca and os.path.join(home, "none"),
-        "gpg \"ssh\".allowedSignersFile": config.git.allowed_signers,
-    }
-    text = GIT_CONFIG
-    for name, value in settings.items():
-        section, _, key = name.rpartition(".")
-        if value:
-            text += f"[{section}]\n\t{key} = {make_quoted(str(value))}\n"
-    if config.wfm.url.startswith("file://"):        # whoever owns it: the operator named it
-        folder = config.wfm.url[len("file://"):].rstrip("/")
-        for place in (folder, folder + "/.git"):
-            text += f"[safe]\n\tdirectory = {make_quoted(place)}\n"
-    return text.encode()
+    folder = config.wfm.url.partition("file://")[2].rstrip("/")
+    settings = [
+        ("http", "lowSpeedTime", int(4 * config.wfm.timeout) or 1),
+        ("http", "sslVersion", f"tlsv{config.wfm.min_tls}"),
+        ("http", "sslCAInfo", config.identity.ca),
+        ("http", "sslCAPath", config.identity.ca and os.path.join(home, "none")),
+        ('gpg "ssh"', "allowedSignersFile", config.git.allowed_signers),
+        # whoever owns it: the operator named it
+        ("safe", "directory", folder),
+        ("safe", "directory", folder and folder + "/.git")]
+    return GIT_CONFIG.encode() + b"".join(f"[{section}]\n\t{key} = {make_quoted(str(value))}\n".encode()
+                                          for section, key, value in settings if value)
 
 
 def save_secret(header):
@@ -10643,16 +10590,15 @@ def parse_listing(listing):
     Names are as those of a file system.  Raises Refused for a name that none takes, CommandError for what git
     never prints.
     """
-    pattern = rb"([0-7]{6}) ([a-z]+) ([0-9a-f]+) +(-|[0-9]{1,18})\t(.+)"
-    for line in re.finditer(rb"[^\0]+", listing):
-        match = re.fullmatch(pattern, line.group(), re.S)
+    pattern = r"(100[0-7]{3} blob|[0-7]{6} [a-z]+) ([0-9a-f]+) +(?:-|([0-9]{1,18}))\t(.+)"
+    for line in listing.decode("utf-8", "surrogateescape").split("\0")[:-1]:
+        match = re.fullmatch(pattern, line, re.S)
         if not match:
-            raise CommandError(f"git ls-tree printed {make_printable(repr(line.group()), 200)}")
-        mode, kind, blob, size, name = [part.decode("utf-8", "surrogateescape") for part in match.groups()]
+            raise CommandError(f"git ls-tree printed {make_printable(line, 200)}")
+        kind, blob, size, name = match.groups()
         if len(name) > MAX_PATH:
             raise Refused(f"{make_printable(name, 200)} is a path of more than {MAX_PATH} characters")
-        is_file = kind == "blob" and mode.startswith("100") and size != "-"
-        yield name, is_file, blob, int(size) if is_file else 0
+        yield name, kind.startswith("100"), blob, int(size or 0)
 
 
 def find_blobs(listing, max_document):
@@ -10664,7 +10610,7 @@ def find_blobs(listing, max_document):
     for name, is_file, blob, size in parse_listing(listing):
         if not name.lower().endswith((".yaml", ".yml")):
             continue
-        if size > max_document:
+        if is_file and size > max_document:
             raise Refused(f"{make_printable(name, 200)}: {size} bytes are more than policy.max_document"
                           f" ({max_document})")
         if is_file:
@@ -10681,38 +10627,20 @@ def find_suspects(before, after, others):
 
     before, after: what `git ls-tree` prints of both commits; others: YAML files that hold no deployment now.
     Something else is one of those, a link, a submodule, a folder of that name, or any of them in place of a
-    folder above.
+    folder above.  All that meets a name is beside it where names are sorted, because no path lies in another.
     """
-    from bisect import bisect_right
-    blobs = {blob[0] + "/": blob for blob in find_blobs(before, float("inf"))[0]}
-    keys = sorted(blobs)
-    found = {name + "/" for name in others}
-    for name, is_file, _, _ in parse_listing(after):
-        key = name + "/"
-        place = bisect_right(keys, key)
-        above = keys[place - 1] if place else key
-        if key.startswith(above) and not (key == above and is_file):
-            found.add(above)
-        while place < len(keys) and keys[place].startswith(key):
-            found.add(keys[place])
-            place += 1
-    return [blobs[key] for key in keys if key in found]
-
-
-def split_blobs(data, blobs):
-    """[(name, bytes)] out of what `git cat-file --batch` prints for [(name, blob, size)].
-
-    Raises CommandError.
-    """
-    files, start = [], 0
-    for name, blob, size in blobs:
-        head = f"{blob} blob {size}\n".encode()
-        if not data.startswith(head, start) or len(data) < start + len(head) + size:
-            raise CommandError(f"git cat-file: blob {blob} cannot be read")
-        start += len(head)
-        files.append((name, data[start:start + size]))
-        start += size + 1
-    return files
+    from bisect import bisect_left
+    good = {name + "/": is_file and name not in others for name, is_file, _, _ in parse_listing(after)}
+    keys = sorted(good)
+    found = []
+    for blob in find_blobs(before, float("inf"))[0]:
+        key = blob[0] + "/"
+        place = bisect_left(keys, key)
+        beside = keys[max(0, place - 1):place + 1]
+        met = [other for other in beside if key.startswith(other) or other.startswith(key)]
+        if met and not good.get(key):
+            found.append(blob)
+    return found
 
 
 def parse_files(files):
@@ -10726,7 +10654,7 @@ def parse_files(files):
         shown = make_printable(name, 200)
         try:
             value = parse_file(data)
-            if not is_deployment(value):
+            if value is None:
                 ignored.append(name)
                 continue
             deployment_id = parse_document(value)[0].get("id")
@@ -10743,9 +10671,10 @@ def parse_files(files):
 
 
 def parse_file(data):
-    """The YAML value of a file.
+    """The value of a YAML file that is meant as an ApplicationDeployment, None of any other.
 
-    Raises ValueError where it holds something that stands for another file, or for nothing.
+    It says so, or is built as rc.3 has it, which does not say.  Raises ValueError where it holds something
+    that stands for another file, or for nothing.
     """
     if not data.strip():
         raise ValueError("it is empty; to remove a deployment, remove its file")
@@ -10753,31 +10682,15 @@ def parse_file(data):
     if not isinstance(value, (dict, list, type(None))):
         raise ValueError("it is bare text, as a pointer of Git LFS, a link that became a file, or an"
                          " encrypted file is")
-    members = value if isinstance(value, dict) else {}
-    if "sops" in members:
-        raise ValueError("it is encrypted by SOPS; commit what the agent can read")
-    if isinstance(members.get("spec"),
-                  dict) and "deploymentProfile" in members["spec"] and not is_deployment(value):
-        raise ValueError(f"kind: found {members.get('kind')!r}, expected 'ApplicationDeployment'")
-    return value
-
-
-def is_deployment(value):
-    """Whether a YAML value is meant as an ApplicationDeployment: it says so, or is built as rc.3 has it,
-    which does not say.
-
-    value: as read, or still bytes.
-    """
-    if isinstance(value, bytes):
-        try:
-            value = load_yaml(value)
-        except YAMLError:
-            return False
     if not isinstance(value, dict):
-        return False
-    if "kind" in value or "apiVersion" in value:
-        return value.get("kind") == "ApplicationDeployment"
-    return isinstance(value.get("spec"), dict) and "deploymentProfile" in value["spec"]
+        return None
+    if "sops" in value:
+        raise ValueError("it is encrypted by SOPS; commit what the agent can read")
+    named = value.get("kind") == "ApplicationDeployment"
+    built = isinstance(value.get("spec"), dict) and "deploymentProfile" in value["spec"]
+    if built and not named and {"kind", "apiVersion"} & value.keys():
+        raise ValueError(f"kind: found {value.get('kind')!r}, expected 'ApplicationDeployment'")
+    return value if built or named else None
 
 
 class Git(Profile):
@@ -10894,19 +10807,17 @@ def check_est_settings(config):
 CHECKS.append(check_est_settings)
 
 
-def parse_est_uri(members, document_url, public, held):
-    """(where to enroll or None, no faults) from the members of a discovery document.
-
-    Raises ValueError (E-092).
-    """
+def parse_est_uri(members, document_url, public):
+    """Where to enroll, or None, from the members of a discovery document; raises ValueError (E-092)."""
     if EST_FIELD not in members:
-        return None, []
-    return parse_discovered(EST_FIELD, read_root_url, members, document_url, public), []
+        return None
+    return parse_discovered(EST_FIELD, read_root_url, members, document_url, public)
 
 
 STATE["est"] = dict(WAIT, **{"token?": str, "used?": str, "key+": str, "answer+": str, "refused?": str})
-COMPANIONS["est"] = Companion(lambda config: config.identity.enrollment == "est", parse_est_uri,
-                              remark=lambda state, now: state["est"].get("refused") or "")
+COMPANIONS["est"] = Companion(
+    "place to enroll", lambda config: config.identity.enrollment == "est", parse_est_uri, lambda state: [],
+    remark=lambda state, now: state["est"].get("refused") or "")
 
 
 def make_renewal_time(leaf):
@@ -10989,9 +10900,10 @@ class Enrollment:
         mark = self.load_mark() if fault or self.asked or "token" in self.est else None
         strays = bool(leaf) and self.state["trust"].get("strays") == sha256_digest(leaf.der)
         now, downtime = self.clock.now, self.config.poll.downtime
+        end = float("inf") if fault else leaf.not_after
         # an SVID that would end in downtime is renewed all the same
-        lapses = not fault and is_within_whole(downtime, now, leaf.not_after)
-        silent = is_within_whole(downtime, now, now) and not lapses
+        silent = is_within_whole(downtime, now, now) and (
+            fault or not is_within_whole(downtime, now, leaf.not_after))
         step = find_est_step(self.est, leaf, fault, mark, self.clock, silent, self.asked, strays)
         if not step:
             return
@@ -10999,7 +10911,7 @@ class Enrollment:
         try:
             self.obtain(leaf, leaf if step == "renew" else None, mark)
         except (Unreachable, Untrusted, Refused, CommandError) as error:
-            self.note_fault(error, None if fault else leaf.not_after)
+            self.note_fault(error, end)
             if fault:
                 raise
             words = f"the own SVID, good until {make_time(leaf.not_after)}, is not renewed yet: {error}"
@@ -11015,7 +10927,7 @@ class Enrollment:
         settings, leaf = self.settings, None
         try:
             leaf = load_identity(self.config).leaf
-            check_own(leaf, self.config, self.clock.now)
+            load_identity(self.config, self.clock.now)
             if not os.path.exists(settings.key):
                 raise Untrusted(f"identity.key {settings.key}: the key is lost")
             if "token" in self.est:                 # the key may be one for the next SVID
@@ -11028,7 +10940,7 @@ class Enrollment:
         """The enrollment token's bytes, None where there is none any more."""
         path = self.settings.est.token_file
         data = read_file(path, 4 * KIB) if path else None
-        return None if data is None else re.sub(rb"\r?\n\Z", b"", data)
+        return data and data.rstrip(b"\r\n")
 
     def load_mark(self):
         """What find_est_step calls token."""
@@ -11052,8 +10964,8 @@ class Enrollment:
     def note_fault(self, error, end):
         """Keeps the back-off that follows from a fault (E-045, E-062).
 
-        end: when the SVID in use expires, or None; another attempt has to fit before that, whatever the
-        service asks (case 4.14).
+        end: when the SVID in use expires; another attempt has to fit before that, whatever the service asks
+        (case 4.14).
         """
         record = self.est
         refused = isinstance(error, Untrusted)
@@ -11064,18 +10976,15 @@ class Enrollment:
             log("info", error.message)
             record = {"failures": -1}               # it is none
             delay = 0 if asked else EST_FIRST
-        if end is not None:
-            left = end - self.clock.now
-            delay = min(delay, left / 4)
-            asked = min(asked, left / 2)
-        wait = make_wait(record, max(asked, delay), self.clock)
+        left = end - self.clock.now
+        wait = make_wait(record, max(min(asked, left / 2), min(delay, left / 4)), self.clock)
         self.keep(refused=error.message if refused else None, **wait)
 
     def finish(self):
         """Clears up after an activation: the token is erased, and never sent again (E-044)."""
         used = self.est.get("token") or self.est.get("used")
-        token = self.load_token()
-        if token and sha256_digest(token) == used and not remove_file(self.settings.est.token_file):
+        mark = self.load_mark()
+        if mark and mark == used and not remove_file(self.settings.est.token_file):
             log("warning", "the enrollment token has served and cannot be erased; remove it",
                 path=self.settings.est.token_file)
         self.state["est"] = {"used": used}
@@ -11095,7 +11004,7 @@ class Enrollment:
         if old and old.der == leaf.der:
             return                                  # an earlier run ended just after it had activated it
         chain = self.obtain_chain(leaf, issued, bundle)
-        own = make_identity(leaf, "", self.settings.key)
+        own = make_identity(leaf)
         if renewed:
             self.prove(chain, own, bundle)
         write_file(self.settings.certificate, chain.encode(), 0o644)
@@ -11166,17 +11075,14 @@ class Enrollment:
 
     def obtain_chain(self, leaf, issued, bundle):
         """The chain (PEM) from an issued leaf to the trust bundle; raises Untrusted, Unreachable."""
-        response = fetch_from_mis(self.find_url("cacerts"), self.config, {"Accept": CERTS_TYPE})     # E-039
-        try:
-            found = load_certificates(judge_est_response(response, "cacerts", time.time()))
-        except ValueError as error:
-            raise Untrusted(f"cacerts: {error}") from None
         ahead = leaf.not_before - time.time()
         if 0 < ahead <= CLOCK_SKEW:
             raise Pending(f"the SVID issued begins at {make_time(leaf.not_before)}, by a clock that is ahead"
                           " of ours", retry_after=ahead + 1)
+        response = fetch_from_mis(self.find_url("cacerts"), self.config, {"Accept": CERTS_TYPE})     # E-039
         try:
             check_validity(leaf, time.time())
+            found = load_certificates(judge_est_response(response, "cacerts", time.time()))
             return run_paths(leaf, found + issued, self.settings.key, bundle.anchors)
         except ValueError as error:
             raise Untrusted(f"the SVID issued does not lead to the trust bundle: {error}") from None
@@ -11184,8 +11090,8 @@ class Enrollment:
     def prove(self, chain, own, bundle):
         """Tries the renewed SVID on a conditional GET; it replaces the old one only if the WFM answers."""
         with lend_file(chain.encode()) as file:
-            own = own._replace(certificate_file=file.name)
-            source = Mtls(self.config, self.store, self.state).open_source(own, bundle, keep=False)
+            config = Settings(self.config, identity=Settings(self.settings, certificate=file.name))
+            source = Mtls(config, self.store, self.state).open_source(own, bundle, keep=False)
         source.fetch_manifest((self.state["accepted"] or {}).get("etag"))
 
 
@@ -11195,13 +11101,13 @@ def run_renewal_csr(leaf, key_file):
     `openssl req` would encode them again.
     """
     spki = load_public_key(key_file)
-    algorithm = make_der(0x30, make_der(0x06, b"\x2a\x86\x48\xce\x3d\x04\x03\x02"))  # ecdsa-with-SHA256
+    algorithm = b"\x30\x0a\x06\x08\x2a\x86\x48\xce\x3d\x04\x03\x02"                 # ecdsa-with-SHA256
     if b"\x2a\x86\x48\x86\xf7\x0d\x01\x01\x01" in spki[:40]:  # an RSA key
-        algorithm = make_der(0x30, make_der(0x06, b"\x2a\x86\x48\x86\xf7\x0d\x01\x01\x0b"), b"\x05\0")
-    extension_request = make_der(0x06, b"\x2a\x86\x48\x86\xf7\x0d\x01\x09\x0e")
+        algorithm = b"\x30\x0d\x06\x09\x2a\x86\x48\x86\xf7\x0d\x01\x01\x0b\x05\0"
+    extension_request = b"\x06\x09\x2a\x86\x48\x86\xf7\x0d\x01\x09\x0e"
     attribute = make_der(0x30, extension_request, make_der(0x31, make_der(0x30, leaf.alt_names)))
     content = make_der(0x30, b"\x02\x01\x00", leaf.subject, spki, make_der(0xA0, attribute))
-    signature = run_openssl(["dgst", "-sha256", "-sign", key_file], content)
+    signature = run_openssl("dgst -sha256 -sign", key_file, data=content)
     return make_der(0x30, content, algorithm, make_der(0x03, b"\0", signature))
 
 
@@ -11235,7 +11141,7 @@ def load_certificates(body):
         raise ValueError("EST answered 200 with something else than certificates:"
                          f" {make_printable(text, 100)!r}")
     try:
-        pem = run_openssl(["pkcs7", "-inform", "DER", "-print_certs"], data).decode("ascii", "replace")
+        pem = run_openssl("pkcs7 -inform DER -print_certs", data=data).decode("ascii", "replace")
     except CommandError:
         raise ValueError("openssl finds no certs-only message in it") from None
     found = parse_pem(pem)
@@ -11332,7 +11238,6 @@ CRL_FIELD = "crlUris"
 OID_CRL_NUMBER, OID_CRL_SCOPE = b"\x55\x1d\x14", b"\x55\x1d\x1c"
 MAX_LISTS = 32                      # that a discovery document may name
 CRL_PERIOD = 43200                  # seconds after which a list is asked for again, up to twice that (E-082)
-CRL_FIRST, CRL_CAP = 60, 3600       # seconds between attempts at a list that cannot be had
 
 Crl = define("Crl", "issuer issuer_key this_update next_update serials number",
     "What is used of a revocation list: raw name, identifier of its issuer's key or None, Unix seconds, the"
@@ -11383,18 +11288,6 @@ def is_revoked(leaf, crls):
     return any(leaf.serial in crl.serials for crl in find_lists(leaf, crls))
 
 
-def find_status_fault(leaf, crls, listed, now):
-    """Why the revocation status of a peer's leaf is not known, "" where it is (E-088)."""
-    end = max((crl.next_update for crl in find_lists(leaf, crls)), default=None)
-    if not listed and not crls:
-        return "the trust domain names no revocation list"
-    if end is None and len(crls) < len(listed):
-        return "a revocation list could not be had yet"
-    if end is None:
-        return "no revocation list at hand is by its issuer"
-    return "" if now <= end else f"the revocation list ended at {make_time(end)}"
-
-
 def find_list_fault(state, now):
     """Which of the revocation lists that discovery named says nothing of today, "" where all do (E-088)."""
     for url, record in state["crls"].items():
@@ -11442,10 +11335,10 @@ def refresh_revocation(config, store, state, source=None):
             delay = max(1, min(CRL_PERIOD * (1 + get_random()), left / 2))
             record.update(make_wait({"failures": -1}, delay, clock))
         except (MargoError, ValueError) as error:
-            delay = (1 - get_random()) * grow(CRL_FIRST, record.get("failures", 0) + 1, CRL_CAP)
-            record.update(make_wait(record, max(getattr(error, "retry_after", None) or 0, delay), clock))
             log("warning", "a revocation list cannot be had; what is at hand stays", url=url,
                 reason=str(error))
+            fault = error if isinstance(error, MargoError) else Untrusted(str(error))
+            record.update(make_hold(record, fault, clock, get_random()))
     for url in set(records) - set(listed):
         if clock.now > records[url].get("thisUpdate", 0) + records[url].get("validity", 0):
             del records[url]
@@ -11462,6 +11355,8 @@ def fetch_crl(config, store, state, url, source, now):
     """
     records = state["crls"]
     record = records[url]
+    if not re.fullmatch(r"https?://[^\s/?#@]+(/[^\s#]*)?", url):
+        raise ValueError("the discovery document names it, and it is no http or https URL")
     held = url in load_crls(store, state)
     headers = {"Accept": "*/*"}
     if held and record.get("etag"):
@@ -11502,16 +11397,21 @@ def load_issuers(config, store, source):
         chain = source.chain
         if len(chain) < 2:
             chain = ask_chain(source.url, source.context, config.wfm.timeout)
-        ders += [der for der in chain[1:] if ask_issuer(chain[0], der)]
+        leaf = make_pem(chain[:1]).encode()
+        command = "verify -partial_chain -trusted /dev/stdin"
+        ders += [der for der in chain[1:] if ask_signed(command, leaf, der)]
     return [parse_certificate(der) for der in ders]
 
 
-def ask_issuer(der, issuer):
-    """Whether a certificate (DER) is signed by the key of another one; openssl says it."""
-    with lend_file(make_pem([der]).encode()) as file:
-        command = ["verify", "-partial_chain", "-trusted", "/dev/stdin", file.name]
+def ask_signed(command, data, issuer):
+    """Whether a command of openssl, with a file of `data` at its end, finds that signed by an issuer's key.
+
+    issuer: its certificate (DER).
+    """
+    with lend_file(data) as file:
         try:
-            run_openssl(command, make_pem([issuer]).encode())
+            # the exit code says it in no old version
+            run_openssl(command, file.name, data=make_pem([issuer]).encode(), expected=b"OK")
         except CommandError:
             return False
     return True
@@ -11522,19 +11422,11 @@ def ask_signer(der, crl, issuers):
 
     Raises ValueError where there is none.
     """
-    with lend_file(der) as file:
-        command = ["crl", "-inform", "DER", "-noout", "-verify", "-in", file.name, "-CAfile", "/dev/stdin"]
-        for item in issuers:
-            if not is_issued(crl, item.subject, item.key):
-                continue
-            if item.key_usage is not None and CRL_SIGN not in item.key_usage:
-                continue
-            try:
-                # its exit code says it in no old version
-                run_openssl(command, make_pem([item.der]).encode(), b"verify OK")
-                return item
-            except CommandError:
-                pass                                # it is by another one
+    command = "crl -inform DER -noout -verify -CAfile /dev/stdin -in"
+    for item in issuers:
+        may = item.key_usage is None or CRL_SIGN in item.key_usage
+        if may and is_issued(crl, item.subject, item.key) and ask_signed(command, der, item.der):
+            return item
     raise ValueError("no issuer that is known, and may sign lists, has signed it")
 
 
@@ -11543,12 +11435,10 @@ def load_judge(config, store, state, source, keep):
 
     By `require` they are fetched before anything is said.
     """
-    mode, crls, listed = config.identity.revocation, [], ()
+    mode = config.identity.revocation
     if mode == "require" and keep:
         refresh_revocation(config, store, state, source)
-    if mode != "off":
-        crls = list(load_crls(store, state).values())
-        listed = state["trust"].get("crls") or ()
+    crls = list(load_crls(store, state).values()) if mode != "off" else []
     if is_revoked(source.identity.leaf, crls):
         log("error", "the own SVID is revoked; the WFM will refuse it, have a new one issued",
             id=source.client_id)
@@ -11556,29 +11446,25 @@ def load_judge(config, store, state, source, keep):
     def judge(leaf, now):
         if is_revoked(leaf, crls):
             raise Untrusted("the peer's certificate is revoked")
-        fault = find_status_fault(leaf, crls, listed, now)
-        if fault and mode == "require":
+        ends = [crl.next_update for crl in find_lists(leaf, crls)]
+        if mode == "off" or ends and now <= max(ends):
+            return
+        fault = find_list_fault(state, now) or "the trust domain names no revocation list by its issuer"
+        if ends:
+            fault = f"the revocation list ended at {make_time(max(ends))}"
+        if mode == "require":
             raise Untrusted("the WFM's revocation status is not known, and identity.revocation is require:"
                             f" {fault}")
-        if fault and (listed or crls):
+        if crls or state["trust"].get("crls"):
             log("warning", "the WFM's revocation status is not known", reason=fault)
     return judge
 
 
-def parse_crl_uris(members, document_url, public, held):
-    """([URL of a list], [words about what was passed over]) from a discovery document (E-080, E-091)."""
-    listed = members.get(CRL_FIELD, [])
-    if not isinstance(listed, list):
-        return [], [f"{CRL_FIELD} is no list"]
-    good, faults = [], []
-    for uri in listed[:MAX_LISTS]:
-        if isinstance(uri, str) and re.fullmatch(r"https?://[^\s/?#@]+(/[^\s#]*)?", uri):
-            good.append(uri)
-        else:
-            faults.append(f"{CRL_FIELD} holds {make_printable(str(uri), 100)}, which is no http or https URL")
-    if held and not good:
-        faults.append("it names no revocation lists any more; those at hand count until they end")
-    return good, faults
+def parse_crl_uris(members, document_url, public):
+    """[URL of a list] from a discovery document; what is none fails where it is asked for (E-080)."""
+    listed = members.get(CRL_FIELD) or []
+    listed = listed if isinstance(listed, list) else [listed]
+    return [make_printable(str(uri)) for uri in listed[:MAX_LISTS]]
 
 
 def load_own_flaw(store, state, leaf):
@@ -11606,10 +11492,10 @@ def refresh_after_poll(agent):
 STATE["crls"] = {"*": (dict(WAIT, **{"digest?": None}), dict(
     WAIT, digest=DIGEST_PATTERN, number=float, key=str, thisUpdate=float, validity=float, **{"etag?": str}))}
 COMPANIONS["crls"] = Companion(
-    lambda config: config.identity.revocation != "off", parse_crl_uris, flaw=load_own_flaw, judge=load_judge,
+    "revocation lists", lambda config: config.identity.revocation != "off", parse_crl_uris,
     # E-090
-    limits=lambda state: [item["validity"] for item in state["crls"].values() if item.get("validity")],
-    remark=find_list_fault)
+    lambda state: [item["validity"] for item in state["crls"].values() if item.get("validity")],
+    load_own_flaw, load_judge, find_list_fault)
 STEPS.insert(STEPS.index(Agent.exchange) + 1, refresh_after_poll)
 EXAMINE["lists"] = examine_lists
 
@@ -11624,10 +11510,11 @@ def read_helm(value, base):
 
 
 Release = define("Release",
-    "deployment_id component name namespace chart values values_file wait content",
-    "A Helm release to be made: the chart's file, the values as a mapping and their file, and a digest of all"
-    " that makes it what it is.")
+    "deployment_id component name namespace chart secrets values_file wait content",
+    "A Helm release to be made: the chart's file, what may be secret among the values, their file, and a"
+    " digest of all that makes it what it is.")
 RELEASE_STATES = ("deployed", "failed", "pending", "uninstalling")
+UNOWNED = f"{LABEL_DEPLOYMENT},!{LABEL_OWNER}"      # the selector of releases older than owners' labels
 
 
 def make_owner_value(owner):
@@ -11640,31 +11527,28 @@ def parse_releases(data, records, owner=""):
 
     Raises CommandError.
     """
-    names = {make_release_name(component["name"], record["deploymentId"]):
-             (record["deploymentId"], component["name"])
-             for record in records for component in record["components"]}
+    names = list_release_names(records)
+
     def read(items):
         found = []
         for item in items or ():
-            match = re.fullmatch(rf"(.+)-({UUID_PATTERN})", item["name"])
-            if not match and item["name"] not in names:
-                continue                            # somebody else's, whatever its labels say
-            deployment_id, component = names.get(item["name"]) or (match.group(2), match.group(1))
-            state = "running" if item["status"] == "deployed" else item["status"]
-            found.append(Container(
-                f"{item['namespace']}/{item['name']}", item["name"], deployment_id, component, "release",
-                str(item["revision"]), state, "helm", owner=owner))
+            name = item["name"]
+            match = re.fullmatch(rf"(.+)-({UUID_PATTERN})", name)
+            if match:                               # others are somebody else's, whatever their labels say
+                component, deployment_id = names.get(name, match.groups())
+                state = "running" if item["status"] == "deployed" else item["status"]
+                found.append(Container(f"{item['namespace']}/{name}", name, deployment_id, component,
+                                       "release", str(item["revision"]), state, "helm", owner=owner))
         return found
 
     return parse_answer(data, "helm list", read)
 
 
-def list_texts(value):
-    """Every scalar below a value as text."""
-    if isinstance(value, (dict, list)):
-        items = value.values() if isinstance(value, dict) else value
-        return [text for item in items for text in list_texts(item)]
-    return [] if value is None or isinstance(value, bool) else [scalar_text(value)]
+def list_release_names(records):
+    """{name of a release: (component, deployment id)} of all components that records tell of."""
+    return {make_release_name(component["name"], record["deploymentId"]):
+            (component["name"], record["deploymentId"])
+            for record in records for component in record["components"]}
 
 
 def make_helm_driver(config, child=None, _=(), environ=None):
@@ -11700,9 +11584,7 @@ def make_values(deployment, component):
     values = {}
     for parameter, pointer in find_parameters(deployment, component):
         try:
-            items = parameter.value if isinstance(parameter.value, list) else [parameter.value]
-            if any(isinstance(item, float) and not abs(item) < float("inf") for item in items):
-                raise ValueError("JSON has no such number")
+            make_json(parameter.value)              # which has no infinite numbers
             set_value(values, parse_value_path(pointer), parameter.value)
         except ValueError as error:
             raise ComponentError("PARAMETER_INVALID", f"parameter {make_printable(parameter.name)}: pointer "
@@ -11715,40 +11597,38 @@ def parse_value_path(pointer):
 
     Raises ValueError.
     """
-    path, position = [], 0
-    token = re.compile(r"((?:[^.\[\]\\]|\\.)+)((?:\[[0-9]{1,3}\])*)(\.|\Z)", re.S)
-    while position < len(pointer) or not path or pointer.endswith("."):
-        match = token.match(pointer, position)
-        if not match:
-            raise ValueError("expected names parted by dots, each with [index] where it is a list")
-        path.append(re.sub(r"\\(.)", r"\1", match.group(1), flags=re.S))
-        path += [int(index) for index in re.findall("[0-9]+", match.group(2))]
-        position = match.end()
-        if len(path) > MAX_DEPTH:
-            raise ValueError(f"nested deeper than {MAX_DEPTH} levels")
-        if not match.group(3):
-            break
+    part = r"((?:[^.\[\]\\]|\\.)+)((?:\[[0-9]{1,3}\])*)"
+    if not re.fullmatch(rf"{part}(\.{part})*", pointer, re.S):
+        raise ValueError("expected names parted by dots, each with [index] where it is a list")
+    path = []
+    for name, indices in re.findall(part, pointer, re.S):
+        path.append(re.sub(r"\\(.)", r"\1", name, flags=re.S))
+        path += map(int, re.findall("[0-9]+", indices))
+    if len(path) > MAX_DEPTH:
+        raise ValueError(f"nested deeper than {MAX_DEPTH} levels")
     return path
 
 
-def set_value(values, path, value):
-    """Puts a value at a path of names and indices; raises ValueError where another one is in the way."""
-    place = values
-    for step, following in zip(path, path[1:] + [None]):
-        if isinstance(step, int):
-            place.extend([None] * (step + 1 - len(place)))
-        held = place[step] if isinstance(step, int) else place.get(step)
-        if following is None:
-            wanted = None
-        else:
-            wanted = list if isinstance(following, int) else dict
-        if held is not None and (not isinstance(held, wanted) if wanted else isinstance(held, dict)):
-            raise ValueError("another parameter puts something of another kind there")
-        if wanted is None:
-            place[step] = value
-        elif held is None:
-            place[step] = wanted()
-        place = place[step]
+def set_value(held, path, value):
+    """What is `held`, or None, with a value put at a path of names and indices below it.
+
+    Raises ValueError where another one is in the way.
+    """
+    if path:
+        kind = dict if isinstance(path[0], str) else list
+        fits = isinstance(held, (kind, type(None)))
+    else:
+        fits = not isinstance(held, dict)
+    if not fits:
+        raise ValueError("another parameter puts something of another kind there")
+    if not path:
+        return value
+    step, *rest = path
+    held = kind() if held is None else held
+    if kind is list:
+        held.extend([None] * (step + 1 - len(held)))
+    held[step] = set_value(held[step] if kind is list else held.get(step), rest, value)
+    return held
 
 
 def make_release_name(component, deployment_id):
@@ -11787,18 +11667,16 @@ class HelmDriver:
     def observe(self, records=(), claim=None):
         """Every release of ours in any state; raises CommandError.
 
-        Where no deployment is known to need Helm, nothing is asked.  claim: as for the ComposeDriver.
+        records: those of deployments that need Helm.  claim: as for the ComposeDriver.
         """
         found = []
         claim = self.claim = claim or self.claim
-        wanted = {make_release_name(component["name"], record["deploymentId"])
-                  for record in records for component in record["components"]}
-        for owner in dict.fromkeys([claim.owner, *sorted(claim.owners), ""]) if records else ():
-            selector = f"{LABEL_DEPLOYMENT},!{LABEL_OWNER}"
-            if owner:
-                selector = f"{LABEL_OWNER}={make_owner_value(owner)}"
+        missing = set(list_release_names(records))
+        for owner in dict.fromkeys([claim.owner, *sorted(claim.owners), ""]):
+            selector = f"{LABEL_OWNER}={make_owner_value(owner)}" if owner else UNOWNED
             found += part_containers(parse_releases(self.list(selector), records, owner), claim)[0]
-            if wanted <= {release.name for release in found}:
+            missing.difference_update(release.name for release in found)
+            if not missing:
                 break                               # under an earlier owner is only what is missing
         return found
 
@@ -11826,16 +11704,15 @@ class HelmDriver:
         """Raises ComponentError where a release of this name was made by somebody else."""
         options = f"--namespace={namespace}", f"--filter=^{re.escape(name)}$"
         if parse_json(self.list(self.make_foreign(), *options), "helm list") and not parse_json(
-                self.list(f"{LABEL_DEPLOYMENT},!{LABEL_OWNER}", *options), "helm list"):
+                self.list(UNOWNED, *options), "helm list"):
             raise ComponentError("NAME_TAKEN", f"release {name} in namespace {namespace} was not made by this"
                                  " agent: remove it there")
 
     def check(self, claim):
         """What `doctor` says of this driver; raises CommandError."""
-        record = {"deploymentId": "", "components": []}
         output = self.run(["version", "--short"], 60).stdout.decode("utf-8", "replace")
         version = make_printable(output.strip(), 60)
-        return f"helm {version} answers, {len(self.observe([record], claim))} releases of ours"
+        return f"helm {version} answers, {len(self.observe((), claim))} releases of ours"
 
     def prepare(self, deployment, component, known, store, fetched):
         """Fetches and verifies the chart and makes the values, and touches nothing that runs.
@@ -11850,13 +11727,12 @@ class HelmDriver:
         self.ask_name(name, deployment.namespace)
         folder = store.path("deployments", deployment.deployment_id.lower(), component.name)
         create_folder(folder)
-        values_file = os.path.join(folder, content + ".json")
+        values_file = os.path.join(folder, "values.json")
         write_file(values_file, make_json(values))
-        for other in set(os.listdir(folder)) - {content + ".json"}:
-            # a package of the time when it was a compose component goes by itself
-            remove_file(os.path.join(folder, other))
         chart = store.path("artifacts", package["digest"].replace(":", "-"))
-        return Release(deployment.deployment_id, component.name, name, deployment.namespace, chart, values,
+        parts = [parameter.value for parameter, _ in find_parameters(deployment, component.name)]
+        secrets = [str(item) for part in parts for item in (part if isinstance(part, list) else [part])]
+        return Release(deployment.deployment_id, component.name, name, deployment.namespace, chart, secrets,
                        values_file, component.wait, content), package
 
     def apply(self, release, containers, known, deadline):
@@ -11883,7 +11759,7 @@ class HelmDriver:
         output = self.carry_out(arguments + ["--wait"] * bool(release.wait), deadline)
         if output.code:
             code = "INSTALL_TIMEOUT" if time.monotonic() >= deadline - 0.5 else "INSTALL_FAILED"
-            words = mask(output.stderr, list_texts(release.values))
+            words = mask(output.stderr, release.secrets)
             raise ComponentError(code, f"helm upgrade failed: {words[-1500:]}")
         revision = parse_answer(output.stdout, "helm upgrade", lambda answer: answer["version"])
         return {"release": {"hash": str(revision), "finished": False, "image": "",
@@ -11925,21 +11801,11 @@ class HelmDriver:
             raise ComponentError(
                 "REMOVE_FAILED", f"release {ours[0].name} is still there: {words[0][-1000:]}")
 
-    @staticmethod
-    def list_ports(release):
-        """[]: none of this host."""
-        return []
-
-    def tail_log(self, container, secrets):
-        """Nothing: the cluster keeps the logs."""
+    def leave(self, *_):
+        """Nothing: logs, health checks and images are the cluster's, and ports none of this host."""
         return ""
 
-    def tend(self, containers, chance):
-        """Nothing: the cluster runs its own health checks."""
-
-    def remove_image(self, name):
-        """Never: images are the cluster's."""
-        return False
+    list_ports = tail_log = tend = remove_image = leave
 
 
 DRIVERS["helm"] = make_helm_driver
@@ -11963,42 +11829,6 @@ def load_child_devices(config, own_id):
     return devices
 
 
-def assign(targets, records, devices, silent, offers):
-    """[Share] of each device: which deployment belongs where, or why on none; see assign_here and find_place.
-
-    targets: [Target].  records: {key: record}.  devices: [Device], the gateway first.  silent:
-    {device id: {deployment type: CommandError}} of what does not answer.  offers: {device id: capabilities
-    document}, where a rule asks for one.
-    """
-    known = {device.device_id: device for device in devices}
-    own_id, *children = known
-    before = {key: record["deviceId"] if record["deviceId"] in known else own_id
-              for key, record in records.items()}
-    homes = dict(before)
-    found = []
-    for target in targets:
-        key = target.key
-        error = target.error
-        if target.deployment and not error:
-            others = [home for other, home in homes.items() if other != key]
-            loads = {child: others.count(child) for child in children}
-            answers = {child: target.deployment.type not in silent[child] for child in children}
-            reasons = {name: find_reason(target.deployment, device, offers) for name, device in known.items()}
-            try:
-                homes[key] = find_place(target.deployment, before.get(key), own_id, answers, reasons.get,
-                                        loads)
-                error = reasons[homes[key]]
-            except ComponentError as fault:
-                error = fault
-        found.append(target._replace(error=error, device_id=homes.get(key, own_id)))
-    shares = []
-    for device_id, device in known.items():
-        mine = {key: record for key, record in records.items() if before[key] == homes[key] == device_id}
-        wanted = [target for target in found if target.device_id == device_id]
-        shares.append(make_share(device, wanted, mine, silent[device_id]))
-    return shares
-
-
 def find_place(deployment, held, own_id, children, find_reason, loads):
     """The id of the device that a deployment is for.
 
@@ -12012,7 +11842,7 @@ def find_place(deployment, held, own_id, children, find_reason, loads):
     if wanted == own_id or wanted in children:
         return wanted
     if not wanted.startswith(own_id + "/") or not (children or wanted == f"{own_id}/*"):
-        raise ComponentError("WRONG_DEVICE", f"metadata.deviceId is {wanted}, this device is {own_id}")
+        return find_own_place(deployment, held, own_id, children, find_reason, loads)
     if wanted != f"{own_id}/*":
         parent = wanted[:-2] if wanted.endswith("/*") else None
         if parent in children:
@@ -12037,7 +11867,7 @@ def find_place(deployment, held, own_id, children, find_reason, loads):
 def examine_children(agent):
     """Whether every child device answers."""
     children = agent.devices[1:]
-    seen = observe_devices(children, [], obtain_claim(agent.get_profile(), agent.device_id))
+    seen = observe_devices(children, [], obtain_claim(agent.profile, agent.device_id))
     words = [f"{device_id} does not answer ({fault.message}); see its connection in device.children"
              for device_id, sight in seen.items() for fault in list(sight.silent.values())[:1]]
     if words:
@@ -12047,7 +11877,7 @@ def examine_children(agent):
 
 EXAMINE.update(children=examine_children)
 DEVICES.append(load_child_devices)
-ASSIGN.append(assign)
+PLACES.append(find_place)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -12193,7 +12023,8 @@ def run_verification(key, payload, signature):
     """Whether openssl finds that a payload is signed by a public key; ConfigError without openssl."""
     try:
         with lend_file(parse_base64(signature)) as file:
-            run_openssl(["dgst", "-sha256", "-verify", key, "-signature", file.name], payload, b"Verified OK")
+            run_openssl("dgst -sha256 -verify", key, "-signature", file.name, data=payload,
+                        expected=b"Verified OK")
     except (ValueError, CommandError):
         return False
     return True
@@ -12205,7 +12036,7 @@ def examine_images(agent):
     if not key:
         return "ok", ""
     try:
-        run_openssl(["pkey", "-pubin", "-in", key, "-noout"])
+        run_openssl("pkey -noout -pubin -in", key)
     except CommandError as error:
         raise ConfigError(f"policy.images.cosign_key: {key} is no public key ({error.message})") from None
     return "ok", f"images have to be signed by {key}"
@@ -12235,32 +12066,26 @@ def command_doctor(config, options):
     """
     log.level = log.level if "-v" in options else "error"       # what it finds, it says itself
     agent = Agent(config)
-    agent.state = make_state()
     first = {"state": examine_storage, "lock": examine_lock, "wait": examine_wait, "clock": examine_clock,
              "device": examine_device, "engine": examine_engine}
     last = {"others": examine_others, "registry": examine_registries, "labels": examine_labels,
             "identity": examine_identity, "wfm": examine_connection, "outbox": examine_outbox,
             "failed": examine_failed}
     found, code = [], 0
-    moot = set()                                    # what a run does not come to
-    skipped = set()
     checks = {**first, **EXAMINE, **last}
-    for name in checks:
-        if name in skipped:
-            continue
+    moot = ()                                       # what a run does not come to
+    for name, examine in checks.items():
         try:
-            level, words = checks[name](agent)
+            level, words = examine(agent)
         except FAULTS as error:
             fault = to_fault(error)
             words = fault.message
             level = "FAIL" if fault.exit and name not in moot else "warn"
             code = max(code, fault.exit if level == "FAIL" else 0)
             if name in ("state", "lock"):           # a run comes no further
-                moot.update(checks)
-            if isinstance(fault, Silence):          # it asks nobody
-                moot.update(("identity", "wfm"))
-            if name == "identity" or not fault.exit:
-                skipped.add("wfm")
+                moot = checks
+            elif isinstance(fault, Silence):        # it asks nobody
+                moot = moot or ("identity", "wfm")
         if words and words not in [row["message"] for row in found]:        # each cause once
             found.append({"name": name, "level": level.lower(), "message": words})
             if "--json" not in options:
@@ -12303,7 +12128,7 @@ def examine_device(agent):
 def examine_identity(agent):
     """Whether the own identity can be used; what an enrollment under way lacks, the last run has said."""
     try:
-        return agent.get_profile().check(time.time())
+        return agent.profile.check(time.time())
     except Untrusted as error:
         if agent.config.identity.get("enrollment") != "est":
             raise
@@ -12344,7 +12169,7 @@ def examine_failed(agent):
 
 def examine_storage(agent):
     """Whether the state can be read and written, and has room to grow."""
-    agent.state = agent.store.load_state()
+    agent.hold(agent.store.load_state())
     folder = agent.store.folder
     while not os.path.exists(folder):
         folder = os.path.dirname(folder) or "/"
@@ -12352,10 +12177,10 @@ def examine_storage(agent):
         raise StorageError(f"state_dir: {folder} is no folder that this user may write; make it, or run as"
                            " its owner")
     free, _ = get_space(folder)
-    need = agent.config.policy.max_unpacked + agent.config.policy.max_artifact
-    words = f"{agent.config.state_dir}, {free // MIB} MiB free"
     if free < SHARE * KIB and not os.path.exists(agent.store.path("reserve")):
         raise StorageError(f"state_dir: no space is left at {folder}; free some")
+    need = agent.config.policy.max_unpacked + agent.config.policy.max_artifact
+    words = f"{agent.config.state_dir}, {free // MIB} MiB free"
     if free > need:
         return "ok", words
     return "warn", f"{words}; one package may take {need // MIB} (policy.max_unpacked): free some"
@@ -12388,7 +12213,7 @@ def examine_engine(agent):
         wanted = agent.config.runtime.engine.replace("auto", "podman or docker")
         return "warn", (f"nothing here runs Compose applications; install {wanted}, or see runtime.compose"
                         " and runtime.engine")
-    claim = obtain_claim(agent.get_profile(), agent.device_id)
+    claim = obtain_claim(agent.profile, agent.device_id)
     words = [driver.check(claim) for driver in drivers.values()]
     lacks, notes = drivers["compose"].list_lacks() if "compose" in drivers else ([], [])
     return "warn" if lacks else "ok", "; ".join(words + lacks + notes)
@@ -12396,7 +12221,7 @@ def examine_engine(agent):
 
 def examine_others(agent):
     """Whether workloads of another owner run here: they are left alone, but may hold a port or a name."""
-    others = ask_others({device.device_id: device.drivers for device in agent.devices})
+    others = ask_others({device.device_id: device for device in agent.devices})
     words = "; ".join(make_others_words(others))
     return "warn", others and f"{len(others)} workloads are not this agent's and are left alone: {words}"
 
@@ -12425,6 +12250,8 @@ def examine_connection(agent):
     url = agent.config.wfm.url
     proxy = ask_proxy(url) and f" through the proxy {ask_proxy(url)}"
     window = agent.config.poll.window
+    if agent.is_downtime():
+        return "ok", ""
     try:
         agent.connect(keep=False)
         if window and not is_within(window, time.localtime()):
@@ -12438,8 +12265,9 @@ def examine_connection(agent):
             error.message += f"; there answers {ask_peer(url, agent.config.wfm.timeout)}"
         raise
     if desired:
-        agent.check_removals(desired)
-        actions, _ = agent.decide(make_accepted(desired), lambda digest: desired.documents.get(digest)
+        accepted = make_accepted(desired)
+        agent.check_removals(accepted, agent.state["deployments"])
+        actions = agent.decide(accepted, lambda digest: desired.documents.get(digest)
                                   or agent.store.load_artifact(digest))
         refused = [f"{action.deployment_id}: {action.reason}" for action in actions
                    if action.verb == "refuse"]
@@ -12462,7 +12290,7 @@ def ask_peer(url, timeout):
     return f"{make_name(leaf.subject)}, certified by {make_name(leaf.issuer)}"
 
 
-COMMANDS["doctor"] = (command_doctor, {"--json": ""}, "")
+COMMANDS["doctor"] = (command_doctor, "[--json]")
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -12474,13 +12302,12 @@ def look_at(config, word):
 
     Raises ConfigError, StorageError.
     """
-    agent = Agent(config)
-    agent.state = agent.store.load_state()
+    agent = load_agent(config)
     record = find_record(agent.state, word)
     home = record["deviceId"]
     devices = [device for device in agent.devices if device.device_id == home]
-    claim = obtain_claim(agent.get_profile(), agent.device_id)
-    seen = observe_devices(devices, [record], claim).get(home, Seen([], {}, {}))
+    claim = obtain_claim(agent.profile, agent.device_id)
+    seen = observe_devices(devices, [record], claim).get(home, NOTHING)
     return agent, record, seen._replace(containers=find_containers(record["deploymentId"], seen.containers))
 
 
@@ -12494,18 +12321,12 @@ def command_describe(config, options):
     if not options["operands"]:
         return command_status(config, options)
     agent, record, seen = look_at(config, options["operands"][0])
-    adopted = record["adopted"]
-    target = Target(record["deploymentId"], adopted["digest"], adopted["version"])
-    deployment = read_target(target, agent.store.load_artifact, config).deployment
     clock = get_clock()
-    report = make_details(record, deployment, seen.containers, clock)
+    report = make_details(record, load_deployment(agent, record), seen.containers, clock)
     if "--json" in options:
         return print_json(report)
-    print_row(report["state"], f"{report['deploymentId']}  {report['name']}  on {report['deviceId']}")
+    print_deployment(report)
     print_row("document", f"{report['digest']}, of manifest version {report['version']}")
-    for part in report["components"]:
-        words = f"{part['name']}  {part['revision']}"
-        print_row(f"  {part['state']}", words + make_error_words(part["error"]))
     for item in report["containers"]:
         since = f" since {item['since']}" if item["since"] else ""
         ports = f"  ports {', '.join(item['ports'])}" if item["ports"] else ""
@@ -12557,11 +12378,12 @@ def command_logs(config, options):
     _, record, seen = look_at(config, name)
     for fault in seen.silent.values():
         raise fault
-    found = [item for item in seen.containers if item.service in services or not services]
-    driver = seen.drivers.get(found[0].type) if found else None
-    if not hasattr(driver, "engine"):
+    found = [item for item in seen.containers
+             if item.type == "compose" and item.service in (services or [item.service])]
+    if not found:
         where = make_printable(f"service {services[0]} of {name}" if services else name)
         raise ConfigError(f"{where} has no container here; `status {record['name']}` shows what there is")
+    driver = seen.drivers["compose"]
     if found[1:] and driver.engine == "docker":
         names = ", ".join(sorted(container.service for container in found))
         raise ConfigError(f"docker shows one container at a time; name one of the services {names}")
@@ -12600,10 +12422,10 @@ def command_config(config, options):
     if "--check" in options:
         print(f"{options['-c']} can be used")       # else it has been said why not
     elif "--example" in options:
-        print("\n".join(make_example(SCHEMA, EXAMPLE)))
+        print("\n".join(make_settings_lines(SCHEMA, EXAMPLE, True)))
     else:
         document = expand_environment(load_document(options["-c"]), os.environ, "", [])
-        print("\n".join(make_listing(SCHEMA, document or {})))
+        print("\n".join(make_settings_lines(SCHEMA, document or {}, False)))
 
 
 # What an example of a configuration sets, by names of examples/pki.sh; all else is commented out.
@@ -12613,39 +12435,33 @@ EXAMPLE = {"wfm": {"url": "https://localhost:8443"},
 PARTS = {"registries": ("registry.example:5000:", REGISTRY_SCHEMA), "  children": ("-", CHILD_SCHEMA)}
 
 
-def make_listing(schema, document, indent=""):
-    """The lines of a configuration that leaves nothing out: what the file does not say is marked."""
+def make_settings_lines(schema, document, example, indent=""):
+    """The lines of a configuration that leaves nothing out, each setting with what it is for.
+
+    What the document does not say has its default: marked so or, in an example, commented out.
+    """
     lines = []
     for key, entry in schema.items():
         value = document.get(key)
         if isinstance(entry, dict):
-            lines += [f"{indent}{key}:", *make_listing(entry, value or {}, indent + "  ")]
-            continue
-        reader, default, _ = entry
-        note = "  # default" if value is None else ""
-        if reader is read_environment and value:    # it may hold what nobody should see
-            value = dict.fromkeys(value, "...")
-        lines.append(f"{indent}{key}: {make_yaml(default if value is None else value)}{note}")
-    return lines
-
-
-def make_example(schema, chosen, indent=""):
-    """The lines of a configuration to start from: what is not `chosen` is commented out, with its default."""
-    lines = []
-    for key, entry in schema.items():
-        if isinstance(entry, dict):
-            lines += ["", f"{indent}{key}:", *make_example(entry, chosen.get(key, {}), indent + "  ")]
+            part = make_settings_lines(entry, value or {}, example, indent + "  ")
+            lines += ["", f"{indent}{key}:", *part]
             continue
         reader, default, meaning = entry
         try:
             reader(object(), "")
         except ValueError as error:                 # of what it would take
             meaning += f" ({str(error).partition(':')[0]})"
-        value = make_yaml(chosen.get(key, default))
-        lines += [f"{indent}# {meaning}", f"{indent}{'' if key in chosen else '# '}{key}: {value}".rstrip()]
-        if indent + key in PARTS:
-            name, schema = PARTS[indent + key]
-            lines += [f"{indent}# {line}" for line in [f"  {name}", *make_example(schema, {}, "    ")]]
+        if reader is read_environment and value:    # it may hold what nobody should see
+            value = dict.fromkeys(value, "...")
+        line = f"{key}: {make_yaml(default if value is None else value)}"
+        if value is None:
+            line = f"# {line}" if example else f"{line}  # default"
+        lines += [f"{indent}# {meaning}", f"{indent}{line}".rstrip()]
+        if example and indent + key in PARTS:
+            name, parts = PARTS[indent + key]
+            part = [f"  {name}", *make_settings_lines(parts, {}, example, "    ")]
+            lines += [f"{indent}# {line}" for line in part]
     return lines
 
 
@@ -12653,19 +12469,18 @@ def make_yaml(value):
     """A value as YAML on one line; None is nothing."""
     if value is None:
         return ""
-    text = make_json(value).decode()
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        return scalar_text(value)
     try:
-        return value if isinstance(value, str) and load_yaml(value) == value else text
-    except YAMLError:
-        return text
+        text = scalar_text(value)
+        if load_yaml(text) == value:
+            return text
+    except (TypeError, YAMLError):
+        pass                                        # it takes brackets, or quotes
+    return make_json(value).decode()
 
 
-COMMANDS.update(
-    status=(command_describe, {"--json": ""}, "[NAME]"),
-    logs=(command_logs, {"--tail": "N", "-f": ""}, "NAME [SERVICE]"),
-    config=(command_config, {"--check": "", "--example": ""}, ""))
+COMMANDS.update(status=(command_describe, "[NAME] [--json]"),
+                logs=(command_logs, "NAME [SERVICE] [--tail N] [-f]"),
+                config=(command_config, "[--check] [--example]"))
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -12743,37 +12558,33 @@ def start_watch(config, arguments):
     and it works where only the compiled file is installed.
     """
     import marshal
-    parts = {
-        part.__name__: part.__code__
-        for part in (notify, write_line, start_cycle, read_answer, count_wakes, reap, end_cycle, watch)
-    }
+    import signal
+    parts = notify, write_line, start_cycle, count_wakes, reap, end_cycle, watch
+    codes = marshal.dumps([part.__code__ for part in parts])
+    # A cycle is run as a module where this file's name allows that: Python then keeps its compiled form.
+    start = [os.path.abspath(__file__)]
+    folder, name = os.path.split(start[0])
+    stem, _, suffix = name.partition(".")
+    if suffix in ("py", "pyc"):
+        start = ["-c", f"import sys; sys.path.insert(0, {folder!r}); sys.exit(__import__({stem!r}).main())"]
+    child = [sys.executable, "-I", "-S", *start, *arguments, "--once"]
     last = "the daemon has ended" if log.level in ("debug", "info") else ""
-    words = make_child(arguments), CYCLE_RETRY, HUNG, STOP_LIMIT, last
+    words = child, CYCLE_RETRY, HUNG, STOP_LIMIT, last
     program = (f"import marshal, os, time\nLINE = {LINES[log.form]!r}\n"
-               f"for name, code in marshal.loads({marshal.dumps(parts)!r}).items():\n"
-               "    globals()[name] = type(lambda: None)(code, globals())\n"
+               f"for code in marshal.loads({codes!r}):\n"
+               "    globals()[code.co_name] = type(lambda: None)(code, globals())\n"
                f"raise SystemExit(watch(*{words!r}))\n")
     log("info", "the daemon has started", version=__version__, profile=config.wfm.profile,
         wfm=config.wfm.url, interval=f"{config.poll.interval:.0f} s")
+    # These wait until `watch` asks for them.
+    signals = signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     reader, writer = os.pipe()
     os.write(writer, program.encode())              # a pipe holds 64 KiB, this is far smaller
     os.close(writer)
     os.dup2(reader, 0)
     os.execv(sys.executable, [sys.executable, "-I", "-S", "-", "margo-agent"])
 
-
-def make_child(arguments):
-    """The command line of one cycle.
-
-    This file is run as a module where its name allows that, because Python then keeps its compiled form.
-    """
-    start = [os.path.abspath(__file__)]
-    folder, name = os.path.split(start[0])
-    stem, _, suffix = name.partition(".")
-    if suffix in ("py", "pyc"):
-        code = f"import sys; sys.path.insert(0, {folder!r}); sys.exit(__import__({stem!r}).main())"
-        start = ["-c", code]
-    return [sys.executable, "-I", "-S", *start, *arguments, "--once"]
 
 
 # The daemon's parent: these functions run in an interpreter that has nothing else of this file but `os`,
@@ -12803,7 +12614,7 @@ def write_line(level, text):
     """Writes one line as the log does."""
     line = LINE % (time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), level, text)
     try:
-        os.write(2, line.encode() if text else b"")
+        os.write(2, line.encode())
     except OSError:
         pass                                        # nobody listens any more
 
@@ -12815,12 +12626,12 @@ def start_cycle(child, signals):
     """
     import signal
     reader, writer = os.pipe()
-    os.set_blocking(reader, False)                  # a helper may keep the other end open
     pid = os.fork()
     if not pid:
         try:
+            for number in (signal.SIGHUP, signal.SIGINT):   # a terminal sends them to both of us
+                signal.signal(number, signal.SIG_IGN)
             signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
-            signal.signal(signal.SIGHUP, signal.SIG_IGN)
             os.set_inheritable(writer, True)
             os.execve(child[0], child, dict(os.environ, MARGO_DELAY_FD=str(writer)))
         except OSError as error:
@@ -12831,15 +12642,6 @@ def start_cycle(child, signals):
     os.close(writer)
     return pid, reader
 
-
-def read_answer(reader):
-    """What a cycle that has ended has said in its pipe, which is closed."""
-    try:
-        return os.read(reader, 1024)
-    except BlockingIOError:
-        return b""
-    finally:
-        os.close(reader)
 
 
 def count_wakes(pid):
@@ -12892,14 +12694,12 @@ def watch(child, fallback, hung, limit, last):
     """Runs cycles one after the other, for ever; returns the daemon's exit code.
 
     child: the command line of a cycle.  It says in a pipe how many seconds to wait after it (else `fallback`)
-    and how it went.  SIGTERM and SIGINT end the daemon after the current step; `last` is how its log ends.
-    SIGHUP starts a cycle at once; each cycle reads the configuration anew.  A cycle that has not woken from
-    a wait for `hung` seconds hangs, because its own waits are shorter: it is killed.  systemd's watchdog is
-    fed while cycles can be started and move.  Five cycles in a row that cannot be started end the daemon.
+    and how it went.  SIGTERM and SIGINT end the daemon after the current step; `last` ends its log.  SIGHUP
+    starts a cycle at once.  One that has not woken from a wait for `hung` seconds hangs, and is killed.
+    systemd's watchdog is fed while cycles can be started and move; if five in a row cannot be, it ends.
     """
     import signal
     signals = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD}
-    signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     address = os.environ.get("NOTIFY_SOCKET", "")
     beat = int(os.environ.get("WATCHDOG_USEC") or 0) / 2e6 or 3600.0
     notify(address, "READY=1")
@@ -12920,13 +12720,15 @@ def watch(child, fallback, hung, limit, last):
         if number in (signal.SIGTERM, signal.SIGINT):
             notify(address, "STOPPING=1")
             code = end_cycle(pid, limit) if pid else 0
-            write_line("info", last)
+            if last:
+                write_line("info", last)
             return code
         if number == signal.SIGHUP:
             due = 0
         status = reap(pid)
         if status is not None:
-            answer, _, words = read_answer(reader).partition(b" ")
+            answer, _, words = os.read(reader, 1024).partition(b" ")
+            os.close(reader)
             if words:
                 notify(address, "STATUS=" + words.decode("utf-8", "replace"))
             if status == 2 << 8 and not proven:     # the configuration has never worked
@@ -12952,13 +12754,10 @@ def watch(child, fallback, hung, limit, last):
 def command_enroll(config, options):
     """Makes this device known to the WFM: checks its identity and reports its capabilities.
 
-    It may be repeated at any time.  `--fetch-ca FILE` first downloads the WFM's root CA (profile signed).
+    It may be repeated at any time.
 
     Example: margo_agent.py enroll
     """
-    for name, (_, act) in OPTIONS["enroll"].items():
-        if name in options:
-            act(config, options[name])
     with Agent(config) as agent:
         agent.store.load_memo().clear()             # the trust bundle is asked for whatever its age
         agent.state["trust"].pop("refreshedAt", None)
@@ -12988,11 +12787,11 @@ def command_unenroll(config, options):
             print("not enrolled")
             return
         if "--purge" in options:
-            if purge(agent):
-                raise StorageError("not everything could be removed; nothing was forgotten, run unenroll"
-                                   " --purge again")
-            for drivers in agent.answering.values():
-                print_kept(drivers.get("compose"))
+            purge(agent)
+        kept = {key: record for key, record in state["deployments"].items() if record["state"] != "removed"}
+        if kept and "--purge" in options:
+            raise StorageError("not everything could be removed; nothing was forgotten, run unenroll --purge"
+                               " again")
         if state["enrollment"]:
             try:
                 devices = state["enrollment"].get("devices") or [agent.device_id]
@@ -13002,7 +12801,6 @@ def command_unenroll(config, options):
                 log("warning",
                     "the WFM does not know this client any more; the relationship is forgotten here",
                     reason=error.message)
-        kept = {key: record for key, record in state["deployments"].items() if record["state"] != "removed"}
         agent.state = dict(make_state(), deployments=kept, owners=state["owners"])
         agent.store.save_state(agent.state)
         for name in TRACES:
@@ -13012,21 +12810,20 @@ def command_unenroll(config, options):
         log("warning", "the next run enrolls again: stop cron or the service where that is not wanted")
 
 
-def print_kept(driver):
-    """Names the volumes that a ComposeDriver leaves behind: they hold what applications have stored."""
-    names = driver.list_volumes() if driver else []
-    if names:
-        print(f"kept: {len(names)} volumes, which `{driver.engine} volume rm {' '.join(names)}` removes")
-
-
 def purge(agent):
-    """Removes every workload and reports that; whether something could not be removed."""
+    """Removes every workload, as far as that goes, and reports it; names the volumes that are left behind."""
     if agent.state["enrollment"]:
         agent.connect()
+    for record in agent.state["deployments"].values():
+        record["retry"] = {}                        # a person asks: nothing waits
     version = (agent.state["accepted"] or {}).get("version", 0)
     agent.reconcile({"version": version, "deployments": []})
     agent.flush_outbox()                            # also what an earlier purge could not report
-    return any(record["state"] != "removed" for record in agent.state["deployments"].values())
+    for sight in agent.seen.values():
+        driver = sight.drivers.get("compose")
+        names = driver.list_volumes() if driver else ()
+        if names:
+            print(f"kept: {len(names)} volumes, which `{driver.engine} volume rm {' '.join(names)}` removes")
 
 
 def command_plan(config, options):
@@ -13034,22 +12831,14 @@ def command_plan(config, options):
 
     Example: margo_agent.py plan --json
     """
-    agent = Agent(config)
-    agent.state = agent.store.load_state()
-    accepted, documents = fetch_accepted(agent)
-    actions, seen = [], {}
-    if accepted:
-        load = agent.store.load_artifact
-        actions, seen = agent.decide(accepted, lambda digest: documents.get(digest) or load(digest))
-    others = ask_others(agent.answering)
-    # What clears the way for an installation elsewhere is part of it.
-    moved = {action.deployment_id for action in actions if action.verb in ("install", "update")}
+    agent = load_agent(config)
+    accepted, load = fetch_accepted(agent)
+    actions = agent.decide(accepted, load) if accepted else []
+    others = ask_others(agent.seen)
     items = [{"deploymentId": action.deployment_id, "action": PRINTED.get(action.verb, action.verb),
-              "reason": action.reason, "deviceId": action.device_id}
-             for action in actions if action.verb != "clear" or action.deployment_id not in moved]
+              "reason": action.reason, "deviceId": action.device_id, "changes": load_changes(agent, action)}
+             for action in actions]
     version = accepted["version"] if accepted else None
-    for item in items:
-        item["changes"] = load_changes(agent, item, accepted, documents)
     if options.pop("--json", False):                # what fails after that is told on stderr alone
         print_json({"version": version, "actions": items, "others": others})
     else:
@@ -13060,51 +12849,61 @@ def command_plan(config, options):
             print(f"{item['action']:8}{item['deploymentId']}  {where}{make_printable(item['reason'] + what)}")
         for words in make_others_words(others):
             print(f"other   {words}; it is left alone")
-    for fault in seen[agent.device_id].silent.values() if seen else ():
+    for fault in agent.seen[agent.device_id].silent.values() if accepted else ():
         raise fault
 
 
-def load_changes(agent, item, accepted, documents):
+def load_agent(config):
+    """An Agent that only looks: it has read the state, and leaves its lock alone."""
+    agent = Agent(config)
+    agent.hold(agent.store.load_state())
+    return agent
+
+
+def load_changes(agent, action):
     """What an update changes, in words that show no value: parameters, components' revisions, all else."""
-    record = agent.state["deployments"].get(item["deploymentId"].lower())
-    wanted = [entry["digest"] for entry in (accepted or {}).get("deployments", ())
-              if entry["deploymentId"].lower() == item["deploymentId"].lower()]
-    load = agent.store.load_artifact
-    if item["action"] != "update" or not record or not wanted or record["adopted"]["digest"] == wanted[0]:
+    record = agent.state["deployments"].get(action.key)
+    if action.verb != "update" or record["adopted"]["digest"] == action.target.digest:
         return []
-    both = []
-    for digest in (record["adopted"]["digest"], wanted[0]):
-        target = Target(item["deploymentId"], digest)
-        both.append(read_target(target, lambda key: documents.get(key) or load(key), agent.config).deployment)
-    return make_changes(*both) if all(both) else []
+    old = load_deployment(agent, record)
+    return make_changes(old, action.target.deployment) if old else []
+
+
+def load_deployment(agent, record):
+    """The Deployment that is worked on, from a record; None where its document cannot be read."""
+    target = Target(record["deploymentId"], record["adopted"]["digest"])
+    return read_target(target, agent.store.load_artifact, agent.config).deployment
 
 
 def make_changes(old, new):
     """What differs between two Deployments, in words."""
     parts = []
-    for word, field in (("parameter", "parameters"), ("component", "components")):
-        before, after = ({item.name: item for item in getattr(one, field)} for one in (old, new))
-        names = sorted({*before, *after})
-        parts += [f"{word} {name}" for name in names if before.get(name) != after.get(name)]
+    for word in ("parameter", "component"):
+        before, after = (getattr(one, word + "s") for one in (old, new))
+        changed = {item.name for item in before + after if item not in before or item not in after}
+        parts += [f"{word} {name}" for name in sorted(changed)]
     return parts or ["something else than parameters and components"]
 
 
 def fetch_accepted(agent):
-    """What the next run would accept, or has accepted before: (its part of the state, its new documents)."""
-    accepted = agent.state["accepted"]
+    """What the next run would accept, or has accepted before: (its part of the state, what loads its
+    documents).
+    """
+    stored = agent.store.load_artifact
     if agent.is_downtime():
         log("warning", "downtime: the WFM is not asked; this follows from what was accepted before")
-        return accepted, {}
+        return agent.state["accepted"], stored
     agent.check_patience(spread=False)
     agent.connect(keep=False)
     desired = agent.fetch_desired()
     if not desired:
-        return accepted, {}
+        return agent.state["accepted"], stored
+    accepted = make_accepted(desired)
     try:
-        agent.check_removals(desired)
+        agent.check_removals(accepted, agent.state["deployments"])
     except Waiting as error:
         log("warning", error.message)
-    return make_accepted(desired), desired.documents
+    return accepted, lambda digest: desired.documents.get(digest) or stored(digest)
 
 
 def command_status(config, options):
@@ -13128,20 +12927,21 @@ def command_status(config, options):
     for item in document["dropped"]:
         print_row("dropped", f"{item['deploymentId']} {item['state']} at {item['at']}: {item['reason']}")
     for deployment in document["deployments"]:
-        where = f"  on {deployment['deviceId']}" if config.device.children else ""
-        print_row(deployment["state"], f"{deployment['deploymentId']}  {deployment['name']}{where}")
-        # Only a document that cannot be read leaves a deployment without components.
-        for part in deployment["components"] or [dict(deployment, name="")]:
-            print_row(f"  {part['state']}", part["name"] + make_error_words(part["error"]))
+        print_deployment(deployment)
     for item in document["waits"]:
         print_row("waits", f"until {item['until']} {item['reason']}")
     for words in make_others_words(document["others"]):
         print_row("other", f"{words}; it is left alone")
 
 
-def make_error_words(error):
-    """What follows the name of something that may have failed."""
-    return f"  {error['code']}: {error['message']}" if error["code"] else ""
+def print_deployment(item):
+    """Prints what make_deployment_report tells, and of a component its revision, where that is known, too."""
+    print_row(item["state"], f"{item['deploymentId']}  {item['name']}  on {item['deviceId']}")
+    # Only a document that cannot be read leaves a deployment without components.
+    for part in item["components"] or [dict(item, name="")]:
+        error = part["error"]
+        told = f"{error['code']}: {error['message']}" if error["code"] else ""
+        print_row(f"  {part['state']}", "  ".join(filter(None, (part["name"], part.get("revision"), told))))
 
 
 def print_row(name, words):
@@ -13160,22 +12960,20 @@ def make_deployment_report(record):
 
 
 def status(config):
-    """What the device knows, as the object that `status --json` prints; raises StorageError.
+    """What the device knows, as the object that `status --json` prints (contract); raises StorageError.
 
     config: what load_config returns.  Nobody is asked, neither the WFM nor the engine.
     """
     store = Store(config.state_dir)
-    return make_status_report(config, store.load_state(), store.load_memo(), get_clock())
-
-
-def make_status_report(config, state, memo, clock):
-    """The object of `status --json` (contract)."""
+    state = store.load_state()
+    memo = store.load_memo()
+    clock = get_clock()
     accepted = state["accepted"] or {}
     return {
         "version": __version__,
         "profile": config.wfm.profile,
         "enrolled": bool(state["enrollment"]),
-        "identity": PROFILES[config.wfm.profile](config, Store(config.state_dir), state).describe(clock.now),
+        "identity": PROFILES[config.wfm.profile](config, store, state).describe(clock.now),
         "desiredState": {key: accepted.get(key) for key in ("version", "etag", "acceptedAt")},
         "lastPoll": memo.get("lastPoll") or state["lastPoll"] or {"at": None, "result": None, "detail": ""},
         "outbox": len(state["outbox"]),
@@ -13214,9 +13012,8 @@ def command_capabilities(config, options):
 
     Example: margo_agent.py capabilities > capabilities.json
     """
-    agent = Agent(config)
-    profile = PROFILES[config.wfm.profile](config, agent.store, agent.store.load_state())
-    documents = list(map(profile.translate, load_capabilities(agent.devices, config).values()))
+    agent = load_agent(config)
+    documents = list(map(agent.profile.translate, load_capabilities(agent.devices, config).values()))
     print_json(documents if documents[1:] else documents[0])
 
 
@@ -13252,15 +13049,14 @@ def command_retry(config, options):
     """
     with Agent(config) as agent:
         state = agent.state
-        records = list(state["deployments"].values())
-        if options["operands"]:
-            records = [find_record(state, options["operands"][0])]
+        names = options["operands"]
+        records = [find_record(state, name) for name in names] or state["deployments"].values()
         failed = [record for record in records if record["state"] == "failed"]
-        if options["operands"] and not failed:
-            raise ConfigError(f"{options['operands'][0]} is no failed deployment; `status` lists them")
+        if names and not failed:
+            raise ConfigError(f"{names[0]} is no failed deployment; `status` lists them")
         for record in failed:
             record.update(retry={}, repair={})
-        if not options["operands"]:
+        if not names:
             state.update(patience={}, waits={})
             state["est"].update(delay=0)
         agent.store.save_state(state)
@@ -13290,29 +13086,31 @@ def command_version(config, options):
 
 
 def print_json(value):
-    """Prints one JSON document, for people and programs alike: nothing in it steers a terminal."""
+    """Prints one JSON document, for people and programs alike: nothing in it steers a terminal.
+
+    It is escaped where that would, or where the locale lacks a character.
+    """
     import json
-    encoding = (sys.stdout.encoding or "").lower().replace("-", "")
-    text = json.dumps(value, indent=2, ensure_ascii=encoding != "utf8")
-    print(re.sub(r"[^ -~\n]", lambda odd: odd.group() if odd.group().isprintable()
-                 else json.dumps(odd.group())[1:-1], text))
+    text = json.dumps(value, indent=2, ensure_ascii=False)
+    encoding = sys.stdout.encoding or "ascii"
+    shown = text.replace("\n", "").isprintable() and text == text.encode(encoding, "replace").decode(encoding)
+    print(text if shown else json.dumps(value, indent=2))
 
 
-JSON = {"--json": ""}
 for name, row in {
-    "enroll": (command_enroll, {name: word for name, (word, _) in OPTIONS["enroll"].items()}, ""),
-    "run": (command_run, {"--once": "", "--spread": "TIME", **JSON}, ""),
-    "plan": (command_plan, JSON, ""),
-    "status": (command_status, JSON, ""),
-    "history": (command_history, JSON, ""),
-    "capabilities": (command_capabilities, JSON, ""),
-    "csr": (command_csr, {"--out": "FILE"}, ""),
-    "retry": (command_retry, JSON, "[NAME]"),
-    "unenroll": (command_unenroll, {"--purge": ""}, ""),
-    "version": (command_version, JSON, ""),
+    "enroll": (command_enroll, ""),
+    "run": (command_run, "[--once] [--spread TIME] [--json]"),
+    "plan": (command_plan, "[--json]"),
+    "status": (command_status, "[--json]"),
+    "history": (command_history, "[--json]"),
+    "capabilities": (command_capabilities, "[--json]"),
+    "csr": (command_csr, "[--out FILE]"),
+    "retry": (command_retry, "[NAME] [--json]"),
+    "unenroll": (command_unenroll, "[--purge]"),
+    "version": (command_version, "[--json]"),
 }.items():
     COMMANDS.setdefault(name, row)                  # an optional room may know more of a command
-GLOBAL_OPTIONS = {"-c": "FILE", "-v": "", "-q": "", "--log-format": "text|json", "--help": ""}
+USAGE = "[-c FILE] [-v] [-q] [--log-format text|json] [--help]"     # before or behind any command
 SPELLINGS = {"--config": "-c", "--verbose": "-v", "--quiet": "-q", "-h": "--help", "help": "--help",
              "--version": "version"}
 
@@ -13320,46 +13118,56 @@ SPELLINGS = {"--config": "-c", "--verbose": "-v", "--quiet": "-q", "-h": "--help
 Misuse = define_fault("Misuse", 2, "CONFIGURATION", "The command line is wrong.", ConfigError)
 
 
+def parse_usage(usage):
+    """A usage such as `NAME [SERVICE] [--tail N] [-f]` to [operand] and {option: what follows it, or ""}."""
+    return usage.partition("[-")[0].split(), dict(re.findall(r"\[(-[^] ]+) ?([^]]*)\]", usage))
+
+
 def parse_arguments(arguments):
     """The command line as a dictionary: `command`, `operands`, `arguments` as given, and each option.
 
     Raises ConfigError.
     """
-    options = {"command": None, "operands": [], "arguments": list(arguments)}
+    options = {"command": "", "operands": [], "arguments": list(arguments)}
     rest = list(arguments)
+    usage = USAGE
     while rest:
         word = rest.pop(0)
-        word = word if options["command"] else SPELLINGS.get(word, word)
+        command = options["command"]
+        word = word if command else SPELLINGS.get(word, word)
         if word.startswith("-"):
-            parse_option(word, rest, options)
-        elif options["command"]:
-            if not word:
-                raise Misuse(f"{options['command']}: an empty word names nothing")
+            parse_option(word, rest, parse_usage(usage)[1], options)
+        elif not command:
+            options["command"] = check_word(word, "command", COMMANDS)
+            usage += COMMANDS[word][1]
+        elif word:
             options["operands"].append(word)
         else:
-            options["command"] = check_word(word, "command", COMMANDS)
+            raise Misuse(f"{command}: an empty word names nothing")
     if options.get("--log-format", "text") not in ("text", "json"):
         raise Misuse("--log-format: text or json")
+    if "-v" in options and "-q" in options:
+        raise Misuse("-v and -q: only one of them")
     return options
 
 
-def parse_option(word, rest, options):
-    """Adds an option to `options`, with its value, which may be the first word of the `rest`."""
-    known = dict(GLOBAL_OPTIONS, **(COMMANDS[options["command"]][1] if options["command"] else {}))
-    name, given, value = word.partition("=")
-    if not word.startswith("--"):                   # -cFILE, -vq
-        name = word[:2]
-        value = word[2:].lstrip("=")
+def parse_option(word, rest, known, options):
+    """Adds an option of {option: what follows it} to `options`; its value may be the first word of the rest.
+
+    A short one may be followed by its value (-cFILE), or by other short ones (-fv).
+    """
+    name, given, value = re.fullmatch(r"(--[^=]*|-.?)(=?)(.*)", word, re.S).groups()
     name = check_word(SPELLINGS.get(name, name), "option", known)
     if known[name]:
-        options[name] = value or (rest.pop(0) if rest and not given else "")
-        if not options[name]:
+        if not given and not value and rest:
+            value = rest.pop(0)
+        if not value:
             raise Misuse(f"{name}: needs a value: write {name} {known[name]}")
-        return
-    options[name] = True
-    if value and word.startswith("--"):
+    elif given:
         raise Misuse(f"{make_printable(word)}: takes no value")
-    rest[:0] = [f"-{value}"] * bool(value)
+    elif value:
+        rest.insert(0, f"-{value}")
+    options[name] = value or True
 
 
 def check_word(word, kind, known):
@@ -13378,9 +13186,8 @@ def print_help(command=None):
     if not command:                                 # Python's option -OO keeps no docstrings
         print((__doc__ or "\n\n\n\n").split("\n\n")[2] + "\n")
     for name in [command] if command else COMMANDS:
-        function, known, operands = COMMANDS[name]
-        words = f" {name} {operands}".rstrip()
-        words += "".join(f" [{option} {value}".rstrip() + "]" for option, value in known.items())
+        function, usage = COMMANDS[name]
+        words = f" {name} {usage}"
         first, _, more = (function.__doc__ or "").partition("\n\n")
         print(textwrap.fill(f"{words:27} {first}", 79, subsequent_indent=" " * 28))
         if command:
@@ -13397,8 +13204,8 @@ def run_main(arguments):
         return 0 if arguments else 2
     if not command:
         raise Misuse("no command; one of " + ", ".join(COMMANDS))
-    function, _, operands = COMMANDS[command]
-    operands = operands.split()
+    function, usage = COMMANDS[command]
+    operands, _ = parse_usage(usage)
     given = options["operands"]
     for extra in given[len(operands):]:
         raise Misuse(f"{make_printable(extra)}: {command} takes no such operand")

@@ -126,7 +126,8 @@ class Engine:
         spelt = {key: key if kind == "volumes" else hashlib.sha256(key.encode()).hexdigest() for key in held}
         found = [([key for key in held if key == name] or [key for key in held if spelt[key].startswith(name)])[:1] for name in names]
         self.say(json.dumps([{"Name": key, "Labels": dict(label.split("=", 1) for label in held[key]),
-                           "Options": self.held.get("options", {}).get(key, {})} for keys in found for key in keys]))
+                           "Options": self.held.get("options", {}).get(key, {}), "subnets": [{"subnet": "10.1.0.0/24", "gateway": "10.1.0.1"}]}
+                             for keys in found for key in keys]))
         for name, keys in zip(names, found):
             if not keys:
                 fail(f"no such {kind[:-1]}: {name}")
@@ -170,7 +171,7 @@ class Engine:
 
     def create(self, arguments):
         options, operands = split(arguments)
-        name = dict(options)["--name"]
+        name = dict(options).get("--name", f"odd_{self.held['count']}")
         if name in self.held["containers"] or name in self.held["external"]:
             fail(f"the container name {name} is already in use")
         if operands[0] in self.held["damaged"]:

@@ -360,8 +360,26 @@ class Failure(ApplyCase):
         self.assertEqual(self.wfm.statuses()[-2:], ["removing", "failed"])
         self.assertIn("busy", self.wfm.reports()[-1]["body"]["status"]["error"]["message"])
         self.engine.change(stubborn=False)
+        self.device.run("retry")
         self.device.cycle(0)
         self.assertEqual((self.wfm.statuses()[-1], self.engine.containers()), ("removed", {}))
+
+    def test_a_removal_that_fails_waits_before_it_is_tried_again(self):
+        """Contract, Failure: next attempts after 30 s, doubling; `status`, `plan` and `retry` know it, `unenroll --purge` does not wait."""
+        self.wfm.add_package(support.make_compose())
+        self.publish()
+        self.device.cycle()
+        self.wfm.withdraw()
+        self.engine.change(stubborn=True)
+        self.device.cycle(1)
+        self.engine.forget_calls()
+        self.device.cycle(1)
+        self.assertEqual([call[0] for call in self.engine.calls()], ["ps"])
+        self.assertEqual(self.device.plan()[HELLO][0], "keep")
+        self.assertIn("cannot be removed (REMOVE_FAILED); next attempt at", self.device.plan()[HELLO][1])
+        self.engine.change(stubborn=False)
+        self.assertIn("unenrolled", self.device.run("unenroll", "--purge").stdout)
+        self.assertEqual(self.engine.containers(), {})
 
     def test_what_is_wanted_again_after_its_removal_failed_is_there_at_once(self):
         """Contract, Failure: attempts wait until the digest changes; a removal was never an attempt at it."""
@@ -631,6 +649,7 @@ class NoDriver(ApplyCase):
         self.assertIn("UNSUPPORTED_TYPE", json.dumps(self.device.cycle(1) and self.state_of()))
         self.assertEqual(self.wfm.statuses(HELLO)[-1], "failed")
         self.device.set("runtime.compose", "builtin")
+        self.device.run("retry")
         self.device.cycle()
         self.assertEqual((self.wfm.statuses(HELLO)[-1], self.engine.containers()), ("removed", {}))
 
@@ -816,6 +835,23 @@ class Guard(ApplyCase):
         self.assertIn("policy.max_removals is 0", self.device.cycle(3))
         self.assertEqual(len(self.engine.containers()), 1)
         self.assertEqual(self.device.status()["lastPoll"]["result"], "refused")
+        self.device.cycle(0)
+        self.assertEqual(self.engine.containers(), {})
+
+    def test_what_is_only_on_the_engine_counts_and_waits_too(self):
+        """F-32: the state was lost, and a WFM that knows nothing of this device offers an empty manifest; a poll has to confirm it."""
+        self.device.set("policy.max_removals", 0)
+        self.wfm.add_package(support.make_compose())
+        self.publish()
+        self.device.cycle()
+        shutil.rmtree(self.device.state_dir)
+        self.wfm.withdraw()
+        self.assertIn("would remove 1 deployments", self.device.cycle(3))
+        self.wfm.fault({"path": "*/deployments", "status": 503, "headers": {"Retry-After": "0"}})
+        self.device.cycle(3)
+        self.assertEqual(len(self.engine.containers()), 1)
+        self.wfm.fault()
+        self.device.run("retry")
         self.device.cycle(0)
         self.assertEqual(self.engine.containers(), {})
 

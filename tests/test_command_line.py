@@ -34,7 +34,7 @@ class Arguments(unittest.TestCase):
         for arguments, words in ((["fly"], ["fly", "unknown command", "enroll"]), (["statsu"], ["did you mean status?"]), (["run", "--onc"], ["did you mean --once?"]), (["run", "--fast"], ["--fast", "--once"]),
                                  (["plan", "x"], ["x", "no such operand"]), (["-c"], ["-c", "needs a value"]), (["-v"], ["no command"]),
                                  (["--log-format", "xml", "version"], ["--log-format", "text or json"]), (["csr", "--out"], ["--out", "needs a value"]),
-                                 (["run", "--once=yes"], ["--once=yes", "takes no value"])):
+                                 (["run", "--once=yes"], ["--once=yes", "takes no value"]), (["-vq", "status"], ["-v and -q"]), (["status", "--quiet", "--verbose"], ["-v and -q"])):
             with self.subTest(arguments=arguments):
                 done = run(*arguments)
                 self.assertEqual(done.returncode, 2)
@@ -82,7 +82,7 @@ class Arguments(unittest.TestCase):
     def test_options_have_long_and_glued_forms(self):
         folder = support.make_folder(self)
         path = f"{folder}/none.yaml"
-        for arguments in (["--config", path], [f"--config={path}"], [f"-c{path}"], ["-vq", "--verbose", "--quiet", "-c", path]):
+        for arguments in (["--config", path], [f"--config={path}"], [f"-c{path}"], ["-vv", "--verbose", "-c", path]):
             done = run(*arguments, "status")
             self.assertEqual(done.returncode, 2, done.stderr)
             self.assertIn(path, done.stderr)

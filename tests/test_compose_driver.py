@@ -934,9 +934,63 @@ class Handover(DriverCase):
             self.assertFails("INVALID_DEPLOYMENT", lambda: ask(*ports), f"services.b: it cannot have {number} tcp beside service a")
             ask(*ports, depends_on=["a"])
         ask(["127.0.0.1", number, "tcp"], ["127.0.0.2", number, "tcp"], ["", number, "udp"])
+        ports = [["", number, "tcp"], ["", number + 1, "tcp"], ["", number, "tcp"]]
+        self.assertFails("INVALID_DEPLOYMENT", lambda: ask(*ports, depends_on=["b"]), "services.c: it cannot have")
+        task = ("service_completed_successfully", True)
+        chain = [service._replace(name=name, ports=[port], depends_on=dict.fromkeys(needs, condition)) for name, port, needs, condition in zip(
+            "abc", ports, ["", "a", "b"], [task, task, ("service_started", True)])]
+        margo_agent.check_rivals(chain)             # a has ended before b starts, and so before c
         network = margo_agent.Attachment("n", [], ["--ip=10.0.0.9"])
         services = [service._replace(name=name, networks=[network]) for name in "ab"]
         self.assertFails("INVALID_DEPLOYMENT", lambda: margo_agent.check_rivals(services), "services.b: it cannot have n ip=10.0.0.9 beside service a")
+
+    def test_who_waits_for_a_task_that_takes_its_port_is_made_anew_after_it(self):
+        """It did not change, but it runs, and the task that changed could not have its port, or its address."""
+        def make(value, **members):
+            return {"services": {"setup": dict({"image": IMAGE, "command": [value]}, **members),
+                                 "main": {"image": IMAGE, "ports": ["18080:80"], "networks": {"default": {"ipv4_address": "10.1.0.7"}},
+                                          "depends_on": {"setup": {"condition": "service_completed_successfully"}}}}}
+        self.engine.change(exits={"setup": 0})
+        for members in ({"ports": ["127.0.0.1:18080:80"]}, {"networks": {"default": {"ipv4_address": "10.1.0.7"}}}, {}):
+            with self.subTest(members=members):
+                known = self.apply(make("1"), wait=True)
+                before = self.ids()
+                self.engine.forget_calls()
+                known = self.apply(make("2", **members), known, wait=True)
+                after = self.ids()
+                self.assertEqual(after["main"] != before["main"], bool(members))
+                if members:                         # what holds the port stops before the task that takes it starts
+                    calls = [call[-1] for call in self.changes() if call[0] in ("stop", "start") and "-try-" not in call[-1]]
+                    self.assertLess(calls.index(before["main"]), calls.index(after["setup"]))
+                    self.assertEqual(calls[-2:], [after["setup"], after["main"]])
+                self.engine.forget_calls()
+                self.apply(make("2", **members), known, wait=True)
+                self.assertEqual(self.changes(), [], "a task that has ended is not run again")
+
+    def test_an_address_that_is_known_to_be_wrong_only_here_is_found_before_anything_stops(self):
+        """Of a network that is there already, or whose subnet the engine chooses: the fake one shows 10.1.0.0/24 of each."""
+        known = self.apply(make_document({}))
+        before = self.engine.containers()
+        with self.engine.open() as held:
+            held["networks"]["plant"] = []
+        external, changed = {"n": {"external": True, "name": "plant"}}, {"n": None, "default": {"internal": True}}
+        for networks in ({"n": None}, external, changed):
+            for address, expected in (("10.1.0.7", networks != changed), ("10.2.0.7", False), ("10.1.0.1", False)):
+                with self.subTest(networks=networks, address=address):
+                    name = "default" if networks == changed else "n"        # one that goes first may come again with another one
+                    document = make_document({"networks": {name: {"ipv4_address": address}}}, networks=networks)
+                    if expected:
+                        self.driver.remove(support.HELLO, "web", self.driver.observe(), time.monotonic() + 60)
+                        self.apply(document)
+                        self.driver.remove(support.HELLO, "web", self.driver.observe(), time.monotonic() + 60)
+                        known = self.apply(make_document({}))
+                        before = self.engine.containers()
+                        continue
+                    self.engine.forget_calls()
+                    self.assertFails("INVALID_DEPLOYMENT", lambda: self.apply(document, known), f"'{address}' lies in no `subnet`")
+                    self.assertNotIn("stop", [call[0] for call in self.changes()])
+                    self.assertEqual({item["id"] for item in self.engine.containers().values() if item["state"] == "running"},
+                                     {item["id"] for item in before.values()})
 
     def test_who_shares_a_namespace_gets_that_of_the_container_that_is_made(self):
         """K30: while it is made, another container still has the name."""
@@ -994,13 +1048,20 @@ class Memory(DriverCase):
     """What the engine remembers wrongly is put right, once an attempt."""
 
     def test_a_name_that_storage_alone_holds_is_freed(self):
-        """F-01: left by a create that was killed; also where an update needs it."""
+        """F-01: left by a create that was killed, be it of a trial or of an earlier agent's; and nobody else's."""
         name = f"{PROJECT}-main-1"
+        held = {name: "e" * 64, f"{name}-try-0a1b2c3d": "a" * 64, f"{name}-new-0a1b2c3d": "b" * 64, "else": "c" * 64, f"{PROJECT}2-main-1": "d" * 64}
         for value in "12":
             with self.subTest(value=value):
-                self.engine.change(external={name: "e" * 64})
+                self.engine.change(external=held)
                 self.apply(make_document({"command": [value]}))
                 self.assertEqual(set(self.engine.containers()), {name})
+                with self.engine.open() as now:
+                    self.assertEqual(set(now["external"].values()), {"c" * 64, "d" * 64})
+        self.engine.change(external=held)
+        self.driver.remove(support.HELLO, "web", self.driver.observe(), time.monotonic() + 60)
+        with self.engine.open() as now:
+            self.assertEqual(set(now["external"].values()), {"c" * 64, "d" * 64})
 
     def test_a_container_that_cannot_be_started_is_made_anew_with_those_in_its_network(self):
         """F-02"""
@@ -1034,8 +1095,9 @@ class Memory(DriverCase):
 
     def test_an_image_that_is_well_is_not_pulled_for_an_option_that_is_not(self):
         self.driver.claim = self.claim._replace(images=frozenset([IMAGE]))
-        self.engine.change(external={f"{PROJECT}-main-1": "e" * 64})
-        self.apply(make_document({}))
+        self.engine.change(containers={f"{PROJECT}-main-1": {       # somebody else's, who has the name
+            "id": "f" * 64, "image": IMAGE, "labels": {}, "state": "running", "code": 0, "restarts": 0, "argv": [], "env": []}})
+        self.assertFails("INSTALL_FAILED", lambda: self.apply(make_document({})), "already in use")
         self.assertNotIn(["image", "rm", IMAGE], self.changes())
 
     def test_whatever_vanishes_at_whatever_moment_is_a_failure_that_heals(self):

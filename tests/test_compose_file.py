@@ -1158,17 +1158,27 @@ class Shared(FileCase):
 
     def test_an_address_that_a_network_cannot_give_is_found_before(self):
         """An engine says so at the start, when the old container has stopped already."""
-        networks = {"n": {"ipam": {"config": [{"subnet": "10.1.0.0/24"}, {"subnet": "fd00::/64"}]}}, "other": {"external": True}, "own": None}
+        networks = {"n": {"ipam": {"config": [{"subnet": "10.1.0.0/24"}, {"subnet": "fd00::/64"}]}}, "other": {"external": True}, "own": None,
+                    "gated": {"ipam": {"config": [{"subnet": "10.1.0.0/24", "gateway": "10.1.0.9"}, {"subnet": "fd00::/64"}]}},
+                    "ranged": {"ipam": {"config": [{"subnet": "10.1.0.0/24", "ip_range": "10.1.0.128/25"}]}}}
 
         def settle(network, engine="podman", **addresses):
-            return self.settle(make_document({"networks": {network: addresses}}, networks=networks), engine=engine)
+            project = self.settle(make_document({"networks": {network: addresses}}, networks=networks), engine=engine)
+            margo_agent.check_addresses(project.services, project, engine)
         settle("n", ipv4_address="10.1.0.7", ipv6_address="fd00::7")
         settle("other", "docker", ipv4_address="10.9.9.9")
         settle("own", ipv4_address="10.9.9.9")
-        for network, engine, address in (("n", "podman", "10.1.1.7"), ("n", "docker", "fd01::1"), ("n", "podman", "x"), ("own", "docker", "10.1.0.7")):
-            with self.assertRaises(margo_agent.ComponentError) as caught:
-                settle(network, engine, ipv4_address=address)
-            self.assertIn(f"services.main.networks.{network}: '{address}' lies in no `subnet`", caught.exception.message)
+        settle("gated", ipv4_address="10.1.0.1")
+        settle("ranged", "docker", ipv4_address="10.1.0.1")     # its gateway is the first of the range
+        for network, engine, address in (("n", "podman", "10.1.1.7"), ("n", "docker", "fd01::1"), ("n", "podman", "x"), ("own", "docker", "10.1.0.7"),
+                ("n", "docker", "10.1.0.1"), ("n", "docker", "10.1.0.0"), ("n", "podman", "10.1.0.255"), ("n", "docker", "fd00::1"),
+                ("gated", "docker", "10.1.0.9"), ("gated", "podman", "fd00::1")):
+            with self.subTest(network=network, engine=engine, address=address):
+                with self.assertRaises(margo_agent.ComponentError) as caught:
+                    settle(network, engine, ipv4_address=address)
+                self.assertIn(f"services.main.networks: '{address}' lies in no `subnet` of network {PROJECT}_{network}", caught.exception.message)
+        for subnet in ("10.1.0.0/99", "plant", "10.1.0.0/24/24"):
+            self.assertRefused(make_document({}, networks={"n": {"ipam": {"config": [{"subnet": subnet}]}}}), "networks.n.ipam: ")
 
     def test_the_network_of_a_container_of_this_file_is_its_services(self):
         """Our containers have other names than theirs; one that is not of this file is not shared."""

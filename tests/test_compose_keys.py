@@ -239,7 +239,11 @@ class OnPodman(unittest.TestCase):
             taken.listen(1)
             cases = self.REFUSED + [
                 (dict(ports=[f"127.0.0.1:{taken.getsockname()[1]}:80"]), {}, "another program holds"),
-                (dict(user="ghost"), {}, "unable to find user ghost"), (dict(group_add=["ghosts"]), {}, "(?i)unable to find group ghosts"),
+                (dict(networks={"default": {"ipv4_address": "10.9.9.9"}}), {}, "lies in no `subnet`"),
+                (dict(networks={"default": {"ipv4_address": f"{self.subnet}.129"}}),
+                 {"networks": {"default": {"ipam": {"config": [{"subnet": f"{self.subnet}.128/25"}]}}}}, "the host's own"),
+                (dict(command=["/nothing"]), {}, "/nothing"), (dict(entrypoint=["nothing"]), {}, "nothing"),
+                (dict(entrypoint=["/tmp"]), {}, "permission denied"), (dict(user="ghost"), {}, "unable to find user ghost"), (dict(group_add=["ghosts"]), {}, "(?i)unable to find group ghosts"),
                 (dict(sysctls={"net.no.such": "1"}), {}, "/proc/sys/net/no/such"), (dict(volumes=["/etc/hostname:/bin"]), {}, "(?i)not a directory"),
                 (dict(cap_add=["NO_SUCH"]), {}, "CAP_NO_SUCH"), ({}, {"networks": {"default": {"ipam": {"config": [{"subnet": "10.77.99.0/99"}]}}}}, "does not appear to be"),
                 ({}, {"networks": {"default": {"ipam": {"config": [{"subnet": subnet}]}}}}, "(?i)already used|overlaps")]
@@ -252,15 +256,37 @@ class OnPodman(unittest.TestCase):
         self.assertEqual(len(self.look()), 1)
         self.assertNotEqual(self.look(), before)
 
-    # Of this engine alone: what docker makes of a working_dir, and looks up too late of a program.
-    REFUSED = [(dict(working_dir="/nowhere"), {}, "/nowhere"), (dict(command=["/nothing"]), {}, "/nothing"), (dict(entrypoint=["nothing"]), {}, "nothing"),
-               (dict(entrypoint=["/tmp"]), {}, "permission denied"), (dict(mem_limit="1k"), {}, "memory limit"), (dict(ulimits={"nofile": 2073741816}), {}, "rlimit"),
+    def test_a_task_takes_the_port_of_who_waits_for_it(self):
+        """It runs unchanged from the version before, and the task is new: an engine has the port only once it has stopped."""
+        port = f"127.0.0.1:{support.free_port()}:80"
+
+        def make(value, **keys):
+            return {"setup": sleep(command=["sh", "-c", f"exit 0 # {value}"], **keys),
+                    "main": sleep(ports=[port], depends_on={"setup": {"condition": "service_completed_successfully"}})}
+        known = self.apply(services=make("1"))
+        before = self.look()
+        again = self.apply(known, services=make("2", ports=[port]))
+        self.assertEqual([facts["finished"] for facts in again.values()], [True, False])
+        self.assertNotEqual(self.look(), before)
+        self.apply(again, services={"main": sleep(init=True)})      # as the other test begins
+
+    def test_a_trial_runs_nothing(self):
+        """The version before is at work in the same volume, while it is tried whether the next one could be started."""
+        def make(value):
+            return {"services": {"main": sleep(command=["sh", "-c", f"echo {value} >> /v/log; exec sleep 1000"], volumes=["v:/v"])}, "volumes": {"v": {}}}
+        self.apply(self.apply(**make("1")), **make("2"))
+        self.assertEqual(self.engine.podman("exec", "refusals-main-1", "cat", "/v/log").split(), ["1", "2"])
+        self.apply(services={"main": sleep(init=True)})             # as another test begins
+
+    # Of this engine alone: docker makes a working_dir.
+    REFUSED = [(dict(working_dir="/nowhere"), {}, "/nowhere"), (dict(mem_limit="1k"), {}, "memory limit"), (dict(ulimits={"nofile": 2073741816}), {}, "rlimit"),
                (dict(volumes=["t:/t"]), {"volumes": {"t": {"driver_opts": {"type": "tmpfs", "device": "tmpfs", "o": "size=1m"}}}}, "Project Quota")]
 
 
 class OnDocker(OnPodman):
     engine_class = support.Docker
-    REFUSED = [(dict(logging={"driver": "json-file", "options": {"compress": "true"}}), {}, "max-size"), (dict(logging={"driver": "syslog"}), {}, "syslog")]
+    REFUSED = [(dict(logging={"driver": "json-file", "options": {"compress": "true"}}), {}, "max-size"), (dict(logging={"driver": "syslog"}), {}, "syslog"),
+               (dict(command=["nothing"], ulimits={"stack": 8388608}), {}, "nothing")]
 
 
 class Complete(unittest.TestCase):

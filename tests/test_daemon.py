@@ -299,6 +299,54 @@ class Parent(DaemonCase):
                     self.assertEqual(done.returncode, 0, done.stdout)
 
 
+class Terminal(DaemonCase):
+    """ctrl-C: a terminal sends SIGINT to all that it has started."""
+
+    def setUp(self):
+        super().setUp()
+        # what a shell starts in the background ignores it, and so would all that is started here
+        self.addCleanup(signal.signal, signal.SIGINT, signal.signal(signal.SIGINT, signal.default_int_handler))
+
+    def test_it_ends_a_daemon_with_its_cycle_whatever_they_do(self):
+        for pause in (0, 0.05, 0.2, 0.5, 2):
+            self.log = tempfile.TemporaryFile()
+            self.addCleanup(self.log.close)
+            process = subprocess.Popen(self.device.command("run"), env=self.device.env, stderr=self.log, stdin=subprocess.DEVNULL, start_new_session=True)
+            self.addCleanup(support.end, process)
+            support.wait_for(lambda: "the daemon has started" in self.errors(), what="the daemon")
+            time.sleep(pause)
+            os.killpg(process.pid, signal.SIGINT)
+            self.assertEqual(process.wait(support.LIMIT), 0, (pause, self.errors()))
+            self.assertNotIn("Traceback", self.errors(), pause)
+            self.assertTrue(self.errors().endswith("info    the daemon has ended\n"), (pause, self.errors()))
+            self.assertRaises(ProcessLookupError, os.killpg, process.pid, 0)
+        self.device.cycle(0)
+
+    def test_it_ends_every_command_at_any_call(self):
+        """130 as from any program; `run --once` ends after its step. No word of a bug, and the next run does the rest."""
+        support.require("strace")
+        world = death.World(self, "update")
+        world.find_points()
+        ran = world.command
+        commands = ("enroll", "status", "status hello", "logs hello", "plan", "doctor", "history", "capabilities", "retry", "csr", "config", "config --example",
+                    "version", "unenroll", "unenroll --purge", "run --once")
+        for command in commands:
+            world.command = tuple(command.split())
+            world.restore()
+            world.run("-s", "0", "-e", f"trace={death.CHANGES}")
+            points = death.read_trace(world.trace, world.device.state_dir)
+            for point in points if SLOW else points[::len(points) // 2 or 1]:
+                world.restore()
+                code, errors = world.strike(point, "signal=INT")
+                with self.subTest(command=command, point=point[:3]):
+                    # `logs` has become the engine's own command by then
+                    self.assertIn(code, {"run --once": (0, 3), "logs hello": (0, 130, -signal.SIGINT)}.get(command, (0, 130)), errors)
+                    self.assertNotRegex(errors, "Traceback|bug:")
+            if not command.startswith("unenroll"):
+                world.command = ran
+                world.check(f"SIGINT in {command}", told=True)
+
+
 class Two(DaemonCase):
     def test_cron_beside_a_daemon_and_beside_itself(self):
         """D-33: exactly one acts, the others say 6 and touch nothing; a lock whose holder died is no lock."""

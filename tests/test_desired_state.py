@@ -91,7 +91,7 @@ class Manifest(unittest.TestCase):
             ("deployments[0].url", make_manifest(deployments=entry(url="https://evil.example:none/x"))),
             ("does not end with", make_manifest(deployments=entry(url=f"/api/v1/deployments/{HELLO}/{digest(b'other')}"))),
             ("does not end with", make_manifest(deployments=entry(url=f"/../api/v1/deployments/{HELLO}/{digest(b'document')}"))),
-            ("bundle: missing", make_manifest(bundle="dropped")), ("if and only if", make_manifest(bundle=None)),
+            ("bundle: found 'None'", make_manifest(bundle="dropped")), ("if and only if", make_manifest(bundle=None)),
             ("if and only if", make_manifest(deployments=[])), ("bundle", make_manifest(bundle=[])),
             ("bundle.mediaType", make_manifest(bundle=bundle(mediaType="application/gzip"))),
             ("bundle.digest", make_manifest(bundle=bundle(digest=sha512))),

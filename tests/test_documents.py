@@ -301,7 +301,7 @@ class Answers(unittest.TestCase):
                 source.fetch()
 
 
-MANIFESTS = {"bundle-missing": "bundle: missing", "bundle-null-with-deployments": "if and only if", "bundle-present-without-deployments": "if and only if",
+MANIFESTS = {"bundle-missing": "bundle: found 'None'", "bundle-null-with-deployments": "if and only if", "bundle-present-without-deployments": "if and only if",
              "digest-algorithm-sha512": "deployments[0].digest", "digest-uppercase-hex": "deployments[0].digest", "duplicate-deployment-id": "occurs twice",
              "url-digest-differs": "deployments[0].url", "version-above-u64": "manifestVersion",
              "version-fractional": "manifestVersion", "version-zero": "manifestVersion"}

@@ -602,7 +602,7 @@ class Decisions(unittest.TestCase):
         self.assertEqual(margo_agent.make_config(good, "/", {}).identity.est.url, "https://x/est/a")
 
     def test_discovery_names_the_endpoint_and_lists(self):
-        """E-080, E-092: another origin under a public trust store is refused, what is malformed in the lists passed over."""
+        """E-080, E-092: another origin under a public trust store is refused, what is malformed in the lists is kept to be told of."""
         import json
         base = {"trustDomain": "a", "trustBundleUri": "https://m/b"}
 
@@ -614,9 +614,9 @@ class Decisions(unittest.TestCase):
                             ("https://m/est#f", False), (7, False), (None, False)):
             with self.subTest(uri), self.assertRaises(ValueError):
                 parse(estBaseUri=uri, public=public)
-        found = parse(crlUris=["http://c/a.crl", 7, "ftp://x/y", "https://c/b?c=d"])
-        self.assertEqual((found.parts["crls"], len(found.faults)), (["http://c/a.crl", "https://c/b?c=d"], 2))
-        self.assertEqual(parse(crlUris="http://c").faults, ["crlUris is no list"])
+        self.assertEqual(parse(crlUris=["http://c/a.crl", 7, "https://c/b?c=d"] + ["x"] * 99).parts["crls"][:4], ["http://c/a.crl", "7", "https://c/b?c=d", "x"])
+        self.assertEqual(len(parse(crlUris=["x"] * 99).parts["crls"]), margo_agent.MAX_LISTS)
+        self.assertEqual([parse(crlUris=item).parts["crls"] for item in ("http://c", {}, None)], [["http://c"], [], []])
 
 
 class Renewal(Site):

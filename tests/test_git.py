@@ -506,6 +506,17 @@ class Trust(GitCase):
         self.assertIn("the peer's certificate is refused", device.cycle(5))
         self.assertEqual(server.requests, [])
 
+    def test_a_proxy_of_the_machine_has_no_say(self):
+        """RFC 9525: git asks none, so neither does the look at the certificate before it, nor the question why it failed."""
+        self.publish("one")
+        server = git_server.GitServer(self, self.pki, self.repository.served)
+        for name, code in (("site-ca.pem", 0), ("ca.pem", 5)):
+            device = self.make_device(server.url + "/fleet.git", identity_ca=self.pki.path(name))
+            device.env.update(https_proxy="http://127.0.0.1:1", no_proxy="")
+            done = device.run("plan")
+            self.assertEqual(done.returncode, code, done.stderr)
+        self.assertIn("the peer's certificate is refused", done.stderr)
+
 
 class Trouble(GitCase):
     """Servers that do not answer, or answer something else; a disk that spoils; a process that is killed."""

@@ -116,11 +116,10 @@ class OwnIdentity(unittest.TestCase):
                 ("x", "wfm", "WFM"), ("x", "a~", "b~"))):
             with self.subTest(wfm):
                 der = self.issue(f"c{index}", f"spiffe://{domain}/margo/wfm/{wfm}/client/{client}")
-                identity = margo_agent.make_identity(margo_agent.parse_certificate(der), "cert", "key")
+                identity = margo_agent.make_identity(margo_agent.parse_certificate(der))
                 self.assertEqual(identity.wfm_id, f"spiffe://{domain}/margo/wfm/{wfm}")
                 self.assertEqual(identity.spiffe_id.text, f"spiffe://{domain}/margo/wfm/{wfm}/client/{client}")
-                self.assertEqual((identity.leaf.der, identity.certificate_file, identity.key_file),
-                                 (der, "cert", "key"))
+                self.assertEqual(identity.leaf.der, der)
 
     def test_only_a_clients_id_makes_an_identity(self):
         """C-009: protocol 1.1."""
@@ -136,18 +135,17 @@ class OwnIdentity(unittest.TestCase):
         """C-011, C-013: wherever a byte is missing or another one; no damage of the id passes."""
         identity = margo_agent.make_identity(margo_agent.parse_certificate(self.pki.der("client.pem")))
         der = self.pki.der("wfm.pem")
-        now = time.time()
-        margo_agent.check_wfm(der, identity, now)
+        margo_agent.check_wfm(der, identity)
         for damaged in [None, b"", b"\x30", b"garbage"] + [der[:length] for length in range(len(der))]:
             with self.assertRaises(Untrusted) as caught:
-                margo_agent.check_wfm(damaged, identity, now)
+                margo_agent.check_wfm(damaged, identity)
             self.assertIn("the WFM's certificate is no X.509-SVID", caught.exception.message)
         place = der.index(WFM_ID.encode())
         for index in range(len(der)):
             for bit in (0x01, 0x80):
                 damaged = der[:index] + bytes([der[index] ^ bit]) + der[index + 1:]
                 try:
-                    margo_agent.check_wfm(damaged, identity, now)       # the signature is checked by OpenSSL before
+                    margo_agent.check_wfm(damaged, identity)       # the signature is checked by OpenSSL before
                     self.assertNotIn(index, range(place, place + len(WFM_ID)))
                 except Untrusted:
                     pass
@@ -686,8 +684,8 @@ class Expiry(LiveCase):
             end = margo_agent.load_identity(config).leaf.not_after
             for left, words in ((0.21, ""), (0.19, "expires in"), (-0.01, "expired")):
                 with self.subTest(lifetime=lifetime, left=left):
-                    report = margo_agent.make_status_report(config, margo_agent.make_state(), {}, margo_agent.Clock(end - left * lifetime, "", 0))
-                    self.assertEqual(report["identity"]["warning"][:len(words) or None], words)
+                    profile = margo_agent.PROFILES["mtls"](config, margo_agent.Store(config.state_dir), margo_agent.make_state())
+                    self.assertEqual(profile.describe(end - left * lifetime)["warning"][:len(words) or None], words)
 
     def test_status_tells_what_is_wrong_with_the_own_svid(self):
         """P-3: without network and without failing."""

@@ -12,6 +12,8 @@ from unittest import mock
 
 import margo_agent
 from tests import support
+from tests.test_gateway import make_child
+from tests.test_packages import Site
 
 ODD = "\x1b[2J\x9b2J\u202e\u2028\x07\x7f\n--option\r"
 # What shows texts that came from outside, or were made of them.
@@ -204,6 +206,43 @@ class Table(support.DeviceCase):
                 self.try_value("problem", odd, {}, None)
         self.wfm.fault()
 
+    def test_what_a_registry_says_of_its_login(self):
+        """The realm, the service and the scope of a challenge: a request goes to the realm alone, and is one request."""
+        registry, elsewhere = Site(self), Site(self)
+        config = margo_agent.make_config({"state_dir": self.device.folder, "wfm": {"url": "https://x"}, "registries": {registry.host: {"insecure": True}},
+                                          "identity": {"certificate": "c", "key": "k", "trust_bundle": "b"}}, "/", {})
+        for odd in VALUES[:-1] + ["x" * 10000, "\xe9", "\r\nX-Odd: y"]:
+            for realm in (odd, registry.url + odd, f"{registry.url}/{odd}", f"http://{odd}@{elsewhere.host}/", f"http://{elsewhere.host}/#{odd}", f"file:///{odd}"):
+                challenge = [("bearer", {"realm": realm, "service": odd, "scope": odd})]
+                log = io.StringIO()
+                with self.subTest(realm=realm[:60]), contextlib.redirect_stderr(log):
+                    with self.assertRaises(margo_agent.ComponentError) as caught:
+                        margo_agent.Registry(registry.host, config).authenticate(challenge, "web")
+                    self.assertEqual(caught.exception.code, "PULL_UNAUTHORIZED")
+                    self.assertTrue(log.getvalue().replace("\n", "").isprintable() and log.getvalue().count("\n") < 2, log.getvalue())
+        for path, headers in registry.seen + elsewhere.seen:
+            self.assertRegex(path, r"\A/[!-~]*\Z")
+            self.assertEqual((headers.get("X-Odd"), headers.get("Authorization")), (None, None))
+
+    def test_what_becomes_the_id_of_a_child_device(self):
+        """In the configuration of a gateway, and behind the gateway's own id in a document."""
+        child = support.FakeEngine(self)
+        connection = {"CONTAINER_HOST": "unix:///a", "FAKE_PODMAN": child.folder}
+        for odd in VALUES[:-1] + ["..", "a/../b", "a//b", "a b", "*"]:
+            self.device.set("device.children", [make_child(odd, connection)])
+            taken = odd in ("-x", "--privileged")   # which are paths, labels and refs like any other
+            for command in (["run", "--once"], ["capabilities"], ["status"]):
+                code, text = Terminal.show(self, *command)
+                self.assertEqual(code, 0 if taken else 2, (odd, text))
+                self.assertTrue(text.replace("\n", "").isprintable(), text)
+        for call in child.calls():
+            self.assertFalse([word for word in call if word.startswith(("-x", "--privileged"))], call)
+        self.device.set("device.children", [make_child("a", connection)])
+        for odd in VALUES if WHOLE else VALUES[::3]:
+            for wanted in (f"{support.DEVICE}/{odd}", f"{support.DEVICE}/a/{odd}", f"{support.DEVICE}/*{odd}", f"{odd}/a"):
+                self.check("metadata.deviceId", wanted, {}, ("metadata", "deviceId"))
+        self.assertEqual(child.containers(), {})
+
     def test_what_becomes_a_ref_or_a_path_of_git(self):
         """Device ids and settings: what git would take for an option, a refspec or another ref is spelt otherwise or refused."""
         support.require("git")
@@ -224,6 +263,74 @@ class Table(support.DeviceCase):
                 except margo_agent.ConfigError:
                     continue
                 self.assertFalse(value[:1] == "-" or "\n" in value or "\0" in value or ".." in value.split("/"), (key, odd))
+
+
+class Charts(support.DeviceCase):
+    """What a WFM writes into a deployment of Helm: no value becomes an option, a command or another chart."""
+
+    HELM = ("#!/bin/sh\nprintf '%s\\0' \"$@\" >> {folder}/calls\nprintf '\\n\\0' >> {folder}/calls\n"
+            "case $1 in list) echo '[]' ;; upgrade) echo '{{\"version\": 1}}' ;; esac\n")
+    MEMBERS = [("metadata", "name"), ("metadata", "namespace"), ("spec", "deploymentProfile", "components", 0, "name"),
+               ("spec", "deploymentProfile", "components", 0, "properties", "repository"),
+               ("spec", "deploymentProfile", "components", 0, "properties", "revision"), ("spec", "parameters", "greeting", "value"),
+               ("spec", "parameters", "greeting", "targets", 0, "pointer")]
+
+    def setUp(self):
+        super().setUp()
+        self.folder = support.make_folder(self)
+        support.write(os.path.join(self.folder, "helm"), self.HELM.format(folder=self.folder), 0o755)
+        chart = b"a chart"
+        layer = {"mediaType": margo_agent.CHART_LAYER, "digest": support.digest(chart), "size": len(chart)}
+        manifest = json.dumps({"schemaVersion": 2, "config": {"mediaType": margo_agent.CHART_CONFIG}, "layers": [layer]}).encode()
+        self.site = Site(self, {"/v2/charts/web/manifests/1.0.0": (200, {"Docker-Content-Digest": support.digest(manifest)}, manifest),
+                                f"/v2/charts/web/blobs/{layer['digest']}": (200, {}, chart)})
+        self.device.settings["registries"][self.site.host] = {"insecure": True}
+        self.device.settings["runtime"].update(helm=os.path.join(self.folder, "helm"), kubeconfig=os.path.join(self.folder, "kubeconfig"))
+        self.device.save()
+
+    def try_value(self, path=(), odd=None):
+        """The command lines of helm in one cycle with an odd value at a path of the document."""
+        value = json.loads(support.make_deployment(registry=self.wfm.registry, parameters={"GREETING": "x"}))
+        profile = value["spec"]["deploymentProfile"]
+        profile["type"] = "helm"
+        profile["components"][0]["properties"].update(repository=f"oci://{self.site.host}/charts/web", revision="1.0.0")
+        home = value
+        for key in path[:-1]:
+            home = home[key]
+        if path:
+            home[path[-1]] = odd
+        self.wfm.publish(json.dumps(value))
+        self.device.run("retry")
+        open(os.path.join(self.folder, "calls"), "w").close()
+        code, text = Terminal.show(self, "run", "--once")
+        self.assertIn(code, (0, 1, 3, 4), text[-2000:])
+        for line in text.splitlines():
+            self.assertTrue(line.isprintable() and len(line) < 20000, (path, line[:500]))
+        with open(os.path.join(self.folder, "calls")) as file:
+            return [call.split("\0")[:-1] for call in file.read().split("\n\0")[:-1]]
+
+    def test_what_a_wfm_writes(self):
+        names = lambda calls: {(call[0], word.partition("=")[0]) for call in calls for word in call if word[:1] == "-"}
+        good = self.try_value()
+        self.assertEqual([call[0] for call in good if call[0] != "list"], ["upgrade"])
+        known = names(good) | {("uninstall", "--namespace"), ("uninstall", "--wait"), ("uninstall", "--timeout"), ("list", "--filter")}
+        rows = [(path, odd) for path in self.MEMBERS for odd in VALUES]
+        made = 0
+        for path, odd in rows if WHOLE else rows[::4]:
+            with self.subTest(path=path, odd=odd[:20]):
+                calls = self.try_value(path, odd)
+                self.assertLessEqual(names(calls), known)
+                for call in calls:
+                    plain = [word for word in call[1:] if word[:1] != "-"]
+                    made += call[0] == "upgrade"
+                    self.assertLessEqual(len(plain), 2, call)
+                    for word in plain:
+                        self.assertRegex(word, r"\A([a-z0-9][a-z0-9-]*|/\S+/artifacts/sha256-[0-9a-f]{64})\Z")
+                    self.assertFalse([word for word in call if "greeting" in word or "touch" in word or ".." in word], call)
+        self.assertGreater(made, 2)
+        for path, _ in self.site.seen:
+            self.assertRegex(path, r"\A/v2/[!-~]*\Z")
+            self.assertNotIn("..", path)
 
 
 if __name__ == "__main__":

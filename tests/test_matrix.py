@@ -72,11 +72,13 @@ class Matrix(support.SharesEngine):
         support.write(os.path.join(self.archive, "compose.yaml"), json.dumps(document))
         workload = margo_agent.Workload(support.HELLO, "web", PROJECT, self.archive, hostile.PARAMETERS, {}, False, owner=OWNER)
         project = self.driver.load_project(workload)
-        job = margo_agent.Job(workload, project, os.path.join(self.folder, "state"), {}, time.monotonic() + 120, {}, set(), {})
+        volumes = margo_agent.make_volume_names(project, PROJECT, {}, [], {})
+        job = margo_agent.Job(workload, project, os.path.join(self.folder, "state"), {}, time.monotonic() + 120, {}, {}, volumes)
         self.driver.ask_names(workload, project)
-        self.driver.ask_external(project, project.services)
-        for kind, items in (("network", project.networks), ("volume", project.volumes)):
-            self.driver.create_shared(job, kind, items)
+        networks = self.driver.list_networks(support.HELLO, PROJECT, "INSTALL_FAILED", project.networks)
+        margo_agent.check_external(project, networks, self.driver.create_volumes(job), project.services)
+        for name, arguments in margo_agent.plan_networks(project.networks, networks, PROJECT)[0].items():
+            self.driver.carry_out(job, ["network", "create", *arguments, name])
         service = next((service for service in project.services if service.name == "main"), None)
         if service is None:                         # it has a profile, which nobody asked for
             raise margo_agent.ComponentError("INVALID_DEPLOYMENT", "there is no such service")

@@ -1,4 +1,4 @@
-"""State and memo of right JSON and wrong form (security 5, state.json without a digest): no command ends with a bug."""
+"""State and memo of right JSON and wrong form (security 5), without a digest and with the right one: no command ends with a bug."""
 import contextlib
 import io
 import json
@@ -35,6 +35,34 @@ def put(value, path, item):
     return value
 
 
+def seal(value):
+    """A value as JSON, with the digest at its end that the agent itself writes."""
+    data = margo_agent.make_json(value)
+    return data[:-1] + margo_agent.SUM + margo_agent.sha256_digest(data).encode() + b'"}' if isinstance(value, dict) else data
+
+
+def spoil(chance, value, places):
+    """A copy of a value in which one thing is gone, of another name, there twice, or what stands elsewhere."""
+    value = json.loads(json.dumps(value))
+    home, other = value, value
+    path = chance.choice(places)
+    for key in path[:-1]:
+        home = home[key]
+    for key in chance.choice(places):
+        other = other[key]
+    item = home[path[-1]]
+    kind = chance.randrange(3)
+    if kind == 0:
+        home[path[-1]] = json.loads(json.dumps(other))
+        return value
+    del home[path[-1]]
+    if kind == 1 and isinstance(home, dict):
+        home[chance.choice(["x", "", OTHER.upper(), *home])] = item
+    elif kind == 1:
+        home += [item, item]
+    return value
+
+
 class Forms(support.DeviceCase):
     def setUp(self):
         super().setUp()
@@ -59,15 +87,16 @@ class Forms(support.DeviceCase):
         return dict(
             state, patience=wait, waits={OTHER: wait}, drafts=["a"], pulled=["localhost/x:1"], waiting=support.digest(b"y"), crls={"http://x/a": crl},
             dropped={OTHER: {"state": "failed", "at": "2026-11-28T07:48:30Z", "reason": "x"}}, client={"id": "x", "key": "sha256:aa"},
-            outbox=[{"deploymentId": OTHER, "status": status, "components": [dict(status, name="web")]}],
+            outbox=[{"deploymentId": OTHER, "deviceId": "a", "adoptedManifestVersion": 1, "status": status, "components": [dict(status, name="web")]}],
             trust={"source": "https://x", "sequence": 1, "refreshedAt": 1.0, "trustDomain": "factory.example", "strays": "a", "est": "https://x",
                    "crls": ["http://x/a"]},
             est=dict(wait, token="a", used="b", key="k", refused="r"))
 
     def show(self, state, notes, arguments):
         """(exit code, what is printed) of a command beside a state, its copy and a memo."""
-        for path, value in ((self.store.path("state.json"), state), (self.store.path("state.json.old"), state), (self.memo, notes)):
-            support.write(path, json.dumps(value))
+        for name in ("state.json", "state.json.old"):
+            support.write(self.store.path(name), seal(state))
+        support.write(self.memo, json.dumps(notes))
         output = io.TextIOWrapper(io.BytesIO(), "utf-8", "surrogateescape")
         with mock.patch.dict(os.environ, self.device.env), contextlib.redirect_stderr(output), contextlib.redirect_stdout(output):
             code = margo_agent.main(["-v", "-c", self.device.config_file, *arguments])
@@ -89,11 +118,23 @@ class Forms(support.DeviceCase):
         for number, (place, value, is_state) in enumerate(jobs[:int(len(jobs) * SHARE)]):
             commands = COMMANDS if number % 10 == 0 else COMMANDS[:4]
             state, notes = (put(self.whole, place, value), self.notes) if is_state else (self.whole, put(self.notes, place, value))
-            for arguments in commands:
-                with self.subTest(place=place, value=repr(value)[:40], command=arguments, seed=SEED):
-                    code, text = self.show(state, notes, arguments)
-                    self.assertIn(code, range(7), text)
-                    self.assertNotIn("Traceback", text)
+            self.check_commands(state, notes, commands, place=place, value=repr(value)[:40])
+
+    def check_commands(self, state, notes, commands, **facts):
+        for arguments in commands:
+            with self.subTest(command=arguments, seed=SEED, **facts):
+                code, text = self.show(state, notes, arguments)
+                self.assertIn(code, range(7), text)
+                self.assertNotIn("Traceback", text)
+
+    def test_nothing_that_is_gone_misnamed_or_misplaced_is_a_bug(self):
+        """Spoilt in one to three places each, with the right digest; some of them where the WFM is asked and something is to be done."""
+        chance = random.Random(SEED)
+        for number in range(int(2000 * SHARE)):
+            state = dict(self.whole, patience={}, waits={}) if number % 2 else self.whole
+            for _ in range(chance.choice((1, 1, 2, 3))):
+                state = spoil(chance, state, list_places(state)[1:])
+            self.check_commands(state, self.notes, COMMANDS if number % 10 == 0 else COMMANDS[:4], number=number)
 
     def test_a_state_of_another_form_is_named_with_its_place_and_its_copy_counts(self):
         good = margo_agent.make_state()

@@ -1414,14 +1414,14 @@ class Located(RegistryCase):
         self.pki = support.Pki(self)
         self.site = Site(self, {"/web.tar.gz": (200, {}, PACKAGE)}, self.pki)
 
-    def fetch_located(self, key=None, path="/web.tar.gz", profile="signed", **entry):
+    def fetch_located(self, key=None, path="/web.tar.gz", profile="signed", kind="compose", revision="", **entry):
         config = make_config({self.site.host: dict({"ca": self.pki.path("site-ca.pem")}, **entry)}, self.folder)
         config.wfm["profile"] = profile
         output = io.StringIO()
         try:
             with contextlib.redirect_stderr(output):
-                component = margo_agent.Component("web", self.site.url + path, "", True, 0, {}, key and self.site.url + key)
-                return margo_agent.fetch_older(component, config, self.store, "compose")
+                component = margo_agent.Component("web", self.site.url + path, revision, True, 0, {}, key and self.site.url + key)
+                return margo_agent.fetch_older(component, config, self.store, kind)
         finally:
             self.log = output.getvalue()
 
@@ -1486,6 +1486,27 @@ class Located(RegistryCase):
     def test_a_file_of_a_hundred_mebibytes_is_not_read_to_its_end(self):
         self.site.answers["/compose.yaml"] = (200, {}, self.BARE + b"#" * (100 * MIB))
         self.assertIn("longer than 67108864 bytes", self.refuse_located("PULL_FAILED", path="/compose.yaml"))
+
+    def test_a_chart_comes_by_the_index_of_its_repository(self):
+        """C-166, protocol 6.5: the version with `_` for `+`, a URL that is relative or not, the digest that the index names."""
+        chart = {"kind": "helm", "path": "/charts/web", "revision": "1.0.0_b1"}
+        entry = {"version": "1.0.0+b1", "urls": ["web.tar.gz"], "digest": digest(PACKAGE)[7:]}
+        self.site.answers["/charts/web.tar.gz"] = (200, {}, PACKAGE)
+        for change in ({}, {"digest": None}, {"digest": digest(PACKAGE)}, {"urls": [self.site.url + "/web.tar.gz"]}):
+            self.index(dict(entry, **change))
+            self.assertEqual(self.fetch_located(**chart), (digest(PACKAGE), PACKAGE))
+        self.forget()
+        self.index(dict(entry, digest="0" * 64))
+        self.assertIn("the index names 000", self.refuse_located("DIGEST_MISMATCH", **chart))
+        for change in ({"version": "1.0.0"}, {"urls": []}, {"urls": ["http://x/y"]}, {"urls": [7]}):
+            self.index(dict(entry, **change))
+            self.assertIn("names no chart web 1.0.0_b1", self.refuse_located("PULL_FAILED", **chart))
+        for content in (b"[]", b"entries: {web: 7}", b"entries: {", b"entries: {web: [7]}"):
+            self.site.answers["/charts/index.yaml"] = (200, {}, content)
+            self.assertIn("index.yaml", self.refuse_located("PULL_FAILED", **chart))
+
+    def index(self, *entries):
+        self.site.answers["/charts/index.yaml"] = (200, {}, json.dumps({"entries": {"web": entries}}).encode())
 
     def test_a_key_without_a_signature_is_a_warning(self):
         self.site.answers["/key.asc"] = (200, {}, b"a key")

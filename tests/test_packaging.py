@@ -87,8 +87,8 @@ class Manual(unittest.TestCase):
         done = subprocess.run(["man", "--warnings", "-E", "UTF-8", "-l", page], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                               universal_newlines=True, env=dict(os.environ, LC_ALL="C.UTF-8", MANWIDTH="100", MANPAGER="cat"))
         self.assertEqual((done.returncode, done.stderr), (0, ""))
-        for name, (_, options, _) in margo_agent.COMMANDS.items():
-            self.assertRegex(done.stdout, f"(?m)^       {name}\\b.*" + ".*".join(re.escape(option) for option in options))
+        for name, (_, usage) in margo_agent.COMMANDS.items():
+            self.assertRegex(done.stdout, f"(?m)^       {name}\\b.*" + ".*".join(re.escape(option) for option in margo_agent.parse_usage(usage)[1]))
         self.assertNotIn("margo_agent.py", done.stdout)
         self.assertRegex(done.stdout, r"(?m)^       70 ")
 

@@ -67,10 +67,10 @@ class Pages(unittest.TestCase):
         rows = find_rows(read(), "| command | does |")
         self.assertEqual({row[0].strip("`").split()[0] for row in rows}, set(margo_agent.COMMANDS))
         for name, words in rows:
-            _, options, operands = margo_agent.COMMANDS[name.strip("`").split()[0]]
+            operands, options = margo_agent.parse_usage(margo_agent.COMMANDS[name.strip("`").split()[0]][1])
             for option in re.findall(r"--?[a-z]+", name) + re.findall(r"`(--?[a-z]+)", words):
                 self.assertIn(option, dict(options, **{"--once": ""}))
-            self.assertEqual(" ".join(re.findall(r"\[?[A-Z]+\]?", name)), operands)
+            self.assertEqual(re.findall(r"\[?[A-Z]+\]?", name), operands)
 
     def test_the_exit_codes_are_those_that_there_are(self):
         codes = {int(row[0]) for row in find_rows(read(), "| exit code | means |")}

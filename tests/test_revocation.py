@@ -231,6 +231,17 @@ class Lists(RevocationCase):
         self.device.set("identity.revocation", "require")
         self.assertIn("names no revocation list", self.device.cycle(5))
 
+    def test_what_is_no_address_of_a_list_is_told_and_others_count(self):
+        """E-080, E-081: one that nobody can ask for costs nothing but a warning."""
+        good = f"{self.mis.url}/crl/anchor.crl"
+        self.mis.misissue(discovery={"crlUris": [7, "ftp://x/y", "file:///etc/passwd", "http://user@host/x", good]})
+        self.cycle_due()
+        log = self.cycle_due()
+        for url in ("7", "ftp://x/y", "file:///etc/passwd", "http://user@host/x"):
+            self.assertRegex(log, rf"cannot be had.* url={url} reason=.*no http or https URL")
+        self.assertIn(("anchor.crl", 304), self.asked("anchor.crl"))
+        self.assertRegex(self.device.status()["identity"]["warning"], "revocation list 7 could not be had yet")
+
     def test_discovery_is_asked_as_often_as_the_shortest_list_lives(self):
         """E-090: though the bundle itself would be good for an hour."""
         self.mis.misissue(crl={"validity": 2})

@@ -371,6 +371,16 @@ class Onboarding(SignedCase):
         self.device.set("identity.key", key)
         self.assertIn("unenroll first", self.device.cycle(5))
 
+    def test_a_device_of_another_wfm_is_not_onboarded(self):
+        """C-052: as after a change of wfm.profile; it is said before anything is asked."""
+        self.device.cycle()
+        state = dict(self.device.state(), client=None, patience={})
+        state["enrollment"]["id"] = support.CLIENT_ID
+        support.write(os.path.join(self.device.state_dir, "state.json"), margo_agent.make_json(state))
+        count = len(self.wfm.requests())
+        self.assertIn(f"enrolled as {support.CLIENT_ID}; unenroll first", self.device.cycle(5))
+        self.assertEqual(len(self.wfm.requests()), count)
+
     def test_a_client_id_that_is_no_segment_of_a_path_is_refused(self):
         """C-068: nothing is sent to a path that somebody else made up (5)."""
         for odd in ("../../x", "a/b", "a\\b", "..", ".", "", "a\nb", 7, None, "x" * 300):
@@ -507,7 +517,7 @@ class Trust(SignedCase):
             with self.assertRaises(ValueError):
                 margo_agent.parse_ca(text)
         with self.assertRaises(margo_agent.ConfigError):
-            margo_agent.command_enroll(margo_agent.make_config({"wfm": {"url": "https://x"}, "identity": {
+            margo_agent.command_enroll_signed(margo_agent.make_config({"wfm": {"url": "https://x"}, "identity": {
                 "certificate": "c", "key": "k", "trust_bundle": "b"}}, "/", {}), {"--fetch-ca": "x"})
 
 

@@ -23,6 +23,11 @@ time.sleep(60)
 """
 
 
+def make_report(deployment_id):
+    """A status that waits in the outbox."""
+    return margo_agent.make_status(margo_agent.make_record(margo_agent.Target(deployment_id, "d", 1), "device"))
+
+
 class StoreCase(unittest.TestCase):
     def setUp(self):
         folder = tempfile.TemporaryDirectory()
@@ -94,11 +99,14 @@ class State(StoreCase):
 
     def test_an_older_schema_is_migrated_and_what_failed_is_tried_again(self):
         """Contract, Files; P-2: what stands in a wrong year holds nothing up."""
-        older = {"adopted": {}, "failures": 3, "retryAt": 10 ** 9, "repairs": 6, "repairedAt": 900, "left": []}
+        new = margo_agent.make_record(margo_agent.Target(support.HELLO, "sha256:a"), "d")
+        older = dict(new, failures=3, retryAt=10 ** 9, repairs=6, repairedAt=900, left=[], fallback=True)
+        for key in ("retry", "repair", "found"):
+            del older[key]
         text = json.dumps({"schema": 1, "deployments": {"a": older}}).encode()
         state = margo_agent.parse_state(text, "state.json")
         self.assertEqual(state["schema"], 2)
-        self.assertEqual(state["deployments"]["a"], {"adopted": {}, "fallback": False, "retry": {}, "repair": {}})
+        self.assertEqual(state["deployments"], {support.HELLO: new})
 
     def test_what_an_older_agent_installed_by_an_update_has_no_version_before_to_go_back_to(self):
         """Its `fallback` stood although `running` is what is installed, and without `services`."""
@@ -106,16 +114,16 @@ class State(StoreCase):
         facts = {"main": {"hash": "h", "finished": False, "image": "i"}}
         component = {"name": "web", "state": "installed", "error": None, "services": facts, "package": None}
         running = {"digest": digest, "packages": {}, "images": [], "mark": "", "type": "compose"}
-        older = {"deploymentId": "x", "name": "x", "deviceId": "d", "type": "compose", "state": "installed",
+        older = {"deploymentId": support.HELLO, "name": "x", "deviceId": "d", "type": "compose", "state": "installed",
                  "adopted": {"digest": digest, "version": 3}, "error": None, "running": running,
                  "previous": None, "refused": False, "failures": 0, "retryAt": 0, "components": [component],
                  "fetched": [], "fallback": True, "repairs": 0, "repairedAt": 0}
         text = json.dumps({"schema": 1, "deployments": {"x": older}}).encode()
-        record = margo_agent.parse_state(text, "state.json")["deployments"]["x"]
+        record = margo_agent.parse_state(text, "state.json")["deployments"][support.HELLO]
         now = margo_agent.Clock(1000, "boot", 5)
         record = margo_agent.fail_record(record, "web", margo_agent.ComponentError("C", "words"), now, 0)
-        target = margo_agent.Target("x", digest, 3, None, None)
-        self.assertEqual(margo_agent.make_action(target, record, [], now, 0, "").verb, "keep")
+        target = margo_agent.Target(support.HELLO, digest, 3, None, None)
+        self.assertEqual(margo_agent.find_action(target, record, [], now, 0, "", False)[0], "keep")
         self.assertEqual(margo_agent.find_held_ports(record), set())
 
     def test_a_newer_schema_says_so(self):
@@ -227,15 +235,15 @@ class Copy(StoreCase):
 
     def test_one_that_was_written_by_an_older_agent_or_by_hand_is_read(self):
         """Without the digest, with the outbox as it was before."""
-        state = dict(self.make(3), outbox={"a": {"deploymentId": "A"}})
+        state = dict(self.make(3), outbox={"a": make_report("A")})
         state.pop("dropped")
         with open(self.store.path("state.json"), "w") as file:
             json.dump(state, file)
-        self.assertEqual((self.load()["outbox"], self.load()["dropped"]), ({"a": {"deploymentId": "A"}}, {}))
+        self.assertEqual((self.load()["outbox"], self.load()["dropped"]), ({"a": make_report("A")}, {}))
 
     def test_the_outbox_keeps_its_order(self):
         """P-9: what happened first is told first, also after a restart."""
-        self.save(self.make(1, outbox={key: {"deploymentId": key.upper()} for key in ("c", "a", "b")}))
+        self.save(self.make(1, outbox={key: make_report(key.upper()) for key in ("c", "a", "b")}))
         self.assertEqual(list(self.load()["outbox"]), ["c", "a", "b"])
 
     def test_a_full_disk_gives_up_the_reserve_for_the_state(self):
@@ -361,9 +369,10 @@ class Memo(StoreCase):
             old = os.environ.get("RUNTIME_DIRECTORY")
             os.environ["RUNTIME_DIRECTORY"] = runtime
             self.addCleanup(lambda: os.environ.pop("RUNTIME_DIRECTORY") if old is None else os.environ.update(RUNTIME_DIRECTORY=old))
-            self.store.load_memo().update(lastPoll={"at": "now"})
+            poll = {"at": "now", "result": "unchanged", "detail": ""}
+            self.store.load_memo().update(lastPoll=poll)
             self.assertTrue(self.store.save_memo())
-            self.assertEqual(margo_agent.Store(self.folder).load_memo(), {"lastPoll": {"at": "now"}})
+            self.assertEqual(margo_agent.Store(self.folder).load_memo(), {"lastPoll": poll})
             self.assertTrue(self.store.memo_path().startswith(runtime))
             with open(self.store.memo_path(), "w") as file:
                 file.write("garbage")

@@ -711,11 +711,10 @@ class Order(WfmIds):
 
     def test_the_own_certificate(self):
         config, _ = self.load(certificate=self.write("lax.pem", margo_agent.make_pem([self.lax])))
-        identity = margo_agent.load_identity(config)
         with self.assertRaises(Untrusted):
-            margo_agent.load_wfm_context(identity, [self.root.der], "1.3")
+            margo_agent.load_wfm_context(config, [self.root.der])
         with self.assertRaises(Untrusted):
-            margo_agent.run_own_handshake(identity.certificate_file, identity.key_file, [self.root.der])
+            margo_agent.run_own_handshake(config.identity.certificate, config.identity.key, [self.root.der])
 
     def test_an_anchor_of_a_new_bundle(self):
         """C-038: the bundle at hand stays, also on the disk."""
@@ -730,7 +729,7 @@ class Order(WfmIds):
 
     def test_an_anchor_of_a_file(self):
         with self.assertRaises(Untrusted):
-            margo_agent.load_wfm_context(margo_agent.load_identity(self.load()[0]), [self.lax], "1.3")
+            margo_agent.load_wfm_context(self.load()[0], [self.lax])
 
     def test_what_est_issued(self):
         """E-012: openssl takes the message apart, and a handshake with oneself judges the chain."""

@@ -90,34 +90,27 @@ def quote(text):
     return re.sub(r"(?m)^\.", r"\&.", text)
 
 
-def make_options(options):
-    """Options as the synopsis shows them."""
-    return " ".join(f"[{name} {value}]" if value else f"[{name}]" for name, value in options.items())
-
-
 def make_page(agent):
     """The manual page's text."""
     commands = []
-    for name, (function, options, operands) in agent.COMMANDS.items():
+    for name, (function, usage) in agent.COMMANDS.items():
         paragraphs = [" ".join(part.split()) for part in (function.__doc__ or "").split("\n\n")]
-        head = " ".join(filter(None, [name, operands, make_options(options)]))
         meaning = "\n.IP\n".join(quote(part) for part in paragraphs if part)
-        commands.append(f".TP\n.B {quote(head)}\n{meaning}")
+        commands.append(f".TP\n.B {quote(f'{name} {usage}'.strip())}\n{meaning}")
     found = re.search(r"Exit codes\.\s+(.*?)\.\n", agent.__doc__ or "", re.S)
     codes = [item.split(None, 1) for item in " ".join(found.group(1).split()).split(", ")] if found else []
     meanings = "\n".join(f".TP\n.B {code}\n{quote(words)}" for code, words in codes)
-    return PAGE.format(version=agent.__version__, options=quote(make_options(agent.GLOBAL_OPTIONS)),
-                       commands="\n".join(commands), codes=meanings)
+    return PAGE.format(version=agent.__version__, options=quote(agent.USAGE), commands="\n".join(commands), codes=meanings)
 
 
 def make_completion(agent):
     """The completion's text."""
-    globals_, rows = agent.GLOBAL_OPTIONS, agent.COMMANDS
+    _, globals_ = agent.parse_usage(agent.USAGE)
+    rows = {name: agent.parse_usage(usage)[1] for name, (_, usage) in agent.COMMANDS.items()}
     every = dict(globals_)
-    for _, options, _ in rows.values():
+    for options in rows.values():
         every.update(options)
-    more = ["--help"] if "--help" in globals_ else []
-    offered = {name: " ".join(list(options) + more) for name, (_, options, _) in rows.items()}
+    offered = {name: " ".join([*options, "--help"]) for name, options in rows.items()}
     cases = [f"        {name}) known='{words}' ;;" for name, words in offered.items()]
     return COMPLETION.format(
         valued="|".join(sorted(name for name, value in globals_.items() if value)),

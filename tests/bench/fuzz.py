@@ -770,9 +770,37 @@ def make_gzips():
 def make_states():
     """A state with a deployment and a report."""
     state = margo_agent.make_state()
-    state["deployments"][UUID] = {"deploymentId": UUID, "adopted": {"digest": SHA, "version": 1}, "running": None, "error": None, "components": []}
-    state["outbox"][UUID] = {"deploymentId": UUID, "status": {"state": "failed", "error": {"message": "x"}}}
+    fault = {"code": "x", "source": "y", "message": "z"}
+    wait = margo_agent.make_wait({}, 60, margo_agent.Clock(1e9, "boot", 5.0))
+    services = {"main": {"hash": "h", "finished": False, "image": "i", "id": "1", "started": 1.0, "ports": [["", 80, "tcp"]]}}
+    record = margo_agent.make_record(margo_agent.Target(UUID, SHA, 1), "device")
+    running = {"digest": SHA, "packages": {"web": {"reference": "r", "digest": SHA}}, "images": ["i"], "services": {"web": services}}
+    component = {"name": "web", "state": "failed", "error": fault, "services": services, "package": None}
+    state["deployments"][UUID] = dict(record, state="failed", error=fault, running=running, components=[component], retry=wait)
+    state["outbox"][UUID] = margo_agent.make_status(state["deployments"][UUID])
+    state["accepted"] = {"version": 1, "etag": None, "digest": SHA, "acceptedAt": "", "deployments": [{"deploymentId": UUID, "digest": SHA}]}
+    state["history"] = margo_agent.make_history(state, margo_agent.Desired(2, None, SHA, [], {}), "")
+    state.update(patience=wait, waits={UUID: wait}, lastPoll={"at": "", "result": "", "detail": ""})
     return [margo_agent.make_state_data(state), margo_agent.make_json(dict(state, schema=1))]
+
+
+def read_state(data):
+    """What is read of a state whose digest is right, whatever was done to it, and used by what touches nobody."""
+    body, found, _ = data.rpartition(margo_agent.SUM)
+    if found:
+        data = body + found + margo_agent.sha256_digest(body + b"}").encode() + b'"}'
+    state = margo_agent.parse_state(data, "x")
+    copy = json.loads(margo_agent.make_json(state))
+    config = margo_agent.Settings(poll=margo_agent.Settings(interval=60, jitter=0.1))
+    clock = margo_agent.Clock(1e9, "boot", 5.0)
+    margo_agent.list_waits(copy, clock, *copy["deployments"].values())
+    margo_agent.make_delay(config, copy, None, clock, 0.5)
+    margo_agent.note_outcome(copy, margo_agent.Refused("x"))
+    margo_agent.shorten_errors(copy)
+    list(map(margo_agent.find_held_ports, copy["deployments"].values()))
+    list(map(margo_agent.make_deployment_report, copy["deployments"].values()))
+    margo_agent.find_needed(copy)
+    return state
 
 
 def judge_state(data, own):
@@ -980,7 +1008,7 @@ add("problem", lambda: PROBLEMS, needed(margo_agent.parse_problem), judge_proble
 add("package", make_archives, read_archive, judge_archive, mutate=mutate_archive,
     tokens=[b"../", b"/", b"\0", b"0000777\0", b"0004755\0", b"\x80" + b"\0" * 11, b"\xff" * 12, b"1", b"2", b"3", b"x", b"L", b"ustar\x0000", b"9 path=x\n"])
 add("gzip", make_gzips, read_gzip, judge_gzip, IDENTITY)
-add("state", make_states, lambda data: margo_agent.parse_state(data, "x"), judge_state, IDENTITY, [b'"schema"', b'"outbox"', b'"deployments"', b',"sum":"'],
+add("state", make_states, read_state, judge_state, IDENTITY, [b'"schema"', b'"outbox"', b'"deployments"', b',"sum":"'],
     mutate_json)
 add("git-listing", lambda: [GIT_LISTING], read_listing, judge_listing, tokens=[b"\0", b"\t", b"100644 ", b"040000 tree ", b" - "])
 add("env-file", lambda: [b"A=1\nB=\"x\\n${A:-y}\"\nexport C='d'\nD: $A # c\n"],

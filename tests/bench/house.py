@@ -4,7 +4,9 @@
 
 Prints one table, a column for each checkout.  Sizes: tokens (see tests/gauge.py), kB, kB compressed by gzip -9; of the whole file,
 without its optional rooms (mtls and Compose), and bare; a file that knows no optional rooms stays whole there.  A poll: medians of ROUNDS
-(default 15), all commands in turn, CPU and peak memory beside those of a bare script that makes the same request; how many functions of
+(default 15), all commands in turn, CPU and peak memory beside those of a bare script that makes the same request.  Like is compared with
+like: all are run by the interpreter that this environment was made from, because a virtual environment's own `site` may take 20 ms, and what
+runs with `site` has the bare script with `site` beside it; in brackets the same beside the bare script by `-I -S`.  Then how many functions of
 the file `Agent.cycle` passes and how often it goes from one section to another, without the insides of YAML and of the log; memory
 (PSS) of the daemon's parent between polls.  It takes three minutes on a quiet machine; figures of a busy one are worth nothing.
 """
@@ -17,7 +19,7 @@ import subprocess
 import sys
 
 from tests import gauge, support
-from tests.bench.poll import BARE, Cleanups, measure, measure_daemon
+from tests.bench.poll import BARE, PYTHON, Cleanups, make_cached, measure, measure_daemon
 
 STRIP = os.path.join(support.EXAMPLES, "firmware", "strip.py")
 TRACE = """
@@ -95,13 +97,15 @@ class House:
 
     def make_module(self, form):
         """The command line of one cycle by -m."""
-        return ["env", "-C", os.path.dirname(self.forms[form]), sys.executable, "-m", "margo_agent"] + self.words
+        return ["env", "-C", os.path.dirname(self.forms[form]), PYTHON, "-m", "margo_agent"] + self.words
 
     def make_commands(self):
-        """{name: command line} of what is measured."""
+        """{name: command line} of what is measured; those by -I -S are named so."""
         scripts = {"as a script": "whole", "stripped, as a script": "mtls alone", "stripped and bare, as a script": "mtls alone, bare"}
-        commands = {"by -m": self.make_module("whole"), "stripped, by -m": self.make_module("mtls alone")}
-        commands.update((name, [sys.executable, self.forms[form]] + self.words) for name, form in scripts.items())
+        commands = {f"{name}by -I -S, bytecode at hand": make_cached(os.path.dirname(self.forms[form])) + self.words
+                    for name, form in (("", "whole"), ("stripped, ", "mtls alone"))}
+        commands.update({"by -m": self.make_module("whole"), "stripped, by -m": self.make_module("mtls alone")})
+        commands.update((name, [PYTHON, self.forms[form]] + self.words) for name, form in scripts.items())
         return commands
 
     def measure_sizes(self):
@@ -127,8 +131,9 @@ class House:
 
 
 def measure_polls(houses, bare, rounds):
-    """(CPU and peak memory of the bare script, {(house, command): the same}): medians of so many rounds."""
-    commands = {("", "bare"): (bare, houses["here"].device.env)}
+    """({whether with `site`: CPU and peak memory of the bare script}, {(house, command): the same}): medians of so many rounds."""
+    env = houses["here"].device.env
+    commands = {("", True): ([PYTHON] + bare, env), ("", False): ([PYTHON, "-I", "-S"] + bare, env)}
     for where, house in houses.items():
         commands.update(((where, name), (argv, house.device.env)) for name, argv in house.make_commands().items())
     figures = {key: [] for key in commands}
@@ -136,16 +141,18 @@ def measure_polls(houses, bare, rounds):
         for key, (argv, env) in commands.items():
             figures[key].append(measure(argv, env))
     medians = {key: tuple(map(statistics.median, zip(*values))) for key, values in figures.items()}
-    return medians.pop(("", "bare")), medians
+    return {site: medians.pop(("", site)) for site in (True, False)}, medians
 
 
 def make_table(house, wfm, polls, bare):
     """{figure: words} of one checkout."""
     rows = dict(house.measure_sizes())
     for name, (cpu, _) in polls.items():
-        rows[f"poll {name}"] = f"{cpu:6.1f} ms, {cpu / bare[0]:.2f} x bare"
+        rows[f"poll {name}"] = f"{cpu:6.1f} ms, {cpu / bare['-I -S' not in name][0]:.2f} x bare"
+        if "-I -S" not in name:
+            rows[f"poll {name}"] += f" ({cpu / bare[False][0]:.2f})"
     peak = polls["by -m"][1]
-    rows["its peak memory by -m"] = f"{peak:6.1f} MiB, {peak / bare[1]:.2f} x bare"
+    rows["its peak memory by -m"] = f"{peak:6.1f} MiB, {peak / bare[True][1]:.2f} x bare"
     functions, hops = house.trace()
     rows["it passes"] = f"{functions:6} functions, {hops} changes of section"
     rows["the daemon's parent"] = f"{house.measure_daemon(wfm):6.2f} MiB PSS"
@@ -165,12 +172,13 @@ def main():
         wfm.add_package(support.make_compose())
         wfm.publish(support.make_deployment(registry=wfm.registry))
         houses = {name: House(test, root, pki, wfm) for name, root in roots.items()}
-        script = [sys.executable, "-I", "-S", "-c", BARE] + [pki.path(name) for name in ("client.pem", "client.key", "ca.pem")]
+        script = ["-c", BARE] + [pki.path(name) for name in ("client.pem", "client.key", "ca.pem")]
         etag = houses["here"].device.state()["accepted"]["etag"]
         bare, polls = measure_polls(houses, script + [wfm.url, etag], rounds)
         tables = {where: make_table(house, wfm, {name: value for (owner, name), value in polls.items() if owner == where}, bare)
                   for where, house in houses.items()}
-        print(f"{sys.version.split()[0]}, {os.uname().machine}, medians of {rounds} rounds; the bare script takes {bare[0]:.1f} ms and {bare[1]:.1f} MiB")
+        print(f"{sys.version.split()[0]}, {os.uname().machine}, medians of {rounds} rounds; the bare script takes {bare[False][0]:.1f} ms"
+              f" and {bare[False][1]:.1f} MiB by -I -S, {bare[True][0]:.1f} ms and {bare[True][1]:.1f} MiB with site")
         columns = sorted(tables, reverse=True)
         print(f"{'':36}" + "".join(f"{where:44}" for where in columns).rstrip())
         for name in tables["here"]:
