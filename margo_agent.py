@@ -5249,7 +5249,7 @@ ADVICE = {"build": "nothing is built on a device; name what was built by `image`
           "oom_kill_disable": "set `mem_limit`", "storage_opt": "set it for the engine"}
 
 
-def read_value(value, form, where="", variables=None):
+def read_value(value, form, where, variables):
     """A value by its form: Settings with None for keys that are not there, {name: …}, and what readers give.
 
     Texts are interpolated; keys never are, and x-… keys of the format are dropped unread.  Raises
@@ -5293,7 +5293,7 @@ def read_value(value, form, where="", variables=None):
     result = read(value, form, where)
     check_keys(unknown)
     for error in faults[:1]:
-        names = ", ".join(sorted(variables.unset)[:5]) if variables else ""
+        names = ", ".join(sorted(variables.unset)[:5])
         words = names and f" (used in the file, and no parameter gives it: {names})"
         raise ComponentError(error.code, error.message + words)
     return result
@@ -5330,7 +5330,8 @@ MODES = "host none bridge private default nat slirp4netns pasta container pod ns
 def make_networks(document, workload):
     """Top-level `networks` as make_volumes has it; `default` is always there."""
     networks = {}
-    for name, value in dict({"default": read_value(None, NETWORK_FORM)}, **document.networks).items():
+    default = read_value(None, NETWORK_FORM, "", Variables())
+    for name, value in dict({"default": default}, **document.networks).items():
         arguments = make_options(value, ("internal", "enable_ipv6"))
         for item in value.ipam.config:
             arguments += make_options(item, ("subnet", "gateway", "ip_range"))
@@ -5494,10 +5495,8 @@ def make_health(check, engine):
     if check.disable or kind == "NONE":
         return ["--no-healthcheck"]
     test = words[0] if words else None
-    if kind == "CMD" and engine == "podman" and len(words) > 1:
-        test = make_json(words).decode()
-    elif kind == "CMD" and engine == "podman" and not re.search(r"\s", test):
-        test = f"CMD {test}"                        # a list of one would be for a shell
+    if kind == "CMD" and engine == "podman" and (words[1:] or not re.search(r"\s", test)):
+        test = make_json(words).decode() if words[1:] else f"CMD {test}"    # a list of one is for a shell
     elif kind == "CMD":
         test = " ".join(map(shlex.quote, words))
     elif engine == "podman" and re.match(r"(?i)\[|cmd|none", test or ""):
@@ -5569,7 +5568,7 @@ def make_attachments(name, service, reading, where):
         if service.networks:
             raise make_fault(f"{where}.network_mode: cannot stand beside networks")
         return [Attachment(make_namespace(service.network_mode, reading.workload), None)]
-    wanted = service.networks or read_value(["default"], SERVICE_FORM["networks"])
+    wanted = service.networks or read_value(["default"], SERVICE_FORM["networks"], "", reading.variables)
     joined = []
     for network, value in sorted(wanted.items(), key=lambda pair: -(pair[1].priority or 0)):
         own = find_member(reading.networks, network, f"{where}.networks", "networks")[0]
@@ -8865,7 +8864,7 @@ class YAMLReader:
             self.position = directive.end()
             self.end_line()
         value = None
-        if self.at_marker("---"):
+        if self.column < 0 and self.text.startswith("---", self.position):
             self.position += 3
             value = self.read_block(-1, compact=False)
         elif directive:
@@ -8874,17 +8873,13 @@ class YAMLReader:
             self.fail("a directive other than %YAML 1.2 is not supported")
         elif self.column >= 0:
             value = self.read_block(-1)
-        if self.at_marker("..."):
+        if self.column < 0 and self.text.startswith("...", self.position):
             self.position += 3
             self.end_line()
         if self.position < len(self.text):
             self.fail("a second document" if self.column < 0
                       else "more than one value, or wrong indentation")
         return value
-
-    def at_marker(self, marker):
-        """Whether --- or ... is what the next line holds."""
-        return self.column < 0 and self.text.startswith(marker, self.position)
 
     def skip(self, flow=False):
         """Goes over white space, line ends and comments; whether a line has ended.
@@ -11955,6 +11950,7 @@ EXAMINE.update(hooks=examine_hooks)
 IMAGE_TYPES = ", ".join((OCI_INDEX, OCI_MANIFEST, "application/vnd.docker.distribution.manifest.list.v2+json",
                          "application/vnd.docker.distribution.manifest.v2+json"))
 SIGNATURE = "dev.cosignproject.cosign/signature"
+SIGNATURES = {"layers": [{"digest": DIGEST_PATTERN, "annotations": {SIGNATURE: ".*"}}]}
 MAX_SIGNATURES = 20                 # of one image that are looked at
 
 
@@ -11987,10 +11983,11 @@ def ask_signature(registry, path, tag, digest, config):
         digest = sha256_digest(registry.get(path, f"manifests/{tag}", IMAGE_TYPES, limit).body)
     try:
         answer = registry.get(path, f"manifests/{digest.replace(':', '-')}.sig", IMAGE_TYPES, limit)
-        for signature, layer in parse_signatures(answer.body)[:MAX_SIGNATURES]:
-            payload = registry.get(path, f"blobs/{layer}", "*/*", MAX_ANSWER).body
+        for layer in parse_shaped(answer.body, SIGNATURES).get("layers", ())[:MAX_SIGNATURES]:
+            payload = registry.get(path, f"blobs/{layer['digest']}", "*/*", MAX_ANSWER).body
+            signature = layer["annotations"][SIGNATURE]
             if (run_verification(config.policy.images.cosign_key, payload, signature)
-                    and parse_payload(payload) == digest):
+                    and parse_shaped(payload, make_payload_shape(digest))):
                 return digest
     except ComponentError as error:
         if error.status != 404:
@@ -11998,25 +11995,20 @@ def ask_signature(registry, path, tag, digest, config):
     raise ComponentError("POLICY_DENIED", f"{digest} is not signed by policy.images.cosign_key")
 
 
-def parse_signatures(data):
-    """A signature object to [(signature in base64, digest of its payload)]; [] for one of another form."""
-    try:
-        value = parse_json(data, "the signature object")
-        check_shape(value, {"layers": [{"digest": DIGEST_PATTERN, "annotations": {SIGNATURE: ".*"}}]}, "")
-    except ValueError:
-        return []
-    return [(layer["annotations"][SIGNATURE], layer["digest"]) for layer in value["layers"]]
+def make_payload_shape(digest):
+    """The shape of a signed payload that is about the image of a digest."""
+    return {"critical": {"type": "cosign container image signature",
+                         "image": {"docker-manifest-digest": digest}}}
 
 
-def parse_payload(data):
-    """The digest of the image that a signed payload is about; "" for one of another form."""
+def parse_shaped(data, shape):
+    """What a JSON document of a shape says, see check_shape; {} for one of another shape."""
     try:
-        value = parse_json(data, "the payload")
-        check_shape(value, {"critical": {"type": "cosign container image signature",
-                                         "image": {"docker-manifest-digest": DIGEST_PATTERN}}}, "")
+        value = parse_json(data, "")
+        check_shape(value, shape, "")
     except ValueError:
-        return ""
-    return value["critical"]["image"]["docker-manifest-digest"]
+        return {}
+    return value
 
 
 def run_verification(key, payload, signature):
