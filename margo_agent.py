@@ -4791,9 +4791,7 @@ def interpolate(text, variables, where, depth=0):
         result.append(text[position:match.start()])
         position = match.end()
         name = name or short
-        value = "$" if short == "$" else variables.get(name, "")
-        if operator in (None, "}") and name not in variables and name != "$":
-            variables.unset |= {name}
+        value = "$" if name == "$" else variables.get(name, "")
         if operator not in (None, "}"):
             end = find_brace(text, position, variables, where)
             given = name in variables and bool(value or ":" not in operator)
@@ -4802,6 +4800,8 @@ def interpolate(text, variables, where, depth=0):
                 if operator.endswith("?"):
                     raise make_fault(f"{where}: {name} is needed: {value}", "PARAMETER_INVALID")
             position = end + 1
+        elif name not in variables and name != "$":
+            variables.unset |= {name}
         result.append(value)
         variables.spend(len(value), where)
         match = pattern.search(text, position)
@@ -4873,8 +4873,8 @@ def parse_env_file(text, variables, where, earlier=None):
         if single is not None:
             result[name] = single.replace("\\'", "'")
         elif double is not None or plain is not None:
-            if plain is None:
-                raw = unescape_double(double)
+            if plain is None:       # of these ESCAPES lacks only the dollar, which interpolation takes by two
+                raw = re.sub(r'\\([abfnrtv"\\$])', lambda found: ESCAPES.get(found.group(1), "$$"), double)
             else:                                   # what begins with # is no comment
                 raw = plain.lstrip(BLANKS).partition(" #")[0].rstrip(BLANKS_BEHIND)
             result[name] = interpolate(raw, variables, f"{where}, {name}")
@@ -4882,12 +4882,6 @@ def parse_env_file(text, variables, where, earlier=None):
             result[name] = variables[name]
     variables.maps.pop()
     return result
-
-
-def unescape_double(text):
-    """What stands in double quotes of an env file, ready to be interpolated."""
-    # of these ESCAPES lacks only the dollar, which interpolation takes by two
-    return re.sub(r'\\([abfnrtv"\\$])', lambda match: ESCAPES.get(match.group(1), "$$"), text)
 
 
 # Readers: each takes a value and its place, and returns what is meant or raises ComponentError of the place.
@@ -4962,6 +4956,21 @@ def to_labels(value, where):
         raise make_fault(f"{where}: org.margo.… and com.docker.compose.… are the agent's own")
     return {name: text for name, text in labels.items()         # by these podman updates it behind our back
             if not name.startswith(("io.containers.autoupdate", "PODMAN_SYSTEMD_UNIT"))}
+
+
+def to_links(value, where):
+    """`links`, each SERVICE[:ALIAS], as [(service, alias or "")]."""
+    links = [text.partition(":")[::2] for text in to_list(value, where)]
+    return [(owner, alias and to_name(alias, where)) for owner, alias in links]
+
+
+def to_driver_options(value, where):
+    """`driver_opts` of a volume: those of a tmpfs, for others name files of the host."""
+    options = to_values(value, where)
+    text = "\0".join(f"{key}={item}" for key, item in sorted(options.items()))
+    if not re.fullmatch(f"|(device=tmpfs\0)?(o=(({TMPFS_OPTION}),?)*\0)?type=tmpfs", text):
+        deny(where, "only those of a tmpfs are supported; a folder of the host is named where it is mounted")
+    return options
 
 
 def to_words(value, where):
@@ -5124,12 +5133,8 @@ def to_port(item, where):
 def to_tmpfs(value, where):
     """`tmpfs`, each PATH[:OPTIONS], as [Mount]."""
     parts = [text.partition(":") for text in to_list(value, where)]
-    return [Mount("tmpfs", "", target, make_words(options)) for target, _, options in parts]
-
-
-def make_words(text):
-    """The words of a text with commas between them."""
-    return [word for word in text.split(",") if word]
+    return [Mount("tmpfs", "", target, list(filter(None, options.split(","))))
+            for target, _, options in parts]
 
 
 def to_mount(item, where):
@@ -5147,7 +5152,7 @@ def to_mount(item, where):
     if not colon:
         return Mount("volume", "", source, [])
     # compose drops these two, and an engine does not know the other
-    words = [word for word in make_words(options) if not re.fullmatch("[ug]id=[0-9]+|consistent", word)]
+    words = [word for word in options.split(",") if not re.fullmatch("|[ug]id=[0-9]+|consistent", word)]
     return Mount("bind" if source[0] in "/.~" else "volume", source, target, words)
 
 
@@ -5187,8 +5192,7 @@ RENAMED = {"working_dir": "workdir", "mem_limit": "memory", "memswap_limit": "me
            "device_cgroup_rules": "device-cgroup-rule", "dns_opt": "dns-option",
            "userns_mode": "userns", "stop_grace_period": "stop-timeout", "extra_hosts": "add-host",
            "labels": "label", "sysctls": "sysctl", "ulimits": "ulimit", "enable_ipv6": "ipv6",
-           "ipv4_address": "ip", "ipv6_address": "ip6", "test": "health-cmd", "interval": "health-interval",
-           "timeout": "health-timeout", "retries": "health-retries", "start_period": "health-start-period"}
+           "ipv4_address": "ip", "ipv6_address": "ip6"}
 
 CONTENT_FORM = {None: (make_form(to_text, "file content environment name"), to_source)}
 FILES_FORM = [(make_form(to_text, "source target", mode=to_mode, uid=to_count, gid=to_count), "source")]
@@ -5209,7 +5213,7 @@ MOUNT_FORM = make_form(
            "mode": lambda value, where: f"mode={to_mode(value, where):o}"})
 SERVICE_FORM = dict(
     SERVICE_OPTIONS, image=to_image, command=to_words, entrypoint=to_words, environment=to_pairs,
-    profiles=to_list, expose=to_list, links=to_list, container_name=to_name, attach=to_flag, scale=to_one,
+    profiles=to_list, expose=to_list, links=to_links, container_name=to_name, attach=to_flag, scale=to_one,
     configs=FILES_FORM, secrets=FILES_FORM, deploy=DEPLOY_FORM, tmpfs=to_tmpfs,
     volumes=[(MOUNT_FORM, to_mount)],
     env_file=[({"path": to_text, "required": to_flag}, "path")],
@@ -5228,7 +5232,8 @@ NETWORK_FORM = make_form(
     driver=to_form("bridge|default", "supported; only bridge is"),
     ipam={"driver": to_form("default", "supported; only default is"),
           "config": [make_form(to_text, "subnet gateway ip_range")]})
-VOLUME_FORM = {"name": to_text, "external": to_external, "labels": to_labels, "driver_opts": to_values,
+VOLUME_FORM = {"name": to_text, "external": to_external, "labels": to_labels,
+               "driver_opts": to_driver_options,
                "driver": to_form("|local", "supported; only local is")}
 FILE_FORM = {"name": to_text, "version": to_text, "services": {None: SERVICE_FORM},
              "networks": {None: NETWORK_FORM}, "volumes": {None: VOLUME_FORM}, "configs": CONTENT_FORM,
@@ -5252,7 +5257,7 @@ ADVICE = {"build": "nothing is built on a device; name what was built by `image`
           "oom_kill_disable": "set `mem_limit`", "storage_opt": "set it for the engine"}
 
 
-def read_value(value, form, where="", variables=None):
+def read_value(value, form, where, variables):
     """A value by its form: Settings with None for keys that are not there, {name: …}, and what readers give.
 
     Texts are interpolated; keys never are, and x-… keys of the format are dropped unread.  Raises
@@ -5296,7 +5301,7 @@ def read_value(value, form, where="", variables=None):
     result = read(value, form, where)
     check_keys(unknown)
     for error in faults[:1]:
-        names = ", ".join(sorted(variables.unset)[:5]) if variables else ""
+        names = ", ".join(sorted(variables.unset)[:5])
         words = names and f" (used in the file, and no parameter gives it: {names})"
         raise ComponentError(error.code, error.message + words)
     return result
@@ -5321,16 +5326,9 @@ def check_keys(unknown):
 
 def make_volumes(document, workload):
     """Top-level `volumes` as {name: (engine's name, create arguments or None for an external one)}."""
-    volumes = {}
-    for name, value in document.volumes.items():
-        where = f"volumes.{name}"
-        options = value.driver_opts or {}
-        text = "\0".join(f"{key}={item}" for key, item in sorted(options.items()))
-        if options and not re.fullmatch(f"(device=tmpfs\0)?(o=(({TMPFS_OPTION}),?)*\0)?type=tmpfs", text):
-            deny(f"{where}.driver_opts",
-                 "only those of a tmpfs are supported; a folder of the host is named where it is mounted")
-        volumes[name] = make_shared(name, value, workload, where, make_arguments("--opt", options))
-    return volumes
+    return {name: make_shared(name, value, workload, f"volumes.{name}",
+                              make_arguments("--opt", value.driver_opts))
+            for name, value in document.volumes.items()}
 
 
 # Words that an engine takes for a mode where the name of a network is expected.
@@ -5340,7 +5338,8 @@ MODES = "host none bridge private default nat slirp4netns pasta container pod ns
 def make_networks(document, workload):
     """Top-level `networks` as make_volumes has it; `default` is always there."""
     networks = {}
-    for name, value in dict({"default": read_value(None, NETWORK_FORM)}, **document.networks).items():
+    default = read_value(None, NETWORK_FORM, "", Variables())
+    for name, value in dict({"default": default}, **document.networks).items():
         arguments = make_options(value, ("internal", "enable_ipv6"))
         for item in value.ipam.config:
             arguments += make_options(item, ("subnet", "gateway", "ip_range"))
@@ -5416,11 +5415,8 @@ def find_aliases(services, notes):
     taken = {name: name for name in services}
     aliases = {}
     for name, service in services.items():
-        names = [(name, service.container_name)]
-        for link in service.links or ():
-            owner, _, alias = link.partition(":")
-            names.append((owner, alias and to_name(alias, f"services.{name}.links")))
-        names = [(owner, alias) for owner, alias in names if alias and owner in services]
+        names = [(owner, alias) for owner, alias in [(name, service.container_name)] + (service.links or [])
+                 if alias and owner in services]
         for owner, alias in names:
             aliases.setdefault(owner, []).append(alias)
         more = [(name, alias) for item in service.networks.values() for alias in item.aliases or ()]
@@ -5433,9 +5429,9 @@ def find_aliases(services, notes):
 
 # Services
 
-def make_options(settings, keys):
+def make_options(settings, keys, prefix="--"):
     """The engine's arguments for what stands at some keys: its options are called like these, or RENAMED."""
-    options = [("--" + RENAMED.get(key, key).replace("_", "-"), settings[key]) for key in keys]
+    options = [(prefix + RENAMED.get(key, key).replace("_", "-"), settings[key]) for key in keys]
     return [argument for option, value in options for argument in make_arguments(option, value)]
 
 
@@ -5484,17 +5480,20 @@ def make_restart(policy):
     return word + attempts if any(item is not None for item in policy.values()) else None
 
 
-def make_ports(ports, engine):
-    """Each of these Ports once.  Of a range for one port podman takes none, so it is the range's first."""
-    return [port._replace(argument=re.sub("-[0-9]+:", ":", port.argument), numbers=port.choice[:1])
-            if engine == "podman" and port.choice else port for port in dict.fromkeys(ports)]
+def make_ports(ports, reading, where):
+    """Arguments for these Ports, each once, and [[address or "", port, protocol]] that they hold of the host.
 
-
-def find_ports(ports, variables, where):
-    """[[address or "", port, protocol]] of the host that a container with these Ports holds while it runs."""
-    for port in ports:
-        variables.spend(64 * len(port.numbers), where)      # what they take of the memory
-    return [[port.address, number, port.protocol] for port in ports for number in port.numbers]
+    Of a range for one port podman takes none, so it is the range's first.
+    """
+    arguments, held = [], []
+    for port in dict.fromkeys(ports):
+        numbers, argument = port.numbers, port.argument
+        if port.choice and reading.engine == "podman":
+            numbers, argument = port.choice[:1], re.sub("-[0-9]+:", ":", argument)
+        reading.variables.spend(64 * len(numbers), where)   # what they take of the memory
+        arguments.append(f"--publish={argument}")
+        held += [[port.address, number, port.protocol] for number in numbers]
+    return arguments, held
 
 
 def make_health(check, engine):
@@ -5504,16 +5503,14 @@ def make_health(check, engine):
     if check.disable or kind == "NONE":
         return ["--no-healthcheck"]
     test = words[0] if words else None
-    if kind == "CMD" and engine == "podman" and len(words) > 1:
-        test = make_json(words).decode()
-    elif kind == "CMD" and engine == "podman" and not re.search(r"\s", test):
-        test = f"CMD {test}"                        # a list of one would be for a shell
+    if kind == "CMD" and engine == "podman" and (words[1:] or not re.search(r"\s", test)):
+        test = make_json(words).decode() if words[1:] else f"CMD {test}"    # a list of one is for a shell
     elif kind == "CMD":
         test = " ".join(map(shlex.quote, words))
     elif engine == "podman" and re.match(r"(?i)\[|cmd|none", test or ""):
         test = f"CMD-SHELL {test}"                  # podman would take it for a list, or for one of its words
-    keys = ("test", "interval", "timeout", "retries", "start_period")
-    return make_options(dict(check, test=test), keys)
+    keys = ("cmd", "interval", "timeout", "retries", "start_period")
+    return make_options(dict(check, cmd=test), keys, "--health-")
 
 
 def find_member(members, name, where, section):
@@ -5579,7 +5576,7 @@ def make_attachments(name, service, reading, where):
         if service.networks:
             raise make_fault(f"{where}.network_mode: cannot stand beside networks")
         return [Attachment(make_namespace(service.network_mode, reading.workload), None)]
-    wanted = service.networks or read_value(["default"], SERVICE_FORM["networks"])
+    wanted = service.networks or read_value(["default"], SERVICE_FORM["networks"], "", reading.variables)
     joined = []
     for network, value in sorted(wanted.items(), key=lambda pair: -(pair[1].priority or 0)):
         own = find_member(reading.networks, network, f"{where}.networks", "networks")[0]
@@ -5705,7 +5702,7 @@ def make_dependencies(service):
     """
     result = {other: (item.condition or "service_started", item.required is not False)
               for other, item in service.depends_on.items()}
-    for other in find_shared(service) + [link.partition(":")[0] for link in service.links or ()]:
+    for other in find_shared(service) + [owner for owner, _ in service.links or ()]:
         result.setdefault(other, ("service_started", True))
     return result
 
@@ -5895,10 +5892,8 @@ def make_service(name, service, reading):
     mounts = make_mounts(service, reading, where)
     check_policy(where, service, reading.policy)
     check_logging(f"{where}.logging", service.logging, reading.engine)
-    ports = make_ports(service.ports, reading.engine)
-    held = find_ports(ports, reading.variables, f"{where}.ports")
-    arguments = make_service_options(service, reading.workload)
-    arguments += make_arguments("--publish", [port.argument for port in ports])
+    ports, held = make_ports(service.ports, reading, f"{where}.ports")
+    arguments = make_service_options(service, reading.workload) + ports
     command = service.command or []
     if service.entrypoint is not None:
         arguments.append(f"--entrypoint={''.join(service.entrypoint[:1])}")
@@ -8889,7 +8884,7 @@ class YAMLReader:
             self.position = directive.end()
             self.end_line()
         value = None
-        if self.at_marker("---"):
+        if self.column < 0 and self.text.startswith("---", self.position):
             self.position += 3
             value = self.read_block(-1, compact=False)
         elif directive:
@@ -8898,17 +8893,13 @@ class YAMLReader:
             self.fail("a directive other than %YAML 1.2 is not supported")
         elif self.column >= 0:
             value = self.read_block(-1)
-        if self.at_marker("..."):
+        if self.column < 0 and self.text.startswith("...", self.position):
             self.position += 3
             self.end_line()
         if self.position < len(self.text):
             self.fail("a second document" if self.column < 0
                       else "more than one value, or wrong indentation")
         return value
-
-    def at_marker(self, marker):
-        """Whether --- or ... is what the next line holds."""
-        return self.column < 0 and self.text.startswith(marker, self.position)
 
     def skip(self, flow=False):
         """Goes over white space, line ends and comments; whether a line has ended.
@@ -9441,20 +9432,18 @@ def check_gzip(data, max_unpacked):
     """Raises ValueError unless bytes are one whole gzip stream that unpacks to at most so many bytes."""
     import zlib
     stream = zlib.decompressobj(31)
-    size, place = 0, 0
+    size, rest = 0, b""
     try:
-        while not stream.eof:
-            piece = stream.unconsumed_tail or data[place:place + 16 * KIB]
-            place += 0 if stream.unconsumed_tail else len(piece)
-            plain = stream.decompress(piece, MIB)
-            size += len(plain)
-            if not piece and not plain:
-                break
-            if size > max_unpacked:
-                raise ValueError(f"it unpacks to more than {max_unpacked} bytes (policy.max_unpacked)")
+        for start in range(0, len(data), 16 * KIB):     # what is not yet unpacked of a piece is copied each time
+            rest = data[start:start + 16 * KIB]
+            while rest and not stream.eof:
+                size += len(stream.decompress(rest, MIB))
+                rest = stream.unconsumed_tail
+                if size > max_unpacked:
+                    raise ValueError(f"it unpacks to more than {max_unpacked} bytes (policy.max_unpacked)")
     except zlib.error as error:
         raise ValueError(f"not a readable tar+gzip ({error})") from None
-    if not stream.eof or stream.unused_data or place < len(data):
+    if not stream.eof or stream.unused_data or rest:
         raise ValueError("it is cut short, or something follows it")
 
 
@@ -11961,6 +11950,7 @@ EXAMINE.update(hooks=examine_hooks)
 IMAGE_TYPES = ", ".join((OCI_INDEX, OCI_MANIFEST, "application/vnd.docker.distribution.manifest.list.v2+json",
                          "application/vnd.docker.distribution.manifest.v2+json"))
 SIGNATURE = "dev.cosignproject.cosign/signature"
+SIGNATURES = {"layers": [{"digest": DIGEST_PATTERN, "annotations": {SIGNATURE: ".*"}}]}
 MAX_SIGNATURES = 20                 # of one image that are looked at
 
 
@@ -11993,10 +11983,11 @@ def ask_signature(registry, path, tag, digest, config):
         digest = sha256_digest(registry.get(path, f"manifests/{tag}", IMAGE_TYPES, limit).body)
     try:
         answer = registry.get(path, f"manifests/{digest.replace(':', '-')}.sig", IMAGE_TYPES, limit)
-        for signature, layer in parse_signatures(answer.body)[:MAX_SIGNATURES]:
-            payload = registry.get(path, f"blobs/{layer}", "*/*", MAX_ANSWER).body
+        for layer in parse_shaped(answer.body, SIGNATURES).get("layers", ())[:MAX_SIGNATURES]:
+            payload = registry.get(path, f"blobs/{layer['digest']}", "*/*", MAX_ANSWER).body
+            signature = layer["annotations"][SIGNATURE]
             if (run_verification(config.policy.images.cosign_key, payload, signature)
-                    and parse_payload(payload) == digest):
+                    and parse_shaped(payload, make_payload_shape(digest))):
                 return digest
     except ComponentError as error:
         if error.status != 404:
@@ -12004,25 +11995,20 @@ def ask_signature(registry, path, tag, digest, config):
     raise ComponentError("POLICY_DENIED", f"{digest} is not signed by policy.images.cosign_key")
 
 
-def parse_signatures(data):
-    """A signature object to [(signature in base64, digest of its payload)]; [] for one of another form."""
-    try:
-        value = parse_json(data, "the signature object")
-        check_shape(value, {"layers": [{"digest": DIGEST_PATTERN, "annotations": {SIGNATURE: ".*"}}]}, "")
-    except ValueError:
-        return []
-    return [(layer["annotations"][SIGNATURE], layer["digest"]) for layer in value["layers"]]
+def make_payload_shape(digest):
+    """The shape of a signed payload that is about the image of a digest."""
+    return {"critical": {"type": "cosign container image signature",
+                         "image": {"docker-manifest-digest": digest}}}
 
 
-def parse_payload(data):
-    """The digest of the image that a signed payload is about; "" for one of another form."""
+def parse_shaped(data, shape):
+    """What a JSON document of a shape says, see check_shape; {} for one of another shape."""
     try:
-        value = parse_json(data, "the payload")
-        check_shape(value, {"critical": {"type": "cosign container image signature",
-                                         "image": {"docker-manifest-digest": DIGEST_PATTERN}}}, "")
+        value = parse_json(data, "")
+        check_shape(value, shape, "")
     except ValueError:
-        return ""
-    return value["critical"]["image"]["docker-manifest-digest"]
+        return {}
+    return value
 
 
 def run_verification(key, payload, signature):
