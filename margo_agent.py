@@ -1395,8 +1395,8 @@ def acknowledge_status(state, key, refused="", at=""):
 # 7. Devices
 # ----------------------------------------------------------------------------------------------------------
 
-def find_own_place(deployment, held, own_id, children, find_reason, loads):
-    """The id of the one device there is.
+def find_own_place(deployment, held, own_id, children, reasons, others):
+    """The id of the one device there is; arguments as find_place takes them.
 
     Raises ComponentError WRONG_DEVICE for what is meant for another one (protocol 9).
     """
@@ -1450,11 +1450,10 @@ def place_targets(targets, records, devices, seen, offers):
         home = homes.pop(target.key, None)
         error = target.error
         if target.deployment and not error:
-            loads = {child: [*homes.values()].count(child) for child in children}
             answers = {child: target.deployment.type not in seen[child].silent for child in children}
             reasons = {name: find_reason(target.deployment, device, offers) for name, device in known.items()}
             try:
-                home = PLACES[-1](target.deployment, home, own_id, answers, reasons.get, loads)
+                home = PLACES[-1](target.deployment, home, own_id, answers, reasons, [*homes.values()])
                 error = reasons[home]
             except ComponentError as fault:
                 error = fault
@@ -11832,39 +11831,38 @@ def load_child_devices(config, own_id):
     return devices
 
 
-def find_place(deployment, held, own_id, children, find_reason, loads):
+def find_place(deployment, held, own_id, children, reasons, others):
     """The id of the device that a deployment is for.
 
     Raises ComponentError WRONG_DEVICE, 101, 102 or 103 (protocol 9).
 
-    held: the device it is at now, or None.  children: {device id: whether it answers}.  find_reason: device
-    id to why it cannot run there, or "".  loads: {device id: deployments that are there}.  A free choice
+    held: the device it is at now, or None.  children: {device id: whether it answers}.  reasons: {device id:
+    why it cannot run there, or None}.  others: the devices where all other deployments are.  A free choice
     falls on the least loaded child that answers, and stays; a document that names no device is for this one.
     """
     wanted = deployment.device_id or own_id
     if wanted == own_id or wanted in children:
         return wanted
     if not wanted.startswith(own_id + "/") or not (children or wanted == f"{own_id}/*"):
-        return find_own_place(deployment, held, own_id, children, find_reason, loads)
+        return find_own_place(deployment, held, own_id, children, reasons, others)
     if wanted != f"{own_id}/*":
         parent = wanted[:-2] if wanted.endswith("/*") else None
         if parent in children:
             raise ComponentError("103", f"child device {parent} is no gateway to others", source=own_id)
         words = f"child device {parent or wanted} is not known; known are {', '.join(children)}"
         raise ComponentError("101", words, source=own_id)
-    reasons = {child: find_reason(child) for child in children}
     fit = [child for child in children if not reasons[child]]
     if held in fit:
         return held
     if not fit:
-        words = "; ".join(f"{child}: {reason}" for child, reason in reasons.items())
+        words = "; ".join(f"{child}: {reasons[child]}" for child in children)
         words = f"no child device can take it: {words or 'this device is no gateway'}"
         raise ComponentError("103", words, source=own_id)
     there = [child for child in fit if children[child]]
     if not there:
         words = f"none of the child devices that could take it answers: {', '.join(fit)}"
         raise ComponentError("102", words, source=own_id)
-    return min(there, key=lambda child: loads.get(child, 0))
+    return min(there, key=others.count)
 
 
 def examine_children(agent):
