@@ -784,7 +784,8 @@ def make_plan(targets, records, devices, seen, clock, settle=0, mark="", quiet=F
         named = record["deploymentId"] if record else there[home, key][-1].deployment_id
         reason = f"belongs on {target.device_id}" if target else "not in the desired state"
         action = Action(named, "clear" if target or record and not here else "remove", reason, None, home)
-        if here and "leaving" in here["retry"] and find_wait(here["retry"], clock):
+        failed = here and here["state"] == "failed" and "leaving" in here["retry"]
+        if failed and find_wait(here["retry"], clock):
             words = f"cannot be removed ({here['error']['code']}); {make_due(here, clock)}"
             action = action._replace(verb="keep", reason=words)
         if not target or key in settled:
