@@ -336,7 +336,6 @@ class Agent:
         self.source = None                          # connected when the WFM is first needed
         self.seen = {}                              # {device id: Seen} of the last look
         self.asked = False                          # whether a person asks for an SVID, by `enroll`
-        self.polled = False                         # whether the source has told the desired state
         self.starting = 0                           # seconds until the first contact since the device started
 
     def hold(self, state):
@@ -369,7 +368,7 @@ class Agent:
             raise
         self.began = time.time()
         self.faults = []                            # what went wrong in this cycle
-        self.polled = False
+        self.polled = False                         # whether the source has told the desired state
         self.silent = False                         # whether the WFM is not spoken to any more in this cycle
         self.changed = False                        # whether this cycle had something to do
         return self
