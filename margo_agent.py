@@ -3321,7 +3321,7 @@ LACKS = (("podman", "4.7", "`host-gateway` is the gateway of the first network")
          ("podman", "4.8", "a volume's `driver_opts` have no `size`; `tmpfs` of a service has"),
          ("docker", "20.10", "`host-gateway` fails"))
 # With these an engine looks a program up, and the kernel does not start it: its environment is too long.
-UNSTARTABLE = ["--ulimit=stack=262144", *(f"--env=MARGO_TRIAL_{name}=" + "x" * 100000 for name in "AB")]
+UNSTARTABLE = ["--ulimit=stack=262144", *(f"--env=MARGO_TRIAL_{name}=" + "x" * 66000 for name in "AB")]
 # An engine's words for what does not run.
 AT_REST = ("exited", "created", "initialized", "stopped", "configured")
 
@@ -3479,7 +3479,8 @@ def make_trial(service, engine):
         options = [option for option in mount.options if option not in ("z", "Z")]
         arguments.append(make_mount_argument(mount._replace(options=options)))
     arguments += UNSTARTABLE if engine != "podman" else []
-    return service._replace(arguments=arguments, shares=(), hash="", networks=[Attachment("none", None, None)])
+    return service._replace(arguments=arguments, shares=(), hash="",
+                            networks=[Attachment("none", None, None)])
 
 
 def check_addresses(services, project, engine, there=None):
@@ -3498,21 +3499,24 @@ def check_addresses(services, project, engine, there=None):
             for option in (options or ()) if there is not None or not chosen else ():
                 kind, _, address = option.partition("=")
                 if kind in ("--ip", "--ip6") and not may_have_address(text, address):
-                    raise make_fault(f"services.{service.name}.networks: {make_printable(address, 60)!r} lies in"
-                                     f" no `subnet` of network {network}, or is the host's own there")
+                    where = f"services.{service.name}.networks"
+                    raise make_fault(f"{where}: {make_printable(address, 60)!r} lies in no `subnet` of"
+                                     f" network {network}, or is the host's own there")
 
 
-def check_external(kind, wanted, there, services):
+def check_external(project, networks, volumes, services):
     """Raises ComponentError where services use an external network or volume that is not there.
 
-    To the engine its name could be the beginning of another one's id.
+    networks, volumes: what is there, by its name.  To the engine a name could be the beginning of another
+    one's id.
     """
     used = {item.network for service in services for item in service.networks}
     used.update(mount.source for service in services for mount in service.mounts)
-    missing = [name for name in wanted if wanted[name] is None and name in used and name not in there]
-    if missing:
-        raise ComponentError("INSTALL_FAILED", f"there is no {kind} {min(missing)} on this device;"
-                             " `external: true` takes one that is there")
+    for kind, wanted, there in (("network", project.networks, networks), ("volume", project.volumes, volumes)):
+        for name in sorted(used.intersection(wanted).difference(there)):
+            if wanted[name] is None:
+                raise ComponentError("INSTALL_FAILED", f"there is no {kind} {name} on this device;"
+                                     " `external: true` takes one that is there")
 
 
 def find_rivals(services):
@@ -3534,13 +3538,16 @@ def find_rivals(services):
 def check_rivals(services):
     """Raises ComponentError for a port of the host, or an address, that two services would have at a time.
 
-    Who waits for another one's end can have what that had.
+    Who starts once another one has ended can have what that had.
     """
-    awaited = [pair for service in services for pair in service.depends_on.items()]
-    ended = {name for name, (condition, _) in awaited if condition == "service_completed_successfully"}
-    for names, thing in find_rivals(services).items():
-        if ended.isdisjoint(names):
-            raise make_fault(f"services.{names[0]}: it cannot have {thing} beside service {names[1]}")
+    rivals = find_rivals(services)
+    ended = set()
+    for service in services:                        # they are started in this order
+        ended.update(name for name, (condition, _) in service.depends_on.items()
+                     if condition == "service_completed_successfully")
+        for (name, other), thing in rivals.items():
+            if name == service.name and other not in ended:
+                raise make_fault(f"services.{name}: it cannot have {thing} beside service {other}")
 
 
 def ask_ports(services, known):
@@ -3594,8 +3601,10 @@ def make_volume_names(project, prefix, known, present, seen):
             paths = unnamed if mount.kind == "volume" and not mount.source else named
             paths.add(make_path(mount.target))
         there = before.get(service.name, {})
-        volumes[service.name] = {path: there.get(path) or (
-            f"{prefix}_{service.name}_{sha256_digest(path.encode())[7:19]}") for path in sorted(unnamed - named)}
+        volumes[service.name] = {}
+        for path in sorted(unnamed - named):
+            name = f"{prefix}_{service.name}_{sha256_digest(path.encode())[7:19]}"
+            volumes[service.name][path] = there.get(path) or name
     return volumes
 
 
@@ -3658,9 +3667,8 @@ def find_cause(stderr):
 
     Ids of 64 digits are cut to the 12 that the engine shows elsewhere.
     """
-    starts = [match.end() for match in re.finditer(r"(?:^|\\n)(?=Error)", stderr)]      # made printable
-    start = min(starts, default=0)
-    return re.sub(r"\b([0-9a-f]{12})[0-9a-f]{52}\b", r"\1", stderr[start:])[-1500:]
+    cause = re.split(r"(?:^|\\n)(?=Error)", stderr, maxsplit=1)[-1]       # made printable
+    return re.sub(r"\b([0-9a-f]{12})[0-9a-f]{52}\b", r"\1", cause)[-1500:]
 
 
 def is_before(version, other):
@@ -3681,12 +3689,12 @@ class ComposeDriver:
         self.claim = NOBODY                         # by what a container is ours, as of the last look
         self.info = {}                              # see ask_info
         self.strangers = []                         # [Container] not ours that the last look has shown
-        self.device_id, self.connection = child
+        self.device_id, connection = child
         self.others = frozenset(others)             # devices whose containers are not ours, even here
         remote = set(CONNECTIONS) - {"CONTAINERS_STORAGE_CONF", "KUBECONFIG"}
-        self.remote = not remote.isdisjoint(self.connection)
+        self.remote = not remote.isdisjoint(connection)
 
-    def run(self, arguments, timeout, code=None, more=None):
+    def run(self, arguments, code=None, timeout=60, more=None):
         """The Output of one engine command; more: for its environment.
 
         With `code` a failure raises ComponentError of that code.
@@ -3710,7 +3718,7 @@ class ComposeDriver:
         if self.engine != "podman":
             form = DOCKER_FORM % ",".join(f'"{name}":{{{{json (.Label "{name}")}}}}' for name in LABELS)
         options = ["--all", "--no-trunc", f"--filter=label={LABEL_DEPLOYMENT}", f"--format={form}"]
-        output = self.run(["ps"] + options, 20 if self.remote else 60)
+        output = self.run(["ps"] + options, timeout=20 if self.remote else 60)
         if output.code:
             words = f"{self.engine} ps: {output.stderr[-500:]}"
             raise CommandError(f"the container engine does not answer ({words}); put it right, or see"
@@ -3770,7 +3778,7 @@ class ComposeDriver:
         facts: as the engine shows it, its words in lower case.  there: what has to be shown, because it is
         there (D-16).
         """
-        output = self.run([kind, "inspect"] + names, 60) if names else Output(0, b"", "")
+        output = self.run([kind, "inspect"] + names) if names else Output(0, b"", "")
         found = {}
         for item in parse_answer(output.stdout or b"[]", self.engine, list):
             facts = {key.lower(): value for key, value in item.items()}
@@ -3794,7 +3802,7 @@ class ComposeDriver:
     def list_volumes(self):
         """The names of this agent's volumes."""
         label = f"--filter=label={LABEL_OWNER}={self.claim.owner}"
-        return self.run(["volume", "ls", label, "--format={{.Name}}"], 60).stdout.decode().split()
+        return self.run(["volume", "ls", label, "--format={{.Name}}"]).stdout.decode().split()
 
     def ask(self, argv):
         """The mapping that a program prints as JSON; {} where it prints none."""
@@ -3883,7 +3891,7 @@ class ComposeDriver:
         checked = set()
         result = []
         for service in services:
-            output = self.run(["image", "inspect", service.image], 60, "PULL_FAILED")
+            output = self.run(["image", "inspect", service.image], "PULL_FAILED")
             made_for, check, paths = parse_answer(output.stdout, self.engine,
                                                   lambda items: parse_image(items[0]))
             result.append(service._replace(declared=paths))
@@ -3942,7 +3950,7 @@ class ComposeDriver:
 
     def has_image(self, name):
         """Whether an image is on the device."""
-        return self.run(["image", "inspect", "--format={{.Id}}", name], 60).code == 0
+        return self.run(["image", "inspect", "--format={{.Id}}", name]).code == 0
 
     def pull(self, service, timeout):
         """Has a service's image on the device; returns [its name] where it was not there before.
@@ -3984,7 +3992,7 @@ class ComposeDriver:
                                  f"{self.engine} cannot pull {name} for {service.name}: {cause}")
         if host != own:                             # a digest becomes a tag here, and podman knows it by both
             kept = re.sub("(:[^:/@]*)?@(sha256):", r":\2-", service.image)
-            self.run(["tag", name, kept], 60, "PULL_FAILED")
+            self.run(["tag", name, kept], "PULL_FAILED")
         if not before:
             self.remove_image(name)
 
@@ -4045,7 +4053,7 @@ class ComposeDriver:
 
     def remove_image(self, name):
         """Removes an image; False where the engine keeps it, because something else uses it."""
-        return self.run(["image", "rm", name], 60).code == 0
+        return self.run(["image", "rm", name]).code == 0
 
     def apply(self, prepared, containers, known, deadline):
         """Makes the component's containers as prepared; {service: facts} once they run.
@@ -4083,7 +4091,7 @@ class ComposeDriver:
 
     def carry_out(self, job, arguments, more=None):
         """The Output of a command that has to succeed; its words may hold values of parameters."""
-        output = self.run(arguments, job.deadline - time.monotonic(), more=more)
+        output = self.run(arguments, timeout=job.deadline - time.monotonic(), more=more)
         if output.code:
             words = mask(output.stderr, job.workload.parameters.values())
             for name, container_id in job.current.items():
@@ -4107,28 +4115,25 @@ class ComposeDriver:
                                       job.project.networks)
         new, first, last = plan_networks(job.project.networks, networks, project)
         changes = plan_services(services, present, job.known, set(new))
-        volumes = self.create_volumes(job)
-        check_external("network", job.project.networks, networks, changes.making)
-        check_external("volume", job.project.volumes, volumes, changes.making)
-        leaving = [container for group in changes.leaving for container in group]
+        check_external(job.project, networks, self.create_volumes(job), changes.making)
+        leaving = {container.name: container.id for group in changes.leaving for container in group}
         stopping = [list_active(group) for group in changes.leaving]
         first = self.ask_free(first, job.project.networks, leaving)
         job.current.update({name: container.id for name, container in changes.kept.items()})
-        self.try_networks(job, new, [networks[name][1] for name in first])
+        self.try_networks(job, new, [networks.pop(name)[1] for name in first])
         for service in changes.making if any(stopping) else ():
             self.rehearse(service, job)
-        there = {name: item for name, item in networks.items() if name not in first}
         if not first:
             self.create_all(job, new, changes.kept, leaving)
-            there.update(self.inspect_names("network", list(new)))
-        check_addresses(changes.making, job.project, self.engine, there)
+            networks.update(self.inspect_names("network", list(new)))
+        check_addresses(changes.making, job.project, self.engine, networks)
         try:
             stopped = job.deadline
             for ids in stopping:
                 stopped = self.stop(ids, stopped)
             if first:
-                self.discard([container.id for container in leaving], job.deadline)
-                leaving = []
+                self.discard(leaving.values(), job.deadline)
+                leaving = {}
                 for name in first:
                     self.carry_out(job, ["network", "rm", name])
                 self.create_all(job, new, changes.kept, leaving)
@@ -4141,11 +4146,11 @@ class ComposeDriver:
             finished = self.await_startup(names, job, settle) if job.workload.wait else set()
         except FAULTS:
             if leaving and self.config.runtime.on_failure != "rollback":    # kept for the way back alone
-                self.run(["rm", "--force"] + [container.id for container in leaving], 60)
+                self.run(["rm", "--force", *leaving.values()])
             raise
-        self.discard([container.id for container in leaving], job.deadline)
+        self.discard(leaving.values(), job.deadline)
         for name in last:
-            if self.run(["network", "rm", name], 60).code:
+            if self.run(["network", "rm", name]).code:
                 log("warning", "a network that is not needed any more stays: somebody else uses it",
                     network=name)
         return finished
@@ -4156,21 +4161,23 @@ class ComposeDriver:
         One of somebody else is shown without labels.
         """
         mark = f"--filter=label={LABEL_PROJECT}={project}"
-        found = self.run(["network", "ls", mark, "--format={{.Name}}"], 60, code).stdout.decode().split()
+        found = self.run(["network", "ls", mark, "--format={{.Name}}"], code).stdout.decode().split()
         there = self.inspect_names("network", sorted({*found, *names}), found)
-        return {name: (labels if is_ours(self.claim, deployment_id, labels.get(LABEL_OWNER, "")) else {}, facts)
-                for name, (labels, facts) in there.items()}
+        for name, (labels, facts) in there.items():
+            if not is_ours(self.claim, deployment_id, labels.get(LABEL_OWNER, "")):
+                there[name] = {}, facts
+        return there
 
     def ask_free(self, names, wanted, leaving):
-        """Those of these networks that nobody uses once these containers have left.
+        """Those of these networks that nobody uses once containers have left, {name: id}.
 
         Raises ComponentError for a wanted one that somebody else uses.
         """
         free = []
         for name in names:
             form = ["--all", "--no-trunc", f"--filter=network={name}", "--format={{.ID}}"]
-            ids = self.run(["ps"] + form, 60, "INSTALL_FAILED").stdout.decode().split()
-            strange = set(ids).difference(container.id for container in leaving)
+            ids = self.run(["ps"] + form, "INSTALL_FAILED").stdout.decode().split()
+            strange = set(ids).difference(leaving.values())
             if not strange:
                 free.append(name)
             elif name in wanted:
@@ -4210,16 +4217,15 @@ class ComposeDriver:
     def create_all(self, job, networks, kept, leaving):
         """Makes networks and what is not kept of the containers, each by the name of its service.
 
-        One that leaves and has that name gets another one before.  Nothing is stopped yet, so that this is no
+        leaving: {name: id} of containers; one that has such a name gets another one before.  Nothing is stopped yet, so that this is no
         part of the outage.
         """
         for name, arguments in networks.items():
             self.carry_out(job, ["network", "create", *arguments, name])
-        held = {container.name: container.id for container in leaving}
         for service in job.project.services:
             name = make_container_name(job.workload.project, service.name)
-            if name in held:                        # it may have gone meanwhile
-                self.run(["rename", held[name], f"{name}-old-{held[name][:12]}"], 60)
+            if name in leaving:                     # it may have gone meanwhile
+                self.run(["rename", leaving[name], f"{name}-old-{leaving[name][:12]}"])
             if service.name not in kept:
                 job.current[service.name] = self.create(service, job, name)
             elif kept[service.name].name != name:
@@ -4234,7 +4240,7 @@ class ComposeDriver:
         marks = [f"--name={name}"] + [f"--label={key}={item}" for key, item in labels.items()]
         arguments = ["create", *marks, *self.prepare_options(service, job), service.image, *service.command]
         handed = find_handed(service.environment)
-        output = self.run(arguments, job.deadline - time.monotonic(), more=handed)
+        output = self.run(arguments, timeout=job.deadline - time.monotonic(), more=handed)
         if output.code:
             self.renew_image(service, job)
             output = self.carry_out(job, arguments, handed)
@@ -4260,8 +4266,8 @@ class ComposeDriver:
         name = make_container_name(job.workload.project, service.name) + f"-try-{os.urandom(4).hex()}"
         container_id = self.create(make_trial(service, self.engine), job, name)
         output = self.run(["init" if self.engine == "podman" else "start", container_id],
-                          job.deadline - time.monotonic())
-        self.run(["rm", "--force", container_id], 60, "REMOVE_FAILED")
+                          timeout=job.deadline - time.monotonic())
+        self.run(["rm", "--force", container_id], "REMOVE_FAILED")
         if output.code:
             words = mask(find_cause(output.stderr), job.workload.parameters.values())
             raise ComponentError("INSTALL_FAILED",
@@ -4294,20 +4300,20 @@ class ComposeDriver:
         if not is_before(self.ask_info()["version"], "4.7"):
             return "host-gateway"
         form = "--format={{range .Subnets}}{{.Gateway}} {{end}}"
-        gateways = self.run(["network", "inspect", form, network], 60).stdout.decode().split()
+        gateways = self.run(["network", "inspect", form, network]).stdout.decode().split()
         return min(gateways, key=lambda item: ":" in item, default="127.0.0.1")
 
     def free_names(self, project):
         """Frees names of a project that storage alone holds, as a killed `podman create` leaves them."""
         if self.engine != "podman":
             return
-        output = self.run(["ps", "--all", "--external", "--format=json"], 60)
+        output = self.run(["ps", "--all", "--external", "--format=json"])
         for item in parse_answer(output.stdout.strip() or b"[]", self.engine, lambda items: items or ()):
             names = [name for name in item["Names"] or () if name.startswith(project + "-")]
             if names and item["State"] == "storage":
                 log("warning", "a name is freed that the engine's storage held for no container",
                     container=names[0])
-                self.run(["rm", "--force", item["Id"]], 60)
+                self.run(["rm", "--force", item["Id"]])
 
     def renew_image(self, service, job):
         """Pulls an image of ours anew where not even a bare container can be made of it (P-1).
@@ -4318,9 +4324,9 @@ class ComposeDriver:
         if f"{self.device_id} {service.image}".strip() not in self.claim.images:
             return
         marks = make_arguments("--label", make_labels(job.workload, service.name, ""))
-        probe = self.run(["create", *marks, *platform, "--network=none", service.image, "true"], 60)
+        probe = self.run(["create", *marks, *platform, "--network=none", service.image, "true"])
         if not probe.code:
-            self.run(["rm", "--force"] + probe.stdout.decode().split()[-1:], 60, "INSTALL_FAILED")
+            self.run(["rm", "--force"] + probe.stdout.decode().split()[-1:], "INSTALL_FAILED")
             return
         asked = service._replace(pull="always")
         try:
@@ -4341,7 +4347,7 @@ class ComposeDriver:
         arguments = ["start", job.current[service.name]]
         if service.name not in kept:
             self.carry_out(job, arguments)
-        elif self.run(arguments, job.deadline - time.monotonic()).code:
+        elif self.run(arguments, timeout=job.deadline - time.monotonic()).code:
             log("warning", "a container that cannot be started is made anew", service=service.name)
             sharing = [item.name for item in job.project.services if service.name in item.shares]
             self.discard([job.current[name] for name in [*sharing, service.name]], job.deadline)
@@ -4376,16 +4382,13 @@ class ComposeDriver:
     def inspect(self, ids):
         """{id: Shown} of those containers that can be looked at; CommandError where none answers."""
         ids = list(ids)
-        output = self.run(["inspect", "--type=container"] + ids, 60) if ids else Output(0, b"[]", "")
+        output = self.run(["inspect", "--type=container"] + ids) if ids else Output(0, b"[]", "")
         seen = parse_answer(output.stdout.strip() or b"[]", self.engine,
                             lambda items: dict(map(parse_seen, items)))
-        if seen or not ids:                         # without those that are gone
-            return seen
-        if len(ids) < 2:
-            self.observe()                          # where it answers, the container itself is damaged
-            return {}
-        for container_id in ids:
-            seen.update(self.inspect([container_id]))
+        if ids and not seen:                        # where all are gone, or one alone is damaged
+            self.observe()
+            for container_id in ids if len(ids) > 1 else ():
+                seen.update(self.inspect([container_id]))
         return seen
 
     def await_dependencies(self, service, job):
@@ -4440,7 +4443,7 @@ class ComposeDriver:
             return seen.health
         now = time.monotonic()
         patience = seen.check.interval * seen.check.retries
-        if self.run(["healthcheck", "run", container_id], 120).code == 0:
+        if self.run(["healthcheck", "run", container_id], timeout=120).code == 0:
             checks[container_id] = "healthy", now + patience
         word, until = checks.setdefault(container_id, ("starting", now + seen.check.start + patience))
         return "unhealthy" if now >= until else word
@@ -4456,7 +4459,7 @@ class ComposeDriver:
         if checked:
             container = checked[int(chance * len(checked))]
             try:
-                self.run(["healthcheck", "run", container.id], 30)
+                self.run(["healthcheck", "run", container.id], timeout=30)
             except CommandError as error:
                 log("warning", "a health check hangs", container=container.name, reason=error.message)
 
@@ -4486,13 +4489,13 @@ class ComposeDriver:
         if not ids:
             return deadline
         try:
-            code = self.run(["stop"] + patience + ids, deadline - time.monotonic()).code
+            code = self.run(["stop"] + patience + ids, timeout=deadline - time.monotonic()).code
         except CommandTimeout:
             code = 1
         if code:
             log("warning", "killed, because it did not stop in time", containers=" ".join(ids))
-            if self.run(["kill"] + ids, 60).code:
-                self.run(["rm", "--force"] + ids, 60, "INSTALL_FAILED")
+            if self.run(["kill"] + ids).code:
+                self.run(["rm", "--force"] + ids, "INSTALL_FAILED")
             deadline = time.monotonic() + 60
         return deadline
 
@@ -4503,8 +4506,8 @@ class ComposeDriver:
 
     def discard(self, ids, deadline):
         """Removes containers; one whose namespace another one shares goes after that one."""
-        for _ in ids[:]:
-            output = self.run(["rm", "--force"] + ids, deadline - time.monotonic())
+        for _ in tuple(ids):
+            output = self.run(["rm", "--force", *ids], timeout=deadline - time.monotonic())
             if not output.code:
                 return
             ids = [container.id for container in self.observe() if container.id in ids]
@@ -4521,7 +4524,7 @@ class ComposeDriver:
         self.remove_containers([container for container in there if container.id not in states], deadline)
         for container in there:
             if container.state in AT_REST and states.get(container.id, "created") not in AT_REST:
-                self.run(["start", container.id], deadline - time.monotonic(), "INSTALL_FAILED")
+                self.run(["start", container.id], "INSTALL_FAILED", deadline - time.monotonic())
         return "what ran before runs again"
 
     def remove(self, deployment_id, component, containers, deadline):
@@ -4536,7 +4539,7 @@ class ComposeDriver:
         self.remove_containers(there[::-1], deadline)
         for name, (labels, _) in self.list_networks(deployment_id, project, "REMOVE_FAILED").items():
             if labels:
-                self.run(["network", "rm", name], 60, "REMOVE_FAILED")
+                self.run(["network", "rm", name], "REMOVE_FAILED")
         for container in find_containers(deployment_id, self.observe(), component):
             raise ComponentError("REMOVE_FAILED", f"container {container.name} is still there")
 

@@ -934,6 +934,12 @@ class Handover(DriverCase):
             self.assertFails("INVALID_DEPLOYMENT", lambda: ask(*ports), f"services.b: it cannot have {number} tcp beside service a")
             ask(*ports, depends_on=["a"])
         ask(["127.0.0.1", number, "tcp"], ["127.0.0.2", number, "tcp"], ["", number, "udp"])
+        ports = [["", number, "tcp"], ["", number + 1, "tcp"], ["", number, "tcp"]]
+        self.assertFails("INVALID_DEPLOYMENT", lambda: ask(*ports, depends_on=["b"]), "services.c: it cannot have")
+        task = ("service_completed_successfully", True)
+        chain = [service._replace(name=name, ports=[port], depends_on=dict.fromkeys(needs, condition)) for name, port, needs, condition in zip(
+            "abc", ports, ["", "a", "b"], [task, task, ("service_started", True)])]
+        margo_agent.check_rivals(chain)             # a has ended before b starts, and so before c
         network = margo_agent.Attachment("n", [], ["--ip=10.0.0.9"])
         services = [service._replace(name=name, networks=[network]) for name in "ab"]
         self.assertFails("INVALID_DEPLOYMENT", lambda: margo_agent.check_rivals(services), "services.b: it cannot have n ip=10.0.0.9 beside service a")

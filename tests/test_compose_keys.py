@@ -270,6 +270,14 @@ class OnPodman(unittest.TestCase):
         self.assertNotEqual(self.look(), before)
         self.apply(again, services={"main": sleep(init=True)})      # as the other test begins
 
+    def test_a_trial_runs_nothing(self):
+        """The version before is at work in the same volume, while it is tried whether the next one could be started."""
+        def make(value):
+            return {"services": {"main": sleep(command=["sh", "-c", f"echo {value} >> /v/log; exec sleep 1000"], volumes=["v:/v"])}, "volumes": {"v": {}}}
+        self.apply(self.apply(**make("1")), **make("2"))
+        self.assertEqual(self.engine.podman("exec", "refusals-main-1", "cat", "/v/log").split(), ["1", "2"])
+        self.apply(services={"main": sleep(init=True)})             # as another test begins
+
     # Of this engine alone: docker makes a working_dir.
     REFUSED = [(dict(working_dir="/nowhere"), {}, "/nowhere"), (dict(mem_limit="1k"), {}, "memory limit"), (dict(ulimits={"nofile": 2073741816}), {}, "rlimit"),
                (dict(volumes=["t:/t"]), {"volumes": {"t": {"driver_opts": {"type": "tmpfs", "device": "tmpfs", "o": "size=1m"}}}}, "Project Quota")]

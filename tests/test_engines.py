@@ -519,6 +519,33 @@ class Memory(EngineCase):
         self.assertIn("a container that cannot be started is made anew", self.device.cycle(0))
         self.assertNotEqual(self.engine.containers(), before)
 
+    def test_names_that_storage_alone_holds_are_freed_and_no_other(self):
+        """F-01: a killed `podman create` leaves one; here another podman that has the same storage has made them."""
+        conf = self.engine.env["CONTAINERS_CONF"]
+        with open(conf) as file:
+            text = file.read()
+        self.addCleanup(support.write, conf, text)
+        other = text.replace("[engine]\n", f'[engine]\nstatic_dir = "{support.make_folder(self)}"\n')
+
+        def hold(*names):
+            support.write(conf, other)
+            for name in names:
+                self.engine.podman("create", "--network=none", f"--name={name}", IMAGE, "true")
+            support.write(conf, text)
+
+        def find_held():
+            found = json.loads(self.engine.podman("ps", "--all", "--external", "--format=json"))
+            return [item["Names"][0] for item in found if item["State"] == "storage"]
+        hold(self.name(), self.name() + "-try-0a1b2c3d", self.name() + "-new-0a1b2c3d", "somebody-else")
+        self.publish({"main": service()})
+        self.device.cycle(0)
+        self.assertEqual((len(self.engine.containers()), find_held()), (1, ["somebody-else"]))
+        hold(self.name() + "-try-4e5f6a7b")
+        self.wfm.withdraw(HELLO)
+        self.device.cycle(0)
+        self.assertEqual((self.engine.containers(), find_held()), ({}, ["somebody-else"]))
+        self.engine.podman("rm", "--force", "somebody-else")
+
     def test_an_image_of_ours_with_a_damaged_layer_is_pulled_anew(self):
         support.require("docker-registry")
         folder, port = support.make_folder(self), support.free_port()

@@ -76,8 +76,7 @@ class Matrix(support.SharesEngine):
         job = margo_agent.Job(workload, project, os.path.join(self.folder, "state"), {}, time.monotonic() + 120, {}, {}, volumes)
         self.driver.ask_names(workload, project)
         networks = self.driver.list_networks(support.HELLO, PROJECT, "INSTALL_FAILED", project.networks)
-        margo_agent.check_external("network", project.networks, networks, project.services)
-        margo_agent.check_external("volume", project.volumes, self.driver.create_volumes(job), project.services)
+        margo_agent.check_external(project, networks, self.driver.create_volumes(job), project.services)
         for name, arguments in margo_agent.plan_networks(project.networks, networks, PROJECT)[0].items():
             self.driver.carry_out(job, ["network", "create", *arguments, name])
         service = next((service for service in project.services if service.name == "main"), None)
