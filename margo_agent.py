@@ -969,7 +969,7 @@ class Step:
                 for name, kind in sorted(there) + known]
 
     def prepare(self, deployment, components, packages, rollback):
-        """([(component, driver, workload, package)], [Change]): all is fetched and verified, nothing touched."""
+        """([(component, driver, workload, package)], [Change]): all is fetched, verified, and not touched."""
         prepared, changes = [], []
         for component in components:
             self.name = component.name
