@@ -339,7 +339,7 @@ class Agent:
         self.starting = 0                           # seconds until the first contact since the device started
 
     def hold(self, state):
-        """Works with this state from now on, and serves wfm.profile by it."""
+        """From now on this state counts, also for the profile."""
         self.state = state
         self.profile = PROFILES[self.config.wfm.profile](self.config, self.store, state)
 
@@ -495,7 +495,7 @@ class Agent:
                           f" policy.max_removals is {limit}; nothing is done until the next poll confirms it")
 
     def decide(self, accepted, load_document):
-        """[Action]: what to do so that what was accepted runs; Agent.seen tells what is there now.
+        """What to do so that what was accepted runs: [Action].  Agent.seen keeps what there is now.
 
         The documents of what is not as it should be are read, and it is decided again: another device may
         have to run it.
@@ -632,7 +632,7 @@ class Agent:
                     config=self.config, store=self.store, version=version, troubles=troubles)
 
     def advance(self, step, turn=None):
-        """Carries on with a step until it is ready to change something, or done; whether it is ready.
+        """Carries on with a step until it is done, or ready to change what runs; returns whether it is ready.
 
         Every change of a record is durable, and told where the WFM can be told, before the next one.  turn:
         the verb and the words of find_turn, for a step that was ready.
@@ -738,7 +738,7 @@ PRINTED = {"restore": "update", "give_up": "refuse", "clear": "remove"}
 
 
 def needs_document(target, record):
-    """Whether deciding on a target takes its document: not where just that is installed, or has failed."""
+    """Whether a target can be decided on only by its document: not where it is installed, or has failed."""
     if record is None or record["adopted"]["digest"] != target.digest or record["refused"]:
         return True
     return record["state"] not in ("installed", "failed")
@@ -793,10 +793,11 @@ def make_plan(targets, records, devices, seen, clock, settle=0, mark="", quiet=F
 
 
 def find_action(target, record, containers, clock, settle, mark, quiet):
-    """(verb, reason) for one deployment that is wanted, and what is repaired in vain, see Action.
+    """What to do about one deployment that is wanted, and why: (verb, reason), see EXECUTE.
 
-    containers: its own, None where they cannot be seen.  In downtime (quiet) nothing is fetched (protocol
-    10), and the version before runs.
+    Where it was repaired in vain, what was repaired is the third: (component, service).  containers: its own,
+    None where they cannot be seen.  In downtime (quiet) nothing is fetched (protocol 10), and the version
+    before goes on.
     """
     record = record or make_record(target, "")
     running = record["running"]
@@ -842,7 +843,9 @@ def find_action(target, record, containers, clock, settle, mark, quiet):
 
 
 def find_drift(services, containers, now, settle):
-    """((component, service), words) for what differs from what was installed, or ("", "") (P-12, D-23).
+    """The first service that is not as it was installed: ((component, service), what is wrong) (P-12, D-23).
+
+    ("", "") where all are.
 
     services: {component: {service: facts}}; containers: those of this deployment, or None.
     """
@@ -969,7 +972,10 @@ class Step:
                 for name, kind in sorted(there) + known]
 
     def prepare(self, deployment, components, packages, rollback):
-        """([(component, driver, workload, package)], [Change]): all is fetched, verified, and not touched."""
+        """Fetches and verifies everything, and touches nothing that runs.
+
+        Returns [(component, driver, workload, package)] and [Change].
+        """
         prepared, changes = [], []
         for component in components:
             self.name = component.name
@@ -1033,7 +1039,11 @@ class Step:
             raise
 
     def take_turn(self, prepared):
-        """Waits for its turn, after freeing its ports where others wait for them; then clears what moves."""
+        """Waits until it is this step's turn to change what runs, see find_turn.
+
+        Where others wait for its ports, it stops what holds them first.  What moves here is removed where it
+        was.
+        """
         verb = "stop"
         takes = {(self.action.device_id, *port)
                  for _, driver, workload, _ in prepared for port in driver.list_ports(workload)}
@@ -1094,9 +1104,10 @@ class Step:
 
 
 def apply_install(step):
-    """Makes one deployment as its target says, new or not; a failure ends in a failed record.
+    """Makes one deployment as its target says, new or not.
 
-    Then the version before runs again, as runtime.on_failure says (P-8).
+    After a failure the version before runs again, where runtime.on_failure says so (P-8), and the record says
+    both.
     """
     target, record = step.action.target, step.record
     deployment = target.deployment
@@ -1170,7 +1181,10 @@ def apply_nothing(step):
 
 
 def apply_removal(step):
-    """Removes all of a deployment, last component first; only an empty engine counts as removed (D-21)."""
+    """Removes all of a deployment, last component first.
+
+    It counts as removed once the engine shows nothing of it any more (D-21).
+    """
     record = step.record
     there = step.find_containers()
     if there and not record["components"]:          # the state was lost; they are still reported (C-131)
@@ -1214,7 +1228,7 @@ EXECUTE = {"install": apply_install, "update": apply_install, "restore": apply_r
 
 
 def make_nothing(record):
-    """The Deployment of which nothing but its record is known."""
+    """A Deployment that says no more than its record does."""
     return Deployment(record["deploymentId"], record["name"], "", "", record["type"], [], [], None)
 
 
@@ -1475,9 +1489,9 @@ def make_refusal(error):
 
 
 def hold_back(action, silence, record, fault):
-    """The action as far as it can be seen what is there: nothing is done blindfold (D-16).
+    """The action, or what is done instead where not all can be seen: nothing is changed blindfold (D-16).
 
-    It waits where this device itself does not answer; of another one the WFM is told its `silence`.
+    On this device it waits.  Of another one the WFM is told that it does not answer: `silence`, see Device.
     """
     if not fault or action.verb in ("keep", "refuse"):
         return action
@@ -1515,9 +1529,9 @@ def obtain_claim(profile, device_id):
 
 
 def is_asked(kind, *records):
-    """Whether a driver is asked what there is of some deployments.
+    """Whether the driver of a type is asked what there is of some deployments.
 
-    An engine is in any case, because there may be leftovers (P-11), and a cluster where one of them needs it.
+    An engine always is, because there may be leftovers (P-11); a cluster, where one of them needs it.
     """
     return kind == "compose" or any(kind in find_kinds(record) for record in records)
 
@@ -1581,7 +1595,7 @@ def ask_others(seen, known=None):
 
 
 def find_kinds(record, target=None):
-    """The deployment types that a deployment is, was when it ran last, and will be: all are asked for it."""
+    """The deployment types whose drivers know of a deployment: as it is, as it ran last, as it will be."""
     kinds = {record["type"], (record["running"] or record).get("type", record["type"])} if record else set()
     return kinds | ({target.deployment.type} if target and target.deployment else set())
 
@@ -1661,7 +1675,7 @@ def find_held_ports(record):
 
 
 def find_clash(takes, holds):
-    """A port of `takes` that is one of `holds`, or None.  The address "" is every one."""
+    """A port that is in `takes` and in `holds`, or None.  The address "" stands for every address."""
     for port in sorted(takes):
         for device_id, address, *rest in holds:
             meets = address == port[1] or "" in (address, port[1])
