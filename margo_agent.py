@@ -1282,9 +1282,9 @@ def begin_record(record, target):
                 fallback=bool(running and running["digest"] != target.digest))
 
 
-def set_component(record, name, state, error=None, **facts):
+def set_component(record, name, state, **facts):
     """The record with one component changed (None: all of them), its overall state following (C-133)."""
-    components = [dict(item, state=state, error=error, **facts) if name in (None, item["name"]) else item
+    components = [dict(item, state=state, error=None, **facts) if name in (None, item["name"]) else item
                   for item in record["components"]]
     states = [component["state"] for component in components] or [state]
     return dict(record, components=components, state=min(states, key=STATES.index))
