@@ -339,11 +339,10 @@ class Agent:
         self.source = None                          # connected when the WFM is first needed
         self.seen = {}                              # {device id: Seen} of the last look
         self.asked = False                          # whether a person asks for an SVID, by `enroll`
-        self.polled = False                         # whether the source has told the desired state
         self.starting = 0                           # seconds until the first contact since the device started
 
     def hold(self, state):
-        """Works with this state from now on, and serves wfm.profile by it."""
+        """From now on this state counts, also for the profile."""
         self.state = state
         self.profile = PROFILES[self.config.wfm.profile](self.config, self.store, state)
 
@@ -372,7 +371,7 @@ class Agent:
             raise
         self.began = time.time()
         self.faults = []                            # what went wrong in this cycle
-        self.polled = False
+        self.polled = False                         # whether the source has told the desired state
         self.silent = False                         # whether the WFM is not spoken to any more in this cycle
         self.changed = False                        # whether this cycle had something to do
         return self
@@ -499,7 +498,7 @@ class Agent:
                           f" policy.max_removals is {limit}; nothing is done until the next poll confirms it")
 
     def decide(self, accepted, load_document):
-        """[Action]: what to do so that what was accepted runs; Agent.seen tells what is there now.
+        """What to do so that what was accepted runs: [Action].  Agent.seen keeps what there is now.
 
         The documents of what is not as it should be are read, and it is decided again: another device may
         have to run it.
@@ -636,7 +635,7 @@ class Agent:
                     config=self.config, store=self.store, version=version, troubles=troubles)
 
     def advance(self, step, turn=None):
-        """Carries on with a step until it is ready to change something, or done; whether it is ready.
+        """Carries on with a step until it is done, or ready to change what runs; returns whether it is ready.
 
         Every change of a record is durable, and told where the WFM can be told, before the next one.  turn:
         the verb and the words of find_turn, for a step that was ready.
@@ -742,7 +741,7 @@ PRINTED = {"restore": "update", "give_up": "refuse", "clear": "remove"}
 
 
 def needs_document(target, record):
-    """Whether deciding on a target takes its document: not where just that is installed, or has failed."""
+    """Whether a target can be decided on only by its document: not where it is installed, or has failed."""
     if record is None or record["adopted"]["digest"] != target.digest or record["refused"]:
         return True
     return record["state"] not in ("installed", "failed")
@@ -787,7 +786,8 @@ def make_plan(targets, records, devices, seen, clock, settle=0, mark="", quiet=F
         named = record["deploymentId"] if record else there[home, key][-1].deployment_id
         reason = f"belongs on {target.device_id}" if target else "not in the desired state"
         action = Action(named, "clear" if target or record and not here else "remove", reason, None, home)
-        if here and "leaving" in here["retry"] and find_wait(here["retry"], clock):
+        failed = here and here["state"] == "failed" and "leaving" in here["retry"]
+        if failed and find_wait(here["retry"], clock):
             words = f"cannot be removed ({here['error']['code']}); {make_due(here, clock)}"
             action = action._replace(verb="keep", reason=words)
         if not target or key in settled:
@@ -796,10 +796,11 @@ def make_plan(targets, records, devices, seen, clock, settle=0, mark="", quiet=F
 
 
 def find_action(target, record, containers, clock, settle, mark, quiet):
-    """(verb, reason) for one deployment that is wanted, and what is repaired in vain, see Action.
+    """What to do about one deployment that is wanted, and why: (verb, reason), see EXECUTE.
 
-    containers: its own, None where they cannot be seen.  In downtime (quiet) nothing is fetched (protocol
-    10), and the version before runs.
+    Where it was repaired in vain, what was repaired is the third: (component, service).  containers: its own,
+    None where they cannot be seen.  In downtime (quiet) nothing is fetched (protocol 10), and the version
+    before goes on.
     """
     record = record or make_record(target, "")
     running = record["running"]
@@ -845,7 +846,9 @@ def find_action(target, record, containers, clock, settle, mark, quiet):
 
 
 def find_drift(services, containers, now, settle):
-    """((component, service), words) for what differs from what was installed, or ("", "") (P-12, D-23).
+    """The first service that is not as it was installed: ((component, service), what is wrong) (P-12, D-23).
+
+    ("", "") where all are.
 
     services: {component: {service: facts}}; containers: those of this deployment, or None.
     """
@@ -972,7 +975,10 @@ class Step:
                 for name, kind in sorted(there) + known]
 
     def prepare(self, deployment, components, packages, rollback):
-        """([(component, driver, workload, package)], [Change]): all is fetched and verified, nothing touched."""
+        """Fetches and verifies everything, and touches nothing that runs.
+
+        Returns [(component, driver, workload, package)] and [Change].
+        """
         prepared, changes = [], []
         for component in components:
             self.name = component.name
@@ -1036,7 +1042,11 @@ class Step:
             raise
 
     def take_turn(self, prepared):
-        """Waits for its turn, after freeing its ports where others wait for them; then clears what moves."""
+        """Waits until it is this step's turn to change what runs, see find_turn.
+
+        Where others wait for its ports, it stops what holds them first.  What moves here is removed where it
+        was.
+        """
         verb = "stop"
         takes = {(self.action.device_id, *port)
                  for _, driver, workload, _ in prepared for port in driver.list_ports(workload)}
@@ -1097,9 +1107,10 @@ class Step:
 
 
 def apply_install(step):
-    """Makes one deployment as its target says, new or not; a failure ends in a failed record.
+    """Makes one deployment as its target says, new or not.
 
-    Then the version before runs again, as runtime.on_failure says (P-8).
+    After a failure the version before runs again, where runtime.on_failure says so (P-8), and the record says
+    both.
     """
     target, record = step.action.target, step.record
     deployment = target.deployment
@@ -1173,7 +1184,10 @@ def apply_nothing(step):
 
 
 def apply_removal(step):
-    """Removes all of a deployment, last component first; only an empty engine counts as removed (D-21)."""
+    """Removes all of a deployment, last component first.
+
+    It counts as removed once the engine shows nothing of it any more (D-21).
+    """
     record = step.record
     there = step.find_containers()
     if there and not record["components"]:          # the state was lost; they are still reported (C-131)
@@ -1217,7 +1231,7 @@ EXECUTE = {"install": apply_install, "update": apply_install, "restore": apply_r
 
 
 def make_nothing(record):
-    """The Deployment of which nothing but its record is known."""
+    """A Deployment that says no more than its record does."""
     return Deployment(record["deploymentId"], record["name"], "", "", record["type"], [], [], None)
 
 
@@ -1271,9 +1285,9 @@ def begin_record(record, target):
                 fallback=bool(running and running["digest"] != target.digest))
 
 
-def set_component(record, name, state, error=None, **facts):
+def set_component(record, name, state, **facts):
     """The record with one component changed (None: all of them), its overall state following (C-133)."""
-    components = [dict(item, state=state, error=error, **facts) if name in (None, item["name"]) else item
+    components = [dict(item, state=state, error=None, **facts) if name in (None, item["name"]) else item
                   for item in record["components"]]
     states = [component["state"] for component in components] or [state]
     return dict(record, components=components, state=min(states, key=STATES.index))
@@ -1398,8 +1412,8 @@ def acknowledge_status(state, key, refused="", at=""):
 # 7. Devices
 # ----------------------------------------------------------------------------------------------------------
 
-def find_own_place(deployment, held, own_id, children, find_reason, loads):
-    """The id of the one device there is.
+def find_own_place(deployment, held, own_id, children, reasons, others):
+    """The id of the one device there is; arguments as find_place takes them.
 
     Raises ComponentError WRONG_DEVICE for what is meant for another one (protocol 9).
     """
@@ -1453,11 +1467,10 @@ def place_targets(targets, records, devices, seen, offers):
         home = homes.pop(target.key, None)
         error = target.error
         if target.deployment and not error:
-            loads = {child: [*homes.values()].count(child) for child in children}
             answers = {child: target.deployment.type not in seen[child].silent for child in children}
             reasons = {name: find_reason(target.deployment, device, offers) for name, device in known.items()}
             try:
-                home = PLACES[-1](target.deployment, home, own_id, answers, reasons.get, loads)
+                home = PLACES[-1](target.deployment, home, own_id, answers, reasons, [*homes.values()])
                 error = reasons[home]
             except ComponentError as fault:
                 error = fault
@@ -1479,9 +1492,9 @@ def make_refusal(error):
 
 
 def hold_back(action, silence, record, fault):
-    """The action as far as it can be seen what is there: nothing is done blindfold (D-16).
+    """The action, or what is done instead where not all can be seen: nothing is changed blindfold (D-16).
 
-    It waits where this device itself does not answer; of another one the WFM is told its `silence`.
+    On this device it waits.  Of another one the WFM is told that it does not answer: `silence`, see Device.
     """
     if not fault or action.verb in ("keep", "refuse"):
         return action
@@ -1519,9 +1532,9 @@ def obtain_claim(profile, device_id):
 
 
 def is_asked(kind, *records):
-    """Whether a driver is asked what there is of some deployments.
+    """Whether the driver of a type is asked what there is of some deployments.
 
-    An engine is in any case, because there may be leftovers (P-11), and a cluster where one of them needs it.
+    An engine always is, because there may be leftovers (P-11); a cluster, where one of them needs it.
     """
     return kind == "compose" or any(kind in find_kinds(record) for record in records)
 
@@ -1594,7 +1607,7 @@ def ask_others(seen, known=None):
 
 
 def find_kinds(record, target=None):
-    """The deployment types that a deployment is, was when it ran last, and will be: all are asked for it."""
+    """The deployment types whose drivers know of a deployment: as it is, as it ran last, as it will be."""
     kinds = {record["type"], (record["running"] or record).get("type", record["type"])} if record else set()
     return kinds | ({target.deployment.type} if target and target.deployment else set())
 
@@ -1674,7 +1687,7 @@ def find_held_ports(record):
 
 
 def find_clash(takes, holds):
-    """A port of `takes` that is one of `holds`, or None.  The address "" is every one."""
+    """A port that is in `takes` and in `holds`, or None.  The address "" stands for every address."""
     for port in sorted(takes):
         for device_id, address, *rest in holds:
             meets = address == port[1] or "" in (address, port[1])
@@ -11824,39 +11837,38 @@ def load_child_devices(config, own_id):
     return devices
 
 
-def find_place(deployment, held, own_id, children, find_reason, loads):
+def find_place(deployment, held, own_id, children, reasons, others):
     """The id of the device that a deployment is for.
 
     Raises ComponentError WRONG_DEVICE, 101, 102 or 103 (protocol 9).
 
-    held: the device it is at now, or None.  children: {device id: whether it answers}.  find_reason: device
-    id to why it cannot run there, or "".  loads: {device id: deployments that are there}.  A free choice
+    held: the device it is at now, or None.  children: {device id: whether it answers}.  reasons: {device id:
+    why it cannot run there, or None}.  others: the devices where all other deployments are.  A free choice
     falls on the least loaded child that answers, and stays; a document that names no device is for this one.
     """
     wanted = deployment.device_id or own_id
     if wanted == own_id or wanted in children:
         return wanted
     if not wanted.startswith(own_id + "/") or not (children or wanted == f"{own_id}/*"):
-        return find_own_place(deployment, held, own_id, children, find_reason, loads)
+        return find_own_place(deployment, held, own_id, children, reasons, others)
     if wanted != f"{own_id}/*":
         parent = wanted[:-2] if wanted.endswith("/*") else None
         if parent in children:
             raise ComponentError("103", f"child device {parent} is no gateway to others", source=own_id)
         words = f"child device {parent or wanted} is not known; known are {', '.join(children)}"
         raise ComponentError("101", words, source=own_id)
-    reasons = {child: find_reason(child) for child in children}
     fit = [child for child in children if not reasons[child]]
     if held in fit:
         return held
     if not fit:
-        words = "; ".join(f"{child}: {reason}" for child, reason in reasons.items())
+        words = "; ".join(f"{child}: {reasons[child]}" for child in children)
         words = f"no child device can take it: {words or 'this device is no gateway'}"
         raise ComponentError("103", words, source=own_id)
     there = [child for child in fit if children[child]]
     if not there:
         words = f"none of the child devices that could take it answers: {', '.join(fit)}"
         raise ComponentError("102", words, source=own_id)
-    return min(there, key=lambda child: loads.get(child, 0))
+    return min(there, key=others.count)
 
 
 def examine_children(agent):
