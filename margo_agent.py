@@ -3517,7 +3517,7 @@ def check_addresses(services, project, engine, there=None):
             text = "\n".join(arguments or ())
             chosen = arguments is None or engine == "podman" and "--subnet=" not in text
             if chosen and there is not None:
-                text = make_json(there.get(network)).decode()
+                text = make_ranges(there.get(network, ({}, {}))[1])
             for option in (options or ()) if there is not None or not chosen else ():
                 kind, _, address = option.partition("=")
                 if kind in ("--ip", "--ip6") and not may_have_address(text, address):
@@ -3534,7 +3534,8 @@ def check_external(project, networks, volumes, services):
     """
     used = {item.network for service in services for item in service.networks}
     used.update(mount.source for service in services for mount in service.mounts)
-    for kind, wanted, there in (("network", project.networks, networks), ("volume", project.volumes, volumes)):
+    kinds = ("network", project.networks, networks), ("volume", project.volumes, volumes)
+    for kind, wanted, there in kinds:
         for name in sorted(used.intersection(wanted).difference(there)):
             if wanted[name] is None:
                 raise ComponentError("INSTALL_FAILED", f"there is no {kind} {name} on this device;"
@@ -4144,7 +4145,7 @@ class ComposeDriver:
         job.current.update({name: container.id for name, container in changes.kept.items()})
         self.try_networks(job, new, [networks.pop(name)[1] for name in first])
         for service in changes.making if any(stopping) else ():
-            self.rehearse(service, job)
+            self.rehearse(service, job, changes.idle)
         if not first:
             self.create_all(job, new, changes.kept, leaving)
             networks.update(self.inspect_names("network", list(new)))
@@ -4216,7 +4217,7 @@ class ComposeDriver:
         """
         for name, arguments in new.items() if going else ():
             subnets = find_ranges("subnet", "\n".join(arguments))
-            held = subnets and find_ranges("subnet", make_json(going).decode())
+            held = find_ranges("subnet", "\n".join(map(make_ranges, going)))
             if subnets and not any(one.overlaps(other) for one in subnets for other in held):
                 self.carry_out(job, ["network", "create", *arguments, f"{name}-try"])
                 self.carry_out(job, ["network", "rm", f"{name}-try"])
@@ -4239,8 +4240,8 @@ class ComposeDriver:
     def create_all(self, job, networks, kept, leaving):
         """Makes networks and what is not kept of the containers, each by the name of its service.
 
-        leaving: {name: id} of containers; one that has such a name gets another one before.  Nothing is stopped yet, so that this is no
-        part of the outage.
+        leaving: {name: id} of containers; one that has such a name gets another one before.  Nothing is
+        stopped yet, so that this is no part of the outage.
         """
         for name, arguments in networks.items():
             self.carry_out(job, ["network", "create", *arguments, name])
@@ -4272,14 +4273,15 @@ class ComposeDriver:
             self.carry_out(job, ["network", "connect"] + aliases + addresses + [network, name])
         return words[-1] if words else name
 
-    def rehearse(self, service, job):
+    def rehearse(self, service, job, idle):
         """Raises ComponentError for what an engine finds out only when a container starts (K23).
 
         One of the same settings, without a network, is brought to where its program would run: its user and
         folders, devices, limits and the program are there by then, or not, while all that runs goes on.  What
-        ran here before need not be tried, nor what another service may have to lay out first in a volume.
+        ran here before need not be tried, nor what may miss something in a volume that another service lays
+        out once it starts; idle: names of those that do not.
         """
-        others = [item for item in job.project.services if item != service]
+        others = [item for item in job.project.services if item != service and item.name not in idle]
         mounts = [mount for item in others for mount in item.mounts]
         written = {mount.source for mount in mounts if mount.source and "ro" not in mount.options}
         known = job.known.get(service.name, {}).get("hash") == service.hash
@@ -4453,7 +4455,7 @@ class ComposeDriver:
             restless = any(not facts[name].health for name in names if name not in finished)
             if not waiting and (not restless or late or now - calm >= settle):
                 return finished
-            time.sleep(min(0.5, max(0.1, settle / 4)))
+            time.sleep(0.4)
 
     def ask_health(self, container_id, seen, checks):
         """The health of a container in the engine's word, "" where nobody checks it.
@@ -4507,11 +4509,11 @@ class ComposeDriver:
 
         Returns the deadline for what follows.  One that is not there any more is passed over.
         """
-        patience = ["--ignore"] if self.engine == "podman" else []
         if not ids:
             return deadline
+        passing = ["--ignore"] if self.engine == "podman" else []
         try:
-            code = self.run(["stop"] + patience + ids, timeout=deadline - time.monotonic()).code
+            code = self.run(["stop", *passing, *ids], timeout=deadline - time.monotonic()).code
         except CommandTimeout:
             code = 1
         if code:
@@ -5610,6 +5612,11 @@ def find_ranges(kind, text):
             for item in re.findall(f'(?im)(?:^--|"){kind}(?:=|": *")([^"\n]+)', text)]
 
 
+def make_ranges(facts):
+    """What find_ranges takes of what an engine shows of a network."""
+    return make_json([facts.get(key) for key in ("ipam", "subnets", "plugins")]).decode()
+
+
 def may_have_address(text, address):
     """Whether a container can have an address in a network, by what find_ranges takes.
 
@@ -5619,15 +5626,13 @@ def may_have_address(text, address):
     try:
         address = ipaddress.ip_address(address)
         subnets, gateways, ranges = [find_ranges(kind, text) for kind in ("subnet", "gateway", "ip-?range")]
-    except ValueError:
+        subnet = next(subnet for subnet in subnets if address in subnet)
+        taken = [item.network_address for item in gateways if item.network_address in subnet]
+        if not taken and not ranges:                # of which docker takes the first one
+            taken = [subnet.network_address + 1]
+    except (ValueError, StopIteration):
         return False
-    for subnet in subnets:
-        if address in subnet:
-            taken = [item.network_address for item in gateways if item.network_address in subnet]
-            if not taken and not ranges:            # of which docker takes the first one
-                taken = [subnet.network_address + 1]
-            return address not in (subnet.network_address, subnet.broadcast_address, *taken)
-    return False
+    return address not in (subnet.network_address, subnet.broadcast_address, *taken)
 
 
 def make_container_name(project, service):
