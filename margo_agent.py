@@ -3347,7 +3347,8 @@ def make_claim(owner, state):
     for record in records.values():
         services += (record["running"] or {}).get("services", {}).values()
     ids = {facts.get("id") for items in services for facts in items.values()}
-    return Claim(owner, frozenset(state["owners"]), frozenset(records), ids - {None},
+    wanted = {item["deploymentId"].lower() for item in (state["accepted"] or {}).get("deployments", ())}
+    return Claim(owner, frozenset(state["owners"]), wanted.union(records), ids - {None},
                  frozenset(state["pulled"]))
 
 
