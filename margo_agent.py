@@ -2603,13 +2603,19 @@ def judge_own_chain(config, own, bundle, state):
 
 def parse_trust_bundle(data):
     """A SPIFFE bundle (JWK Set) or PEM certificates to a TrustBundle; raises ValueError (C-034 to C-037)."""
-    value = {}
+    anchors = []
+    value = {"keys": []}
     if b"-----BEGIN CERTIFICATE-----" in data:
         anchors = parse_pem(data.decode("ascii"))
     else:
         value = parse_json(data, "the trust bundle")
         check_shape(value, {"keys": list}, "the trust bundle")          # a JWK Set
-        anchors = parse_jwks(value["keys"])
+    for index, key in enumerate(value["keys"]):
+        if isinstance(key, dict) and key.get("use") == "x509-svid":
+            x5c = key.get("x5c")
+            first = x5c[0] if isinstance(x5c, list) and x5c else None
+            check_shape(first, r"\S+", f"keys[{index}].x5c")            # no white space there (RFC 7517, 4.7)
+            anchors.append(parse_base64(first))
     if not anchors:
         raise ValueError("no X.509 anchor in it (no key with use x509-svid); whoever runs the WFM has the"
                          " bundle")
@@ -2618,19 +2624,6 @@ def parse_trust_bundle(data):
     numbers = [value.get(name) for name in ("spiffe_sequence", "spiffe_refresh_hint")]
     good = [item if type(item) is int and 0 <= item <= MAX_VERSION else None for item in numbers]
     return TrustBundle(anchors, *good)
-
-
-def parse_jwks(keys):
-    """The anchors (DER) among the keys of a JWK Set; raises ValueError."""
-    anchors = []
-    for index, key in enumerate(keys):
-        if not isinstance(key, dict) or key.get("use") != "x509-svid":
-            continue
-        x5c = key.get("x5c")
-        first = x5c[0] if isinstance(x5c, list) and x5c else None
-        check_shape(first, r"\S+", f"keys[{index}].x5c")                # no white space there (RFC 7517, 4.7)
-        anchors.append(parse_base64(first))
-    return anchors
 
 
 def check_sequence(bundle, trust, trust_domain):
