@@ -2324,7 +2324,8 @@ def read_target(target, load_document, config):
 # 11. Identity and trust
 # ----------------------------------------------------------------------------------------------------------
 
-EXPIRY_WARNING = 0.2                # share of the own certificate's lifetime that is left when warnings begin
+EXPIRY_WARNING = 0.2  # share of the own certificate's lifetime that is left when `run` begins to warn
+EXPIRY_ADVICE = 0.25                # ... and when `doctor` does
 CLOCK_SKEW = 300                    # seconds that another clock may be ahead of ours
 DRAFT = "the Margo draft of enrollment, renewal and revocation, which may still change"
 KEY_KINDS = {  # identity.algorithm: what openssl makes a key from; those that are not named sign by RSA
@@ -2439,19 +2440,19 @@ def check_enrollment(state, client_id):
                         f" {state['enrollment']['id']}; unenroll first")
 
 
-def find_expiry(leaf, now):
+def find_expiry(leaf, now, share=EXPIRY_WARNING):
     """What to say of a certificate's end, "" while more than a share of its lifetime is left."""
     left = leaf.not_after - now
     if left < 0:
         return "expired"
-    if left < EXPIRY_WARNING * (leaf.not_after - leaf.not_before):
+    if left < share * (leaf.not_after - leaf.not_before):
         return f"expires in {left // 86400:.0f} days, at {make_time(leaf.not_after)}; have it renewed"
     return ""
 
 
-def ask_warnings(config, leaf, now):
+def ask_warnings(config, leaf, now, share):
     """[what to say] of an own certificate that ends soon, and of a key that others can read."""
-    expiry = find_expiry(leaf, now)
+    expiry = find_expiry(leaf, now, share)
     words = [expiry and f"the own certificate {expiry}", ask_looseness("identity.key", config.identity.key)]
     return list(filter(None, words))
 
@@ -2459,7 +2460,7 @@ def ask_warnings(config, leaf, now):
 def warn_of_own(config, leaf, store, now):
     """Warns once a day of the own certificate and key."""
     memo = store.load_memo()
-    words = ask_warnings(config, leaf, now)
+    words = ask_warnings(config, leaf, now, EXPIRY_WARNING)
     if words and not 0 <= now - memo.get("warnedAt", 0) < 86400:
         for line in words:
             log("warning", line)
@@ -2482,7 +2483,7 @@ def describe_own(config, load, known_id, now):
 
 def judge_own(leaf, words, config, now):
     """What `doctor` says of an own certificate that can be used: (ok or warn, words)."""
-    faults = ask_warnings(config, leaf, now)
+    faults = ask_warnings(config, leaf, now, EXPIRY_ADVICE)
     words += f", {(leaf.not_after - now) // 86400:.0f} days left"
     return ("warn", "; ".join([words, *faults])) if faults else ("ok", words)
 
@@ -10735,9 +10736,9 @@ class Git(Profile):
             path = self.config.git[key]
             if path:
                 load_secret(f"git.{key}", path, Untrusted)
-            loose = ask_looseness(f"git.{key}", path or "")
-            if loose:
-                return "warn", loose
+                loose = ask_looseness(f"git.{key}", path)
+                if loose:
+                    return "warn", loose
         return "ok", version
 
     def identify(self):

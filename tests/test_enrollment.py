@@ -445,8 +445,8 @@ class Enrollment(Site):
             {}, {}, [], ["refreshedAt", "sequence", "source", "trustDomain"]))
 
     def test_doctor_foresees_the_end_of_an_svid_that_is_not_renewed(self):
-        """Less than a fifth of its lifetime left means that renewals fail."""
-        for share, level in ((0.7, "ok"), (0.85, "warn")):
+        """Less than a quarter of its lifetime left means that renewals fail."""
+        for share, level in ((0.7, "ok"), (0.8, "warn")):
             device = self.make_device()
             self.age(share, device=device)
             self.assertRegex(device.run("doctor").stdout, level + r" +identity ")
