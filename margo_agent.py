@@ -11225,6 +11225,7 @@ CRL_FIELD = "crlUris"
 OID_CRL_NUMBER, OID_CRL_SCOPE = b"\x55\x1d\x14", b"\x55\x1d\x1c"
 MAX_LISTS = 32                      # that a discovery document may name
 CRL_PERIOD = 43200                  # seconds after which a list is asked for again, up to twice that (E-082)
+CRL_FIRST, CRL_CAP = 60, 3600       # seconds between attempts at a list that cannot be had
 
 Crl = define("Crl", "issuer issuer_key this_update next_update serials number",
     "What is used of a revocation list: raw name, identifier of its issuer's key or None, Unix seconds, the"
@@ -11319,10 +11320,10 @@ def refresh_revocation(config, store, state, source=None):
             delay = max(1, min(CRL_PERIOD * (1 + get_random()), left / 2))
             record.update(make_wait({"failures": -1}, delay, clock))
         except (MargoError, ValueError) as error:
+            delay = (1 - get_random()) * grow(CRL_FIRST, record.get("failures", 0) + 1, CRL_CAP)
+            record.update(make_wait(record, max(getattr(error, "retry_after", None) or 0, delay), clock))
             log("warning", "a revocation list cannot be had; what is at hand stays", url=url,
                 reason=str(error))
-            fault = error if isinstance(error, MargoError) else Untrusted(str(error))
-            record.update(make_hold(record, fault, clock, get_random()))
     for url in set(records) - set(listed):
         if clock.now > records[url].get("thisUpdate", 0) + records[url].get("validity", 0):
             del records[url]
@@ -11447,7 +11448,7 @@ def load_judge(config, store, state, source, keep):
 def parse_crl_uris(members, document_url, public):
     """[URL of a list] from a discovery document; what is none fails where it is asked for (E-080)."""
     listed = members.get(CRL_FIELD) or []
-    listed = listed if isinstance(listed, list) else [listed]
+    listed = listed if isinstance(listed, list) else [repr(listed)]
     return [str(uri)[:2000] for uri in listed[:MAX_LISTS]]
 
 

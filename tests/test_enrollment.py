@@ -626,7 +626,7 @@ class Decisions(unittest.TestCase):
                 parse(estBaseUri=uri, public=public)
         self.assertEqual(parse(crlUris=["http://c/a.crl", 7, "https://c/b?c=d"] + ["x"] * 99).parts["crls"][:4], ["http://c/a.crl", "7", "https://c/b?c=d", "x"])
         self.assertEqual(len(parse(crlUris=["x"] * 99).parts["crls"]), margo_agent.MAX_LISTS)
-        self.assertEqual([parse(crlUris=item).parts["crls"] for item in ("http://c", {}, None)], [["http://c"], [], []])
+        self.assertEqual([parse(crlUris=item).parts["crls"] for item in ("http://c", {}, None)], [["'http://c'"], [], []])
 
 
 class Renewal(Site):
