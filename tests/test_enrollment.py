@@ -205,12 +205,12 @@ class Enrollment(Site):
 
     def test_an_svid_by_a_clock_that_is_ahead_is_waited_for(self):
         """P-2, E-043: it is good in a moment; neither thrown away nor asked for again."""
-        self.mis.misissue(start=20, end=4000)
+        self.mis.misissue(start=250, end=4000)
         self.assertIn("by a clock that is ahead of ours", self.device.cycle(3))
-        self.assertLess(self.device.state()["est"]["delay"], 60)
-        time.sleep(max(0, self.device.state()["est"]["delay"]))
+        record = self.device.state()["est"]
+        self.assertTrue(record["answer"] and 0 < record["delay"] < 252, record)
         self.let_retry()
-        self.device.cycle()
+        self.assertIn("by a clock that is ahead of ours", self.device.cycle(3))
         self.assertEqual(len(self.issued()), 1)
 
     def test_downtime_without_an_svid_is_waited_out_quietly(self):
