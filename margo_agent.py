@@ -4893,7 +4893,7 @@ def to_form(pattern, words, make=str):
     def read_form(value, where):
         text = to_text(value, where)
         if not re.fullmatch(pattern, text):
-            raise make_fault(f"{where}: {make_printable(text, 60)!r} is not {words}")
+            raise make_fault(f"{where}: {make_printable(text, 100)!r} is not {words}")
         return make(text)
     return read_form
 
@@ -5037,8 +5037,10 @@ def to_test(value, where):
 # What is no name in a registry: a transport of podman's before the first colon, or a tag before a slash.
 TRANSPORT = (r"(containers-storage|dir|docker|docker-archive|docker-daemon|oci|oci-archive|ostree|sif|"
              r"tarball|https?):|[^/]*:(?![0-9]+/)[^/]*/")
-IMAGE = (r"([A-Za-z0-9][A-Za-z0-9.-]*(:[0-9]{1,5})?/)?[a-z0-9][a-z0-9._/-]*(:\w[\w.-]{0,127})?"
-         r"(@[a-z0-9]+:[0-9a-f]{32,128})?")
+to_image_name = to_form(
+    r"(?a)(?=.{1,512}\Z)(?!.*//)([A-Za-z0-9][A-Za-z0-9.-]*(:[0-9]{1,5})?/)?[a-z0-9][a-z0-9._/-]*"
+    r"(:\w[\w.-]{0,127})?(@[a-z0-9]+:[0-9a-f]{32,128})?",
+    "an image name: [HOST[:PORT]/]PATH[:TAG][@DIGEST], the path in lower case")
 
 
 def to_image(value, where):
@@ -5047,13 +5049,9 @@ def to_image(value, where):
     None is a file of this device.
     """
     text = to_text(value, where)
-    shown = repr(make_printable(text, 100))
     if re.match(TRANSPORT, text[:512]):
-        raise make_fault(f"{where}: {shown} is not read from a registry, as an image has to be",
-                         "POLICY_DENIED")
-    if len(text) > 512 or "//" in text or not re.fullmatch(IMAGE, text, re.A):
-        raise make_fault(f"{where}: {shown} is not an image name: [HOST[:PORT]/]PATH[:TAG][@DIGEST], the"
-                         " path in lower case")
+        deny(where, f"{make_printable(text, 100)!r} is not read from a registry, as an image has to be")
+    to_image_name(text, where)
     if find_registry(text) != "docker.io" or text.startswith("docker.io/"):
         return text
     return f"docker.io/{'' if '/' in text.partition('@')[0] else 'library/'}{text}"
@@ -5249,7 +5247,7 @@ ADVICE = {"build": "nothing is built on a device; name what was built by `image`
           "oom_kill_disable": "set `mem_limit`", "storage_opt": "set it for the engine"}
 
 
-def read_value(value, form, where, variables):
+def read_value(value, form, where="", variables=None):
     """A value by its form: Settings with None for keys that are not there, {name: …}, and what readers give.
 
     Texts are interpolated; keys never are, and x-… keys of the format are dropped unread.  Raises
@@ -5293,7 +5291,7 @@ def read_value(value, form, where, variables):
     result = read(value, form, where)
     check_keys(unknown)
     for error in faults[:1]:
-        names = ", ".join(sorted(variables.unset)[:5])
+        names = ", ".join(sorted(variables.unset)[:5]) if variables else ""
         words = names and f" (used in the file, and no parameter gives it: {names})"
         raise ComponentError(error.code, error.message + words)
     return result
@@ -5330,8 +5328,7 @@ MODES = "host none bridge private default nat slirp4netns pasta container pod ns
 def make_networks(document, workload):
     """Top-level `networks` as make_volumes has it; `default` is always there."""
     networks = {}
-    default = read_value(None, NETWORK_FORM, "", Variables())
-    for name, value in dict({"default": default}, **document.networks).items():
+    for name, value in dict({"default": read_value(None, NETWORK_FORM)}, **document.networks).items():
         arguments = make_options(value, ("internal", "enable_ipv6"))
         for item in value.ipam.config:
             arguments += make_options(item, ("subnet", "gateway", "ip_range"))
@@ -5568,7 +5565,7 @@ def make_attachments(name, service, reading, where):
         if service.networks:
             raise make_fault(f"{where}.network_mode: cannot stand beside networks")
         return [Attachment(make_namespace(service.network_mode, reading.workload), None)]
-    wanted = service.networks or read_value(["default"], SERVICE_FORM["networks"], "", reading.variables)
+    wanted = service.networks or read_value(["default"], SERVICE_FORM["networks"])
     joined = []
     for network, value in sorted(wanted.items(), key=lambda pair: -(pair[1].priority or 0)):
         own = find_member(reading.networks, network, f"{where}.networks", "networks")[0]
@@ -5951,9 +5948,8 @@ def make_labels(workload, service, digest):
 
     None is left out for being empty: an image has labels of its own.
     """
-    return {LABEL_DEPLOYMENT: workload.deployment_id, LABEL_COMPONENT: workload.component,
-            LABEL_PROJECT: workload.project, LABEL_SERVICE: service, LABEL_HASH: digest,
-            LABEL_DEVICE: workload.device_id, LABEL_OWNER: workload.owner,
+    return {**make_shared_labels(workload), LABEL_COMPONENT: workload.component, LABEL_SERVICE: service,
+            LABEL_HASH: digest, LABEL_DEVICE: workload.device_id,
             "com.docker.compose.project": workload.project, "com.docker.compose.service": service,
             "com.docker.compose.container-number": "1", "com.docker.compose.config-hash": digest,
             "com.docker.compose.oneoff": "False"}
@@ -9064,26 +9060,26 @@ class YAMLReader:
 
         Merges << last.
         """
-        mapping, merges = {}, []
+        mapping, merged = {}, ()
         for key, value, position in pairs:
             if key == "<<" and self.MERGE.match(self.text, position):
-                merges.append((value, position))
-                if len(merges) > 1:
+                if merged:
                     self.fail("the key << occurs twice", position)
-                continue
-            if isinstance(key, (dict, list)):
+                merged = value, position
+            elif isinstance(key, (dict, list)):
                 self.fail("a key that is no scalar is not supported", position)
             # .nan differs from itself
-            if key in mapping or key != key and any(other != other for other in mapping):
+            elif key in mapping or key != key and any(other != other for other in mapping):
                 self.fail(f"the key {str(key)[:60]!r} occurs twice; keep one of them", position)
-            mapping[key] = value
-        for value, position in merges:
-            for source in value if isinstance(value, list) else [value]:
-                if not isinstance(source, dict):
-                    self.fail("<< takes a mapping or a list of mappings", position)
-                self.count(len(source))
-                for key, item in source.items():
-                    mapping.setdefault(key, item)
+            else:
+                mapping[key] = value
+        value, position = merged or ([], 0)
+        for source in value if isinstance(value, list) else [value]:
+            if not isinstance(source, dict):
+                self.fail("<< takes a mapping or a list of mappings", position)
+            self.count(len(source))
+            for key, item in source.items():
+                mapping.setdefault(key, item)
         return mapping
 
     # Scalars
