@@ -322,6 +322,19 @@ class Terminal(DaemonCase):
             self.assertRaises(ProcessLookupError, os.killpg, process.pid, 0)
         self.device.cycle(0)
 
+    def test_it_ends_the_agent_while_that_is_read(self):
+        """By the signal itself, as a shell expects, and without a word."""
+        code = ("import os, runpy, signal, sys\n"
+                "def look(frame, event, _):\n"
+                "    if frame.f_code.co_filename == sys.argv[1] and frame.f_code.co_name == '<module>' and frame.f_lineno > int(sys.argv[2]):\n"
+                "        sys.settrace(None)\n        os.kill(os.getpid(), signal.SIGINT)\n"
+                "    return look\n"
+                "sys.settrace(look)\n"
+                "runpy.run_path(sys.argv[1], run_name='__main__')\n")
+        for line in (60, 1000, 9000, 13000):
+            done = subprocess.run([sys.executable, "-c", code, support.AGENT, str(line)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=support.LIMIT)
+            self.assertEqual((done.returncode, done.stdout, done.stderr), (-signal.SIGINT, b"", b""), line)
+
     def test_it_ends_every_command_at_any_call(self):
         """130 as from any program; `run --once` ends after its step. No word of a bug, and the next run does the rest."""
         support.require("strace")

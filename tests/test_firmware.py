@@ -133,6 +133,16 @@ class Small(unittest.TestCase):
         self.assertFalse("find_wine" in text or "command_tower" in text)
         self.assertRegex(words, r"without high-tower, cellar; \d+ bytes of \d+, \d+ tokens of \d+\n$")
 
+    def test_the_folder_of_an_image_is_made_where_it_is_not_there_yet(self):
+        """As its page has it typed; a place that cannot be written is named, not a bug."""
+        self.output = os.path.join(os.path.dirname(self.output), "image", "usr", "agent.py")
+        self.assertIn("command_open", self.strip("--without", "cellar")[2])
+        place = self.output
+        self.output = os.path.join(place, "agent.py")
+        code, words, _ = self.strip("--without", "cellar")
+        self.assertEqual((code, words.count("\n")), (2, 1), words)
+        self.assertIn(place, words)
+
     def test_what_is_still_needed_is_not_left_out(self):
         code, words, text = self.strip("--without", "cellar", bottle="find_wine")
         self.assertEqual((code, text), (2, None))

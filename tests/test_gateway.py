@@ -4,7 +4,9 @@ One agent, one engine of files for itself and one for each child; a connection i
 """
 import json
 import os
+import signal
 import subprocess
+import time
 import unittest
 import unittest.mock
 
@@ -29,7 +31,9 @@ class FindPlace(unittest.TestCase):
     def find(self, wanted, held=None, children=None, unfit=None, loads=None):
         children = {"gw/a": True, "gw/b": True} if children is None else children
         deployment = margo_agent.Deployment(HELLO, "hello", "n", wanted, "compose", [], [], None)
-        return margo_agent.find_place(deployment, held, "gw", children, lambda child: (unfit or {}).get(child, ""), loads or {})
+        reasons = {child: (unfit or {}).get(child) for child in children}
+        others = [child for child, count in (loads or {}).items() for _ in range(count)]
+        return margo_agent.find_place(deployment, held, "gw", children, reasons, others)
 
     def assertRefused(self, code, words, *args, **options):
         with self.assertRaises(margo_agent.ComponentError) as caught:
@@ -157,9 +161,10 @@ class Connections(unittest.TestCase):
         support.write(os.path.join(folder, "helm"), "#!/bin/sh\n", 0o755)
         environ = {"PATH": folder, "KUBECONFIG": "/the/gateways/own", "CONTAINER_HOST": "unix:///own"}
         config = make(runtime={"helm": "off", "kubeconfig": "/the/gateways/own"})
-        driver = margo_agent.make_helm_driver(config, (A, {"KUBECONFIG": "/a/kubeconfig"}), environ=environ)
-        self.assertEqual((driver.environ["KUBECONFIG"], "CONTAINER_HOST" in driver.environ), ("/a/kubeconfig", False))
-        self.assertIsNone(margo_agent.make_helm_driver(config, (A, {"CONTAINER_HOST": "unix:///a"}), environ=environ))
+        with unittest.mock.patch.dict(os.environ, environ, clear=True):
+            driver = margo_agent.make_helm_driver(config, (A, {"KUBECONFIG": "/a/kubeconfig"}))
+            self.assertEqual((driver.environ["KUBECONFIG"], "CONTAINER_HOST" in driver.environ), ("/a/kubeconfig", False))
+            self.assertIsNone(margo_agent.make_helm_driver(config, (A, {"CONTAINER_HOST": "unix:///a"})))
 
     def test_what_the_gateway_does_not_host_its_children_may(self):
         """runtime.compose and runtime.engine speak of this device; `off` makes a gateway that hosts nothing itself."""
@@ -700,6 +705,35 @@ class Unreachable(GatewayCase):
         self.assertEqual(done.returncode, 0, done.stderr)
         self.assertEqual((self.where(), self.where(SECOND)), ({}, {}))
         self.assertEqual(self.exchanges()[3:], [("DELETE", B), ("DELETE", A), ("DELETE", DEVICE)])
+
+
+class Interrupted(GatewayCase):
+    def find_helpers(self):
+        """The engines' commands that run."""
+        found = []
+        for pid in filter(str.isdigit, os.listdir("/proc")):
+            try:
+                with open(f"/proc/{pid}/environ", "rb") as environ:
+                    words = environ.read()
+            except OSError:
+                continue
+            found += [pid for engine in self.engines.values() if f"FAKE_PODMAN={engine.folder}\0".encode() in words]
+        return found
+
+    def test_ctrl_c_waits_for_no_device_that_hangs_and_leaves_nothing_behind(self):
+        self.addCleanup(signal.signal, signal.SIGINT, signal.signal(signal.SIGINT, signal.default_int_handler))
+        for engine in self.engines.values():
+            support.write(os.path.join(engine.folder, "slow"), "ps")
+        self.publish(A)
+        process = subprocess.Popen(self.device.command("plan"), env=self.device.env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        self.addCleanup(support.end, process)
+        support.wait_for(lambda: len(self.find_helpers()) > 3, what="commands that hang")
+        process.send_signal(signal.SIGINT)
+        began = time.monotonic()
+        errors = process.communicate(timeout=support.LIMIT)[1]
+        self.assertEqual((process.returncode, errors), (130, b""))
+        self.assertLess(time.monotonic() - began, 15)
+        support.wait_for(lambda: not self.find_helpers(), what="the end of the engines' commands")
 
 
 class Gone(GatewayCase):

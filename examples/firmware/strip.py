@@ -207,13 +207,14 @@ def main(arguments=None):
         if left_out:
             text = text.replace(MARK, f"{MARK}# Without {', '.join(left_out)}: made by examples/firmware/strip.py.\n", 1)
         compile(text, options["output"], "exec")
+        os.makedirs(os.path.dirname(os.path.abspath(options["output"])), exist_ok=True)
+        with open(options["output"] + ".new", "w", encoding="utf-8") as file:
+            file.write(text)
+        os.chmod(options["output"] + ".new", 0o755)
+        os.replace(options["output"] + ".new", options["output"])
     except (Fault, OSError) as error:
         print(f"strip.py: {error}", file=sys.stderr)
         return 2
-    with open(options["output"] + ".new", "w", encoding="utf-8") as file:
-        file.write(text)
-    os.chmod(options["output"] + ".new", 0o755)
-    os.replace(options["output"] + ".new", options["output"])
     print(f"{options['output']}: without {', '.join(left_out) or 'nothing'}{', bare' if '--bare' in options else ''}; "
           f"{len(text.encode())} bytes of {len(source.encode())}, {count_tokens(text)} tokens of {count_tokens(source)}")
     return 0
