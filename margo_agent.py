@@ -5501,7 +5501,8 @@ def make_ports(ports, reading, where):
     for port in dict.fromkeys(ports):
         numbers, argument = port.numbers, port.argument
         if port.choice and reading.engine == "podman":
-            numbers, argument = port.choice[:1], re.sub("-[0-9]+:", ":", argument)
+            numbers = port.choice[:1]
+            argument = re.sub("-[0-9]+:", ":", argument)
         reading.variables.spend(64 * len(numbers), where)   # what they take of the memory
         arguments.append(f"--publish={argument}")
         held += [[port.address, number, port.protocol] for number in numbers]
@@ -6307,7 +6308,8 @@ def check_archive(data, max_unpacked, relaxed=False):
     tops = set()
     try:
         plain, members, end = unpack_tar(data, max_unpacked, MAX_ENTRIES)
-        loose = relaxed and any("/" not in strip_dot(member.name) and not member.isdir() for member in members)
+        loose = relaxed and any("/" not in strip_dot(member.name) and not member.isdir()
+                                for member in members)
         for member in members:
             add_entry(member, entries, tops, "package/" if loose else "")
         if any(piece.strip(b"\0") for piece in read_pieces(plain, end, max_unpacked)):
@@ -9128,7 +9130,8 @@ class YAMLReader:
         if not header:
             self.fail("the header of a block scalar is | or >, then at most + or - and a digit")
         style, marks = header.groups()
-        start, digit = header.end(), marks.strip("+-")
+        start = header.end()
+        digit = marks.strip("+-")
         first = re.compile(r"[ \n]*").match(text, start).end()
         line = text.rfind("\n", 0, first) + 1
         indent = max(parent, 0) + int(digit) if digit else first - line
@@ -9233,7 +9236,8 @@ class YAMLReader:
 
     def read_quoted(self, quote, parent):
         """A quoted scalar's text."""
-        pieces, end = [], self.position + 1
+        pieces = []
+        end = self.position + 1
         while True:
             match = self.QUOTED[quote].search(self.text, end)
             if not match or match.end() == len(self.text):
@@ -9447,7 +9451,7 @@ def check_gzip(data, max_unpacked):
     stream = zlib.decompressobj(31)
     size, rest = 0, b""
     try:
-        for start in range(0, len(data), 16 * KIB):     # what is not yet unpacked of a piece is copied each time
+        for start in range(0, len(data), 16 * KIB):     # what is left of one is copied each time
             rest = data[start:start + 16 * KIB]
             while rest and not stream.eof:
                 size += len(stream.decompress(rest, MIB))
