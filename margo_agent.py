@@ -6002,8 +6002,9 @@ Reference = define("Reference", "host name tag",
 Entry = define(
     "Entry",
     "path kind mode link offset size",
-    "One checked entry of an archive: path below the top-level folder, `file`, `folder` or `link`, mode, link"
-    " target, place of its bytes.",
+    "One checked entry of an archive: path below the top-level folder, `file`, `folder` or `link`; of a file"
+    " its mode and the place of its bytes, of a link where it leads to.",
+    "", 0, 0,
 )
 
 
@@ -6356,18 +6357,18 @@ def add_entry(member, entries, tops, top=""):
     if len(tops) > 1:
         raise ValueError(f"more than one top-level entry ({', '.join(sorted(tops))})")
     if member.isdir():
-        entry = Entry(path, "folder", 0o755, None, 0, 0)
+        entry = Entry(path, "folder", 0o755)
     elif not path:
         raise ValueError(f"{name!r} stands at the top, where only one folder may stand")
     elif member.isfile() and not member.issparse():
-        entry = Entry(path, "file", 0o755 if member.mode & 0o111 else 0o644, None, member.offset_data,
+        entry = Entry(path, "file", 0o755 if member.mode & 0o111 else 0o644, "", member.offset_data,
                       member.size)
     elif member.issym():
         if not member.linkname or not is_storable(member.linkname):
             raise ValueError(
                 f"the link {name!r} leads to {make_printable(member.linkname)!r}, which is no path"
             )
-        entry = Entry(path, "link", 0o777, member.linkname, 0, 0)
+        entry = Entry(path, "link", 0o777, member.linkname)
     elif member.islnk():
         target, _, inside = (top + strip_dot(member.linkname)).partition("/")
         source = entries.get(inside)
@@ -8979,17 +8980,17 @@ class YAMLReader:
         if self.at_indicator("-?"):
             if column is None or own:
                 self.fail("a block collection cannot start here")
-            if text[self.position] == "-":
-                return self.make_node(self.descend(self.read_sequence, column), "seq", above)
-            return self.make_node(self.descend(self.read_mapping, column), "map", above)
-        content = self.read_content(parent, False)
-        self.position = self.SPACE.match(text, self.position).end()
-        if column is not None and self.at_indicator(":"):
-            self.position = start
-            return self.make_node(self.descend(self.read_mapping, column), "map", above)
-        node = self.make_node(*content, self.join(above, own))
-        self.end_line()
-        return node
+        else:
+            content = self.read_content(parent, False)
+            self.position = self.SPACE.match(text, self.position).end()
+            if column is None or not self.at_indicator(":"):
+                node = self.make_node(*content, self.join(above, own))
+                self.end_line()
+                return node
+            self.position = start                   # it is the first key of a mapping
+        if self.at_indicator("-"):
+            return self.make_node(self.descend(self.read_sequence, column), "seq", above)
+        return self.make_node(self.descend(self.read_mapping, column), "map", above)
 
     def join(self, above, own):
         """Anchor and tag of a node whose properties stand on several lines."""
