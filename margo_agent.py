@@ -5321,11 +5321,11 @@ def read_value(value, form, where="", variables=None):
 
 
 def check_keys(unknown):
-    """Raises ComponentError that names every key that is not supported, and what to write instead."""
+    """Raises ComponentError that names keys that are not supported, MAX_NAMED at most, and what to write."""
     import difflib
     texts = []
     told = set()
-    for place, key, known in unknown:
+    for place, key, known in unknown[:MAX_NAMED]:
         near = [f"did you mean {name}?" for name in difflib.get_close_matches(key, known, 1)]
         advice = "" if key in told else ADVICE.get(key, "".join(near))
         told.add(key)
