@@ -2349,7 +2349,8 @@ def read_target(target, load_document, config):
 # 11. Identity and trust
 # ----------------------------------------------------------------------------------------------------------
 
-EXPIRY_WARNING = 0.2                # share of the own certificate's lifetime that is left when warnings begin
+EXPIRY_WARNING = 0.2  # share of the own certificate's lifetime that is left when `run` begins to warn
+EXPIRY_ADVICE = 0.25                # ... and when `doctor` does
 CLOCK_SKEW = 300                    # seconds that another clock may be ahead of ours
 DRAFT = "the Margo draft of enrollment, renewal and revocation, which may still change"
 KEY_KINDS = {  # identity.algorithm: what openssl makes a key from; those that are not named sign by RSA
@@ -2464,19 +2465,19 @@ def check_enrollment(state, client_id):
                         f" {state['enrollment']['id']}; unenroll first")
 
 
-def find_expiry(leaf, now):
+def find_expiry(leaf, now, share=EXPIRY_WARNING):
     """What to say of a certificate's end, "" while more than a share of its lifetime is left."""
     left = leaf.not_after - now
     if left < 0:
         return "expired"
-    if left < EXPIRY_WARNING * (leaf.not_after - leaf.not_before):
+    if left < share * (leaf.not_after - leaf.not_before):
         return f"expires in {left // 86400:.0f} days, at {make_time(leaf.not_after)}; have it renewed"
     return ""
 
 
-def ask_warnings(config, leaf, now):
+def ask_warnings(config, leaf, now, share):
     """[what to say] of an own certificate that ends soon, and of a key that others can read."""
-    expiry = find_expiry(leaf, now)
+    expiry = find_expiry(leaf, now, share)
     words = [expiry and f"the own certificate {expiry}", ask_looseness("identity.key", config.identity.key)]
     return list(filter(None, words))
 
@@ -2484,7 +2485,7 @@ def ask_warnings(config, leaf, now):
 def warn_of_own(config, leaf, store, now):
     """Warns once a day of the own certificate and key."""
     memo = store.load_memo()
-    words = ask_warnings(config, leaf, now)
+    words = ask_warnings(config, leaf, now, EXPIRY_WARNING)
     if words and not 0 <= now - memo.get("warnedAt", 0) < 86400:
         for line in words:
             log("warning", line)
@@ -2507,7 +2508,7 @@ def describe_own(config, load, known_id, now):
 
 def judge_own(leaf, words, config, now):
     """What `doctor` says of an own certificate that can be used: (ok or warn, words)."""
-    faults = ask_warnings(config, leaf, now)
+    faults = ask_warnings(config, leaf, now, EXPIRY_ADVICE)
     words += f", {(leaf.not_after - now) // 86400:.0f} days left"
     return ("warn", "; ".join([words, *faults])) if faults else ("ok", words)
 
@@ -2628,13 +2629,19 @@ def judge_own_chain(config, own, bundle, state):
 
 def parse_trust_bundle(data):
     """A SPIFFE bundle (JWK Set) or PEM certificates to a TrustBundle; raises ValueError (C-034 to C-037)."""
-    value = {}
+    anchors = []
+    value = {"keys": []}
     if b"-----BEGIN CERTIFICATE-----" in data:
         anchors = parse_pem(data.decode("ascii"))
     else:
         value = parse_json(data, "the trust bundle")
         check_shape(value, {"keys": list}, "the trust bundle")          # a JWK Set
-        anchors = parse_jwks(value["keys"])
+    for index, key in enumerate(value["keys"]):
+        if isinstance(key, dict) and key.get("use") == "x509-svid":
+            x5c = key.get("x5c")
+            first = x5c[0] if isinstance(x5c, list) and x5c else None
+            check_shape(first, r"\S+", f"keys[{index}].x5c")            # no white space there (RFC 7517, 4.7)
+            anchors.append(parse_base64(first))
     if not anchors:
         raise ValueError("no X.509 anchor in it (no key with use x509-svid); whoever runs the WFM has the"
                          " bundle")
@@ -2643,19 +2650,6 @@ def parse_trust_bundle(data):
     numbers = [value.get(name) for name in ("spiffe_sequence", "spiffe_refresh_hint")]
     good = [item if type(item) is int and 0 <= item <= MAX_VERSION else None for item in numbers]
     return TrustBundle(anchors, *good)
-
-
-def parse_jwks(keys):
-    """The anchors (DER) among the keys of a JWK Set; raises ValueError."""
-    anchors = []
-    for index, key in enumerate(keys):
-        if not isinstance(key, dict) or key.get("use") != "x509-svid":
-            continue
-        x5c = key.get("x5c")
-        first = x5c[0] if isinstance(x5c, list) and x5c else None
-        check_shape(first, r"\S+", f"keys[{index}].x5c")                # no white space there (RFC 7517, 4.7)
-        anchors.append(parse_base64(first))
-    return anchors
 
 
 def check_sequence(bundle, trust, trust_domain):
@@ -10765,9 +10759,9 @@ class Git(Profile):
             path = self.config.git[key]
             if path:
                 load_secret(f"git.{key}", path, Untrusted)
-            loose = ask_looseness(f"git.{key}", path or "")
-            if loose:
-                return "warn", loose
+                loose = ask_looseness(f"git.{key}", path)
+                if loose:
+                    return "warn", loose
         return "ok", version
 
     def identify(self):
@@ -11254,6 +11248,7 @@ CRL_FIELD = "crlUris"
 OID_CRL_NUMBER, OID_CRL_SCOPE = b"\x55\x1d\x14", b"\x55\x1d\x1c"
 MAX_LISTS = 32                      # that a discovery document may name
 CRL_PERIOD = 43200                  # seconds after which a list is asked for again, up to twice that (E-082)
+CRL_FIRST, CRL_CAP = 60, 3600       # seconds between attempts at a list that cannot be had
 
 Crl = define("Crl", "issuer issuer_key this_update next_update serials number",
     "What is used of a revocation list: raw name, identifier of its issuer's key or None, Unix seconds, the"
@@ -11348,10 +11343,10 @@ def refresh_revocation(config, store, state, source=None):
             delay = max(1, min(CRL_PERIOD * (1 + get_random()), left / 2))
             record.update(make_wait({"failures": -1}, delay, clock))
         except (MargoError, ValueError) as error:
+            delay = (1 - get_random()) * grow(CRL_FIRST, record.get("failures", 0) + 1, CRL_CAP)
+            record.update(make_wait(record, max(getattr(error, "retry_after", None) or 0, delay), clock))
             log("warning", "a revocation list cannot be had; what is at hand stays", url=url,
                 reason=str(error))
-            fault = error if isinstance(error, MargoError) else Untrusted(str(error))
-            record.update(make_hold(record, fault, clock, get_random()))
     for url in set(records) - set(listed):
         if clock.now > records[url].get("thisUpdate", 0) + records[url].get("validity", 0):
             del records[url]
@@ -11476,7 +11471,7 @@ def load_judge(config, store, state, source, keep):
 def parse_crl_uris(members, document_url, public):
     """[URL of a list] from a discovery document; what is none fails where it is asked for (E-080)."""
     listed = members.get(CRL_FIELD) or []
-    listed = listed if isinstance(listed, list) else [listed]
+    listed = listed if isinstance(listed, list) else [repr(listed)]
     return [str(uri)[:2000] for uri in listed[:MAX_LISTS]]
 
 
