@@ -4911,7 +4911,7 @@ def to_form(pattern, words, make=str):
     def read_form(value, where):
         text = to_text(value, where)
         if not re.fullmatch(pattern, text):
-            raise make_fault(f"{where}: {make_printable(text, 60)!r} is not {words}")
+            raise make_fault(f"{where}: {make_printable(text, 100)!r} is not {words}")
         return make(text)
     return read_form
 
@@ -5055,8 +5055,10 @@ def to_test(value, where):
 # What is no name in a registry: a transport of podman's before the first colon, or a tag before a slash.
 TRANSPORT = (r"(containers-storage|dir|docker|docker-archive|docker-daemon|oci|oci-archive|ostree|sif|"
              r"tarball|https?):|[^/]*:(?![0-9]+/)[^/]*/")
-IMAGE = (r"([A-Za-z0-9][A-Za-z0-9.-]*(:[0-9]{1,5})?/)?[a-z0-9][a-z0-9._/-]*(:\w[\w.-]{0,127})?"
-         r"(@[a-z0-9]+:[0-9a-f]{32,128})?")
+to_image_name = to_form(
+    r"(?a)(?=.{1,512}\Z)(?!.*//)([A-Za-z0-9][A-Za-z0-9.-]*(:[0-9]{1,5})?/)?[a-z0-9][a-z0-9._/-]*"
+    r"(:\w[\w.-]{0,127})?(@[a-z0-9]+:[0-9a-f]{32,128})?",
+    "an image name: [HOST[:PORT]/]PATH[:TAG][@DIGEST], the path in lower case")
 
 
 def to_image(value, where):
@@ -5065,13 +5067,9 @@ def to_image(value, where):
     None is a file of this device.
     """
     text = to_text(value, where)
-    shown = repr(make_printable(text, 100))
     if re.match(TRANSPORT, text[:512]):
-        raise make_fault(f"{where}: {shown} is not read from a registry, as an image has to be",
-                         "POLICY_DENIED")
-    if len(text) > 512 or "//" in text or not re.fullmatch(IMAGE, text, re.A):
-        raise make_fault(f"{where}: {shown} is not an image name: [HOST[:PORT]/]PATH[:TAG][@DIGEST], the"
-                         " path in lower case")
+        deny(where, f"{make_printable(text, 100)!r} is not read from a registry, as an image has to be")
+    to_image_name(text, where)
     if find_registry(text) != "docker.io" or text.startswith("docker.io/"):
         return text
     return f"docker.io/{'' if '/' in text.partition('@')[0] else 'library/'}{text}"
@@ -5267,7 +5265,7 @@ ADVICE = {"build": "nothing is built on a device; name what was built by `image`
           "oom_kill_disable": "set `mem_limit`", "storage_opt": "set it for the engine"}
 
 
-def read_value(value, form, where, variables):
+def read_value(value, form, where="", variables=None):
     """A value by its form: Settings with None for keys that are not there, {name: …}, and what readers give.
 
     Texts are interpolated; keys never are, and x-… keys of the format are dropped unread.  Raises
@@ -5311,18 +5309,18 @@ def read_value(value, form, where, variables):
     result = read(value, form, where)
     check_keys(unknown)
     for error in faults[:1]:
-        names = ", ".join(sorted(variables.unset)[:5])
+        names = ", ".join(sorted(variables.unset)[:5]) if variables else ""
         words = names and f" (used in the file, and no parameter gives it: {names})"
         raise ComponentError(error.code, error.message + words)
     return result
 
 
 def check_keys(unknown):
-    """Raises ComponentError that names every key that is not supported, and what to write instead."""
+    """Raises ComponentError that names keys that are not supported, MAX_NAMED at most, and what to write."""
     import difflib
     texts = []
     told = set()
-    for place, key, known in unknown:
+    for place, key, known in unknown[:MAX_NAMED]:
         near = [f"did you mean {name}?" for name in difflib.get_close_matches(key, known, 1)]
         advice = "" if key in told else ADVICE.get(key, "".join(near))
         told.add(key)
@@ -5348,8 +5346,7 @@ MODES = "host none bridge private default nat slirp4netns pasta container pod ns
 def make_networks(document, workload):
     """Top-level `networks` as make_volumes has it; `default` is always there."""
     networks = {}
-    default = read_value(None, NETWORK_FORM, "", Variables())
-    for name, value in dict({"default": default}, **document.networks).items():
+    for name, value in dict({"default": read_value(None, NETWORK_FORM)}, **document.networks).items():
         arguments = make_options(value, ("internal", "enable_ipv6"))
         for item in value.ipam.config:
             arguments += make_options(item, ("subnet", "gateway", "ip_range"))
@@ -5499,7 +5496,8 @@ def make_ports(ports, reading, where):
     for port in dict.fromkeys(ports):
         numbers, argument = port.numbers, port.argument
         if port.choice and reading.engine == "podman":
-            numbers, argument = port.choice[:1], re.sub("-[0-9]+:", ":", argument)
+            numbers = port.choice[:1]
+            argument = re.sub("-[0-9]+:", ":", argument)
         reading.variables.spend(64 * len(numbers), where)   # what they take of the memory
         arguments.append(f"--publish={argument}")
         held += [[port.address, number, port.protocol] for number in numbers]
@@ -5586,7 +5584,7 @@ def make_attachments(name, service, reading, where):
         if service.networks:
             raise make_fault(f"{where}.network_mode: cannot stand beside networks")
         return [Attachment(make_namespace(service.network_mode, reading.workload), None)]
-    wanted = service.networks or read_value(["default"], SERVICE_FORM["networks"], "", reading.variables)
+    wanted = service.networks or read_value(["default"], SERVICE_FORM["networks"])
     joined = []
     for network, value in sorted(wanted.items(), key=lambda pair: -(pair[1].priority or 0)):
         own = find_member(reading.networks, network, f"{where}.networks", "networks")[0]
@@ -5972,9 +5970,8 @@ def make_labels(workload, service, digest):
 
     None is left out for being empty: an image has labels of its own.
     """
-    return {LABEL_DEPLOYMENT: workload.deployment_id, LABEL_COMPONENT: workload.component,
-            LABEL_PROJECT: workload.project, LABEL_SERVICE: service, LABEL_HASH: digest,
-            LABEL_DEVICE: workload.device_id, LABEL_OWNER: workload.owner,
+    return {**make_shared_labels(workload), LABEL_COMPONENT: workload.component, LABEL_SERVICE: service,
+            LABEL_HASH: digest, LABEL_DEVICE: workload.device_id,
             "com.docker.compose.project": workload.project, "com.docker.compose.service": service,
             "com.docker.compose.container-number": "1", "com.docker.compose.config-hash": digest,
             "com.docker.compose.oneoff": "False"}
@@ -6000,8 +5997,9 @@ Reference = define("Reference", "host name tag",
 Entry = define(
     "Entry",
     "path kind mode link offset size",
-    "One checked entry of an archive: path below the top-level folder, `file`, `folder` or `link`, mode, link"
-    " target, place of its bytes.",
+    "One checked entry of an archive: path below the top-level folder, `file`, `folder` or `link`; of a file"
+    " its mode and the place of its bytes, of a link where it leads to.",
+    "", 0, 0,
 )
 
 
@@ -6253,9 +6251,8 @@ def parse_package_manifest(data, where, max_artifact, kind="compose"):
         if "manifests" in value:
             raise ValueError("an index of several images, where one Compose Archive is expected")
         layer = find_layer(value, kind)
-        digest = layer.get("digest")
+        check_shape(layer.get("digest"), DIGEST_PATTERN, "the layer's digest")
         size = layer.get("size")
-        check_shape(digest, DIGEST_PATTERN, "the layer's digest")
         if type(size) is not int or size < 1:
             found = make_printable(str(size), 80)
             raise ValueError(f"the layer's size: found {found!r}, expected a number of bytes")
@@ -6263,7 +6260,7 @@ def parse_package_manifest(data, where, max_artifact, kind="compose"):
             raise ValueError(f"the layer has {size} bytes, policy.max_artifact is {max_artifact}")
     except ValueError as error:
         raise ComponentError("ARCHIVE_INVALID", f"{where}: {error}") from None
-    return digest, size
+    return layer["digest"], size
 
 
 def find_layer(value, kind):
@@ -6307,7 +6304,8 @@ def check_archive(data, max_unpacked, relaxed=False):
     tops = set()
     try:
         plain, members, end = unpack_tar(data, max_unpacked, MAX_ENTRIES)
-        loose = relaxed and any("/" not in strip_dot(member.name) and not member.isdir() for member in members)
+        loose = relaxed and any("/" not in strip_dot(member.name) and not member.isdir()
+                                for member in members)
         for member in members:
             add_entry(member, entries, tops, "package/" if loose else "")
         if any(piece.strip(b"\0") for piece in read_pieces(plain, end, max_unpacked)):
@@ -6354,18 +6352,18 @@ def add_entry(member, entries, tops, top=""):
     if len(tops) > 1:
         raise ValueError(f"more than one top-level entry ({', '.join(sorted(tops))})")
     if member.isdir():
-        entry = Entry(path, "folder", 0o755, None, 0, 0)
+        entry = Entry(path, "folder", 0o755)
     elif not path:
         raise ValueError(f"{name!r} stands at the top, where only one folder may stand")
     elif member.isfile() and not member.issparse():
-        entry = Entry(path, "file", 0o755 if member.mode & 0o111 else 0o644, None, member.offset_data,
+        entry = Entry(path, "file", 0o755 if member.mode & 0o111 else 0o644, "", member.offset_data,
                       member.size)
     elif member.issym():
         if not member.linkname or not is_storable(member.linkname):
             raise ValueError(
                 f"the link {name!r} leads to {make_printable(member.linkname)!r}, which is no path"
             )
-        entry = Entry(path, "link", 0o777, member.linkname, 0, 0)
+        entry = Entry(path, "link", 0o777, member.linkname)
     elif member.islnk():
         target, _, inside = (top + strip_dot(member.linkname)).partition("/")
         source = entries.get(inside)
@@ -8977,17 +8975,17 @@ class YAMLReader:
         if self.at_indicator("-?"):
             if column is None or own:
                 self.fail("a block collection cannot start here")
-            if text[self.position] == "-":
-                return self.make_node(self.descend(self.read_sequence, column), "seq", above)
-            return self.make_node(self.descend(self.read_mapping, column), "map", above)
-        content = self.read_content(parent, False)
-        self.position = self.SPACE.match(text, self.position).end()
-        if column is not None and self.at_indicator(":"):
-            self.position = start
-            return self.make_node(self.descend(self.read_mapping, column), "map", above)
-        node = self.make_node(*content, self.join(above, own))
-        self.end_line()
-        return node
+        else:
+            content = self.read_content(parent, False)
+            self.position = self.SPACE.match(text, self.position).end()
+            if column is None or not self.at_indicator(":"):
+                node = self.make_node(*content, self.join(above, own))
+                self.end_line()
+                return node
+            self.position = start                   # it is the first key of a mapping
+        if self.at_indicator("-"):
+            return self.make_node(self.descend(self.read_sequence, column), "seq", above)
+        return self.make_node(self.descend(self.read_mapping, column), "map", above)
 
     def join(self, above, own):
         """Anchor and tag of a node whose properties stand on several lines."""
@@ -9097,26 +9095,26 @@ class YAMLReader:
 
         Merges << last.
         """
-        mapping, merges = {}, []
+        mapping, merged = {}, ()
         for key, value, position in pairs:
             if key == "<<" and re.compile(self.MERGE).match(self.text, position):
-                merges.append((value, position))
-                if len(merges) > 1:
+                if merged:
                     self.fail("the key << occurs twice", position)
-                continue
-            if isinstance(key, (dict, list)):
+                merged = value, position
+            elif isinstance(key, (dict, list)):
                 self.fail("a key that is no scalar is not supported", position)
             # .nan differs from itself
-            if key in mapping or key != key and any(other != other for other in mapping):
+            elif key in mapping or key != key and any(other != other for other in mapping):
                 self.fail(f"the key {str(key)[:60]!r} occurs twice; keep one of them", position)
-            mapping[key] = value
-        for value, position in merges:
-            for source in value if isinstance(value, list) else [value]:
-                if not isinstance(source, dict):
-                    self.fail("<< takes a mapping or a list of mappings", position)
-                self.count(len(source))
-                for key, item in source.items():
-                    mapping.setdefault(key, item)
+            else:
+                mapping[key] = value
+        value, position = merged or ([], 0)
+        for source in value if isinstance(value, list) else [value]:
+            if not isinstance(source, dict):
+                self.fail("<< takes a mapping or a list of mappings", position)
+            self.count(len(source))
+            for key, item in source.items():
+                mapping.setdefault(key, item)
         return mapping
 
     # Scalars
@@ -9128,7 +9126,8 @@ class YAMLReader:
         if not header:
             self.fail("the header of a block scalar is | or >, then at most + or - and a digit")
         style, marks = header.groups()
-        start, digit = header.end(), marks.strip("+-")
+        start = header.end()
+        digit = marks.strip("+-")
         first = re.compile(r"[ \n]*").match(text, start).end()
         line = text.rfind("\n", 0, first) + 1
         indent = max(parent, 0) + int(digit) if digit else first - line
@@ -9233,7 +9232,8 @@ class YAMLReader:
 
     def read_quoted(self, quote, parent):
         """A quoted scalar's text."""
-        pieces, end = [], self.position + 1
+        pieces = []
+        end = self.position + 1
         while True:
             match = self.QUOTED[quote].search(self.text, end)
             if not match or match.end() == len(self.text):
@@ -9447,7 +9447,7 @@ def check_gzip(data, max_unpacked):
     stream = zlib.decompressobj(31)
     size, rest = 0, b""
     try:
-        for start in range(0, len(data), 16 * KIB):     # what is not yet unpacked of a piece is copied each time
+        for start in range(0, len(data), 16 * KIB):     # what is left of one is copied each time
             rest = data[start:start + 16 * KIB]
             while rest and not stream.eof:
                 size += len(stream.decompress(rest, MIB))
