@@ -10041,7 +10041,7 @@ def fetch_file(url, config, missing=False):
 
 
 def run_signature_check(data, url, key, config):
-    """Raises ComponentError unless gpg finds that the key signed the package; ConfigError without a gpg.
+    """Raises ComponentError unless gpg finds that the key signed the package.
 
     No signature to be had is a warning.
     """
@@ -10056,8 +10056,12 @@ def run_signature_check(data, url, key, config):
         for path, content in zip(paths, (key, signature, data)):
             write_file(path, content)
         gpg = ["gpg", "--batch", "--no-options", "--no-autostart", "--homedir", home]
-        run_command(gpg + ["--import", paths[0]], 60)
-        output = run_command(gpg + ["--trust-model", "always", "--verify"] + paths[1:], 60)
+        try:
+            run_command(gpg + ["--import", paths[0]], 60)
+            output = run_command(gpg + ["--trust-model", "always", "--verify"] + paths[1:], 60)
+        except (CommandError, ConfigError) as error:
+            words = f"{url} is signed, and that cannot be checked: {error.message}"
+            raise ComponentError("PULL_FAILED", words) from None
     if output.code:
         words = f"the key at keyLocation did not sign this package: {output.stderr[-300:]}"
         raise ComponentError("DIGEST_MISMATCH", f"{url}: {words}")
