@@ -836,7 +836,7 @@ def find_action(target, record, containers, clock, settle, mark, quiet):
         return change, f"was interrupted while {state}"
     culprit, words = find_drift(list_parts(record, "services"), containers, clock.now, settle)
     if words and pause:
-        words += f" although it was repaired {record['repair']['failures']} times"
+        words += f" although it was repaired {record['repair'].get('failures', 0)} times"
         return "give_up", f"{words}; next attempt at {make_time(clock.now + pause)}", culprit
     if words:
         return "update", f"drift: {words}"
@@ -7407,6 +7407,10 @@ def parse_state(data, path):
     except (TypeError, KeyError, AttributeError):
         raise ValueError(f"{path} is not a state of this agent (outbox or deployments)") from None
     check_shape(state, STATE, path)
+    for key, record in state["deployments"].items():
+        needed = ["error"] * (record["refused"] or record["state"] == "failed")
+        needed += ["running"] * (record["state"] == "installed")
+        check_shape(record, dict.fromkeys(needed, dict), f"{path}.deployments.{key}")
     return state
 
 

@@ -1,6 +1,7 @@
 """State and memo of right JSON and wrong form (security 5), without a digest and with the right one: no command ends with a bug."""
 import contextlib
 import io
+import itertools
 import json
 import os
 import random
@@ -10,6 +11,7 @@ from unittest import mock
 
 import margo_agent
 from tests import support
+from tests.bench import fuzz
 
 OTHER = "11111111-1111-4111-8111-111111111111"
 VALUES = [None, True, 0, -1, 10 ** 18, 1e300, "", [], {}, "x" * 100000, [None], {"a": None}, "a\x1b\n"]
@@ -61,6 +63,31 @@ def spoil(chance, value, places):
     elif kind == 1:
         home += [item, item]
     return value
+
+
+class Records(unittest.TestCase):
+    def test_no_combination_of_the_parts_of_a_record_is_a_bug(self):
+        """It is refused by its place, or read, planned on and told of."""
+        state = json.loads(fuzz.make_states()[0])
+        state.pop("sum")
+        (key, whole), = state["deployments"].items()
+        running = {name: value for name, value in whole["running"].items() if name != "services"}
+        wait = {"delay": 60, "at": 1e9}
+        parts = {"state": margo_agent.STATES, "error": (None, whole["error"]), "running": (None, whole["running"], running),
+                 "previous": (None, running), "refused": (True, False), "fallback": (True, False), "retry": ({}, whole["retry"], wait),
+                 "repair": ({}, whole["retry"], wait), "components": ([], whole["components"])}
+        combinations = list(itertools.product(*parts.values()))
+        random.Random(SEED).shuffle(combinations)
+        refused = 0
+        for values in combinations[:int(len(combinations) * max(SHARE, 0.3))]:
+            record = dict(whole, **dict(zip(parts, values)))
+            with self.subTest(values=values, seed=SEED):
+                try:
+                    fuzz.read_state(margo_agent.make_json(dict(state, deployments={key: record})))
+                except ValueError as error:
+                    self.assertIn(f".deployments.{key}.", str(error))
+                    refused += 1
+        self.assertGreater(refused, 100)
 
 
 class Forms(support.DeviceCase):

@@ -800,6 +800,10 @@ def read_state(data):
     list(map(margo_agent.find_held_ports, copy["deployments"].values()))
     list(map(margo_agent.make_deployment_report, copy["deployments"].values()))
     margo_agent.find_needed(copy)
+    for record in copy["deployments"].values():
+        for digest in (record["adopted"]["digest"], "another"):
+            for containers in (None, [], [margo_agent.Container("1", "c", UUID, "web", "main", "h", "running", "compose")]):
+                margo_agent.find_action(margo_agent.Target(UUID, digest, 1), record, containers, clock, 10, "", False)
     return state
 
 
