@@ -3327,7 +3327,8 @@ DOCKER_FORM = ('{"Id":{{json .ID}},"Names":[{{json .Names}}],"State":{{json .Sta
                '"Status":{{json .Status}},"Labels":{%s}}')
 # What podman, or docker, says of itself, by our words.
 INFO = {"architecture": ("arch", "Architecture"), "root": ("graphRoot", "DockerRootDir"),
-        "version": ("Version", "ServerVersion"), "network": ("networkBackend",)}
+        "version": ("Version", "ServerVersion"), "network": ("networkBackend",),
+        "runtime": ("DefaultRuntime",)}
 PULL_NOTE = 60                      # seconds between two lines of the log about a pull
 LOG_LINES = 4000                    # of a log that are looked at for its end
 MAX_LOG = 256 * KIB                 # bytes of them
@@ -3831,9 +3832,9 @@ class ComposeDriver:
             return {}
 
     def ask_info(self):
-        """{architecture, root, version, network: text} that the engine has said since the last look.
+        """{architecture, root, version, network, runtime: text} that the engine has said since the last look.
 
-        root: the folder of its images; "" for what it does not say.
+        root: the folder of its images; runtime: docker's; "" for what it does not say.
         """
         if not self.info:
             told = self.ask([self.engine, "info", "--format={{json .}}"])
@@ -4283,6 +4284,8 @@ class ComposeDriver:
         known = job.known.get(service.name, {}).get("hash") == service.hash
         if known or not written.isdisjoint(mount.source for mount in service.mounts):
             return
+        if self.engine != "podman" and self.ask_info()["runtime"] not in ("runc", "crun"):
+            return                                  # gVisor or Kata may start what is made unstartable
         name = make_container_name(job.workload.project, service.name) + f"-try-{os.urandom(4).hex()}"
         container_id = self.create(make_trial(service, self.engine), job, name)
         output = self.run(["init" if self.engine == "podman" else "start", container_id],
