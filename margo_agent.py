@@ -82,22 +82,22 @@ MAX_DEPLOYMENTS = 10000             # entries of one state manifest
 DOCUMENTS = 8                       # all documents together: one part in so many of policy.max_unpacked
 MAX_NODES = 250000                  # members of a document: each takes some hundred bytes of memory
 MAX_DURATION = 3650 * 86400         # seconds of one setting; clocks and timers take no sum of centuries
-MAX_NUMBER = 1e300                  # larger ones are none: sums of them would leave what the processor knows
+MAX_NUMBER = 1e300                  # of a document: with larger ones the processor cannot reckon
 MAX_VERSION = 2 ** 64 - 1           # manifestVersion is an unsigned 64 bit number (protocol 3.1)
 
 MANIFEST_TYPE = "application/vnd.margo.manifest.v1+json"
 BUNDLE_TYPE = "application/vnd.margo.bundle.v1+tar+gzip"
 DEPLOYMENT_TYPE = "application/yaml"
 JSON_TYPE = "application/json"
-SUCCESS = tuple(range(200, 300))    # of a report: HTTP has more words for it than Margo's interface names
+SUCCESS = range(200, 300)           # of a report: HTTP has more words for it than Margo's interface names
 PROBLEM_ROOT = "https://docs.margo.org/specification/"
 # Problem types (protocol 3.7), earlier ones too: what is said of the client, and of one request.
-DENIALS = ("not-authorized", "certificate-not-trusted", "signature-verification-failed",
-           "wfm-client-relationship-retired")
-REFUSALS = ("invalid-request", "semantic-error", "gateway-not-found", "device-not-found", "invalid-bundle",
-            "deployment-not-found", "server-cannot-generate-response", "discovery-document-not-found",
-            "spiffe-bundle-not-found", "invalid-client", "invalid-digest-header",
-            "invalid-certificate-format")
+DENIALS = ("not-authorized certificate-not-trusted signature-verification-failed"
+           " wfm-client-relationship-retired").split()
+REFUSALS = ("invalid-request semantic-error gateway-not-found device-not-found invalid-bundle"
+            " deployment-not-found server-cannot-generate-response discovery-document-not-found"
+            " spiffe-bundle-not-found invalid-client invalid-digest-header"
+            " invalid-certificate-format").split()
 
 DIGEST_PATTERN = r"sha256:[0-9a-f]{64}"
 UUID_PATTERN = r"[0-9a-fA-F]{8}-[0-9a-fA-F]{4}-[0-9a-fA-F]{4}-[0-9a-fA-F]{4}-[0-9a-fA-F]{12}"
@@ -107,7 +107,7 @@ REGISTRY_PATTERN = rf"(?:[A-Za-z0-9.-]+|\[[0-9a-fA-F:]+\])(?:{PORT_PATTERN})?"
 DEVICE_ID_PATTERN = r"[A-Za-z0-9._~-]+(/[A-Za-z0-9._~-]+)*"
 
 # Most severe first (C-133).
-STATES = ("failed", "removing", "installing", "pending", "removed", "installed")
+STATES = "failed removing installing pending removed installed".split()
 GOING = ("removing", "removed")     # those of what is not wanted any more
 CHANGES = ("install", "update")     # verbs of a plan that make a version run
 
@@ -339,11 +339,10 @@ class Agent:
         self.source = None                          # connected when the WFM is first needed
         self.seen = {}                              # {device id: Seen} of the last look
         self.asked = False                          # whether a person asks for an SVID, by `enroll`
-        self.polled = False                         # whether the source has told the desired state
         self.starting = 0                           # seconds until the first contact since the device started
 
     def hold(self, state):
-        """Works with this state from now on, and serves wfm.profile by it."""
+        """From now on this state counts, also for the profile."""
         self.state = state
         self.profile = PROFILES[self.config.wfm.profile](self.config, self.store, state)
 
@@ -372,7 +371,7 @@ class Agent:
             raise
         self.began = time.time()
         self.faults = []                            # what went wrong in this cycle
-        self.polled = False
+        self.polled = False                         # whether the source has told the desired state
         self.silent = False                         # whether the WFM is not spoken to any more in this cycle
         self.changed = False                        # whether this cycle had something to do
         return self
@@ -499,7 +498,7 @@ class Agent:
                           f" policy.max_removals is {limit}; nothing is done until the next poll confirms it")
 
     def decide(self, accepted, load_document):
-        """[Action]: what to do so that what was accepted runs; Agent.seen tells what is there now.
+        """What to do so that what was accepted runs: [Action].  Agent.seen keeps what there is now.
 
         The documents of what is not as it should be are read, and it is decided again: another device may
         have to run it.
@@ -636,7 +635,7 @@ class Agent:
                     config=self.config, store=self.store, version=version, troubles=troubles)
 
     def advance(self, step, turn=None):
-        """Carries on with a step until it is ready to change something, or done; whether it is ready.
+        """Carries on with a step until it is done, or ready to change what runs; returns whether it is ready.
 
         Every change of a record is durable, and told where the WFM can be told, before the next one.  turn:
         the verb and the words of find_turn, for a step that was ready.
@@ -742,7 +741,7 @@ PRINTED = {"restore": "update", "give_up": "refuse", "clear": "remove"}
 
 
 def needs_document(target, record):
-    """Whether deciding on a target takes its document: not where just that is installed, or has failed."""
+    """Whether a target can be decided on only by its document: not where it is installed, or has failed."""
     if record is None or record["adopted"]["digest"] != target.digest or record["refused"]:
         return True
     return record["state"] not in ("installed", "failed")
@@ -787,7 +786,8 @@ def make_plan(targets, records, devices, seen, clock, settle=0, mark="", quiet=F
         named = record["deploymentId"] if record else there[home, key][-1].deployment_id
         reason = f"belongs on {target.device_id}" if target else "not in the desired state"
         action = Action(named, "clear" if target or record and not here else "remove", reason, None, home)
-        if here and "leaving" in here["retry"] and find_wait(here["retry"], clock):
+        failed = here and here["state"] == "failed" and "leaving" in here["retry"]
+        if failed and find_wait(here["retry"], clock):
             words = f"cannot be removed ({here['error']['code']}); {make_due(here, clock)}"
             action = action._replace(verb="keep", reason=words)
         if not target or key in settled:
@@ -796,10 +796,11 @@ def make_plan(targets, records, devices, seen, clock, settle=0, mark="", quiet=F
 
 
 def find_action(target, record, containers, clock, settle, mark, quiet):
-    """(verb, reason) for one deployment that is wanted, and what is repaired in vain, see Action.
+    """What to do about one deployment that is wanted, and why: (verb, reason), see EXECUTE.
 
-    containers: its own, None where they cannot be seen.  In downtime (quiet) nothing is fetched (protocol
-    10), and the version before runs.
+    Where it was repaired in vain, what was repaired is the third: (component, service).  containers: its own,
+    None where they cannot be seen.  In downtime (quiet) nothing is fetched (protocol 10), and the version
+    before goes on.
     """
     record = record or make_record(target, "")
     running = record["running"]
@@ -845,7 +846,9 @@ def find_action(target, record, containers, clock, settle, mark, quiet):
 
 
 def find_drift(services, containers, now, settle):
-    """((component, service), words) for what differs from what was installed, or ("", "") (P-12, D-23).
+    """The first service that is not as it was installed: ((component, service), what is wrong) (P-12, D-23).
+
+    ("", "") where all are.
 
     services: {component: {service: facts}}; containers: those of this deployment, or None.
     """
@@ -972,7 +975,10 @@ class Step:
                 for name, kind in sorted(there) + known]
 
     def prepare(self, deployment, components, packages, rollback):
-        """([(component, driver, workload, package)], [Change]): all is fetched and verified, nothing touched."""
+        """Fetches and verifies everything, and touches nothing that runs.
+
+        Returns [(component, driver, workload, package)] and [Change].
+        """
         prepared, changes = [], []
         for component in components:
             self.name = component.name
@@ -1036,7 +1042,11 @@ class Step:
             raise
 
     def take_turn(self, prepared):
-        """Waits for its turn, after freeing its ports where others wait for them; then clears what moves."""
+        """Waits until it is this step's turn to change what runs, see find_turn.
+
+        Where others wait for its ports, it stops what holds them first.  What moves here is removed where it
+        was.
+        """
         verb = "stop"
         takes = {(self.action.device_id, *port)
                  for _, driver, workload, _ in prepared for port in driver.list_ports(workload)}
@@ -1097,9 +1107,10 @@ class Step:
 
 
 def apply_install(step):
-    """Makes one deployment as its target says, new or not; a failure ends in a failed record.
+    """Makes one deployment as its target says, new or not.
 
-    Then the version before runs again, as runtime.on_failure says (P-8).
+    After a failure the version before runs again, where runtime.on_failure says so (P-8), and the record says
+    both.
     """
     target, record = step.action.target, step.record
     deployment = target.deployment
@@ -1173,7 +1184,10 @@ def apply_nothing(step):
 
 
 def apply_removal(step):
-    """Removes all of a deployment, last component first; only an empty engine counts as removed (D-21)."""
+    """Removes all of a deployment, last component first.
+
+    It counts as removed once the engine shows nothing of it any more (D-21).
+    """
     record = step.record
     there = step.find_containers()
     if there and not record["components"]:          # the state was lost; they are still reported (C-131)
@@ -1217,7 +1231,7 @@ EXECUTE = {"install": apply_install, "update": apply_install, "restore": apply_r
 
 
 def make_nothing(record):
-    """The Deployment of which nothing but its record is known."""
+    """A Deployment that says no more than its record does."""
     return Deployment(record["deploymentId"], record["name"], "", "", record["type"], [], [], None)
 
 
@@ -1271,9 +1285,9 @@ def begin_record(record, target):
                 fallback=bool(running and running["digest"] != target.digest))
 
 
-def set_component(record, name, state, error=None, **facts):
+def set_component(record, name, state, **facts):
     """The record with one component changed (None: all of them), its overall state following (C-133)."""
-    components = [dict(item, state=state, error=error, **facts) if name in (None, item["name"]) else item
+    components = [dict(item, state=state, error=None, **facts) if name in (None, item["name"]) else item
                   for item in record["components"]]
     states = [component["state"] for component in components] or [state]
     return dict(record, components=components, state=min(states, key=STATES.index))
@@ -1398,8 +1412,8 @@ def acknowledge_status(state, key, refused="", at=""):
 # 7. Devices
 # ----------------------------------------------------------------------------------------------------------
 
-def find_own_place(deployment, held, own_id, children, find_reason, loads):
-    """The id of the one device there is.
+def find_own_place(deployment, held, own_id, children, reasons, others):
+    """The id of the one device there is; arguments as find_place takes them.
 
     Raises ComponentError WRONG_DEVICE for what is meant for another one (protocol 9).
     """
@@ -1453,11 +1467,10 @@ def place_targets(targets, records, devices, seen, offers):
         home = homes.pop(target.key, None)
         error = target.error
         if target.deployment and not error:
-            loads = {child: [*homes.values()].count(child) for child in children}
             answers = {child: target.deployment.type not in seen[child].silent for child in children}
             reasons = {name: find_reason(target.deployment, device, offers) for name, device in known.items()}
             try:
-                home = PLACES[-1](target.deployment, home, own_id, answers, reasons.get, loads)
+                home = PLACES[-1](target.deployment, home, own_id, answers, reasons, [*homes.values()])
                 error = reasons[home]
             except ComponentError as fault:
                 error = fault
@@ -1479,9 +1492,9 @@ def make_refusal(error):
 
 
 def hold_back(action, silence, record, fault):
-    """The action as far as it can be seen what is there: nothing is done blindfold (D-16).
+    """The action, or what is done instead where not all can be seen: nothing is changed blindfold (D-16).
 
-    It waits where this device itself does not answer; of another one the WFM is told its `silence`.
+    On this device it waits.  Of another one the WFM is told that it does not answer: `silence`, see Device.
     """
     if not fault or action.verb in ("keep", "refuse"):
         return action
@@ -1519,9 +1532,9 @@ def obtain_claim(profile, device_id):
 
 
 def is_asked(kind, *records):
-    """Whether a driver is asked what there is of some deployments.
+    """Whether the driver of a type is asked what there is of some deployments.
 
-    An engine is in any case, because there may be leftovers (P-11), and a cluster where one of them needs it.
+    An engine always is, because there may be leftovers (P-11); a cluster, where one of them needs it.
     """
     return kind == "compose" or any(kind in find_kinds(record) for record in records)
 
@@ -1594,7 +1607,7 @@ def ask_others(seen, known=None):
 
 
 def find_kinds(record, target=None):
-    """The deployment types that a deployment is, was when it ran last, and will be: all are asked for it."""
+    """The deployment types whose drivers know of a deployment: as it is, as it ran last, as it will be."""
     kinds = {record["type"], (record["running"] or record).get("type", record["type"])} if record else set()
     return kinds | ({target.deployment.type} if target and target.deployment else set())
 
@@ -1674,7 +1687,7 @@ def find_held_ports(record):
 
 
 def find_clash(takes, holds):
-    """A port of `takes` that is one of `holds`, or None.  The address "" is every one."""
+    """A port that is in `takes` and in `holds`, or None.  The address "" stands for every address."""
     for port in sorted(takes):
         for device_id, address, *rest in holds:
             meets = address == port[1] or "" in (address, port[1])
@@ -2542,11 +2555,11 @@ def load_key_pair(context, certificate_file, key_file, where="identity"):
     Raises Untrusted, also while an operator has replaced only one of the two files (E-010).
     """
     asked = []  # nobody can type a password here; to raise in there upsets Python 3.7
-    for name, path in (("certificate", certificate_file), ("key", key_file)):
-        if not os.path.exists(path):
-            raise Untrusted(f"{where}.{name} {path}: there is no such file")
     try:
         context.load_cert_chain(certificate_file, key_file, lambda: asked.append(True) or "")
+    except FileNotFoundError:
+        missing = f"key {key_file}" if os.path.exists(certificate_file) else f"certificate {certificate_file}"
+        raise Untrusted(f"{where}.{missing}: there is no such file") from None
     except (OSError, ValueError) as error:
         words = "it holds no private key in PEM, or is unreadable; name the file that does"
         if asked:
@@ -2634,15 +2647,14 @@ def parse_trust_bundle(data):
 
 def parse_jwks(keys):
     """The anchors (DER) among the keys of a JWK Set; raises ValueError."""
-    import base64
     anchors = []
     for index, key in enumerate(keys):
         if not isinstance(key, dict) or key.get("use") != "x509-svid":
             continue
         x5c = key.get("x5c")
         first = x5c[0] if isinstance(x5c, list) and x5c else None
-        check_shape(first, ".+", f"keys[{index}].x5c")
-        anchors.append(base64.b64decode(first, validate=True))         # no white space there (RFC 7517, 4.7)
+        check_shape(first, r"\S+", f"keys[{index}].x5c")                # no white space there (RFC 7517, 4.7)
+        anchors.append(parse_base64(first))
     return anchors
 
 
@@ -2694,13 +2706,16 @@ def find_origin(url):
 def fetch_discovery(config, trust_domain, now):
     """The Discovery of identity.discovery; raises Unreachable, Untrusted, Refused.
 
-    None where there is no such document and identity.trust_bundle is a URL (C-046).
+    Without parts, and with identity.trust_bundle, where there is no such document (C-046).
     """
     settings = config.identity
+    known = Discovery(trust_domain, settings.trust_bundle, {})
+    if not settings.discovery:
+        return known
     where = f"identity.discovery {settings.discovery}"
     answer = fetch_from_mis(settings.discovery, config)
     if answer.status == 404 and "://" in (settings.trust_bundle or ""):
-        return None
+        return known
     check_response(answer, where, (200,), now)
     public = not (settings.ca or settings.pins)
     try:
@@ -2763,13 +2778,11 @@ def obtain_trust_bundle(config, store, state, trust_domain, now, keep=True, anew
     try:
         return fetch_trust_bundle(config, store, state, held, trust_domain, now, keep)
     except (ValueError, MargoError) as error:
-        if held:
-            log("warning", "the trust bundle cannot be refreshed; the one at hand stays in use",
-                reason=str(error))
-            return held
-        if isinstance(error, Unreachable):
-            raise
-        raise Untrusted(f"no usable trust bundle: {error}") from None
+        if not held:
+            raise error if isinstance(error, Unreachable) else Untrusted(f"no usable trust bundle: {error}")
+        log("warning", "the trust bundle cannot be refreshed; the one at hand stays in use",
+            reason=str(error))
+        return held
 
 
 def fetch_trust_bundle(config, store, state, held, trust_domain, now, keep):
@@ -2778,16 +2791,12 @@ def fetch_trust_bundle(config, store, state, held, trust_domain, now, keep):
     held: the one at hand, or None; where nothing is new, nothing is written.
     """
     trust = state["trust"]
-    url = config.identity.trust_bundle
-    found = fetch_discovery(config, trust_domain, now) if config.identity.discovery else None
-    if found:
-        url, trust_domain = found.bundle_uri, found.trust_domain
+    trust_domain, url, parts = fetch_discovery(config, trust_domain, now)
     for name, companion in COMPANIONS.items():
-        if companion.wanted(config) and (found or name not in trust):
-            part = found.parts[name] if found else None
-            if trust.get(name) and not part:
-                log("warning", f"it names no {companion.title} any more; what is at hand of that counts on")
-            trust[name] = part
+        if companion.wanted(config) and (parts or name not in trust):
+            if trust.get(name) and not parts.get(name):
+                log("warning", f"discovery names no {companion.title} any more; what is at hand counts on")
+            trust[name] = parts.get(name)
     answer = fetch_from_mis(url, config)
     check_response(answer, f"trust bundle {url}", (200,), now)
     store.load_memo()["trust"] = now
@@ -3117,7 +3126,7 @@ def detect_properties(state_dir, root="/", hostname=False):
     cpu = {"cores": len(os.sched_getaffinity(0))}
     if os.uname().machine in ARCHITECTURES:
         cpu["architecture"] = ARCHITECTURES[os.uname().machine]
-    memory = re.search(r"^MemTotal:\s+([0-9]+) kB", read_fact(root, "proc/meminfo"), re.M)
+    memory = read_fact(root, "proc/meminfo").partition("MemTotal:")[2].split() or ["0"]         # in kB
     disk = os.statvfs(state_dir if os.path.isdir(state_dir) else "/")
     kinds = set(read_signs(root, INTERFACE_SIGNS).values()) - {""}
     found = {
@@ -3125,13 +3134,14 @@ def detect_properties(state_dir, root="/", hostname=False):
         "modelNumber": detect_text(root, "product_name", "model") or "unknown",
         "serialNumber": detect_text(root, "product_serial", "serial-number") or "unknown",
         "cpus": [cpu],
-        "memory": f"{int(memory.group(1)) // 1024 if memory else 0}Mi",
+        "memory": f"{int(memory[0]) // 1024}Mi",
         "storage": f"{disk.f_blocks * disk.f_frsize // MIB}Mi",
         "peripherals": detect_peripherals(root),
         "interfaces": [{"type": kind} for kind in sorted(kinds)],
     }
-    name = re.match("[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?", os.uname().nodename)      # RFC 1123
-    if hostname and name:
+    label = "[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?"           # RFC 1123
+    name = hostname and re.match(label, os.uname().nodename)
+    if name:
         found["hostname"] = name.group()
     return found
 
@@ -3142,8 +3152,8 @@ PLACEHOLDERS = frozenset((
     "oem default defaultstring standard none null empty blank invalid tbd test dummy na unknown undefined"
     " unspecified notspecified notapplicable notavailable notprovided notpresent notset noassettag noserial"
     " noserialnumber serial serialno serialnumber 03000200040005000006000700080009").split())
-COUNTING = ("0123456789abcdef", "123456789abcdef", "12345678901234567890", "fedcba9876543210", "9876543210",
-            "987654321")
+COUNTING = ("0123456789abcdef 123456789abcdef 12345678901234567890 fedcba9876543210 9876543210"
+            " 987654321").split()
 
 
 def is_placeholder(text):
@@ -3215,10 +3225,9 @@ def make_capabilities(detected, device, device_id, deployment_types):
     if not deployment_types:
         properties = {key: value for key, value in properties.items() if key not in HOSTING_PROPERTIES}
     properties["id"] = device_id
-    extensions = [name for name in properties if name.startswith("x-")]
-    # they stand at the root (protocol 3.5)
-    document = {name: properties.pop(name) for name in extensions}
-    document["properties"] = properties
+    # extensions stand at the root (protocol 3.5)
+    document = {name: item for name, item in properties.items() if name.startswith("x-")}
+    document["properties"] = {name: item for name, item in properties.items() if name not in document}
     if device.labels:
         document["labels"] = dict(device.labels)
     return document
@@ -3508,7 +3517,7 @@ def check_addresses(services, project, engine, there=None):
             text = "\n".join(arguments or ())
             chosen = arguments is None or engine == "podman" and "--subnet=" not in text
             if chosen and there is not None:
-                text = make_json(there.get(network)).decode()
+                text = make_ranges(there.get(network, ({}, {}))[1])
             for option in (options or ()) if there is not None or not chosen else ():
                 kind, _, address = option.partition("=")
                 if kind in ("--ip", "--ip6") and not may_have_address(text, address):
@@ -3525,7 +3534,8 @@ def check_external(project, networks, volumes, services):
     """
     used = {item.network for service in services for item in service.networks}
     used.update(mount.source for service in services for mount in service.mounts)
-    for kind, wanted, there in (("network", project.networks, networks), ("volume", project.volumes, volumes)):
+    kinds = ("network", project.networks, networks), ("volume", project.volumes, volumes)
+    for kind, wanted, there in kinds:
         for name in sorted(used.intersection(wanted).difference(there)):
             if wanted[name] is None:
                 raise ComponentError("INSTALL_FAILED", f"there is no {kind} {name} on this device;"
@@ -4135,7 +4145,7 @@ class ComposeDriver:
         job.current.update({name: container.id for name, container in changes.kept.items()})
         self.try_networks(job, new, [networks.pop(name)[1] for name in first])
         for service in changes.making if any(stopping) else ():
-            self.rehearse(service, job)
+            self.rehearse(service, job, changes.idle)
         if not first:
             self.create_all(job, new, changes.kept, leaving)
             networks.update(self.inspect_names("network", list(new)))
@@ -4207,7 +4217,7 @@ class ComposeDriver:
         """
         for name, arguments in new.items() if going else ():
             subnets = find_ranges("subnet", "\n".join(arguments))
-            held = subnets and find_ranges("subnet", make_json(going).decode())
+            held = find_ranges("subnet", "\n".join(map(make_ranges, going)))
             if subnets and not any(one.overlaps(other) for one in subnets for other in held):
                 self.carry_out(job, ["network", "create", *arguments, f"{name}-try"])
                 self.carry_out(job, ["network", "rm", f"{name}-try"])
@@ -4230,8 +4240,8 @@ class ComposeDriver:
     def create_all(self, job, networks, kept, leaving):
         """Makes networks and what is not kept of the containers, each by the name of its service.
 
-        leaving: {name: id} of containers; one that has such a name gets another one before.  Nothing is stopped yet, so that this is no
-        part of the outage.
+        leaving: {name: id} of containers; one that has such a name gets another one before.  Nothing is
+        stopped yet, so that this is no part of the outage.
         """
         for name, arguments in networks.items():
             self.carry_out(job, ["network", "create", *arguments, name])
@@ -4263,14 +4273,15 @@ class ComposeDriver:
             self.carry_out(job, ["network", "connect"] + aliases + addresses + [network, name])
         return words[-1] if words else name
 
-    def rehearse(self, service, job):
+    def rehearse(self, service, job, idle):
         """Raises ComponentError for what an engine finds out only when a container starts (K23).
 
         One of the same settings, without a network, is brought to where its program would run: its user and
         folders, devices, limits and the program are there by then, or not, while all that runs goes on.  What
-        ran here before need not be tried, nor what another service may have to lay out first in a volume.
+        ran here before need not be tried, nor what may miss something in a volume that another service lays
+        out once it starts; idle: names of those that do not.
         """
-        others = [item for item in job.project.services if item != service]
+        others = [item for item in job.project.services if item != service and item.name not in idle]
         mounts = [mount for item in others for mount in item.mounts]
         written = {mount.source for mount in mounts if mount.source and "ro" not in mount.options}
         known = job.known.get(service.name, {}).get("hash") == service.hash
@@ -4444,7 +4455,7 @@ class ComposeDriver:
             restless = any(not facts[name].health for name in names if name not in finished)
             if not waiting and (not restless or late or now - calm >= settle):
                 return finished
-            time.sleep(min(0.5, max(0.1, settle / 4)))
+            time.sleep(0.4)
 
     def ask_health(self, container_id, seen, checks):
         """The health of a container in the engine's word, "" where nobody checks it.
@@ -4498,11 +4509,11 @@ class ComposeDriver:
 
         Returns the deadline for what follows.  One that is not there any more is passed over.
         """
-        patience = ["--ignore"] if self.engine == "podman" else []
         if not ids:
             return deadline
+        passing = ["--ignore"] if self.engine == "podman" else []
         try:
-            code = self.run(["stop"] + patience + ids, timeout=deadline - time.monotonic()).code
+            code = self.run(["stop", *passing, *ids], timeout=deadline - time.monotonic()).code
         except CommandTimeout:
             code = 1
         if code:
@@ -4795,9 +4806,7 @@ def interpolate(text, variables, where, depth=0):
         result.append(text[position:match.start()])
         position = match.end()
         name = name or short
-        value = "$" if short == "$" else variables.get(name, "")
-        if operator in (None, "}") and name not in variables and name != "$":
-            variables.unset |= {name}
+        value = "$" if name == "$" else variables.get(name, "")
         if operator not in (None, "}"):
             end = find_brace(text, position, variables, where)
             given = name in variables and bool(value or ":" not in operator)
@@ -4806,6 +4815,8 @@ def interpolate(text, variables, where, depth=0):
                 if operator.endswith("?"):
                     raise make_fault(f"{where}: {name} is needed: {value}", "PARAMETER_INVALID")
             position = end + 1
+        elif name not in variables and name != "$":
+            variables.unset |= {name}
         result.append(value)
         variables.spend(len(value), where)
         match = pattern.search(text, position)
@@ -4877,8 +4888,8 @@ def parse_env_file(text, variables, where, earlier=None):
         if single is not None:
             result[name] = single.replace("\\'", "'")
         elif double is not None or plain is not None:
-            if plain is None:
-                raw = unescape_double(double)
+            if plain is None:       # of these ESCAPES lacks only the dollar, which interpolation takes by two
+                raw = re.sub(r'\\([abfnrtv"\\$])', lambda found: ESCAPES.get(found.group(1), "$$"), double)
             else:                                   # what begins with # is no comment
                 raw = plain.lstrip(BLANKS).partition(" #")[0].rstrip(BLANKS_BEHIND)
             result[name] = interpolate(raw, variables, f"{where}, {name}")
@@ -4886,12 +4897,6 @@ def parse_env_file(text, variables, where, earlier=None):
             result[name] = variables[name]
     variables.maps.pop()
     return result
-
-
-def unescape_double(text):
-    """What stands in double quotes of an env file, ready to be interpolated."""
-    # of these ESCAPES lacks only the dollar, which interpolation takes by two
-    return re.sub(r'\\([abfnrtv"\\$])', lambda match: ESCAPES.get(match.group(1), "$$"), text)
 
 
 # Readers: each takes a value and its place, and returns what is meant or raises ComponentError of the place.
@@ -4966,6 +4971,21 @@ def to_labels(value, where):
         raise make_fault(f"{where}: org.margo.… and com.docker.compose.… are the agent's own")
     return {name: text for name, text in labels.items()         # by these podman updates it behind our back
             if not name.startswith(("io.containers.autoupdate", "PODMAN_SYSTEMD_UNIT"))}
+
+
+def to_links(value, where):
+    """`links`, each SERVICE[:ALIAS], as [(service, alias or "")]."""
+    links = [text.partition(":")[::2] for text in to_list(value, where)]
+    return [(owner, alias and to_name(alias, where)) for owner, alias in links]
+
+
+def to_driver_options(value, where):
+    """`driver_opts` of a volume: those of a tmpfs, for others name files of the host."""
+    options = to_values(value, where)
+    text = "\0".join(f"{key}={item}" for key, item in sorted(options.items()))
+    if not re.fullmatch(f"|(device=tmpfs\0)?(o=(({TMPFS_OPTION}),?)*\0)?type=tmpfs", text):
+        deny(where, "only those of a tmpfs are supported; a folder of the host is named where it is mounted")
+    return options
 
 
 def to_words(value, where):
@@ -5128,12 +5148,8 @@ def to_port(item, where):
 def to_tmpfs(value, where):
     """`tmpfs`, each PATH[:OPTIONS], as [Mount]."""
     parts = [text.partition(":") for text in to_list(value, where)]
-    return [Mount("tmpfs", "", target, make_words(options)) for target, _, options in parts]
-
-
-def make_words(text):
-    """The words of a text with commas between them."""
-    return [word for word in text.split(",") if word]
+    return [Mount("tmpfs", "", target, list(filter(None, options.split(","))))
+            for target, _, options in parts]
 
 
 def to_mount(item, where):
@@ -5151,7 +5167,7 @@ def to_mount(item, where):
     if not colon:
         return Mount("volume", "", source, [])
     # compose drops these two, and an engine does not know the other
-    words = [word for word in make_words(options) if not re.fullmatch("[ug]id=[0-9]+|consistent", word)]
+    words = [word for word in options.split(",") if not re.fullmatch("|[ug]id=[0-9]+|consistent", word)]
     return Mount("bind" if source[0] in "/.~" else "volume", source, target, words)
 
 
@@ -5191,8 +5207,7 @@ RENAMED = {"working_dir": "workdir", "mem_limit": "memory", "memswap_limit": "me
            "device_cgroup_rules": "device-cgroup-rule", "dns_opt": "dns-option",
            "userns_mode": "userns", "stop_grace_period": "stop-timeout", "extra_hosts": "add-host",
            "labels": "label", "sysctls": "sysctl", "ulimits": "ulimit", "enable_ipv6": "ipv6",
-           "ipv4_address": "ip", "ipv6_address": "ip6", "test": "health-cmd", "interval": "health-interval",
-           "timeout": "health-timeout", "retries": "health-retries", "start_period": "health-start-period"}
+           "ipv4_address": "ip", "ipv6_address": "ip6"}
 
 CONTENT_FORM = {None: (make_form(to_text, "file content environment name"), to_source)}
 FILES_FORM = [(make_form(to_text, "source target", mode=to_mode, uid=to_count, gid=to_count), "source")]
@@ -5213,7 +5228,7 @@ MOUNT_FORM = make_form(
            "mode": lambda value, where: f"mode={to_mode(value, where):o}"})
 SERVICE_FORM = dict(
     SERVICE_OPTIONS, image=to_image, command=to_words, entrypoint=to_words, environment=to_pairs,
-    profiles=to_list, expose=to_list, links=to_list, container_name=to_name, attach=to_flag, scale=to_one,
+    profiles=to_list, expose=to_list, links=to_links, container_name=to_name, attach=to_flag, scale=to_one,
     configs=FILES_FORM, secrets=FILES_FORM, deploy=DEPLOY_FORM, tmpfs=to_tmpfs,
     volumes=[(MOUNT_FORM, to_mount)],
     env_file=[({"path": to_text, "required": to_flag}, "path")],
@@ -5232,7 +5247,8 @@ NETWORK_FORM = make_form(
     driver=to_form("bridge|default", "supported; only bridge is"),
     ipam={"driver": to_form("default", "supported; only default is"),
           "config": [make_form(to_text, "subnet gateway ip_range")]})
-VOLUME_FORM = {"name": to_text, "external": to_external, "labels": to_labels, "driver_opts": to_values,
+VOLUME_FORM = {"name": to_text, "external": to_external, "labels": to_labels,
+               "driver_opts": to_driver_options,
                "driver": to_form("|local", "supported; only local is")}
 FILE_FORM = {"name": to_text, "version": to_text, "services": {None: SERVICE_FORM},
              "networks": {None: NETWORK_FORM}, "volumes": {None: VOLUME_FORM}, "configs": CONTENT_FORM,
@@ -5256,7 +5272,7 @@ ADVICE = {"build": "nothing is built on a device; name what was built by `image`
           "oom_kill_disable": "set `mem_limit`", "storage_opt": "set it for the engine"}
 
 
-def read_value(value, form, where="", variables=None):
+def read_value(value, form, where, variables):
     """A value by its form: Settings with None for keys that are not there, {name: …}, and what readers give.
 
     Texts are interpolated; keys never are, and x-… keys of the format are dropped unread.  Raises
@@ -5300,7 +5316,7 @@ def read_value(value, form, where="", variables=None):
     result = read(value, form, where)
     check_keys(unknown)
     for error in faults[:1]:
-        names = ", ".join(sorted(variables.unset)[:5]) if variables else ""
+        names = ", ".join(sorted(variables.unset)[:5])
         words = names and f" (used in the file, and no parameter gives it: {names})"
         raise ComponentError(error.code, error.message + words)
     return result
@@ -5325,16 +5341,9 @@ def check_keys(unknown):
 
 def make_volumes(document, workload):
     """Top-level `volumes` as {name: (engine's name, create arguments or None for an external one)}."""
-    volumes = {}
-    for name, value in document.volumes.items():
-        where = f"volumes.{name}"
-        options = value.driver_opts or {}
-        text = "\0".join(f"{key}={item}" for key, item in sorted(options.items()))
-        if options and not re.fullmatch(f"(device=tmpfs\0)?(o=(({TMPFS_OPTION}),?)*\0)?type=tmpfs", text):
-            deny(f"{where}.driver_opts",
-                 "only those of a tmpfs are supported; a folder of the host is named where it is mounted")
-        volumes[name] = make_shared(name, value, workload, where, make_arguments("--opt", options))
-    return volumes
+    return {name: make_shared(name, value, workload, f"volumes.{name}",
+                              make_arguments("--opt", value.driver_opts))
+            for name, value in document.volumes.items()}
 
 
 # Words that an engine takes for a mode where the name of a network is expected.
@@ -5344,7 +5353,8 @@ MODES = "host none bridge private default nat slirp4netns pasta container pod ns
 def make_networks(document, workload):
     """Top-level `networks` as make_volumes has it; `default` is always there."""
     networks = {}
-    for name, value in dict({"default": read_value(None, NETWORK_FORM)}, **document.networks).items():
+    default = read_value(None, NETWORK_FORM, "", Variables())
+    for name, value in dict({"default": default}, **document.networks).items():
         arguments = make_options(value, ("internal", "enable_ipv6"))
         for item in value.ipam.config:
             arguments += make_options(item, ("subnet", "gateway", "ip_range"))
@@ -5420,11 +5430,8 @@ def find_aliases(services, notes):
     taken = {name: name for name in services}
     aliases = {}
     for name, service in services.items():
-        names = [(name, service.container_name)]
-        for link in service.links or ():
-            owner, _, alias = link.partition(":")
-            names.append((owner, alias and to_name(alias, f"services.{name}.links")))
-        names = [(owner, alias) for owner, alias in names if alias and owner in services]
+        names = [(owner, alias) for owner, alias in [(name, service.container_name)] + (service.links or [])
+                 if alias and owner in services]
         for owner, alias in names:
             aliases.setdefault(owner, []).append(alias)
         more = [(name, alias) for item in service.networks.values() for alias in item.aliases or ()]
@@ -5437,9 +5444,9 @@ def find_aliases(services, notes):
 
 # Services
 
-def make_options(settings, keys):
+def make_options(settings, keys, prefix="--"):
     """The engine's arguments for what stands at some keys: its options are called like these, or RENAMED."""
-    options = [("--" + RENAMED.get(key, key).replace("_", "-"), settings[key]) for key in keys]
+    options = [(prefix + RENAMED.get(key, key).replace("_", "-"), settings[key]) for key in keys]
     return [argument for option, value in options for argument in make_arguments(option, value)]
 
 
@@ -5488,17 +5495,20 @@ def make_restart(policy):
     return word + attempts if any(item is not None for item in policy.values()) else None
 
 
-def make_ports(ports, engine):
-    """Each of these Ports once.  Of a range for one port podman takes none, so it is the range's first."""
-    return [port._replace(argument=re.sub("-[0-9]+:", ":", port.argument), numbers=port.choice[:1])
-            if engine == "podman" and port.choice else port for port in dict.fromkeys(ports)]
+def make_ports(ports, reading, where):
+    """Arguments for these Ports, each once, and [[address or "", port, protocol]] that they hold of the host.
 
-
-def find_ports(ports, variables, where):
-    """[[address or "", port, protocol]] of the host that a container with these Ports holds while it runs."""
-    for port in ports:
-        variables.spend(64 * len(port.numbers), where)      # what they take of the memory
-    return [[port.address, number, port.protocol] for port in ports for number in port.numbers]
+    Of a range for one port podman takes none, so it is the range's first.
+    """
+    arguments, held = [], []
+    for port in dict.fromkeys(ports):
+        numbers, argument = port.numbers, port.argument
+        if port.choice and reading.engine == "podman":
+            numbers, argument = port.choice[:1], re.sub("-[0-9]+:", ":", argument)
+        reading.variables.spend(64 * len(numbers), where)   # what they take of the memory
+        arguments.append(f"--publish={argument}")
+        held += [[port.address, number, port.protocol] for number in numbers]
+    return arguments, held
 
 
 def make_health(check, engine):
@@ -5508,16 +5518,14 @@ def make_health(check, engine):
     if check.disable or kind == "NONE":
         return ["--no-healthcheck"]
     test = words[0] if words else None
-    if kind == "CMD" and engine == "podman" and len(words) > 1:
-        test = make_json(words).decode()
-    elif kind == "CMD" and engine == "podman" and not re.search(r"\s", test):
-        test = f"CMD {test}"                        # a list of one would be for a shell
+    if kind == "CMD" and engine == "podman" and (words[1:] or not re.search(r"\s", test)):
+        test = make_json(words).decode() if words[1:] else f"CMD {test}"    # a list of one is for a shell
     elif kind == "CMD":
         test = " ".join(map(shlex.quote, words))
     elif engine == "podman" and re.match(r"(?i)\[|cmd|none", test or ""):
         test = f"CMD-SHELL {test}"                  # podman would take it for a list, or for one of its words
-    keys = ("test", "interval", "timeout", "retries", "start_period")
-    return make_options(dict(check, test=test), keys)
+    keys = ("cmd", "interval", "timeout", "retries", "start_period")
+    return make_options(dict(check, cmd=test), keys, "--health-")
 
 
 def find_member(members, name, where, section):
@@ -5583,7 +5591,7 @@ def make_attachments(name, service, reading, where):
         if service.networks:
             raise make_fault(f"{where}.network_mode: cannot stand beside networks")
         return [Attachment(make_namespace(service.network_mode, reading.workload), None)]
-    wanted = service.networks or read_value(["default"], SERVICE_FORM["networks"])
+    wanted = service.networks or read_value(["default"], SERVICE_FORM["networks"], "", reading.variables)
     joined = []
     for network, value in sorted(wanted.items(), key=lambda pair: -(pair[1].priority or 0)):
         own = find_member(reading.networks, network, f"{where}.networks", "networks")[0]
@@ -5604,6 +5612,11 @@ def find_ranges(kind, text):
             for item in re.findall(f'(?im)(?:^--|"){kind}(?:=|": *")([^"\n]+)', text)]
 
 
+def make_ranges(facts):
+    """What find_ranges takes of what an engine shows of a network."""
+    return make_json([facts.get(key) for key in ("ipam", "subnets", "plugins")]).decode()
+
+
 def may_have_address(text, address):
     """Whether a container can have an address in a network, by what find_ranges takes.
 
@@ -5613,15 +5626,13 @@ def may_have_address(text, address):
     try:
         address = ipaddress.ip_address(address)
         subnets, gateways, ranges = [find_ranges(kind, text) for kind in ("subnet", "gateway", "ip-?range")]
-    except ValueError:
+        subnet = next(subnet for subnet in subnets if address in subnet)
+        taken = [item.network_address for item in gateways if item.network_address in subnet]
+        if not taken and not ranges:                # of which docker takes the first one
+            taken = [subnet.network_address + 1]
+    except (ValueError, StopIteration):
         return False
-    for subnet in subnets:
-        if address in subnet:
-            taken = [item.network_address for item in gateways if item.network_address in subnet]
-            if not taken and not ranges:            # of which docker takes the first one
-                taken = [subnet.network_address + 1]
-            return address not in (subnet.network_address, subnet.broadcast_address, *taken)
-    return False
+    return address not in (subnet.network_address, subnet.broadcast_address, *taken)
 
 
 def make_container_name(project, service):
@@ -5709,7 +5720,7 @@ def make_dependencies(service):
     """
     result = {other: (item.condition or "service_started", item.required is not False)
               for other, item in service.depends_on.items()}
-    for other in find_shared(service) + [link.partition(":")[0] for link in service.links or ()]:
+    for other in find_shared(service) + [owner for owner, _ in service.links or ()]:
         result.setdefault(other, ("service_started", True))
     return result
 
@@ -5899,10 +5910,8 @@ def make_service(name, service, reading):
     mounts = make_mounts(service, reading, where)
     check_policy(where, service, reading.policy)
     check_logging(f"{where}.logging", service.logging, reading.engine)
-    ports = make_ports(service.ports, reading.engine)
-    held = find_ports(ports, reading.variables, f"{where}.ports")
-    arguments = make_service_options(service, reading.workload)
-    arguments += make_arguments("--publish", [port.argument for port in ports])
+    ports, held = make_ports(service.ports, reading, f"{where}.ports")
+    arguments = make_service_options(service, reading.workload) + ports
     command = service.command or []
     if service.entrypoint is not None:
         arguments.append(f"--entrypoint={''.join(service.entrypoint[:1])}")
@@ -6497,8 +6506,8 @@ NEEDED_BY = {"openssl": "`csr`, wfm.profile signed, identity.enrollment est and 
 # Where programs of administration lie, which cron's PATH lacks (contract, On the engine), and what is between
 # systemd and this process alone.
 SYSTEM_FOLDERS = ("/usr/local/sbin", "/usr/sbin", "/sbin")
-SYSTEMD_NAMES = ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID", "LISTEN_FDS", "LISTEN_PID",
-                 "LISTEN_FDNAMES")
+SYSTEMD_NAMES = ("NOTIFY_SOCKET WATCHDOG_USEC WATCHDOG_PID LISTEN_FDS LISTEN_PID"
+                 " LISTEN_FDNAMES").split()
 
 
 def parse_answer(data, program, read):
@@ -6542,10 +6551,10 @@ def get_temporary(state_dir, environ):
 def make_limiter(limits):
     """A function that bounds the process which calls it, by {a name of `resource`: the most}."""
     import resource
-    kinds = {getattr(resource, name): most for name, most in limits.items()}
 
     def limit():
-        for kind, most in kinds.items():
+        for name, most in limits.items():
+            kind = getattr(resource, name)
             hard = resource.getrlimit(kind)[1]
             most = most if hard < 0 else min(most, hard)
             resource.setrlimit(kind, (most, most))
@@ -7056,9 +7065,8 @@ class Log:
     """
 
     LEVELS = ("debug", "info", "warning", "error")
-
-    def __init__(self):
-        self.level, self.form, self.callback = "info", "text", None
+    level, form = "info", "text"
+    callback = None                                 # set by whoever embeds the agent
 
     def __call__(self, level, message, **fields):
         """Writes one event; `fields` are facts for machines and never hold a secret or a parameter's value.
@@ -7066,7 +7074,7 @@ class Log:
         """
         if self.LEVELS.index(level) < self.LEVELS.index(self.level):
             return
-        if self.callback:                           # set by whoever embeds the agent
+        if self.callback:
             self.callback(level, message, fields)
             return
         if self.form == "json":
@@ -7111,7 +7119,7 @@ def write_file(path, data, mode=0o600, temporary=None):
     the folder.  Raises StorageError.
     """
     folder = os.path.dirname(path)
-    temporary = temporary or f"{path}.tmp"
+    temporary = temporary or path + ".tmp"
     try:
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
         descriptor = os.open(temporary, flags, mode)
@@ -7374,7 +7382,7 @@ def make_state_data(state):
 
 SUM = b',"sum":"'                   # what stands before the digest
 MAX_WORDS = 2 * MIB                 # characters that are kept of the messages of all faults together
-OLD_FIELDS = ("left", "failures", "retryAt", "repairs", "repairedAt")      # of records of schema 1
+OLD_FIELDS = "left failures retryAt repairs repairedAt".split()            # of records of schema 1
 
 
 def parse_state(data, path):
@@ -7411,12 +7419,12 @@ def migrate_record(record):
     """A deployment's record as schema 2 has it; that of schema 1 knew moments where that has waits, which are
     over then (see make_wait).
     """
-    if "repairs" not in record:
-        return record
-    record = {key: value for key, value in record.items() if key not in OLD_FIELDS}
+    if "repairs" in record:
+        record = {key: value for key, value in record.items() if key not in OLD_FIELDS}
+        record = dict({"refused": False, "found": False, "fetched": []}, **dict(record, retry={}, repair={}))
     if "services" not in (record.get("running") or ()):
-        record["fallback"] = False                  # what is installed has been said to have a version before
-    return dict({"refused": False, "found": False, "fetched": []}, **dict(record, retry={}, repair={}))
+        record["fallback"] = False                  # no version before is known that could run
+    return record
 
 
 def shorten_errors(state):
@@ -7656,7 +7664,7 @@ class Store:
         return True
 
 
-ENGINE_SOCKETS = ("docker.sock", "podman.sock", "containerd.sock", "crio.sock")
+ENGINE_SOCKETS = "docker.sock podman.sock containerd.sock crio.sock".split()
 
 
 class Folder:
@@ -8104,7 +8112,7 @@ def list_of(read_item, expected, least=0):
 
 def is_number(value):
     """Whether a value is a number that JSON can write; a boolean is none."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < MAX_NUMBER
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < float("inf")
 
 
 def get_kind(value):
@@ -8253,7 +8261,7 @@ read_labels = checked("a mapping of labels to text, number, boolean, or a list o
                       lambda value: is_mapping(value) and all(map(is_label, value.values())))
 
 
-DAYS = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
+DAYS = "Mon Tue Wed Thu Fri Sat Sun".split()
 MINUTE = "%Y-%m-%dT%H:%M"
 
 
@@ -8278,15 +8286,14 @@ def parse_window(text):
     clock = "([0-9]{2}):([0-5][0-9])"
     match = re.fullmatch(f"(?:{day}(?:-{day})? )?{clock}-{clock}", text)
     if match:
-        first = match.group(1) or "Mon"
-        last = match.group(2) or match.group(1) or "Sun"
-        length = (DAYS.index(last) - DAYS.index(first)) % 7 + 1
-        days = {(DAYS.index(first) + step) % 7 for step in range(length)}
-        hours = [int(number) for number in match.group(3, 4, 5, 6)]
-        start = 60 * hours[0] + hours[1]
-        end = 60 * hours[2] + hours[3]
+        first, last, *numbers = match.groups()
+        begin = DAYS.index(first or "Mon")
+        length = (DAYS.index(last or first or "Sun") - begin) % 7
+        hour, minute, end_hour, end_minute = map(int, numbers)
+        start = 60 * hour + minute
+        end = 60 * end_hour + end_minute
         if start < 1440 and end <= 1440:
-            return days, start, end
+            return {(begin + step) % 7 for step in range(length + 1)}, start, end
     raise ValueError('a window such as "Mon-Fri 06:00-22:00" or "2026-12-24T00:00/2026-12-27T00:00"')
 
 
@@ -8369,7 +8376,6 @@ SCHEMA = {
     },
     "log": {"level": (choice("debug", "info", "warning", "error"), "info", "least level that is logged")},
 }
-CHECKS = []
 
 
 # The configuration as a whole
@@ -8457,7 +8463,7 @@ def make_config(document, base, environ):
     config["registries"] = registries
     config.device["children"] = make_children(config.device.children, base, faults)
     named = {key for key, _ in faults}
-    for check in (check_devices, check_profile, *CHECKS):
+    for check in CHECKS:
         faults += [(key, words) for wrong, key, words in check(config) if wrong and key not in named]
     if faults:
         raise ConfigError("; ".join(f"{key}: {words}" for key, words in faults))
@@ -8487,6 +8493,9 @@ def check_profile(config):
     """What its profile has to say of a configuration: [(whether it is wrong, key, words)]."""
     profile = PROFILES.get(config.wfm.profile)
     return profile.check_settings(config) if profile else []
+
+
+CHECKS = [check_devices, check_profile]             # optional rooms add themselves
 
 
 def expand_environment(value, environ, where, faults):
@@ -8558,7 +8567,7 @@ def find_flaw(value, shape):
     kind = shape if isinstance(shape, type) else type(shape)
     fits = isinstance(value, kind)
     if kind is float:
-        fits = is_number(value) and value >= 0
+        fits = is_number(value) and 0 <= value < MAX_NUMBER
     elif isinstance(shape, str):
         fits = fits and re.fullmatch(shape, value, re.ASCII)
     elif isinstance(shape, list) and fits:
@@ -8618,7 +8627,7 @@ def walk_der(data):
         length = data[position - 1]
         if length & 0x80:
             size = length & 0x7F
-            if not 1 <= size <= 4 or position + size > len(data):
+            if not 1 <= size <= 4:
                 raise ValueError("DER: a bad length")
             length = int.from_bytes(data[position:position + size], "big")
             position += size
@@ -8647,11 +8656,19 @@ def make_der(tag, *parts):
     return bytes([tag]) + size + body
 
 
+def parse_signed(der):
+    """The fields of a certificate or revocation list (DER), without its signature.
+
+    Raises ValueError, IndexError.
+    """
+    (_, content, _), = parse_der(der)
+    return parse_der(parse_der(content)[0][1])
+
+
 def parse_certificate(der):
     """A DER certificate to a Certificate; raises ValueError (RFC 5280, only the fields in use)."""
     try:
-        (_, content, _), = parse_der(der)
-        fields = parse_der(parse_der(content)[0][1])
+        fields = parse_signed(der)
         if fields[0][0] == 0xA0:                    # [0] version
             fields = fields[1:]
         serial, _, issuer, validity, subject, spki = fields[:6]
@@ -8834,18 +8851,17 @@ class YAMLReader:
     STOP = (re.compile(r":(?=[ \t\n])|[ \t]#|\n"), re.compile(r":(?=[ \t\n,\[\]{}])|[ \t]#|[\n,\[\]{}]"))
     MARKER = re.compile(r"(?:---|\.\.\.)(?=[ \t\n])")
     ALIAS = re.compile(r"\*([^\s,\[\]{}]+)")
-    # a plain key: quoted, it is text
-    MERGE = re.compile(r"(?:\?\s+)?(?:&\S+\s+)?<<")
-    PROPERTY = re.compile(r"(&[^\s,\[\]{}]+|!<[^\s<>]+>|![^\s,\[\]{}]*)(?:[ \t]+|(?=[\n,\]}]))")
+    # What few documents have is compiled when it is met.  MERGE: a plain key; quoted, it is text.
+    MERGE = r"(?:\?\s+)?(?:&\S+\s+)?<<"
+    PROPERTY = r"(&[^\s,\[\]{}]+|!<[^\s<>]+>|![^\s,\[\]{}]*)(?:[ \t]+|(?=[\n,\]}]))"
+    FORBIDDEN = "[\x00-\x08\x0b-\x1f\x7f-\x84\x86-\x9f\ud800-\udfff\ufeff\ufffe\uffff]"
+    HEADER = r"([|>])([-+]?[1-9]?|[1-9][-+])(?:[ \t]+#[^\n]*|[ \t]*)\n"
     # what is not itself in a quoted scalar, or ends it
     QUOTED = {
         '"': re.compile(r"\"|\\(?:\n[ \t\n]*|x[0-9a-fA-F]{2}|u[0-9a-fA-F]{4}|U[0-9a-fA-F]{8}|.)"
                         r"|(?:(?<![ \t])|(?<=\\[ \t]))[ \t]*\n[ \t\n]*"),
         "'": re.compile(r"''?|(?<![ \t])[ \t]*\n[ \t\n]*"),
     }
-    # its opposite takes 3 ms to compile
-    FORBIDDEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x84\x86-\x9f\ud800-\udfff\ufeff\ufffe\uffff]")
-    HEADER = re.compile(r"([|>])([-+]?[1-9]?|[1-9][-+])(?:[ \t]+#[^\n]*|[ \t]*)\n")
     NUMBER = re.compile(f"(?:({INT_PATTERN})|({FLOAT_PATTERN}))\\Z")
 
     def __init__(self, text):
@@ -8857,7 +8873,9 @@ class YAMLReader:
         self.position, self.column, self.depth, self.nodes = 0, 0, 0, 0
         self.kind = ""                              # of the last node, see make_node
         self.anchors = {}
-        bad = self.FORBIDDEN.search(self.text)
+        # none of these is printable; to compile the pattern takes longer than to read a configuration
+        plain = self.text.replace("\n", "").replace("\t", "")
+        bad = None if plain.isprintable() else re.search(self.FORBIDDEN, self.text)
         if bad:
             self.fail(f"character {bad.group()!r} is not allowed", bad.start())
         self.count(self.text.count("\n"))
@@ -8884,7 +8902,7 @@ class YAMLReader:
             self.position = directive.end()
             self.end_line()
         value = None
-        if self.at_marker("---"):
+        if self.column < 0 and self.text.startswith("---", self.position):
             self.position += 3
             value = self.read_block(-1, compact=False)
         elif directive:
@@ -8893,17 +8911,13 @@ class YAMLReader:
             self.fail("a directive other than %YAML 1.2 is not supported")
         elif self.column >= 0:
             value = self.read_block(-1)
-        if self.at_marker("..."):
+        if self.column < 0 and self.text.startswith("...", self.position):
             self.position += 3
             self.end_line()
         if self.position < len(self.text):
             self.fail("a second document" if self.column < 0
                       else "more than one value, or wrong indentation")
         return value
-
-    def at_marker(self, marker):
-        """Whether --- or ... is what the next line holds."""
-        return self.column < 0 and self.text.startswith(marker, self.position)
 
     def skip(self, flow=False):
         """Goes over white space, line ends and comments; whether a line has ended.
@@ -8993,7 +9007,7 @@ class YAMLReader:
         """
         found = {}
         while self.text[self.position] in "&!":
-            match = self.PROPERTY.match(self.text, self.position)
+            match = re.compile(self.PROPERTY).match(self.text, self.position)
             sign = self.text[self.position]
             if not match or sign in found:
                 self.fail("an anchor or tag without name or white space after it, or a second one")
@@ -9090,7 +9104,7 @@ class YAMLReader:
         """
         mapping, merges = {}, []
         for key, value, position in pairs:
-            if key == "<<" and self.MERGE.match(self.text, position):
+            if key == "<<" and re.compile(self.MERGE).match(self.text, position):
                 merges.append((value, position))
                 if len(merges) > 1:
                     self.fail("the key << occurs twice", position)
@@ -9115,7 +9129,7 @@ class YAMLReader:
     def read_block_scalar(self, parent):
         """The text of a literal or folded scalar; the position is at its indicator."""
         text = self.text
-        header = self.HEADER.match(text, self.position)
+        header = re.compile(self.HEADER).match(text, self.position)
         if not header:
             self.fail("the header of a block scalar is | or >, then at most + or - and a digit")
         style, marks = header.groups()
@@ -9436,20 +9450,18 @@ def check_gzip(data, max_unpacked):
     """Raises ValueError unless bytes are one whole gzip stream that unpacks to at most so many bytes."""
     import zlib
     stream = zlib.decompressobj(31)
-    size, place = 0, 0
+    size, rest = 0, b""
     try:
-        while not stream.eof:
-            piece = stream.unconsumed_tail or data[place:place + 16 * KIB]
-            place += 0 if stream.unconsumed_tail else len(piece)
-            plain = stream.decompress(piece, MIB)
-            size += len(plain)
-            if not piece and not plain:
-                break
-            if size > max_unpacked:
-                raise ValueError(f"it unpacks to more than {max_unpacked} bytes (policy.max_unpacked)")
+        for start in range(0, len(data), 16 * KIB):     # what is not yet unpacked of a piece is copied each time
+            rest = data[start:start + 16 * KIB]
+            while rest and not stream.eof:
+                size += len(stream.decompress(rest, MIB))
+                rest = stream.unconsumed_tail
+                if size > max_unpacked:
+                    raise ValueError(f"it unpacks to more than {max_unpacked} bytes (policy.max_unpacked)")
     except zlib.error as error:
         raise ValueError(f"not a readable tar+gzip ({error})") from None
-    if not stream.eof or stream.unused_data or place < len(data):
+    if not stream.eof or stream.unused_data or rest:
         raise ValueError("it is cut short, or something follows it")
 
 
@@ -9537,14 +9549,14 @@ ROLES = (("helm", "Standalone Cluster"), ("compose", "Standalone Device"))
 Speech = define("Speech", "flat silent certificate client_id status",
     "How servers of one wfm.dialect speak: whether they take capabilities for each device, flat, or one"
     " document with roles and resources; the members that a status of rc.3 must not have; what onboarding"
-    " calls the certificate and the client id; the path of a deployment's status.")
+    " calls the certificate and the client id; the path of a deployment's status.",
+    False, ("adoptedManifestVersion", "deviceId", "source"), "certificate", "clientId",
+    "/deployments/{}/status")
 SPEECHES = {
-    "a": Speech(False, ("adoptedManifestVersion", "deviceId", "source"), "certificate", "clientId",
-                "/deployments/{}/status"),
-    "b": Speech(True, ("adoptedManifestVersion",), "certificate", "clientId", "/deployments/{}/status"),
+    "a": Speech(),
+    "b": Speech(True, ("adoptedManifestVersion",)),
     # as the open WFM of December 2025 has a
-    "a-2025": Speech(False, ("adoptedManifestVersion", "deviceId", "source"), "public_certificate",
-                     "client_id", "/deployment/{}/status"),
+    "a-2025": Speech(certificate="public_certificate", client_id="client_id", status="/deployment/{}/status"),
 }
 
 
@@ -9640,8 +9652,6 @@ def run_signature(data, signer):
         else:                                       # Ed25519 takes a file that it can measure
             with lend_file(data) as file:
                 found = run_openssl("pkeyutl -sign -rawin -inkey", signer.key, "-in", file.name)
-        if not found:
-            raise ValueError("it printed no signature")
         return parse_ecdsa(found, size) if size else found
     except (ValueError, OverflowError, CommandError) as error:
         reason = make_printable(str(error), 300)
@@ -9761,9 +9771,8 @@ class SignedSource(HttpSource):
             answer = self.send("POST", "/onboarding", (200, 201), document=document)
             client_id = parse_client_id(parse_json(answer.body, "the answer"), self.speech.client_id)
         except (Untrusted, Refused, ValueError) as error:
-            reason = getattr(error, "message", error)
             wait = "; it may wait for somebody's approval at the WFM" * bool(getattr(error, "status", 0))
-            raise Untrusted(f"onboarding refused: {reason}{wait}") from None
+            raise Untrusted(f"onboarding refused: {error}{wait}") from None
         log("info", "onboarded", client=client_id)
         return client_id
 
@@ -10087,16 +10096,11 @@ def read_url_or_address(value, base):
     return (read_root_url if str(value).startswith("https:") else read_address)(value, base)
 
 
-def parse_folder(text):
-    """A folder inside a repository without slashes around it; empty: the whole of it; raises ValueError."""
-    parts = text.strip("/").split("/")
-    if parts != [""] and {"", ".", ".."} & set(parts) or re.search(r"[\x00-\x1f]", text):
-        raise ValueError("a folder inside the repository")
-    return "/".join(parts)
-
-
+FOLDER = r"(?!\.\.?(?:/|$))[^/\x00-\x1f]+"
 read_branch = scalar("the name of a branch", BRANCH_PATTERN)
-read_folder = scalar("a folder inside the repository", make=parse_folder)
+# slashes around it say nothing
+read_folder = scalar("a folder inside the repository", rf"/*(?:{FOLDER}(?:/{FOLDER})*)?/*",
+                     lambda text: text.strip("/"))
 SCHEMA["wfm"]["url"] = (read_url_or_address, None, "root URL of the WFM, or address of the repository")
 SCHEMA["wfm"]["status_url"] = (read_root_url, None, "root URL of a WFM to report to; without it a branch is")
 SCHEMA["git"] = {
@@ -10141,7 +10145,7 @@ class GitSource:
 
     def __init__(self, config, home, header, connect_reporter):
         self.config, self.home, self.header, self.connect_reporter = config, home, header, connect_reporter
-        self.url, self.client_id = config.wfm.url, config.wfm.url
+        self.url, self.client_id, self.settings = config.wfm.url, config.wfm.url, config.git
         self.peer = f"a repository with a branch {config.git.branch}"
         self.branch = f"refs/heads/{config.git.branch}"
         self.repository = os.path.join(home, "repository")
@@ -10180,8 +10184,9 @@ class GitSource:
         return output
 
     def refuse(self, command, words):
-        """Raises Refused for a git command that wants more than it may have; pieces of a pack may be left."""
-        remove_folder(self.repository)
+        """Raises Refused for a git command that wants more than it may have."""
+        if command == "fetch":
+            remove_folder(self.repository)          # with the piece of a pack that it left
         raise Refused(f"{self.url}: git {command} {words}, all that it may; keep less in the repository, set"
                       " git.path, or see policy.max_unpacked") from None
 
@@ -10197,13 +10202,13 @@ class GitSource:
                 fetch_chain(self.url, self.context, wait)
             output = self.git("ls-remote --", self.url, ref, timeout=4 * wait)
         except (CommandError, Untrusted, Unreachable) as error:
-            raise self.ask_reason(error, "git-upload-pack") from None
+            raise self.ask_reason(error) from None
         found = re.search(rf"^([0-9a-f]{{40}}|[0-9a-f]{{64}})\t{re.escape(ref)}$",
                           output.stdout.decode("ascii", "replace"), re.M)
         self.heads[ref] = found.group(1) if found else None
         return self.heads[ref]
 
-    def ask_reason(self, error, service):
+    def ask_reason(self, error, service="git-upload-pack"):
         """Why the server could not be used, as a fault: git has no words for programs, so the server itself
         is asked.
 
@@ -10217,7 +10222,8 @@ class GitSource:
                     headers["Authorization"] = self.header
                 where = f"{self.url}/info/refs?service={service}"
                 answer = request("GET", where, headers, None, self.context, wfm.timeout, MAX_ANSWER)
-                check_response(answer, self.url, (200,), time.time(), "see git.token_file")
+                denial = "set git.token_file, or mend the token in git.token_file"
+                check_response(answer, self.url, (200,), time.time(), denial)
             except MargoError as fault:
                 fault.message += "; set identity.ca" if fault.stranger else ""
                 return fault
@@ -10233,7 +10239,7 @@ class GitSource:
         """
         head = self.fetch_head(self.branch)
         if head is None:
-            raise Refused(f"{self.url} has no branch {self.config.git.branch}; mend git.branch (nothing is"
+            raise Refused(f"{self.url} has no branch {self.settings.branch}; mend git.branch (nothing is"
                           " removed for that)")
         if accepted and accepted["digest"] == self.make_digest(head) and not accepted.get("incomplete"):
             return None
@@ -10244,8 +10250,7 @@ class GitSource:
 
     def make_digest(self, head):
         """The digest of a commit and of the settings by which it is read."""
-        return sha256_digest(f"{head} {self.config.git.path}"
-                             f" {self.config.git.verify_signatures}".encode())
+        return sha256_digest(f"{head} {self.settings.path} {self.settings.verify_signatures}".encode())
 
     def work(self, act):
         """What `act` returns.
@@ -10261,7 +10266,7 @@ class GitSource:
             remove_folder(self.repository)
             return act()
         except CommandError as error:
-            raise self.ask_reason(error, "git-upload-pack") from None
+            raise self.ask_reason(error) from None
 
     def fetch_files(self, base):
         """(head commit, what read_files returns), once the head is known to follow on `base`.
@@ -10280,13 +10285,13 @@ class GitSource:
             log("debug", "the server gives no single commits", reason=error.message)
         self.fetch(f"+{self.branch}:refs/margo/head", *([] if base else ["--depth=1"]))
         head = self.git("rev-parse --verify refs/margo/head").stdout.decode().strip()
-        if self.config.git.verify_signatures:
+        if self.settings.verify_signatures:
             self.ask_signature(head)
         there = base if base and self.has(base) else None
-        if base and not (there and self.follows(there, head)):
+        if base and (not there or self.git("merge-base --is-ancestor", base, head, codes=(0, 1)).code):
             words = (f"commit {head} does not descend from the accepted {base}: history was rewritten, or"
                      " set back")
-            if not self.config.git.allow_rewrite:
+            if not self.settings.allow_rewrite:
                 raise Refused(f"security: {words}; revert by a new commit instead, or see git.allow_rewrite")
             log("warning", f"{words}; accepted, because it is signed and git.allow_rewrite is set")
         try:
@@ -10314,9 +10319,6 @@ class GitSource:
         """Whether a commit is in the repository."""
         return not self.git("cat-file -e", f"{commit}^{{commit}}", codes=(0, 1, 128)).code
 
-    def follows(self, base, head):
-        """Whether a commit follows on another one."""
-        return not self.git("merge-base --is-ancestor", base, head, codes=(0, 1)).code
 
     def fetch(self, refspec, *options):
         """Fetches one ref; a pack may have policy.max_unpacked bytes, and raises Refused where it has more.
@@ -10336,11 +10338,10 @@ class GitSource:
         exported gpg keys.
         """
         import tempfile
-        signers = self.config.git.allowed_signers
+        signers = self.settings.allowed_signers
         with tempfile.TemporaryDirectory(prefix="margo-gpg-") as home:
             env = dict(self.env, GNUPGHOME=home)
-            with open(os.path.join(home, "gpg.conf"), "w") as file:
-                file.write("batch\nno-autostart\ntrust-model always\n")
+            write_file(os.path.join(home, "gpg.conf"), b"batch\nno-autostart\ntrust-model always\n")
             data = read_file(signers, MAX_CERTIFICATES) or b""
             if data[:1] > b"\x7f" or data.startswith(b"-----BEGIN PGP"):
                 run_command(["gpg", "--homedir", home, "--import", signers], 60, env)
@@ -10359,8 +10360,8 @@ class GitSource:
         """
         policy = self.config.policy
         listing = self.list_tree(head)
-        if self.config.git.path and not listing:
-            raise Refused(f"it has no folder {self.config.git.path} (git.path); nothing is removed for that")
+        if self.settings.path and not listing:
+            raise Refused(f"it has no folder {self.settings.path} (git.path); nothing is removed for that")
         blobs, links = find_blobs(listing, policy.max_document)
         total = sum(size for _, _, size in blobs)
         if total > policy.max_unpacked // DOCUMENTS:
@@ -10372,15 +10373,16 @@ class GitSource:
                 log("info", f"ignored: not {words}", name=name)
         suspects = find_suspects(self.list_tree(base), listing, {*others}) if base else []
         passed = parse_files(self.read_blobs(suspects))[2]
-        for name in [item[0] for item in suspects if item[0] not in passed][:1]:
-            raise Refused(f"{make_printable(name, 200)} held a deployment in the accepted commit, and is"
+        held = [name for name, _, _ in suspects if name not in passed]
+        if held:
+            raise Refused(f"{make_printable(held[0], 200)} held a deployment in the accepted commit, and is"
                           " none now, or lies below what is no folder; nothing is removed for that:"
                           " remove the file itself, or put it right")
         return entries, documents
 
     def list_tree(self, commit):
         """What `git ls-tree` prints of all that lies below git.path in a commit."""
-        below = [self.config.git.path + "/"] if self.config.git.path else []
+        below = [self.settings.path + "/"] if self.settings.path else []
         return self.git("ls-tree -r -z -l --full-tree --", commit, *below).stdout
 
     def read_blobs(self, blobs):
@@ -10421,8 +10423,7 @@ class GitSource:
 
     def connect_wfm(self):
         """The WFM at wfm.status_url, connected when there is something to report."""
-        if self.reporter is None:
-            self.reporter = self.connect_reporter()
+        self.reporter = self.reporter or self.connect_reporter()
         return self.reporter
 
     def push_file(self, device_id, path, document, message):
@@ -10433,8 +10434,8 @@ class GitSource:
         """
         import json
         ref = f"refs/heads/status/{make_ref_path(device_id)}"
-        content = None
-        if document is not None:
+        content = b""
+        if document:
             content = json.dumps(document, indent=2, ensure_ascii=False).encode() + b"\n"
         if ref not in self.heads:
             self.fetch_head(ref)
@@ -10457,15 +10458,14 @@ class GitSource:
     def save_commit(self, ref, base, path, content, message):
         """A commit on `base` (None: the first) that changes one file, made without work tree or index.
 
-        None where it is so.
+        None where it is so.  content: b"" for no file.
         """
         self.prepare()
-        old, parent = None, ""
+        old, parent = b"", ""
         if base:
             if not self.has(base):
                 self.fetch(f"+{ref}:refs/margo/status", "--depth=1")
-            found = self.git("cat-file blob", f"{base}:{path}", codes=(0, 128))
-            old = None if found.code else found.stdout
+            old = self.git("cat-file blob", f"{base}:{path}", codes=(0, 128)).stdout
             parent = f"from {base}\n"
         if old == content:
             return None
@@ -10474,17 +10474,16 @@ class GitSource:
                 f"committer margo-agent <margo-agent@localhost> {int(time.time())} +0000\n"
                 f"data {len(message)}\n{message}\n{parent}{change}").encode()
         made = self.git("fast-import --quiet --force --done",
-                        data=head + (content or b"") + b"\nget-mark :1\ndone\n")
+                        data=head + content + b"\nget-mark :1\ndone\n")
         return made.stdout.decode().strip()
 
 
 def ask_ssh(address, timeout):
     """Whether an ssh server answers at a repository's address: then it is not the wire that is at fault."""
-    import socket
     from urllib.parse import urlsplit
     try:
         parts = urlsplit(address if address.startswith("ssh://") else "ssh://" + address.partition(":")[0])
-        with socket.create_connection((parts.hostname, parts.port or 22), timeout) as peer:
+        with open_connection((parts.hostname, parts.port or 22), timeout) as peer:
             return peer.recv(4) == b"SSH-"
     except (OSError, ValueError):
         return False
@@ -10764,8 +10763,8 @@ class Git(Profile):
         load_git_header(self.config.git)
         for key in ("token_file", "ssh_key"):
             path = self.config.git[key]
-            if path and not os.path.isfile(path):
-                raise Untrusted(f"git.{key} {path}: is not there")
+            if path:
+                load_secret(f"git.{key}", path, Untrusted)
             loose = ask_looseness(f"git.{key}", path or "")
             if loose:
                 return "warn", loose
@@ -11026,8 +11025,11 @@ class Enrollment:
             return                                  # an earlier run ended just after it had activated it
         chain = self.obtain_chain(leaf, issued, bundle)
         own = make_identity(leaf)
-        if renewed:
-            self.prove(chain, own, bundle)
+        if renewed:                                 # the WFM has to answer a conditional GET by it first
+            with lend_file(chain.encode()) as file:
+                config = Settings(self.config, identity=Settings(self.settings, certificate=file.name))
+                source = Mtls(config, self.store, self.state).open_source(own, bundle, keep=False)
+            source.fetch_manifest((self.state["accepted"] or {}).get("etag"))
         write_file(self.settings.certificate, chain.encode(), 0o644)
         log("info", "new SVID", id=own.spiffe_id.text, notAfter=make_time(leaf.not_after),
             renewal=make_time(make_renewal_time(leaf)))
@@ -11107,13 +11109,6 @@ class Enrollment:
             return run_paths(leaf, found + issued, self.settings.key, bundle.anchors)
         except ValueError as error:
             raise Untrusted(f"the SVID issued does not lead to the trust bundle: {error}") from None
-
-    def prove(self, chain, own, bundle):
-        """Tries the renewed SVID on a conditional GET; it replaces the old one only if the WFM answers."""
-        with lend_file(chain.encode()) as file:
-            config = Settings(self.config, identity=Settings(self.settings, certificate=file.name))
-            source = Mtls(config, self.store, self.state).open_source(own, bundle, keep=False)
-        source.fetch_manifest((self.state["accepted"] or {}).get("etag"))
 
 
 def run_renewal_csr(leaf, key_file):
@@ -11275,10 +11270,7 @@ def parse_crl(data):
     """
     try:
         der = parse_pem(data.decode("ascii"), "X509 CRL")[0] if data[:1] == b"-" else data
-        (_, content, _), = parse_der(der)
-        fields = parse_der(parse_der(content)[0][1])
-        if fields[0][:2] != (0x02, b"\1"):
-            raise ValueError("it is not of version 2")
+        fields = parse_signed(der)
         times = [parse_der_time(*field[:2]) for field in fields[3:5]]
         listed = fields[5][1] if fields[5][0] == 0x30 else b""
         serials = {int.from_bytes(parse_der(entry)[0][1], "big", signed=True)
@@ -11485,7 +11477,7 @@ def parse_crl_uris(members, document_url, public):
     """[URL of a list] from a discovery document; what is none fails where it is asked for (E-080)."""
     listed = members.get(CRL_FIELD) or []
     listed = listed if isinstance(listed, list) else [listed]
-    return [make_printable(str(uri)) for uri in listed[:MAX_LISTS]]
+    return [str(uri)[:2000] for uri in listed[:MAX_LISTS]]
 
 
 def load_own_flaw(store, state, leaf):
@@ -11850,39 +11842,38 @@ def load_child_devices(config, own_id):
     return devices
 
 
-def find_place(deployment, held, own_id, children, find_reason, loads):
+def find_place(deployment, held, own_id, children, reasons, others):
     """The id of the device that a deployment is for.
 
     Raises ComponentError WRONG_DEVICE, 101, 102 or 103 (protocol 9).
 
-    held: the device it is at now, or None.  children: {device id: whether it answers}.  find_reason: device
-    id to why it cannot run there, or "".  loads: {device id: deployments that are there}.  A free choice
+    held: the device it is at now, or None.  children: {device id: whether it answers}.  reasons: {device id:
+    why it cannot run there, or None}.  others: the devices where all other deployments are.  A free choice
     falls on the least loaded child that answers, and stays; a document that names no device is for this one.
     """
     wanted = deployment.device_id or own_id
     if wanted == own_id or wanted in children:
         return wanted
     if not wanted.startswith(own_id + "/") or not (children or wanted == f"{own_id}/*"):
-        return find_own_place(deployment, held, own_id, children, find_reason, loads)
+        return find_own_place(deployment, held, own_id, children, reasons, others)
     if wanted != f"{own_id}/*":
         parent = wanted[:-2] if wanted.endswith("/*") else None
         if parent in children:
             raise ComponentError("103", f"child device {parent} is no gateway to others", source=own_id)
         words = f"child device {parent or wanted} is not known; known are {', '.join(children)}"
         raise ComponentError("101", words, source=own_id)
-    reasons = {child: find_reason(child) for child in children}
     fit = [child for child in children if not reasons[child]]
     if held in fit:
         return held
     if not fit:
-        words = "; ".join(f"{child}: {reason}" for child, reason in reasons.items())
+        words = "; ".join(f"{child}: {reasons[child]}" for child in children)
         words = f"no child device can take it: {words or 'this device is no gateway'}"
         raise ComponentError("103", words, source=own_id)
     there = [child for child in fit if children[child]]
     if not there:
         words = f"none of the child devices that could take it answers: {', '.join(fit)}"
         raise ComponentError("102", words, source=own_id)
-    return min(there, key=lambda child: loads.get(child, 0))
+    return min(there, key=others.count)
 
 
 def examine_children(agent):
@@ -11976,6 +11967,7 @@ EXAMINE.update(hooks=examine_hooks)
 IMAGE_TYPES = ", ".join((OCI_INDEX, OCI_MANIFEST, "application/vnd.docker.distribution.manifest.list.v2+json",
                          "application/vnd.docker.distribution.manifest.v2+json"))
 SIGNATURE = "dev.cosignproject.cosign/signature"
+SIGNATURES = {"layers": [{"digest": DIGEST_PATTERN, "annotations": {SIGNATURE: ".*"}}]}
 MAX_SIGNATURES = 20                 # of one image that are looked at
 
 
@@ -12008,10 +12000,11 @@ def ask_signature(registry, path, tag, digest, config):
         digest = sha256_digest(registry.get(path, f"manifests/{tag}", IMAGE_TYPES, limit).body)
     try:
         answer = registry.get(path, f"manifests/{digest.replace(':', '-')}.sig", IMAGE_TYPES, limit)
-        for signature, layer in parse_signatures(answer.body)[:MAX_SIGNATURES]:
-            payload = registry.get(path, f"blobs/{layer}", "*/*", MAX_ANSWER).body
+        for layer in parse_shaped(answer.body, SIGNATURES).get("layers", ())[:MAX_SIGNATURES]:
+            payload = registry.get(path, f"blobs/{layer['digest']}", "*/*", MAX_ANSWER).body
+            signature = layer["annotations"][SIGNATURE]
             if (run_verification(config.policy.images.cosign_key, payload, signature)
-                    and parse_payload(payload) == digest):
+                    and parse_shaped(payload, make_payload_shape(digest))):
                 return digest
     except ComponentError as error:
         if error.status != 404:
@@ -12019,25 +12012,20 @@ def ask_signature(registry, path, tag, digest, config):
     raise ComponentError("POLICY_DENIED", f"{digest} is not signed by policy.images.cosign_key")
 
 
-def parse_signatures(data):
-    """A signature object to [(signature in base64, digest of its payload)]; [] for one of another form."""
-    try:
-        value = parse_json(data, "the signature object")
-        check_shape(value, {"layers": [{"digest": DIGEST_PATTERN, "annotations": {SIGNATURE: ".*"}}]}, "")
-    except ValueError:
-        return []
-    return [(layer["annotations"][SIGNATURE], layer["digest"]) for layer in value["layers"]]
+def make_payload_shape(digest):
+    """The shape of a signed payload that is about the image of a digest."""
+    return {"critical": {"type": "cosign container image signature",
+                         "image": {"docker-manifest-digest": digest}}}
 
 
-def parse_payload(data):
-    """The digest of the image that a signed payload is about; "" for one of another form."""
+def parse_shaped(data, shape):
+    """What a JSON document of a shape says, see check_shape; {} for one of another shape."""
     try:
-        value = parse_json(data, "the payload")
-        check_shape(value, {"critical": {"type": "cosign container image signature",
-                                         "image": {"docker-manifest-digest": DIGEST_PATTERN}}}, "")
+        value = parse_json(data, "")
+        check_shape(value, shape, "")
     except ValueError:
-        return ""
-    return value["critical"]["image"]["docker-manifest-digest"]
+        return {}
+    return value
 
 
 def run_verification(key, payload, signature):
@@ -12607,7 +12595,6 @@ def start_watch(config, arguments):
     os.execv(sys.executable, [sys.executable, "-I", "-S", "-", "margo-agent"])
 
 
-
 # The daemon's parent: these functions run in an interpreter that has nothing else of this file but `os`,
 # `time` and LINE.  What more they need they import.
 
@@ -12661,7 +12648,6 @@ def start_cycle(child, signals):
             os._exit(127)
     os.close(writer)
     return pid, reader
-
 
 
 def count_wakes(pid):

@@ -424,6 +424,15 @@ class Trouble(DriverCase):
             self.driver.inspect(ids)
 
 
+    def test_one_damaged_container_hides_no_other(self):
+        """F-02: podman shows none of those that it is asked for together where one cannot be looked at."""
+        self.apply({"services": {"a": {"image": IMAGE}, "b": {"image": IMAGE}}})
+        first, second = self.ids().values()
+        for command in ([first, second], [first]):
+            self.answer(["inspect", "--type=container", *command], 125, b"[]\n")
+        self.assertEqual(list(self.driver.inspect([first, second])), [second])
+
+
 class Preparation(DriverCase):
     def test_an_image_that_is_there_is_not_pulled(self):
         """P-1: a device without network starts what it has."""
@@ -899,8 +908,10 @@ class Handover(DriverCase):
         known = self.apply(make("1"))
         self.engine.forget_calls()
         self.apply(make("2"))
-        self.apply(make("1"), known)
+        known = self.apply(make("1"), known)
         self.assertNotIn("init", [call[0] for call in self.engine.calls()])
+        self.apply(make("1", user="1"), known)      # of which the other one goes on: its part is there
+        self.assertIn("init", [call[0] for call in self.engine.calls()])
         known = self.apply(make_document({}))
         self.apply(make_document({"command": ["x"]}), known)
         self.engine.forget_calls()
@@ -943,6 +954,25 @@ class Handover(DriverCase):
         network = margo_agent.Attachment("n", [], ["--ip=10.0.0.9"])
         services = [service._replace(name=name, networks=[network]) for name in "ab"]
         self.assertFails("INVALID_DEPLOYMENT", lambda: margo_agent.check_rivals(services), "services.b: it cannot have n ip=10.0.0.9 beside service a")
+
+    def test_a_network_that_somebody_else_uses_is_not_taken_away(self):
+        """K3: nothing stops for a network that cannot be made anew; one that is not needed any more stays."""
+        def make(**networks):
+            return make_document({"networks": list(networks)}, networks=networks)
+        known = self.apply(make(front={}, back={}))
+        with self.engine.open() as held:
+            held["containers"]["theirs"] = {"id": "f" * 64, "image": IMAGE, "labels": {"org.margo.service": ""}, "state": "running", "code": 0,
+                                            "restarts": 0, "env": [], "argv": [f"--network={PROJECT}_front"]}
+        before = {name: item["state"] for name, item in self.engine.containers().items()}
+        self.engine.forget_calls()
+        self.assertFails("INSTALL_FAILED", lambda: self.apply(make(front={"internal": True}, back={}), known),
+                         f"network {PROJECT}_front is defined anew, and container {'f' * 12} is in it")
+        self.assertNotIn("stop", [call[0] for call in self.changes()])
+        self.assertEqual({name: item["state"] for name, item in self.engine.containers().items()}, before)
+        for networks in ({"back": {}}, {"back": {"ipam": {"config": [{"subnet": "10.9.0.0/24"}]}}}):
+            known = self.apply(make(**networks), known)
+            with self.engine.open() as held:
+                self.assertIn(f"{PROJECT}_front", held["networks"])
 
     def test_who_waits_for_a_task_that_takes_its_port_is_made_anew_after_it(self):
         """It did not change, but it runs, and the task that changed could not have its port, or its address."""

@@ -1169,6 +1169,11 @@ class Shared(FileCase):
         settle("other", "docker", ipv4_address="10.9.9.9")
         settle("own", ipv4_address="10.9.9.9")
         settle("gated", ipv4_address="10.1.0.1")
+        for text, address, expected in (("--subnet=255.255.255.255/32", "255.255.255.255", False), ("--subnet=0.0.0.0/0\n--gateway=x", "1.1.1.1", False),
+                                        ("--subnet=10.1.0.0/24\n--label=gateway=x", "10.1.0.7", True)):
+            self.assertIs(margo_agent.may_have_address(text, address), expected, text)
+        facts = {"labels": {"subnet": "x", "gateway": "y"}, "ipam": {"Config": [{"Subnet": "10.1.0.0/24", "Gateway": "10.1.0.9"}]}}
+        self.assertEqual([margo_agent.may_have_address(margo_agent.make_ranges(facts), address) for address in ("10.1.0.9", "10.1.0.1")], [False, True])
         settle("ranged", "docker", ipv4_address="10.1.0.1")     # its gateway is the first of the range
         for network, engine, address in (("n", "podman", "10.1.1.7"), ("n", "docker", "fd01::1"), ("n", "podman", "x"), ("own", "docker", "10.1.0.7"),
                 ("n", "docker", "10.1.0.1"), ("n", "docker", "10.1.0.0"), ("n", "podman", "10.1.0.255"), ("n", "docker", "fd00::1"),

@@ -203,6 +203,16 @@ class Enrollment(Site):
                 self.assertIn(b"s3cr:et", read(device.token))
         self.assertEqual(self.wfm.requests()[self.start[2]:], [])
 
+    def test_an_svid_by_a_clock_that_is_ahead_is_waited_for(self):
+        """P-2, E-043: it is good in a moment; neither thrown away nor asked for again."""
+        self.mis.misissue(start=20, end=4000)
+        self.assertIn("by a clock that is ahead of ours", self.device.cycle(3))
+        self.assertLess(self.device.state()["est"]["delay"], 60)
+        time.sleep(max(0, self.device.state()["est"]["delay"]))
+        self.let_retry()
+        self.device.cycle()
+        self.assertEqual(len(self.issued()), 1)
+
     def test_downtime_without_an_svid_is_waited_out_quietly(self):
         """The draft's 4: also where the last attempt is long past, a daemon's next cycle is due after an interval and not at once."""
         self.mis.fault({"path": "*/simpleenroll", "status": 503, "times": 1})
@@ -435,8 +445,8 @@ class Enrollment(Site):
             {}, {}, [], ["refreshedAt", "sequence", "source", "trustDomain"]))
 
     def test_doctor_foresees_the_end_of_an_svid_that_is_not_renewed(self):
-        """Less than a quarter of its lifetime left means that renewals fail."""
-        for share, level in ((0.7, "ok"), (0.8, "warn")):
+        """Less than a fifth of its lifetime left means that renewals fail."""
+        for share, level in ((0.7, "ok"), (0.85, "warn")):
             device = self.make_device()
             self.age(share, device=device)
             self.assertRegex(device.run("doctor").stdout, level + r" +identity ")

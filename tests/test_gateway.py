@@ -31,7 +31,9 @@ class FindPlace(unittest.TestCase):
     def find(self, wanted, held=None, children=None, unfit=None, loads=None):
         children = {"gw/a": True, "gw/b": True} if children is None else children
         deployment = margo_agent.Deployment(HELLO, "hello", "n", wanted, "compose", [], [], None)
-        return margo_agent.find_place(deployment, held, "gw", children, lambda child: (unfit or {}).get(child, ""), loads or {})
+        reasons = {child: (unfit or {}).get(child) for child in children}
+        others = [child for child, count in (loads or {}).items() for _ in range(count)]
+        return margo_agent.find_place(deployment, held, "gw", children, reasons, others)
 
     def assertRefused(self, code, words, *args, **options):
         with self.assertRaises(margo_agent.ComponentError) as caught:

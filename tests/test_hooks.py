@@ -172,7 +172,7 @@ class Failure(HookCase):
         self.assertEqual(self.wfm.statuses()[-1], "installed")
 
     def test_a_failing_before_hook_holds_a_removal_up(self):
-        """D-21: it is reported, nothing is removed, and the next cycle asks again."""
+        """D-21: it is reported, nothing is removed, and the next attempt asks again."""
         self.publish()
         self.device.cycle()
         self.wfm.withdraw()
@@ -180,6 +180,7 @@ class Failure(HookCase):
         self.device.cycle(1)
         self.assertEqual((self.last_error()["code"], len(self.engine.containers())), ("HOOK_FAILED", 1))
         self.stop("before-removal", False)
+        self.device.run("retry")
         self.device.cycle(0)
         self.assertEqual((self.engine.containers(), self.wfm.statuses()[-1]), ({}, "removed"))
 

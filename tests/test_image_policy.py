@@ -96,18 +96,23 @@ class Judging(RegistryCase):
 
     def test_objects_of_another_form_are_no_signatures(self):
         layer = {"digest": DIGEST, "annotations": {SIGNATURE: "YQ=="}}
-        self.assertEqual(margo_agent.parse_signatures(json.dumps({"layers": [layer]}).encode()), [("YQ==", DIGEST)])
+        def parse(data):
+            return margo_agent.parse_shaped(data, margo_agent.SIGNATURES)
+        self.assertEqual(parse(json.dumps({"layers": [layer]}).encode()), {"layers": [layer]})
         for value in (None, [], {}, {"layers": None}, {"layers": [None]}, {"layers": [dict(layer, annotations=None)]}, {"layers": [dict(layer, digest=5)]},
                       {"layers": [dict(layer, digest="sha256:5")]}, {"layers": [dict(layer, annotations={})]}, {"layers": {"a": 1}}, {"layers": 5}):
-            self.assertEqual(margo_agent.parse_signatures(json.dumps(value).encode()), [], value)
-        for data in (b"", b"{", b"\xff", b'{"layers": []}'):
-            self.assertEqual(margo_agent.parse_signatures(data), [])
+            self.assertEqual(parse(json.dumps(value).encode()), {}, value)
+        for data in (b"", b"{", b"\xff"):
+            self.assertEqual(parse(data), {})
 
     def test_payloads_of_another_form_are_about_nothing(self):
-        self.assertEqual(margo_agent.parse_payload(make_payload(DIGEST)), DIGEST)
+        def is_about(data, digest=DIGEST):
+            return bool(margo_agent.parse_shaped(data, margo_agent.make_payload_shape(digest)))
+        self.assertTrue(is_about(make_payload(DIGEST)))
+        self.assertFalse(is_about(make_payload(DIGEST), DIGEST[:-1] + "e"))
         for data in (b"", b"{}", b"[]", b"\xff", make_payload(DIGEST, "atomic container signature"), b'{"critical": {"type": 5}}', b'{"critical": 5}',
                      json.dumps({"critical": {"type": "cosign container image signature", "image": None}}).encode()):
-            self.assertEqual(margo_agent.parse_payload(data), "", data)
+            self.assertFalse(is_about(data), data)
 
 
 class Signed(Keys, RegistryCase):

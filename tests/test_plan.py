@@ -57,6 +57,14 @@ class Actions(unittest.TestCase):
         steps, _ = plan([make_target()], [make_record(deployment_id=OTHER)], [make_container("aaaaaaaa-0000-4000-8000-000000000000", state="exited")])
         self.assertEqual(steps, [(OTHER, "remove"), ("aaaaaaaa-0000-4000-8000-000000000000", "remove"), (HELLO, "install")])
 
+    def test_a_removal_that_failed_waits_and_one_that_was_cut_off_goes_on(self):
+        wait = {"failures": 1, "at": NOW, "delay": 60, "leaving": True}
+        failed = make_record(state="failed", error={"code": "REMOVE_FAILED"}, retry=wait)
+        steps, reasons = plan([], [failed], [make_container()])
+        self.assertEqual((steps, reasons[0][:34]), ([(HELLO, "keep")], "cannot be removed (REMOVE_FAILED);"))
+        for record, now in ((failed, NOW + 60), (dict(failed, retry=dict(WAIT)), NOW), (dict(failed, state="removing", error=None), NOW)):
+            self.assertEqual(plan([], [record], [make_container()], now)[0], [(HELLO, "remove")])
+
     def test_drift_is_an_update_with_its_reason(self):
         """P-12, D-23: a container that is gone, stopped, foreign or left over."""
         for containers, word in (([], "no container"), ([make_container(state="exited")], "exited"), ([make_container(label="x")], "not the container"),

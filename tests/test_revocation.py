@@ -357,6 +357,19 @@ class Reading(unittest.TestCase):
                 else:
                     self.assertRaises(ValueError, margo_agent.parse_crl, data)
 
+    def test_a_number_has_twenty_octets_at_most(self):
+        """E-085: RFC 5280, 5.2.3; one of thousands of digits would be a state that nobody can read."""
+        make = margo_agent.make_der
+        name, start = make(0x30), make(0x17, b"260101000000Z")
+        for size, good in ((20, True), (22, False), (3000, False)):
+            number = make(0x30, make(6, margo_agent.OID_CRL_NUMBER), make(4, make(2, b"\1" * size)))
+            fields = (b"\2\1\1", name, name, start, start, make(0xA0, make(0x30, number)))
+            data = make(0x30, make(0x30, *fields), name)
+            if good:
+                self.assertEqual(margo_agent.parse_crl(data)[1].number, int.from_bytes(b"\1" * size, "big"))
+            else:
+                self.assertRaisesRegex(ValueError, "more than 20 octets", margo_agent.parse_crl, data)
+
     def test_der_is_written_as_it_is_read(self):
         for size in (0, 1, 127, 128, 255, 256, 65535, 65536):
             data = margo_agent.make_der(0x04, b"x" * size)
