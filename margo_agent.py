@@ -361,6 +361,7 @@ class Agent:
 
     def __enter__(self):
         """Takes the state directory for this process and reads the state."""
+        HURRY.clear()
         self.store.create()
         self.store.lock()
         empty_folder(self.store.path("tmp"))
@@ -1583,7 +1584,6 @@ def ask_all(look, looks):
         raise
     finally:
         pool.shutdown()
-        HURRY.clear()
 
 
 def ask_others(seen, known=None):
@@ -6519,7 +6519,7 @@ def parse_answer(data, program, read):
         raise CommandError(f"{program} answered in an unknown form ({words})") from None
 
 
-HURRY = []                          # holds something while no program is waited for, because this one ends
+HURRY = []                          # holds something once no program is waited for, because this one ends
 
 
 def list_folders(environ):
