@@ -1575,10 +1575,13 @@ def observe_devices(devices, records, claim):
 
 def ask_all(look, looks):
     """What `look` returns for each of some looks, all at once; what ends this process ends what they run."""
-    from concurrent.futures import ThreadPoolExecutor
+    from concurrent.futures import ThreadPoolExecutor, wait
     pool = ThreadPoolExecutor(LOOKS)
     try:
-        return list(pool.map(look, looks))
+        futures = [pool.submit(look, item) for item in looks]
+        while wait(futures, 0.2).not_done:
+            pass                                    # a signal that comes just before a wait does not end it
+        return [future.result() for future in futures]
     except BaseException:                           # ctrl-C, or the end of the grace
         HURRY.append(True)
         raise
