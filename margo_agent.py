@@ -2352,7 +2352,8 @@ def read_target(target, load_document, config):
 # 11. Identity and trust
 # ----------------------------------------------------------------------------------------------------------
 
-EXPIRY_WARNING = 0.2                # share of the own certificate's lifetime that is left when warnings begin
+EXPIRY_WARNING = 0.2  # share of the own certificate's lifetime that is left when `run` begins to warn
+EXPIRY_ADVICE = 0.25                # ... and when `doctor` does
 CLOCK_SKEW = 300                    # seconds that another clock may be ahead of ours
 DRAFT = "the Margo draft of enrollment, renewal and revocation, which may still change"
 KEY_KINDS = {  # identity.algorithm: what openssl makes a key from; those that are not named sign by RSA
@@ -2467,19 +2468,19 @@ def check_enrollment(state, client_id):
                         f" {state['enrollment']['id']}; unenroll first")
 
 
-def find_expiry(leaf, now):
+def find_expiry(leaf, now, share=EXPIRY_WARNING):
     """What to say of a certificate's end, "" while more than a share of its lifetime is left."""
     left = leaf.not_after - now
     if left < 0:
         return "expired"
-    if left < EXPIRY_WARNING * (leaf.not_after - leaf.not_before):
+    if left < share * (leaf.not_after - leaf.not_before):
         return f"expires in {left // 86400:.0f} days, at {make_time(leaf.not_after)}; have it renewed"
     return ""
 
 
-def ask_warnings(config, leaf, now):
+def ask_warnings(config, leaf, now, share):
     """[what to say] of an own certificate that ends soon, and of a key that others can read."""
-    expiry = find_expiry(leaf, now)
+    expiry = find_expiry(leaf, now, share)
     words = [expiry and f"the own certificate {expiry}", ask_looseness("identity.key", config.identity.key)]
     return list(filter(None, words))
 
@@ -2487,7 +2488,7 @@ def ask_warnings(config, leaf, now):
 def warn_of_own(config, leaf, store, now):
     """Warns once a day of the own certificate and key."""
     memo = store.load_memo()
-    words = ask_warnings(config, leaf, now)
+    words = ask_warnings(config, leaf, now, EXPIRY_WARNING)
     if words and not 0 <= now - memo.get("warnedAt", 0) < 86400:
         for line in words:
             log("warning", line)
@@ -2510,7 +2511,7 @@ def describe_own(config, load, known_id, now):
 
 def judge_own(leaf, words, config, now):
     """What `doctor` says of an own certificate that can be used: (ok or warn, words)."""
-    faults = ask_warnings(config, leaf, now)
+    faults = ask_warnings(config, leaf, now, EXPIRY_ADVICE)
     words += f", {(leaf.not_after - now) // 86400:.0f} days left"
     return ("warn", "; ".join([words, *faults])) if faults else ("ok", words)
 
@@ -2631,13 +2632,19 @@ def judge_own_chain(config, own, bundle, state):
 
 def parse_trust_bundle(data):
     """A SPIFFE bundle (JWK Set) or PEM certificates to a TrustBundle; raises ValueError (C-034 to C-037)."""
-    value = {}
+    anchors = []
+    value = {"keys": []}
     if b"-----BEGIN CERTIFICATE-----" in data:
         anchors = parse_pem(data.decode("ascii"))
     else:
         value = parse_json(data, "the trust bundle")
         check_shape(value, {"keys": list}, "the trust bundle")          # a JWK Set
-        anchors = parse_jwks(value["keys"])
+    for index, key in enumerate(value["keys"]):
+        if isinstance(key, dict) and key.get("use") == "x509-svid":
+            x5c = key.get("x5c")
+            first = x5c[0] if isinstance(x5c, list) and x5c else None
+            check_shape(first, r"\S+", f"keys[{index}].x5c")            # no white space there (RFC 7517, 4.7)
+            anchors.append(parse_base64(first))
     if not anchors:
         raise ValueError("no X.509 anchor in it (no key with use x509-svid); whoever runs the WFM has the"
                          " bundle")
@@ -2646,19 +2653,6 @@ def parse_trust_bundle(data):
     numbers = [value.get(name) for name in ("spiffe_sequence", "spiffe_refresh_hint")]
     good = [item if type(item) is int and 0 <= item <= MAX_VERSION else None for item in numbers]
     return TrustBundle(anchors, *good)
-
-
-def parse_jwks(keys):
-    """The anchors (DER) among the keys of a JWK Set; raises ValueError."""
-    anchors = []
-    for index, key in enumerate(keys):
-        if not isinstance(key, dict) or key.get("use") != "x509-svid":
-            continue
-        x5c = key.get("x5c")
-        first = x5c[0] if isinstance(x5c, list) and x5c else None
-        check_shape(first, r"\S+", f"keys[{index}].x5c")                # no white space there (RFC 7517, 4.7)
-        anchors.append(parse_base64(first))
-    return anchors
 
 
 def check_sequence(bundle, trust, trust_domain):
@@ -3358,7 +3352,8 @@ def make_claim(owner, state):
     for record in records.values():
         services += (record["running"] or {}).get("services", {}).values()
     ids = {facts.get("id") for items in services for facts in items.values()}
-    return Claim(owner, frozenset(state["owners"]), frozenset(records), ids - {None},
+    wanted = {item["deploymentId"].lower() for item in (state["accepted"] or {}).get("deployments", ())}
+    return Claim(owner, frozenset(state["owners"]), wanted.union(records), ids - {None},
                  frozenset(state["pulled"]))
 
 
@@ -4919,7 +4914,7 @@ def to_form(pattern, words, make=str):
     def read_form(value, where):
         text = to_text(value, where)
         if not re.fullmatch(pattern, text):
-            raise make_fault(f"{where}: {make_printable(text, 60)!r} is not {words}")
+            raise make_fault(f"{where}: {make_printable(text, 100)!r} is not {words}")
         return make(text)
     return read_form
 
@@ -5063,8 +5058,10 @@ def to_test(value, where):
 # What is no name in a registry: a transport of podman's before the first colon, or a tag before a slash.
 TRANSPORT = (r"(containers-storage|dir|docker|docker-archive|docker-daemon|oci|oci-archive|ostree|sif|"
              r"tarball|https?):|[^/]*:(?![0-9]+/)[^/]*/")
-IMAGE = (r"([A-Za-z0-9][A-Za-z0-9.-]*(:[0-9]{1,5})?/)?[a-z0-9][a-z0-9._/-]*(:\w[\w.-]{0,127})?"
-         r"(@[a-z0-9]+:[0-9a-f]{32,128})?")
+to_image_name = to_form(
+    r"(?a)(?=.{1,512}\Z)(?!.*//)([A-Za-z0-9][A-Za-z0-9.-]*(:[0-9]{1,5})?/)?[a-z0-9][a-z0-9._/-]*"
+    r"(:\w[\w.-]{0,127})?(@[a-z0-9]+:[0-9a-f]{32,128})?",
+    "an image name: [HOST[:PORT]/]PATH[:TAG][@DIGEST], the path in lower case")
 
 
 def to_image(value, where):
@@ -5073,13 +5070,9 @@ def to_image(value, where):
     None is a file of this device.
     """
     text = to_text(value, where)
-    shown = repr(make_printable(text, 100))
     if re.match(TRANSPORT, text[:512]):
-        raise make_fault(f"{where}: {shown} is not read from a registry, as an image has to be",
-                         "POLICY_DENIED")
-    if len(text) > 512 or "//" in text or not re.fullmatch(IMAGE, text, re.A):
-        raise make_fault(f"{where}: {shown} is not an image name: [HOST[:PORT]/]PATH[:TAG][@DIGEST], the"
-                         " path in lower case")
+        deny(where, f"{make_printable(text, 100)!r} is not read from a registry, as an image has to be")
+    to_image_name(text, where)
     if find_registry(text) != "docker.io" or text.startswith("docker.io/"):
         return text
     return f"docker.io/{'' if '/' in text.partition('@')[0] else 'library/'}{text}"
@@ -5275,7 +5268,7 @@ ADVICE = {"build": "nothing is built on a device; name what was built by `image`
           "oom_kill_disable": "set `mem_limit`", "storage_opt": "set it for the engine"}
 
 
-def read_value(value, form, where, variables):
+def read_value(value, form, where="", variables=None):
     """A value by its form: Settings with None for keys that are not there, {name: …}, and what readers give.
 
     Texts are interpolated; keys never are, and x-… keys of the format are dropped unread.  Raises
@@ -5319,18 +5312,18 @@ def read_value(value, form, where, variables):
     result = read(value, form, where)
     check_keys(unknown)
     for error in faults[:1]:
-        names = ", ".join(sorted(variables.unset)[:5])
+        names = ", ".join(sorted(variables.unset)[:5]) if variables else ""
         words = names and f" (used in the file, and no parameter gives it: {names})"
         raise ComponentError(error.code, error.message + words)
     return result
 
 
 def check_keys(unknown):
-    """Raises ComponentError that names every key that is not supported, and what to write instead."""
+    """Raises ComponentError that names keys that are not supported, MAX_NAMED at most, and what to write."""
     import difflib
     texts = []
     told = set()
-    for place, key, known in unknown:
+    for place, key, known in unknown[:MAX_NAMED]:
         near = [f"did you mean {name}?" for name in difflib.get_close_matches(key, known, 1)]
         advice = "" if key in told else ADVICE.get(key, "".join(near))
         told.add(key)
@@ -5356,8 +5349,7 @@ MODES = "host none bridge private default nat slirp4netns pasta container pod ns
 def make_networks(document, workload):
     """Top-level `networks` as make_volumes has it; `default` is always there."""
     networks = {}
-    default = read_value(None, NETWORK_FORM, "", Variables())
-    for name, value in dict({"default": default}, **document.networks).items():
+    for name, value in dict({"default": read_value(None, NETWORK_FORM)}, **document.networks).items():
         arguments = make_options(value, ("internal", "enable_ipv6"))
         for item in value.ipam.config:
             arguments += make_options(item, ("subnet", "gateway", "ip_range"))
@@ -5507,7 +5499,8 @@ def make_ports(ports, reading, where):
     for port in dict.fromkeys(ports):
         numbers, argument = port.numbers, port.argument
         if port.choice and reading.engine == "podman":
-            numbers, argument = port.choice[:1], re.sub("-[0-9]+:", ":", argument)
+            numbers = port.choice[:1]
+            argument = re.sub("-[0-9]+:", ":", argument)
         reading.variables.spend(64 * len(numbers), where)   # what they take of the memory
         arguments.append(f"--publish={argument}")
         held += [[port.address, number, port.protocol] for number in numbers]
@@ -5594,7 +5587,7 @@ def make_attachments(name, service, reading, where):
         if service.networks:
             raise make_fault(f"{where}.network_mode: cannot stand beside networks")
         return [Attachment(make_namespace(service.network_mode, reading.workload), None)]
-    wanted = service.networks or read_value(["default"], SERVICE_FORM["networks"], "", reading.variables)
+    wanted = service.networks or read_value(["default"], SERVICE_FORM["networks"])
     joined = []
     for network, value in sorted(wanted.items(), key=lambda pair: -(pair[1].priority or 0)):
         own = find_member(reading.networks, network, f"{where}.networks", "networks")[0]
@@ -5980,9 +5973,8 @@ def make_labels(workload, service, digest):
 
     None is left out for being empty: an image has labels of its own.
     """
-    return {LABEL_DEPLOYMENT: workload.deployment_id, LABEL_COMPONENT: workload.component,
-            LABEL_PROJECT: workload.project, LABEL_SERVICE: service, LABEL_HASH: digest,
-            LABEL_DEVICE: workload.device_id, LABEL_OWNER: workload.owner,
+    return {**make_shared_labels(workload), LABEL_COMPONENT: workload.component, LABEL_SERVICE: service,
+            LABEL_HASH: digest, LABEL_DEVICE: workload.device_id,
             "com.docker.compose.project": workload.project, "com.docker.compose.service": service,
             "com.docker.compose.container-number": "1", "com.docker.compose.config-hash": digest,
             "com.docker.compose.oneoff": "False"}
@@ -6008,8 +6000,9 @@ Reference = define("Reference", "host name tag",
 Entry = define(
     "Entry",
     "path kind mode link offset size",
-    "One checked entry of an archive: path below the top-level folder, `file`, `folder` or `link`, mode, link"
-    " target, place of its bytes.",
+    "One checked entry of an archive: path below the top-level folder, `file`, `folder` or `link`; of a file"
+    " its mode and the place of its bytes, of a link where it leads to.",
+    "", 0, 0,
 )
 
 
@@ -6261,9 +6254,8 @@ def parse_package_manifest(data, where, max_artifact, kind="compose"):
         if "manifests" in value:
             raise ValueError("an index of several images, where one Compose Archive is expected")
         layer = find_layer(value, kind)
-        digest = layer.get("digest")
+        check_shape(layer.get("digest"), DIGEST_PATTERN, "the layer's digest")
         size = layer.get("size")
-        check_shape(digest, DIGEST_PATTERN, "the layer's digest")
         if type(size) is not int or size < 1:
             found = make_printable(str(size), 80)
             raise ValueError(f"the layer's size: found {found!r}, expected a number of bytes")
@@ -6271,7 +6263,7 @@ def parse_package_manifest(data, where, max_artifact, kind="compose"):
             raise ValueError(f"the layer has {size} bytes, policy.max_artifact is {max_artifact}")
     except ValueError as error:
         raise ComponentError("ARCHIVE_INVALID", f"{where}: {error}") from None
-    return digest, size
+    return layer["digest"], size
 
 
 def find_layer(value, kind):
@@ -6315,7 +6307,8 @@ def check_archive(data, max_unpacked, relaxed=False):
     tops = set()
     try:
         plain, members, end = unpack_tar(data, max_unpacked, MAX_ENTRIES)
-        loose = relaxed and any("/" not in strip_dot(member.name) and not member.isdir() for member in members)
+        loose = relaxed and any("/" not in strip_dot(member.name) and not member.isdir()
+                                for member in members)
         for member in members:
             add_entry(member, entries, tops, "package/" if loose else "")
         if any(piece.strip(b"\0") for piece in read_pieces(plain, end, max_unpacked)):
@@ -6362,18 +6355,18 @@ def add_entry(member, entries, tops, top=""):
     if len(tops) > 1:
         raise ValueError(f"more than one top-level entry ({', '.join(sorted(tops))})")
     if member.isdir():
-        entry = Entry(path, "folder", 0o755, None, 0, 0)
+        entry = Entry(path, "folder", 0o755)
     elif not path:
         raise ValueError(f"{name!r} stands at the top, where only one folder may stand")
     elif member.isfile() and not member.issparse():
-        entry = Entry(path, "file", 0o755 if member.mode & 0o111 else 0o644, None, member.offset_data,
+        entry = Entry(path, "file", 0o755 if member.mode & 0o111 else 0o644, "", member.offset_data,
                       member.size)
     elif member.issym():
         if not member.linkname or not is_storable(member.linkname):
             raise ValueError(
                 f"the link {name!r} leads to {make_printable(member.linkname)!r}, which is no path"
             )
-        entry = Entry(path, "link", 0o777, member.linkname, 0, 0)
+        entry = Entry(path, "link", 0o777, member.linkname)
     elif member.islnk():
         target, _, inside = (top + strip_dot(member.linkname)).partition("/")
         source = entries.get(inside)
@@ -8985,17 +8978,17 @@ class YAMLReader:
         if self.at_indicator("-?"):
             if column is None or own:
                 self.fail("a block collection cannot start here")
-            if text[self.position] == "-":
-                return self.make_node(self.descend(self.read_sequence, column), "seq", above)
-            return self.make_node(self.descend(self.read_mapping, column), "map", above)
-        content = self.read_content(parent, False)
-        self.position = self.SPACE.match(text, self.position).end()
-        if column is not None and self.at_indicator(":"):
-            self.position = start
-            return self.make_node(self.descend(self.read_mapping, column), "map", above)
-        node = self.make_node(*content, self.join(above, own))
-        self.end_line()
-        return node
+        else:
+            content = self.read_content(parent, False)
+            self.position = self.SPACE.match(text, self.position).end()
+            if column is None or not self.at_indicator(":"):
+                node = self.make_node(*content, self.join(above, own))
+                self.end_line()
+                return node
+            self.position = start                   # it is the first key of a mapping
+        if self.at_indicator("-"):
+            return self.make_node(self.descend(self.read_sequence, column), "seq", above)
+        return self.make_node(self.descend(self.read_mapping, column), "map", above)
 
     def join(self, above, own):
         """Anchor and tag of a node whose properties stand on several lines."""
@@ -9105,26 +9098,26 @@ class YAMLReader:
 
         Merges << last.
         """
-        mapping, merges = {}, []
+        mapping, merged = {}, ()
         for key, value, position in pairs:
             if key == "<<" and re.compile(self.MERGE).match(self.text, position):
-                merges.append((value, position))
-                if len(merges) > 1:
+                if merged:
                     self.fail("the key << occurs twice", position)
-                continue
-            if isinstance(key, (dict, list)):
+                merged = value, position
+            elif isinstance(key, (dict, list)):
                 self.fail("a key that is no scalar is not supported", position)
             # .nan differs from itself
-            if key in mapping or key != key and any(other != other for other in mapping):
+            elif key in mapping or key != key and any(other != other for other in mapping):
                 self.fail(f"the key {str(key)[:60]!r} occurs twice; keep one of them", position)
-            mapping[key] = value
-        for value, position in merges:
-            for source in value if isinstance(value, list) else [value]:
-                if not isinstance(source, dict):
-                    self.fail("<< takes a mapping or a list of mappings", position)
-                self.count(len(source))
-                for key, item in source.items():
-                    mapping.setdefault(key, item)
+            else:
+                mapping[key] = value
+        value, position = merged or ([], 0)
+        for source in value if isinstance(value, list) else [value]:
+            if not isinstance(source, dict):
+                self.fail("<< takes a mapping or a list of mappings", position)
+            self.count(len(source))
+            for key, item in source.items():
+                mapping.setdefault(key, item)
         return mapping
 
     # Scalars
@@ -9136,7 +9129,8 @@ class YAMLReader:
         if not header:
             self.fail("the header of a block scalar is | or >, then at most + or - and a digit")
         style, marks = header.groups()
-        start, digit = header.end(), marks.strip("+-")
+        start = header.end()
+        digit = marks.strip("+-")
         first = re.compile(r"[ \n]*").match(text, start).end()
         line = text.rfind("\n", 0, first) + 1
         indent = max(parent, 0) + int(digit) if digit else first - line
@@ -9241,7 +9235,8 @@ class YAMLReader:
 
     def read_quoted(self, quote, parent):
         """A quoted scalar's text."""
-        pieces, end = [], self.position + 1
+        pieces = []
+        end = self.position + 1
         while True:
             match = self.QUOTED[quote].search(self.text, end)
             if not match or match.end() == len(self.text):
@@ -9455,7 +9450,7 @@ def check_gzip(data, max_unpacked):
     stream = zlib.decompressobj(31)
     size, rest = 0, b""
     try:
-        for start in range(0, len(data), 16 * KIB):     # what is not yet unpacked of a piece is copied each time
+        for start in range(0, len(data), 16 * KIB):     # what is left of one is copied each time
             rest = data[start:start + 16 * KIB]
             while rest and not stream.eof:
                 size += len(stream.decompress(rest, MIB))
@@ -10768,9 +10763,9 @@ class Git(Profile):
             path = self.config.git[key]
             if path:
                 load_secret(f"git.{key}", path, Untrusted)
-            loose = ask_looseness(f"git.{key}", path or "")
-            if loose:
-                return "warn", loose
+                loose = ask_looseness(f"git.{key}", path)
+                if loose:
+                    return "warn", loose
         return "ok", version
 
     def identify(self):
@@ -11257,6 +11252,7 @@ CRL_FIELD = "crlUris"
 OID_CRL_NUMBER, OID_CRL_SCOPE = b"\x55\x1d\x14", b"\x55\x1d\x1c"
 MAX_LISTS = 32                      # that a discovery document may name
 CRL_PERIOD = 43200                  # seconds after which a list is asked for again, up to twice that (E-082)
+CRL_FIRST, CRL_CAP = 60, 3600       # seconds between attempts at a list that cannot be had
 
 Crl = define("Crl", "issuer issuer_key this_update next_update serials number",
     "What is used of a revocation list: raw name, identifier of its issuer's key or None, Unix seconds, the"
@@ -11351,10 +11347,10 @@ def refresh_revocation(config, store, state, source=None):
             delay = max(1, min(CRL_PERIOD * (1 + get_random()), left / 2))
             record.update(make_wait({"failures": -1}, delay, clock))
         except (MargoError, ValueError) as error:
+            delay = (1 - get_random()) * grow(CRL_FIRST, record.get("failures", 0) + 1, CRL_CAP)
+            record.update(make_wait(record, max(getattr(error, "retry_after", None) or 0, delay), clock))
             log("warning", "a revocation list cannot be had; what is at hand stays", url=url,
                 reason=str(error))
-            fault = error if isinstance(error, MargoError) else Untrusted(str(error))
-            record.update(make_hold(record, fault, clock, get_random()))
     for url in set(records) - set(listed):
         if clock.now > records[url].get("thisUpdate", 0) + records[url].get("validity", 0):
             del records[url]
@@ -11479,7 +11475,7 @@ def load_judge(config, store, state, source, keep):
 def parse_crl_uris(members, document_url, public):
     """[URL of a list] from a discovery document; what is none fails where it is asked for (E-080)."""
     listed = members.get(CRL_FIELD) or []
-    listed = listed if isinstance(listed, list) else [listed]
+    listed = listed if isinstance(listed, list) else [repr(listed)]
     return [str(uri)[:2000] for uri in listed[:MAX_LISTS]]
 
 

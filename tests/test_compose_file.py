@@ -536,6 +536,12 @@ class ServiceKeys(FileCase):
         self.assertRefused(make_document({"volumes": [{"type": "bind", "source": ".", "target": "/x", "bin": {}, "bind": {"selinus": "z"}}]}),
                            "services.main.volumes[0].bin (did you mean bind?), services.main.volumes[0].bind.selinus (did you mean selinux?)")
 
+    def test_a_hundred_keys_that_are_not_supported_are_told_and_no_more(self):
+        """A file may have hundreds of thousands, and to look for the nearest known one takes a device half a millisecond and more each."""
+        with self.assertRaises(margo_agent.ComponentError) as caught:
+            self.settle(make_document({f"ZZ{number}": 1 for number in range(300)}))
+        self.assertTrue(caught.exception.message.endswith(", services.main.ZZ99"), caught.exception.message)
+
     def test_a_name_of_the_applications_own_is_no_key(self):
         for name in ("each", "build", "None", "x-y"):
             project = self.settle({"services": {name: {"image": IMAGE, "networks": {name: None}, "depends_on": {}}}, "networks": {name: {}}})

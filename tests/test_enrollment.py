@@ -205,12 +205,12 @@ class Enrollment(Site):
 
     def test_an_svid_by_a_clock_that_is_ahead_is_waited_for(self):
         """P-2, E-043: it is good in a moment; neither thrown away nor asked for again."""
-        self.mis.misissue(start=20, end=4000)
+        self.mis.misissue(start=250, end=4000)
         self.assertIn("by a clock that is ahead of ours", self.device.cycle(3))
-        self.assertLess(self.device.state()["est"]["delay"], 60)
-        time.sleep(max(0, self.device.state()["est"]["delay"]))
+        record = self.device.state()["est"]
+        self.assertTrue(record["answer"] and 0 < record["delay"] < 252, record)
         self.let_retry()
-        self.device.cycle()
+        self.assertIn("by a clock that is ahead of ours", self.device.cycle(3))
         self.assertEqual(len(self.issued()), 1)
 
     def test_downtime_without_an_svid_is_waited_out_quietly(self):
@@ -445,8 +445,8 @@ class Enrollment(Site):
             {}, {}, [], ["refreshedAt", "sequence", "source", "trustDomain"]))
 
     def test_doctor_foresees_the_end_of_an_svid_that_is_not_renewed(self):
-        """Less than a fifth of its lifetime left means that renewals fail."""
-        for share, level in ((0.7, "ok"), (0.85, "warn")):
+        """Less than a quarter of its lifetime left means that renewals fail."""
+        for share, level in ((0.7, "ok"), (0.8, "warn")):
             device = self.make_device()
             self.age(share, device=device)
             self.assertRegex(device.run("doctor").stdout, level + r" +identity ")
@@ -626,7 +626,7 @@ class Decisions(unittest.TestCase):
                 parse(estBaseUri=uri, public=public)
         self.assertEqual(parse(crlUris=["http://c/a.crl", 7, "https://c/b?c=d"] + ["x"] * 99).parts["crls"][:4], ["http://c/a.crl", "7", "https://c/b?c=d", "x"])
         self.assertEqual(len(parse(crlUris=["x"] * 99).parts["crls"]), margo_agent.MAX_LISTS)
-        self.assertEqual([parse(crlUris=item).parts["crls"] for item in ("http://c", {}, None)], [["http://c"], [], []])
+        self.assertEqual([parse(crlUris=item).parts["crls"] for item in ("http://c", {}, None)], [["'http://c'"], [], []])
 
 
 class Renewal(Site):

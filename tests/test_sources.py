@@ -275,8 +275,10 @@ class Refusal(SourceCase):
 
     def test_an_empty_manifest_that_does_not_verify_removes_nothing(self):
         """D-4: nothing is removed before all was verified."""
-        self.check(4, ["if and only if"], {"path": MANIFEST[1], "status": 200, "body": json.dumps(
-            {"manifestVersion": 99, "deployments": [], "bundle": {"mediaType": "x"}})})
+        bundle = {"mediaType": "application/vnd.margo.bundle.v1+tar+gzip", "digest": support.digest(b""), "url": "/x"}
+        for content, words in ((bundle, "if and only if"), ({"mediaType": "x"}, "bundle.digest")):
+            self.check(4, [words], {"path": MANIFEST[1], "status": 200, "body": json.dumps(
+                {"manifestVersion": 99, "deployments": [], "bundle": content})})
 
 
 class Patience(SourceCase):
