@@ -361,6 +361,7 @@ class Agent:
 
     def __enter__(self):
         """Takes the state directory for this process and reads the state."""
+        HURRY.clear()
         self.store.create()
         self.store.lock()
         empty_folder(self.store.path("tmp"))
@@ -1574,16 +1575,18 @@ def observe_devices(devices, records, claim):
 
 def ask_all(look, looks):
     """What `look` returns for each of some looks, all at once; what ends this process ends what they run."""
-    from concurrent.futures import ThreadPoolExecutor
+    from concurrent.futures import ThreadPoolExecutor, wait
     pool = ThreadPoolExecutor(LOOKS)
     try:
-        return list(pool.map(look, looks))
+        futures = [pool.submit(look, item) for item in looks]
+        while wait(futures, 0.2).not_done:
+            pass                                    # a signal that comes just before a wait does not end it
+        return [future.result() for future in futures]
     except BaseException:                           # ctrl-C, or the end of the grace
         HURRY.append(True)
         raise
     finally:
         pool.shutdown()
-        HURRY.clear()
 
 
 def ask_others(seen, known=None):
@@ -6517,7 +6520,7 @@ def parse_answer(data, program, read):
         raise CommandError(f"{program} answered in an unknown form ({words})") from None
 
 
-HURRY = []                          # holds something while no program is waited for, because this one ends
+HURRY = []                          # holds something once no program is waited for, because this one ends
 
 
 def list_folders(environ):

@@ -11,11 +11,13 @@ set -eu
 cd "$(dirname "$0")/.."
 repository=$(pwd)
 for name in git podman openssl python3 /bin/busybox; do
-    command -v "$name" >/dev/null 2>&1 || { echo "$name is missing; sh examples/quickstart.sh installs all but git" >&2; exit 2; }
+    command -v "$name" >/dev/null 2>&1 || { echo "$name is missing; sh examples/quickstart.sh --install installs all but git" >&2; exit 2; }
 done
 
+bold='' plain=''
+if [ -t 1 ] && [ "${TERM:-dumb}" != dumb ]; then bold=$(printf '\033[1m') plain=$(printf '\033[0m'); fi
 say() {
-    printf '\n\033[1m== %s\033[0m\n' "$*"
+    printf '\n%s== %s%s\n' "$bold" "$*" "$plain"
 }
 
 devices="press-1 press-2"

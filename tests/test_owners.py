@@ -423,6 +423,7 @@ class Examples(Pair, support.EngineCase):
                               env=dict(os.environ, TMPDIR=folder, **self.engine.env))
         self.assertEqual(done.returncode, 0, done.stdout)
         self.assertIn("nothing is left behind", done.stdout)
+        self.assertNotIn("\33", done.stdout)       # a pipe is no terminal
         self.assertEqual((self.list_all(), self.engine.containers()), (before, containers))
         self.assertEqual(os.listdir(folder), [])
         with open("/proc/mounts") as file:
