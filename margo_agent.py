@@ -7424,9 +7424,10 @@ def migrate_record(record):
     """A deployment's record as schema 2 has it; that of schema 1 knew moments where that has waits, which are
     over then (see make_wait).
     """
+    record = dict({"refused": False, "found": False, "fetched": []}, **record)
     if "repairs" in record:
         record = {key: value for key, value in record.items() if key not in OLD_FIELDS}
-        record = dict({"refused": False, "found": False, "fetched": []}, **dict(record, retry={}, repair={}))
+        record.update(retry={}, repair={})
     if "services" not in (record.get("running") or ()):
         record["fallback"] = False                  # no version before is known that could run
     return record
@@ -7549,7 +7550,8 @@ class Store:
             try:
                 state = parse_state(data, name)
             except ValueError as error:
-                fault = fault or error
+                fault = fault or error.with_traceback(None)     # that holds all that was read
+                data = None
                 continue
             self.saved = data if name == path else None
             self.core = make_core(state)
@@ -10180,6 +10182,7 @@ class GitSource:
         folder = os.path.join(self.home, "none") if words[0] == "ls-remote" else self.repository
         files = [self.secret.fileno()] if self.secret else []
         include = ["-c", f"include.path=/proc/self/fd/{files[0]}"] if files else []
+        before = os.umask(0o077)                    # what git writes is below the state directory
         try:
             output = run_command(["git", f"--git-dir={folder}", *include, *words, *arguments], timeout,
                                  env or self.env, self.home, limit, files=files, limits=bounds, **options)
@@ -10187,6 +10190,8 @@ class GitSource:
             if error.code == "TOO_MUCH":
                 self.refuse(words[0], f"prints more than {limit} bytes")
             raise
+        finally:
+            os.umask(before)
         # git has no code of its own for it, nor other words in any language but this one (LC_ALL)
         if output.code and re.search("[Oo]ut of memory", output.stderr):
             self.refuse(words[0], f"takes more than {most} bytes of memory")

@@ -554,7 +554,8 @@ class Device:
         """`run --once`; fails unless it ends with the expected code; returns its log."""
         done = self.run(*(options + ("run", "--once")))
         if done.returncode != expected or "Traceback" in done.stderr:
-            raise AssertionError(f"run --once ended with {done.returncode}, expected {expected}:\n{done.stderr}")
+            failed = [record["error"] for record in (self.state() or {}).get("deployments", {}).values() if record["error"]]
+            raise AssertionError(f"run --once ended with {done.returncode}, expected {expected}:\n{done.stderr}{failed}")
         return done.stderr
 
     def state(self):

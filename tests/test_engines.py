@@ -253,6 +253,7 @@ class Builtin(EngineCase):
         self.publish({"main": service(command=["sh", "-c", loop], restart="always"), "side": service()})
         self.device.cycle()
         neighbour = self.engine.containers()[self.name("side")]
+        time.sleep(2.5)                             # a start that is less than 2 s after the known one counts as that
         self.inside("touch", "/tmp/broken")
         restarts = support.wait_for(lambda: json.loads(self.engine.podman("inspect", self.name()))[0]["RestartCount"] > 1, what="the loop")
         self.assertTrue(restarts)

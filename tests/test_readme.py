@@ -137,8 +137,9 @@ class Embedding(support.DeviceCase):
 
     def test_what_is_told_of_hooks_is_what_they_are_told(self):
         (block,) = find_blocks(read(os.path.join(support.EXAMPLES, "embedding", "README.md")), "json")
-        change = margo_agent.Change("web", "update", {"deploymentId": support.HELLO, "name": "hello", "deviceId": "x"}, margo_agent.Deployment(
-            support.HELLO, "hello", "n", "x", "compose", [], [], None, {}), False)
+        deployment = margo_agent.Deployment(support.HELLO, "hello", "n", "x", "compose", [], [], None, {})
+        record = {"deploymentId": support.HELLO, "name": "hello", "deviceId": "x"}
+        change = margo_agent.Change("update", "web", record, deployment, False, "compose")
         self.assertEqual(list(json.loads(block)), list(margo_agent.make_facts(change, "before-update", None)))
 
     def test_the_supervisor_polls_and_tells_what_changes(self):

@@ -113,7 +113,8 @@ class Costs(unittest.TestCase):
 
     WORST = ("YAML: line ends", "YAML: escapes", "YAML: words in quotes", "YAML: pairs", "YAML: long plain lines", "YAML: long text and aliases",
              "manifest: 10,000, long", "manifest: empty lists", "manifest: members", "bundle: zeros", "bundle: entries", "package: zeros",
-             "package: more zeros", "state.json: 10,000 long errors", "HTTP: 98 headers of 64 KiB", "HTTP: chunk extensions without end",
+             "package: more zeros", "state.json: 10,000 long errors",
+             "state.json: the same, of a wrong form in its copy, too", "HTTP: 98 headers of 64 KiB", "HTTP: chunk extensions without end",
              "HTTP: redirects with large heads", "HTTP: chunks with extensions of 60 KiB", "git: a message of 200 MiB", "git: 1,000,000 objects")
 
     def test_no_input_takes_more_than_128_MiB(self):

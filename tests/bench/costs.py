@@ -69,7 +69,8 @@ def make_state():
         state["deployments"][key] = {
             "deploymentId": key, "name": f"app-{number}", "deviceId": "d", "type": "compose", "state": "failed",
             "adopted": {"digest": DIGEST, "version": 1}, "error": error, "running": None, "previous": None,
-            "refused": False, "components": [component], "fetched": [], "fallback": False, "retry": {}, "repair": {}}
+            "refused": False, "components": [component], "fetched": [], "fallback": False, "found": False, "retry": {},
+            "repair": {}}
         state["outbox"][key] = margo_agent.make_status(state["deployments"][key])
     return state
 
@@ -94,10 +95,15 @@ def read_deployment(data):
 
 
 def write_state(data):
-    """A state of 10,000 deployments, each of which failed with the longest message there is, is written and read again."""
+    """A state of 10,000 deployments, each of which failed with the longest message there is, is written and read again.
+
+    data: the deviceId of all; one that is no text makes the state and its copy unreadable.
+    """
     with tempfile.TemporaryDirectory() as folder:
         store = margo_agent.Store(folder)
         state = make_state()
+        for record in state["deployments"].values():
+            record["deviceId"] = json.loads(data)
         store.save_state(state)
         del state, store
         margo_agent.Store(folder).load_state()
@@ -135,7 +141,8 @@ KINDS.update({
     "package: more zeros": (lambda: make_package(("app/z", 2 * UNPACKED, b"\0")), read_package),
     "package: files": (lambda: make_package(*[(f"app/{number}", 1, b"x") for number in range(9000)]), read_package),
     "gzip of gzip": (lambda: gzip.compress(gzip.compress(bytes(UNPACKED))), read_package),
-    "state.json: 10,000 long errors": (lambda: b"", write_state),
+    "state.json: 10,000 long errors": (lambda: b'"d"', write_state),
+    "state.json: the same, of a wrong form in its copy, too": (lambda: b"0", write_state),
     "containers: 24 MiB of labels": (lambda: json.dumps([{"Id": f"{number}", "Names": ["n"], "Labels": {"a": "x" * 1000}, "State": "running"}
                                                          for number in range(23000)]).encode(), read_containers),
 })
