@@ -984,7 +984,7 @@ def judge_problem(data, own):
     except (ValueError, RecursionError, jsonschema.ValidationError):
         return "" if isinstance(data, bytes) and data.lstrip()[:1] == b"{" else "a problem that is no object"
     wait = value.get("retryAfterSeconds")
-    wait = wait if type(wait) in (int, float) and 0 <= wait < 1e20 else None
+    wait = float(wait) if type(wait) in (int, float) and 0 <= wait < 1e20 else None
     title = value.get("title") or next((value[key] for key in ("error", "Error") if isinstance(value.get(key), str) and value[key]), "")
     return "" if (own.title, own.retry_after) == (margo_agent.make_printable(title), wait) else f"{own} and not {value}"
 
