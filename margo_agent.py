@@ -12112,6 +12112,8 @@ def command_doctor(config, options):
                 moot = checks
             elif isinstance(fault, Silence):        # it asks nobody
                 moot = moot or ("identity", "wfm")
+            elif name == "identity":                # nor has it anything to ask with
+                moot = moot or ("wfm",)
         if words and words not in [row["message"] for row in found]:        # each cause once
             found.append({"name": name, "level": level.lower(), "message": words})
             if "--json" not in options:

@@ -1068,6 +1068,15 @@ class Messages(support.SharedCase):
         self.assertGreaterEqual(sum(scores.values()) / len(scores), 2.8, scores)
         self.assertGreaterEqual(len(scores), 114)
 
+    def test_without_an_identity_doctor_ends_as_a_run_does_also_once_the_wait_is_over(self):
+        """An identity service that is down is unreachable (3); that there is no certificate to show the WFM comes of it."""
+        site, _, ended = self.make("enrollment service down")
+        self.assertEqual(ended, 3)
+        self.assertEqual(site.run("retry")[1], 0)
+        told, ended = site.run("doctor")
+        self.assertEqual(ended, 3, told)
+        self.assertRegex(told, "(?m)^FAIL +identity .*Connection refused")
+
 
 def make_test(name, code, doctor, *parts):
     """A test of one line of the table."""
