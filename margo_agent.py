@@ -10335,7 +10335,6 @@ class GitSource:
         """Whether a commit is in the repository."""
         return not self.git("cat-file -e", f"{commit}^{{commit}}", codes=(0, 1, 128)).code
 
-
     def fetch(self, refspec, *options):
         """Fetches one ref; a pack may have policy.max_unpacked bytes, and raises Refused where it has more.
 

@@ -349,14 +349,18 @@ class Failure(ApplyCase):
         self.device.cycle(0)
         self.assertEqual(self.wfm.statuses()[-1], "installed")
 
-    def test_a_removal_that_fails_is_not_reported_as_removed(self):
-        """D-21, P-11"""
+    def fail_removal(self):
+        """Installs a deployment whose removal then fails."""
         self.wfm.add_package(support.make_compose())
         self.publish()
         self.device.cycle()
         self.wfm.withdraw()
         self.engine.change(stubborn=True)
         self.device.cycle(1)
+
+    def test_a_removal_that_fails_is_not_reported_as_removed(self):
+        """D-21, P-11"""
+        self.fail_removal()
         self.assertEqual(self.wfm.statuses()[-2:], ["removing", "failed"])
         self.assertIn("busy", self.wfm.reports()[-1]["body"]["status"]["error"]["message"])
         self.engine.change(stubborn=False)
@@ -366,12 +370,7 @@ class Failure(ApplyCase):
 
     def test_a_removal_that_fails_waits_before_it_is_tried_again(self):
         """Contract, Failure: next attempts after 30 s, doubling; `status`, `plan` and `retry` know it, `unenroll --purge` does not wait."""
-        self.wfm.add_package(support.make_compose())
-        self.publish()
-        self.device.cycle()
-        self.wfm.withdraw()
-        self.engine.change(stubborn=True)
-        self.device.cycle(1)
+        self.fail_removal()
         self.engine.forget_calls()
         self.device.cycle(1)
         self.assertEqual([call[0] for call in self.engine.calls()], ["ps"])
@@ -383,12 +382,7 @@ class Failure(ApplyCase):
 
     def test_what_is_wanted_again_after_its_removal_failed_is_there_at_once(self):
         """Contract, Failure: attempts wait until the digest changes; a removal was never an attempt at it."""
-        self.wfm.add_package(support.make_compose())
-        self.publish()
-        self.device.cycle()
-        self.engine.change(stubborn=True)
-        self.wfm.withdraw()
-        self.device.cycle(1)
+        self.fail_removal()
         self.engine.change(stubborn=False)
         self.publish()
         self.device.cycle(0)
