@@ -9439,9 +9439,9 @@ def make_base64(data):
 
 
 def parse_base64(text):
-    """Base64 text, with white space anywhere, to bytes; raises ValueError for anything else in it."""
+    """Base64 text, with white space of ASCII anywhere, to bytes; raises ValueError for anything else in it."""
     import base64
-    return base64.b64decode("".join(text.split()), validate=True)
+    return base64.b64decode(b"".join(text.encode("ascii").split()), validate=True)
 
 
 def parse_date(text):

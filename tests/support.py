@@ -10,6 +10,7 @@ import hashlib
 import io
 import json
 import os
+import random
 import shutil
 import signal
 import socket
@@ -208,10 +209,15 @@ def wait_for_handler(process, number):
 
 
 def free_port():
-    """A port of loopback that is free now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """A port of loopback that is free now, and none of those that the kernel gives to a server which asks for any.
+
+    Until it is used no other test is given it, so what an engine redirects is never another test's server.
+    """
+    while True:
+        port = random.SystemRandom().randrange(10000, 30000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def digest(data):

@@ -207,7 +207,7 @@ class Bundles(unittest.TestCase):
                 self.parse(self.key(), key)
             self.assertIn("keys[1]", str(caught.exception))
         for text in ("", "!!!!", x5c[:-3], x5c[:100], x5c.replace("+", "-").replace("/", "_") + "_-",
-                     x5c[:8] + "\n" + x5c[8:], "\u00e4" * 4,
+                     x5c[:8] + "\n" + x5c[8:], x5c[:8] + "\u2028" + x5c[8:], "\u00e4" * 4,
                      base64.b64encode(b"no certificate").decode(), base64.b64encode(self.der + b"\x00").decode()):
             with self.subTest(text[:20]), self.assertRaises(ValueError):
                 self.parse(self.key(), self.key(x5c=[text]))

@@ -243,7 +243,10 @@ class Run:
             self.note(kind, data, str(error))
             return kind
         self.accepted += 1
-        words = self.parser.judge(data, found)
+        try:
+            words = self.parser.judge(data, found)
+        except Exception as error:              # it read what the judge cannot even look at
+            words = f"its judge ended with {error!r}"
         if words:
             self.note("read otherwise: " + re.sub(r"[0-9]+", "#", words)[:60], data, words)
         if self.parser.judge_all:
