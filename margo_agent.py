@@ -5543,8 +5543,9 @@ def make_mounts(service, reading, where):
     a link there that the next start would follow out of the package.
     """
     mounts = {}
-    for index, mount in enumerate((service.tmpfs or []) + service.volumes, -len(service.tmpfs or [])):
-        place = f"{where}.volumes[{index}]"
+    items = [(f"{where}.{key}[{index}]", mount) for key in ("tmpfs", "volumes")
+             for index, mount in enumerate(getattr(service, key) or ())]
+    for place, mount in items:
         if not mount.target.startswith("/") or ":" in mount.source + mount.target:
             raise make_fault(f"{place}: expected source:target[:options] with an absolute target")
         if mount.kind == "bind":
@@ -5553,7 +5554,7 @@ def make_mounts(service, reading, where):
             mount = mount._replace(found=found, options=["ro"] + kept if found.own else mount.options)
         elif mount.source:
             mount = mount._replace(source=find_member(reading.volumes, mount.source, place, "volumes")[0])
-        check_mount(f"{where}.volumes", mount, reading.policy, reading.folder)
+        check_mount(place, mount, reading.policy, reading.folder)
         mounts[mount.target.rstrip("/")] = mount
     return list(mounts.values())
 

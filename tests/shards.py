@@ -1,7 +1,7 @@
 """Runs the tests in several processes, a class at a time, and reports them as if they had run in this one.
 
 `python3 -m unittest` comes here by tests/__init__.py; single tests or modules that are named on the command line run as ever.
-MARGO_TEST_SHARDS says how many processes (default: one more than there are cores, because tests also wait; 1: none but this);
+MARGO_TEST_SHARDS says how many processes (default: two for each core, because tests wait as long as they work; 1: none but this);
 MARGO_TEST_TIMES names a file that gets what each test has taken, in seconds and in seconds of work.  As root, each process has a network of its own, so that ports and
 bridges of real engines cannot meet.
 """
@@ -46,7 +46,7 @@ class Part(unittest.suite._ErrorHolder):
 def count_shards():
     """How many processes to use."""
     wanted = os.environ.get("MARGO_TEST_SHARDS")
-    return int(wanted) if wanted else len(os.sched_getaffinity(0)) + 1
+    return int(wanted) if wanted else 2 * len(os.sched_getaffinity(0))
 
 
 def make_prefix():

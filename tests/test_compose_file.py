@@ -1513,4 +1513,4 @@ class PackageFiles(FileCase):
     def test_what_the_package_lacks_is_said_with_a_way_out(self):
         """K27: an engine would say statfs, and compose would make an empty folder that the next update loses."""
         for item in ("./data:/data", {"type": "bind", "source": "./data", "target": "/data"}):
-            self.assertRefused(make_document({"volumes": [item]}), "services.main.volumes: the package has no ./data; use a named volume")
+            self.assertRefused(make_document({"volumes": [item]}), "services.main.volumes[0]: the package has no ./data; use a named volume")

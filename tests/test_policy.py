@@ -79,11 +79,11 @@ class Policy(PolicyCase):
         for self.config in (make_config(policy__host_paths=[allowed]), make_config(policy__privileged="allow", policy__host_paths=[allowed])):
             for source in ("data", allowed, "./a"):
                 for options in ("O,upperdir=/etc/cron.d,workdir=/var/tmp", "ro,U", "shared", "rshared", "suid", "dev", "idmap", "RO"):
-                    self.assertDenied({"volumes": [f"{source}:/x:{options}"]}, "volumes: the mount option", members={"volumes": {"data": None}})
+                    self.assertDenied({"volumes": [f"{source}:/x:{options}"]}, "volumes[0]: the mount option", members={"volumes": {"data": None}})
             for options in ("bind", "rbind", "size=1m,dev", "suid", "tmpcopyup", "size=/etc"):
-                self.assertDenied({"tmpfs": f"/x:{options}"}, "volumes: the mount option")
+                self.assertDenied({"tmpfs": f"/x:{options}"}, "tmpfs[0]: the mount option")
             for bind in ({"propagation": "rshared"}, {"selinux": "O,upperdir=/etc"}):
-                self.assertDenied({"volumes": [{"type": "bind", "source": allowed, "target": "/x", "bind": bind}]}, "volumes: the mount option")
+                self.assertDenied({"volumes": [{"type": "bind", "source": allowed, "target": "/x", "bind": bind}]}, "volumes[0]: the mount option")
             for name in ("path", "syslog-address"):
                 self.assertDenied({"logging": {"driver": "k8s-file", "options": {name: "/etc/cron.d/x"}}}, f"logging.options.{name}")
 
@@ -146,8 +146,8 @@ class HostPaths(PolicyCase):
             with self.subTest(name=name):
                 folder = margo_agent.Folder(self.archive, environ)
                 self.assertIs(folder.look(os.path.join(self.folder, name)).socket, bad)
-        self.assertDenied({"volumes": [f"{run}:/s"]}, "volumes: ", )
-        self.assertDenied({"volumes": [f"{self.folder}/other/deep/plain:/s"]}, "volumes: ")
+        self.assertDenied({"volumes": [f"{run}:/s"]}, "volumes[0]: ", )
+        self.assertDenied({"volumes": [f"{self.folder}/other/deep/plain:/s"]}, "volumes[0]: ")
 
     def test_bind_mounts_are_held_to_the_host_paths(self):
         """Contract, Policy: only below policy.host_paths, after normalising and resolving links."""
@@ -170,9 +170,9 @@ class HostPaths(PolicyCase):
         for source in (secret, "/", "/etc", allowed + "-not", allowed + "/../secret", allowed + "/link", "./link",
                        "./link/deeper", "..", "./../secret", "./sub/../../secret", os.path.dirname(allowed), "/absent"):
             for item in (f"{source}:/x", {"type": "bind", "source": source, "target": "/x"}):
-                self.assertRefused(make_document({"volumes": [item]}), f"services.main.volumes: {source}", "outside of policy.host_paths",
+                self.assertRefused(make_document({"volumes": [item]}), f"services.main.volumes[0]: {source}", "outside of policy.host_paths",
                                    code="POLICY_DENIED")
-        self.assertRefused(make_document({"volumes": [f"{allowed}/absent:/x"]}), "services.main.volumes: this device has no ")
+        self.assertRefused(make_document({"volumes": [f"{allowed}/absent:/x"]}), "services.main.volumes[0]: this device has no ")
 
     def test_host_paths_may_be_links_themselves(self):
         real, link = os.path.join(self.folder, "real"), os.path.join(self.folder, "link")
