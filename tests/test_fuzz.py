@@ -10,7 +10,8 @@ from tests.test_encodings import for_all
 
 SHARE = 1500                        # inputs of each parser
 SLOW = {"certs-only": 60}           # where each input starts a program
-JUDGES = {"http-answer": "h11", "challenge": "werkzeug", "problem": "jsonschema"}      # packages of which one row has need
+JUDGES = {"http-answer": "h11", "challenge": "werkzeug", "problem": "jsonschema", "env-file": "docker-compose",
+          "interpolation": "docker-compose"}           # parts of which one row has need
 
 
 class Share(unittest.TestCase):
