@@ -7,8 +7,8 @@ without its optional rooms (mtls and Compose), and bare; a file that knows no op
 (default 15), all commands in turn, CPU and peak memory beside those of a bare script that makes the same request.  Like is compared with
 like: all are run by the interpreter that this environment was made from, because a virtual environment's own `site` may take 20 ms, and what
 runs with `site` has the bare script with `site` beside it; in brackets the same beside the bare script by `-I -S`.  Then how many functions of
-the file `Agent.cycle` passes and how often it goes from one section to another, without the insides of YAML and of the log; memory
-(PSS) of the daemon's parent between polls.  It takes three minutes on a quiet machine; figures of a busy one are worth nothing.
+the file `Agent.cycle` passes and how often it goes from one section to another, without the insides of YAML, of the log and of records (an
+older file leaves those to collections.namedtuple); memory (PSS) of the daemon's parent between polls.  It takes three minutes on a quiet machine; figures of a busy one are worth nothing.
 """
 import gzip
 import json
@@ -31,7 +31,7 @@ path = margo_agent.__file__
 source = open(path, encoding="utf-8").read()
 sections = [source.count("\\n", 0, match.start()) for match in re.finditer(r"^# \\d+\\. ", source, re.M)]
 ranges = [(node.lineno, node.name) for node in ast.parse(source).body if isinstance(node, (ast.FunctionDef, ast.ClassDef))]
-quiet = {name for _, name in ranges if "yaml" in name.lower() or name.lower() in ("log", "logger", "format_log")}
+quiet = {name for _, name in ranges if "yaml" in name.lower() or name.lower() in ("log", "logger", "format_log", "record")}
 passed, hops, last, depth = set(), 0, None, 0
 
 def find(line):
