@@ -6571,9 +6571,11 @@ def run_command(argv, timeout, env=None, cwd=None, limit=MAX_OUTPUT, data=b"", f
     `timeout` seconds or when it prints more than `limit` bytes; ends: of more, the end of each stream is
     kept instead.  `data` is all that it reads, `files` are descriptors that it gets, too.  watch: a function
     that is called time and again meanwhile.  limits: what it and each that it starts may take; see
-    make_limiter.  A non-zero exit code is an answer.  Raises CommandTimeout, CommandError, and ConfigError
-    where a tool is missing that a setting needs; a missing engine is a CommandError.
+    make_limiter.  A non-zero exit code is an answer.  Raises CommandTimeout, CommandError, ConfigError where
+    a tool is missing that a setting needs (a missing engine is a CommandError), and Interrupted where ctrl-C
+    ended it: that meets also what is just being started, which is no failed attempt.
     """
+    import signal
     import subprocess
     try:
         process = subprocess.Popen(argv, stdin=subprocess.PIPE if data else subprocess.DEVNULL,
@@ -6595,6 +6597,8 @@ def run_command(argv, timeout, env=None, cwd=None, limit=MAX_OUTPUT, data=b"", f
         raise CommandTimeout(f"{' '.join(argv[:2])} did not end within {timeout:.0f} s") from None
     finally:
         kill_group(process)
+    if process.returncode == -signal.SIGINT:
+        raise Interrupted(f"{argv[0]} was ended by ctrl-C; the next run goes on from here")
     return Output(process.returncode, stdout,
                   make_printable(stderr[-8192:].decode("utf-8", "replace").strip(), 8192), stderr)
 

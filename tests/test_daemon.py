@@ -322,6 +322,17 @@ class Terminal(DaemonCase):
             self.assertRaises(ProcessLookupError, os.killpg, process.pid, 0)
         self.device.cycle(0)
 
+    def test_a_helper_that_it_meets_before_that_has_its_session_is_no_failed_attempt(self):
+        """Seen once: the next run waited for a deployment that had not failed."""
+        support.require("strace")
+        world = death.World(self, "update")
+        inject = ["-f", "-e", "trace=setsid", "-e", "inject=setsid:signal=INT"]
+        code, errors = world.run(*inject)
+        self.assertEqual(code, 3, errors)
+        self.assertIn("podman was ended by ctrl-C", errors)
+        self.assertEqual(world.device.state()["deployments"][HELLO]["state"], "installed")
+        self.assertEqual(world.device.run("run", "--once").returncode, 0)
+
     def test_it_ends_the_agent_while_that_is_read(self):
         """By the signal itself, as a shell expects, and without a word."""
         code = ("import os, runpy, signal, sys\n"
