@@ -214,7 +214,7 @@ class ComponentError(MargoError):
 
 
 # What fails one deployment and not the cycle.
-TROUBLE = (ComponentError, CommandError, ConfigError, MemoryError)
+TROUBLE = (ComponentError, CommandError, ConfigError, StorageError, MemoryError, OSError)
 
 
 class Forbidden(ComponentError):
@@ -576,7 +576,10 @@ class Agent:
         if not self.config.runtime.prune:
             return
         needed = find_needed(self.state)
-        self.store.prune_artifacts(needed)
+        try:
+            self.store.prune_artifacts(needed)
+        except (StorageError, OSError) as error:    # that is no reason to leave workloads alone
+            self.note_fault(to_fault(error))
         for entry in self.state["pulled"]:
             device_id, _, name = entry.rpartition(" ")
             sight = self.seen.get(device_id or self.device_id, NOTHING)
@@ -1073,8 +1076,8 @@ class Step:
             list(self.run(make_nothing(self.record), (), {}, {}))
         except Forbidden:
             raise
-        except (CommandError, ComponentError) as error:
-            self.troubles.append(error.message)
+        except TROUBLE as error:
+            self.troubles.append(to_fault(error).message)
 
     def fail(self, error, refused=False):
         """The record after a ComponentError: of the component that is worked on, or else of all."""
@@ -1200,17 +1203,18 @@ def apply_removal(step):
     try:
         try:                                        # listeners are told of it
             deployment = step.load_deployment((record["running"] or record["adopted"])["digest"])
-        except (ComponentError, StorageError):
+        except ComponentError:
             deployment = make_nothing(record)
         yield from step.run(deployment, (), {}, {})
-    except MargoError as error:
+        remove_folder(step.store.path("deployments", step.action.key))
+    except TROUBLE as error:
+        fault = to_fault(error)
         log("error", "removal failed", deployment=record["deploymentId"], component=step.name,
-            reason=error.message)
-        code = error.code if isinstance(error, ComponentError) else "REMOVE_FAILED"
-        failed = step.fail(ComponentError(code, error.message))
+            reason=fault.message)
+        code = fault.code if isinstance(fault, ComponentError) else "REMOVE_FAILED"
+        failed = step.fail(ComponentError(code, fault.message))
         yield dict(failed, retry=dict(failed["retry"], leaving=True))
         return
-    remove_folder(step.store.path("deployments", step.action.key))
     yield dict(set_component(step.record, None, "removed"), running=None, previous=None)
 
 

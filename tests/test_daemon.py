@@ -75,6 +75,18 @@ class Stop(DaemonCase):
         self.device.cycle(0)
         self.assertEqual((len(self.engine.containers()), self.wfm.statuses()[-1]), (1, "installed"))
 
+    def test_a_removal_that_is_cut_off_has_not_failed(self):
+        self.device.cycle(0)
+        self.wfm.withdraw()
+        self.hang("rm")
+        process = self.start("run", "--once", hasty=True)
+        support.wait_for(lambda: len(self.helpers()) > 1, what="podman rm")
+        process.send_signal(signal.SIGTERM)
+        self.assertEqual(process.wait(support.LIMIT), 3, self.errors())
+        self.hang()
+        self.device.cycle(0)
+        self.assertEqual(self.wfm.statuses()[-2:], ["removing", "removed"])
+
     def test_one_that_is_asked_to_end_and_has_nothing_left_to_do_is_done(self):
         """Contract, exit code 0: every deployment is as desired; a service that is restarted logs no error for it."""
         self.device.cycle()
