@@ -1014,7 +1014,7 @@ class Step:
                 tell_listeners("before", change, self)
                 agreed.append(change)
             self.name = None
-            if components and not rollback:
+            if not rollback:
                 yield from self.take_turn(prepared)
             for component, driver, workload, package in prepared:
                 self.name = component.name
@@ -1048,18 +1048,19 @@ class Step:
     def take_turn(self, prepared):
         """Waits until it is this step's turn to change what runs, see find_turn.
 
-        Where others wait for its ports, it stops what holds them first.  What moves here is removed where it
-        was.
+        Where others wait for its ports, it stops what holds them first.  What moves here is stopped where it
+        was: it never runs in two places.
         """
         verb = "stop"
         takes = {(self.action.device_id, *port)
                  for _, driver, workload, _ in prepared for port in driver.list_ports(workload)}
         while verb == "stop":
-            verb, words = yield takes
+            verb, words = (yield takes) or ("go", "")
             if verb == "fail":
                 raise ComponentError("PORT_IN_USE", words)
-            while self.before:
-                self.before.pop().clear()
+            for other in () if self.touched else self.before:
+                other.stand_aside([item for _, driver, _, _ in prepared for item in driver.beside])
+                self.touched = True
             ids = [facts["id"] for facts in list_facts(self.record) if facts.get("ports")]
             if verb == "stop" and ids:
                 self.touched = True
@@ -1068,16 +1069,46 @@ class Step:
                 self.look()
 
     def clear(self):
-        """Removes what the deployment has where it is not at home: no deployment fails by that.
+        """Removes what the deployment has where it is not at home, as `run` does.
 
-        Raises Forbidden.
+        No deployment fails by that; it raises Forbidden.
         """
         try:
-            list(self.run(make_nothing(self.record), (), {}, {}))
+            yield from self.run(make_nothing(self.record), (), {}, {})
         except Forbidden:
             raise
         except TROUBLE as error:
             self.troubles.append(to_fault(error).message)
+
+    def stand_aside(self, beside):
+        """Stops what moves away from here; what is left of its course removes it.  Raises Forbidden.
+
+        beside: ids of what the engine where it goes shows of other devices: one engine has to be cleared
+        first.
+        """
+        self.course = self.clear()
+        next(self.course, None)                     # every listener agrees
+        try:
+            for kind, driver in self.sight.drivers.items():
+                there = find_containers(self.record["deploymentId"], self.sight.containers, kind=kind)
+                driver.stop(list_active(there), time.monotonic() + COMPONENT_TIMEOUT)
+                if any(container.id in beside for container in there):
+                    list(self.course)
+        except TROUBLE as error:
+            self.troubles.append(to_fault(error).message)
+
+    def stay(self):
+        """Lets what has stood aside run again, and tells listeners; what came of it, in words."""
+        try:
+            self.course.throw(Forbidden("INSTALL_FAILED", "it stays: it does not run where it was to move"))
+        except Forbidden:
+            return self.bring_back()
+
+    def bring_back(self):
+        """Lets run again what ran before, as it was; what came of it, in words."""
+        there = self.find_containers()
+        driver = self.get_driver(there[0].type)
+        return driver.bring_back(there, time.monotonic() + COMPONENT_TIMEOUT)
 
     def fail(self, error, refused=False):
         """The record after a ComponentError: of the component that is worked on, or else of all."""
@@ -1088,7 +1119,6 @@ class Step:
     def undo(self, deployment=None):
         """Brings the version before back, or takes away what was begun; what came of it, in words."""
         before = self.record["running"]
-        there = self.find_containers()
         try:
             if before:
                 self.services = {}
@@ -1098,12 +1128,12 @@ class Step:
                     deployment=self.record["deploymentId"], digest=before["digest"])
                 self.record = dict(self.record, running=dict(before, services=self.services))
                 return "the version before runs again"
-            if there and self.record.get("found"):              # what ran before, of a lost state
-                driver = self.get_driver(there[0].type)
-                return driver.bring_back(there, time.monotonic() + COMPONENT_TIMEOUT)
+            if self.find_containers() and self.record["found"]: # what ran before, of a lost state
+                return self.bring_back()
             list(self.run(deployment, (), {}, {}, rollback=True))
             self.record = set_component(self.record, None, "pending", services={})
-            return "it is taken back until the next attempt"
+            words = [other.stay() for other in self.before]
+            return "; ".join(filter(None, words)) or "it is taken back until the next attempt"
         except TROUBLE as error:
             words = f"going back failed too: {to_fault(error).message}"
             log("error", words, deployment=self.record["deploymentId"])
@@ -1129,6 +1159,8 @@ def apply_install(step):
     yield step.record
     try:
         yield from step.run(deployment, deployment.components, packages, services)
+        for other in step.before:
+            list(other.course)
         yield finish_record(step.record, make_mark(step.config.runtime.environment))
     except TROUBLE as error:
         fault = to_fault(error)
@@ -1222,7 +1254,7 @@ def apply_clearing(step):
     """Clears a device of what belongs elsewhere; where that cannot be done, no deployment fails."""
     yield None
     try:
-        step.clear()
+        yield from step.clear()
     except Forbidden as error:
         step.troubles.append(error.message)
 
@@ -1513,7 +1545,7 @@ def make_drivers(config, child=None, others=()):
     """{deployment type: driver} of what a device can run; arguments as make_compose_driver takes them.
 
     A driver has observe, check, ask_strangers, tail_log, tend, prepare, list_ports, apply, remove,
-    remove_image and, where it holds ports of the host, stop; no other section knows what it drives.
+    remove_image, stop, bring_back and `beside`, see take_turn; no other section knows what it drives.
     """
     drivers = {kind: make(config, child, others) for kind, make in DRIVERS.items()}
     return {kind: driver for kind, driver in drivers.items() if driver}
@@ -3752,7 +3784,8 @@ class ComposeDriver:
                                " runtime.engine")
         found = parse_containers(output.stdout, self.engine, time.time())
         ours, self.strangers = part_containers(found, self.claim)
-        return [container for container in ours if container.device_id not in self.others]
+        self.beside = {container.id for container in ours if container.device_id in self.others}
+        return [container for container in ours if container.id not in self.beside]
 
     def ask_strangers(self):
         """[Container] of other owners, as the last look has shown them."""
@@ -4556,7 +4589,7 @@ class ComposeDriver:
         for container in there:
             if container.state in AT_REST and states.get(container.id, "created") not in AT_REST:
                 self.run(["start", container.id], "INSTALL_FAILED", deadline - time.monotonic())
-        return "what ran before runs again"
+        return "what ran before runs again" if there else ""
 
     def remove(self, deployment_id, component, containers, deadline):
         """Removes a component's containers, whatever their state, and its networks; volumes stay.
@@ -11843,7 +11876,8 @@ class HelmDriver:
         """Nothing: logs, health checks and images are the cluster's, and ports none of this host."""
         return ""
 
-    list_ports = tail_log = tend = remove_image = leave
+    list_ports = tail_log = tend = remove_image = stop = leave
+    beside = ()
 
 
 DRIVERS["helm"] = make_helm_driver
