@@ -110,6 +110,7 @@ DEVICE_ID_PATTERN = r"[A-Za-z0-9._~-]+(/[A-Za-z0-9._~-]+)*"
 STATES = "failed removing installing pending removed installed".split()
 GOING = ("removing", "removed")     # those of what is not wanted any more
 CHANGES = ("install", "update")     # verbs of a plan that make a version run
+FREEING = ("update", "remove")      # those that may give up ports
 
 RETRY_FIRST, RETRY_CAP = 30, 3600   # seconds between attempts at a failed deployment
 REPAIRS = 5                         # repairs within RETRY_CAP before pauses between them grow, too
@@ -525,9 +526,14 @@ class Agent:
             placed = place_targets(targets, records, self.devices, self.seen, offers)
             actions = make_plan(placed, records, self.devices, self.seen, get_clock(), runtime.settle, mark,
                                 self.is_downtime())
+            frees = any(action.verb in FREEING for action in actions)
+            stuck = [key for key, record in records.items() if frees and record["retry"].get("delay")
+                     and record["state"] == "failed" and record["error"]["code"] == "PORT_IN_USE"]
+            for key in stuck:                       # the port may be given up: it does not wait any longer
+                records[key] = dict(records[key], retry={})
             unread = {action.key for action in actions
                       if action.verb in CHANGES and not action.target.deployment}
-            if not unread:
+            if not unread and not stuck:
                 return actions
             targets = [read_target(target, load_document, self.config) if target.key in unread else target
                        for target in targets]
