@@ -368,7 +368,7 @@ class Agent:
         empty_folder(self.store.path("tmp"))
         try:
             self.hold(self.store.load_state())
-        except MargoError:
+        except BaseException:                       # whoever embeds this may try again
             self.store.unlock()
             raise
         self.began = time.time()
@@ -7368,7 +7368,7 @@ STATE = {
     "history": [{"version": VERSION, "at": str, "outcome": str, "refused+": str, "added": [str],
                  "changed": [str], "removed": [str], "names+": {"*": str}}],
     "lastPoll": (None, POLL)}
-MEMO = {"lastPoll?": POLL, "etags+": {"*": str}, "warnedAt+": float,
+MEMO = {"lastPoll?": POLL, "etags+": {"*": (None, str)}, "warnedAt+": float,
         "others?": [{"owner": str, "name": str, "type": str, "deploymentId": str}], "trust?": float,
         "boot?": str, "start+": float}
 
