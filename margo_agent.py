@@ -1413,7 +1413,7 @@ def acknowledge_status(state, key, refused="", at=""):
 # 7. Devices
 # ----------------------------------------------------------------------------------------------------------
 
-def find_own_place(deployment, held, own_id, children, reasons, others):
+def find_own_place(deployment, _, own_id, *__):
     """The id of the one device there is; arguments as find_place takes them.
 
     Raises ComponentError WRONG_DEVICE for what is meant for another one (protocol 9).
@@ -4883,7 +4883,7 @@ def parse_env_file(text, variables, where, earlier=None):
     result = {} if earlier is None else earlier
     variables.spend(len(text), where)
     variables.maps.append(result)
-    for match in re.finditer(rf"\s+|#[^\n]*|{ENV_LINE}|(.)", text.lstrip("\ufeff"), re.S):
+    for match in re.finditer(rf"[{BLANKS_BEHIND}\n]+|#[^\n]*|{ENV_LINE}|(.)", text.lstrip("\ufeff"), re.S):
         name, single, double, plain, odd = match.groups()
         if odd or "\\0" in (double or "").replace("\\\\", ""):     # compose has a way of its own with \0
             number = text.count("\n", 0, match.start()) + 1
@@ -4918,7 +4918,7 @@ def to_form(pattern, words, make=str):
     """A reader of text of one form: the pattern, what that is in words, and what is made of the text."""
     def read_form(value, where):
         text = to_text(value, where)
-        if not re.fullmatch(pattern, text):
+        if not re.fullmatch(pattern, text, re.ASCII):
             raise make_fault(f"{where}: {make_printable(text, 100)!r} is not {words}")
         return make(text)
     return read_form
@@ -4996,7 +4996,8 @@ def to_words(value, where):
     if not isinstance(value, str):
         return to_list(value, where)
     words = [[]]
-    pattern = r"(\s+)|'([^']*)'|\"([^\"\\]*(?:\\.[^\"\\]*)*)\"|\\(.)|([^\s'\"\\]+)|."
+    # no other white space parts words
+    pattern = r"([ \t\r\n]+)|'([^']*)'|\"([^\"\\]*(?:\\.[^\"\\]*)*)\"|\\(.)|([^ \t\r\n'\"\\]+)|."
     for match in re.finditer(pattern, to_text(value, where), re.S):
         blank, single, double, escaped, plain = match.groups()
         if not match.lastindex:
@@ -5064,7 +5065,7 @@ def to_test(value, where):
 TRANSPORT = (r"(containers-storage|dir|docker|docker-archive|docker-daemon|oci|oci-archive|ostree|sif|"
              r"tarball|https?):|[^/]*:(?![0-9]+/)[^/]*/")
 to_image_name = to_form(
-    r"(?a)(?=.{1,512}\Z)(?!.*//)([A-Za-z0-9][A-Za-z0-9.-]*(:[0-9]{1,5})?/)?[a-z0-9][a-z0-9._/-]*"
+    r"(?=.{1,512}\Z)(?!.*//)([A-Za-z0-9][A-Za-z0-9.-]*(:[0-9]{1,5})?/)?[a-z0-9][a-z0-9._/-]*"
     r"(:\w[\w.-]{0,127})?(@[a-z0-9]+:[0-9a-f]{32,128})?",
     "an image name: [HOST[:PORT]/]PATH[:TAG][@DIGEST], the path in lower case")
 
@@ -5126,7 +5127,7 @@ def to_port(item, where):
     if isinstance(item, Settings):
         item = f"{item.host_ip or ''}:{item.published or ''}:{item.target or ''}/{item.protocol or 'tcp'}"
     text = to_text(item, where)
-    match = re.fullmatch("(?:(?:(.*):)?([0-9-]*):)?([0-9-]+)(?:/(tcp|udp|sctp))?", text, re.I)
+    match = re.fullmatch("(?ai)(?:(?:(.*):)?([0-9-]*):)?([0-9-]+)(?:/(tcp|udp|sctp))?", text)
     address, published, target, protocol = match.groups("") if match else [""] * 4
     published = "" if published == "0" else published               # the engine chooses one
     inside = make_span(target)
@@ -9440,7 +9441,7 @@ def make_base64(data):
 
 
 def parse_base64(text):
-    """Base64 text, with white space of ASCII anywhere, to bytes; raises ValueError for anything else in it."""
+    """Base64 text, with white space of ASCII anywhere, to bytes; raises ValueError for all else in it."""
     import base64
     return base64.b64decode(b"".join(text.encode("ascii").split()), validate=True)
 
@@ -9672,7 +9673,7 @@ def parse_ca(text):
     """Certificates in base64 or base64url of DER or of PEM, or plain PEM, to DER bytes; raises ValueError."""
     data = text.encode("ascii")
     if b"-----BEGIN" not in data:
-        plain = "".join(text.split()).replace("-", "+").replace("_", "/")
+        plain = b"".join(data.split()).decode().replace("-", "+").replace("_", "/")
         data = parse_base64(plain + "=" * (-len(plain) % 4))
     anchors = parse_pem(data.decode("ascii")) if b"-----BEGIN" in data else [data]
     for anchor in anchors:
@@ -11490,7 +11491,7 @@ def load_judge(config, store, state, source, keep):
     return judge
 
 
-def parse_crl_uris(members, document_url, public):
+def parse_crl_uris(members, *_):
     """[URL of a list] from a discovery document; what is none fails where it is asked for (E-080)."""
     listed = members.get(CRL_FIELD) or []
     listed = listed if isinstance(listed, list) else [repr(listed)]
@@ -11872,7 +11873,7 @@ def find_place(deployment, held, own_id, children, reasons, others):
     if wanted == own_id or wanted in children:
         return wanted
     if not wanted.startswith(own_id + "/") or not (children or wanted == f"{own_id}/*"):
-        return find_own_place(deployment, held, own_id, children, reasons, others)
+        return find_own_place(deployment, held, own_id)
     if wanted != f"{own_id}/*":
         parent = wanted[:-2] if wanted.endswith("/*") else None
         if parent in children:
