@@ -2446,7 +2446,7 @@ def load_own(config, make, now=None):
         if data[:1] == b"\x30":
             raise ValueError("it is binary (DER or PKCS#12), and PEM is needed: openssl x509 -inform DER, or"
                              f" openssl pkcs12 -nokeys, with -in {path} -out client.pem")
-        chain = parse_pem(data.decode("ascii", "replace"))
+        chain = parse_pem(data)
         if not chain:
             other = re.search(rb"-----BEGIN ([A-Z ]+)-----", data)
             found = f"a {other.group(1).decode().lower()} and " if other else ""
@@ -2632,11 +2632,9 @@ def judge_own_chain(config, own, bundle, state):
 
 def parse_trust_bundle(data):
     """A SPIFFE bundle (JWK Set) or PEM certificates to a TrustBundle; raises ValueError (C-034 to C-037)."""
-    anchors = []
+    anchors = parse_pem(data)
     value = {"keys": []}
-    if b"-----BEGIN CERTIFICATE-----" in data:
-        anchors = parse_pem(data.decode("ascii"))
-    else:
+    if not anchors:
         value = parse_json(data, "the trust bundle")
         check_shape(value, {"keys": list}, "the trust bundle")          # a JWK Set
     for index, key in enumerate(value["keys"]):
@@ -2868,7 +2866,7 @@ def ask_chain(url, context, timeout):
         host, port = find_origin(url)
         # it fails where it is asked for a certificate of its own, after it has shown them
         command = ["openssl", "s_client", "-showcerts", "-connect", f"[{host}]:{port}"]
-        found += parse_pem(run_command(command, timeout).stdout.decode("ascii", "replace"))
+        found += parse_pem(run_command(command, timeout).stdout)
     return found
 
 
@@ -8756,13 +8754,14 @@ def make_name(data):
     return "/".join(make_printable(parse_der(part)[1][1].decode("utf-8", "replace")) for part in parts)
 
 
-def parse_pem(text, label="CERTIFICATE"):
-    """Every certificate (or block of another label) of a PEM text as DER bytes, in order.
+def parse_pem(data, label="CERTIFICATE"):
+    """Every certificate (or block of another label) in the bytes of a PEM file as DER bytes, in order.
 
-    A block begins with a line, or right behind the block before.  Raises ValueError.
+    A block begins with a line, or right behind the last line of the one before.  Raises ValueError.
     """
     found = []
-    for block in re.split(f"(?m)^[ \t]*-----BEGIN {label}-----", text.replace("-" * 10, "-----\n-----"))[1:]:
+    begin = f"(?m)(?:^[ \t]*|(?<=^-----END {label}-----))-----BEGIN {label}-----"
+    for block in re.split(begin, data.decode("ascii", "replace"))[1:]:
         body, end, _ = block.partition(f"-----END {label}-----")
         if not end or not body.strip():
             raise ValueError("a certificate in PEM is empty or not closed")
@@ -9675,7 +9674,7 @@ def parse_ca(text):
     if b"-----BEGIN" not in data:
         plain = b"".join(data.split()).decode().replace("-", "+").replace("_", "/")
         data = parse_base64(plain + "=" * (-len(plain) % 4))
-    anchors = parse_pem(data.decode("ascii")) if b"-----BEGIN" in data else [data]
+    anchors = parse_pem(data) if b"-----BEGIN" in data else [data]
     for anchor in anchors:
         parse_certificate(anchor)
     if not anchors:
@@ -11174,7 +11173,7 @@ def load_certificates(body):
         raise ValueError("EST answered 200 with something else than certificates:"
                          f" {make_printable(text, 100)!r}")
     try:
-        pem = run_openssl("pkcs7 -inform DER -print_certs", data=data).decode("ascii", "replace")
+        pem = run_openssl("pkcs7 -inform DER -print_certs", data=data)
     except CommandError:
         raise ValueError("openssl finds no certs-only message in it") from None
     found = parse_pem(pem)
@@ -11287,7 +11286,7 @@ def parse_crl(data):
     Raises ValueError, also for one of a kind that is not understood (E-085).
     """
     try:
-        der = parse_pem(data.decode("ascii"), "X509 CRL")[0] if data[:1] == b"-" else data
+        der = parse_pem(data, "X509 CRL")[0] if data[:1] == b"-" else data
         fields = parse_signed(der)
         times = [parse_der_time(*field[:2]) for field in fields[3:5]]
         listed = fields[5][1] if fields[5][0] == 0x30 else b""
@@ -11423,7 +11422,7 @@ def load_issuers(config, store, source):
     """
     held = load_trust_bundle(config, store)
     own = read_file(config.identity.certificate, MAX_CERTIFICATES) or b""
-    ders = (held.anchors if held else []) + parse_pem(own.decode("ascii", "replace"))
+    ders = (held.anchors if held else []) + parse_pem(own)
     if source:
         chain = source.chain
         if len(chain) < 2:
