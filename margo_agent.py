@@ -3491,16 +3491,20 @@ UNTRIED = ("--(init\\Z|volume|tmpfs|publish|add-host|dns|mac-address|health|no-h
            "--sysctl=\"?net[./]ipv[46][./](conf|neigh)[./]")
 
 
-def make_trial(service, engine):
-    """The Service of a trial, see ComposeDriver.rehearse.
+def make_trial(service, engine, written):
+    """The Service of a trial, see ComposeDriver.rehearse; written: volumes and folders that others fill.
 
     Docker can only start it, so that it is made unstartable.  Nothing is labelled anew for SELinux while
     another container uses it.
     """
     arguments = [argument for argument in service.arguments if not re.match(UNTRIED, argument)]
-    for mount in service.mounts:
+    mounts = [mount for mount in service.mounts if mount.source not in written]
+    for mount in mounts:
         options = [option for option in mount.options if option not in ("z", "Z")]
         arguments.append(make_mount_argument(mount._replace(options=options)))
+    if len(mounts) < len(service.mounts):           # its program may lie there: this one is in each container
+        service = service._replace(command=())
+        arguments += ["--entrypoint=/proc/self/exe", "--workdir=/"]
     arguments += UNSTARTABLE if engine != "podman" else []
     return service._replace(arguments=arguments, shares=(), hash="",
                             networks=[Attachment("none", None, None)])
@@ -4280,19 +4284,18 @@ class ComposeDriver:
 
         One of the same settings, without a network, is brought to where its program would run: its user and
         folders, devices, limits and the program are there by then, or not, while all that runs goes on.  What
-        ran here before need not be tried, nor what may miss something in a volume that another service lays
-        out once it starts; idle: names of those that do not.
+        ran here before need not be tried.  It goes without what another service may lay out once it starts;
+        idle: names of those that do not.
         """
+        if job.known.get(service.name, {}).get("hash") == service.hash:
+            return
         others = [item for item in job.project.services if item != service and item.name not in idle]
         mounts = [mount for item in others for mount in item.mounts]
         written = {mount.source for mount in mounts if mount.source and "ro" not in mount.options}
-        known = job.known.get(service.name, {}).get("hash") == service.hash
-        if known or not written.isdisjoint(mount.source for mount in service.mounts):
-            return
         if self.engine != "podman" and self.ask_info()["runtime"] not in ("runc", "crun"):
             return                                  # gVisor or Kata may start what is made unstartable
         name = make_container_name(job.workload.project, service.name) + f"-try-{os.urandom(4).hex()}"
-        container_id = self.create(make_trial(service, self.engine), job, name)
+        container_id = self.create(make_trial(service, self.engine, written), job, name)
         output = self.run(["init" if self.engine == "podman" else "start", container_id],
                           timeout=job.deadline - time.monotonic())
         self.run(["rm", "--force", container_id], "REMOVE_FAILED")
