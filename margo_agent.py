@@ -110,7 +110,6 @@ DEVICE_ID_PATTERN = r"[A-Za-z0-9._~-]+(/[A-Za-z0-9._~-]+)*"
 STATES = "failed removing installing pending removed installed".split()
 GOING = ("removing", "removed")     # those of what is not wanted any more
 CHANGES = ("install", "update")     # verbs of a plan that make a version run
-FREEING = ("update", "remove")      # those that may give up ports
 
 RETRY_FIRST, RETRY_CAP = 30, 3600   # seconds between attempts at a failed deployment
 REPAIRS = 5                         # repairs within RETRY_CAP before pauses between them grow, too
@@ -303,8 +302,8 @@ Claim = define("Claim", "owner owners deployments ids images",
     "By what a workload is ours: the owner that this agent is, all that it was, and what its state tells of:"
     " keys of deployments and ids of containers, see is_ours; and the state's `pulled`.", ())
 Action = define("Action", "deployment_id verb reason target device_id culprit",
-    "One step of a plan: a word of EXECUTE and why; the Target, where it is wanted; the device it is done on;"
-    " culprit: (component, service) that is repaired in vain.", None, "", None)
+    "One step of a plan: a word of EXECUTE, or `keep`, and why; the Target, where it is wanted; the device it"
+    " is done on; culprit: (component, service) that is repaired in vain.", None, "", None)
 Clock = define("Clock", "now boot uptime",
     "A moment: Unix seconds by the wall clock; by the clock that nobody sets, the id of this boot and the"
     " seconds since.")
@@ -526,7 +525,7 @@ class Agent:
             placed = place_targets(targets, records, self.devices, self.seen, offers)
             actions = make_plan(placed, records, self.devices, self.seen, get_clock(), runtime.settle, mark,
                                 self.is_downtime())
-            frees = any(action.verb in FREEING for action in actions)
+            frees = any(action.verb in ("update", "remove") for action in actions)
             stuck = [key for key, record in records.items() if frees and record["retry"].get("delay")
                      and record["state"] == "failed" and record["error"]["code"] == "PORT_IN_USE"]
             for key in stuck:                       # the port may be given up: it does not wait any longer
@@ -1220,11 +1219,6 @@ def apply_refusal(step):
         yield step.fail(target.error, refused=True)
 
 
-def apply_nothing(step):
-    """Does nothing."""
-    yield from ()
-
-
 def apply_removal(step):
     """Removes all of a deployment, last component first.
 
@@ -1265,12 +1259,12 @@ def apply_clearing(step):
         step.troubles.append(error.message)
 
 
-# Each verb of a plan: a generator of a Step that carries it out.  It yields None or the record at each
-# change.  Once all that can fail or say no has been done, and nothing is touched, it may yield the ports of
-# the host that it will take (see find_held_ports), and is answered by the verb and the words of find_turn.
+# Each verb of a plan but `keep`: a generator of a Step that carries it out.  It yields None or the record at
+# each change.  Once all that can fail or say no has been done, and nothing is touched, it may yield the ports
+# of the host that it will take (see find_held_ports), and is answered by the verb and the words of find_turn.
 EXECUTE = {"install": apply_install, "update": apply_install, "restore": apply_restore,
            "give_up": apply_give_up, "remove": apply_removal, "clear": apply_clearing,
-           "refuse": apply_refusal, "keep": apply_nothing}
+           "refuse": apply_refusal}
 
 
 def make_nothing(record):
@@ -6630,6 +6624,9 @@ def run_command(argv, timeout, env=None, cwd=None, limit=MAX_OUTPUT, data=b"", f
                                    start_new_session=True, pass_fds=files,
                                    preexec_fn=limits and make_limiter(limits))
     except FileNotFoundError:
+        if os.path.isfile(argv[0]):
+            raise CommandError(f"{argv[0]} cannot be started: what its first line (#!) names is not there, or"
+                               " that line ends as on Windows") from None
         name = os.path.basename(argv[0])
         fault = ConfigError if name in ("openssl", "git", "gpg") else CommandError
         needed = NEEDED_BY.get(name, "or correct the setting that names it")
