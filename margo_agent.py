@@ -491,7 +491,8 @@ class Agent:
         accepted: as make_accepted returns it.  keys: of the deployments that are there.
         """
         limit = self.config.policy.max_removals
-        gone = set(keys).difference(target.key for target in list_targets(accepted))
+        removed = [key for key, record in self.state["deployments"].items() if record["state"] == "removed"]
+        gone = set(keys).difference(removed, [target.key for target in list_targets(accepted)])
         confirmed = self.polled and self.state["waiting"] == accepted["digest"]
         if limit is not None and len(gone) > limit and not confirmed:
             self.state["waiting"] = accepted["digest"]
