@@ -1701,7 +1701,8 @@ def make_groups(actions, records):
     """[[Action]] in the order in which they are carried out; a group is made ready before any of it is done.
 
     What frees comes before what takes: removals and repairs, then the updates of what runs, as one group,
-    because one may take what another gives up; last what is new.
+    because one may take what another gives up; last what is new.  The way back from an update that has failed
+    is an update.
     """
     first, updates, new = [], [], []
     for action in actions:
@@ -1711,7 +1712,8 @@ def make_groups(actions, records):
             first.append([action])
         elif not running:
             new.append([action])
-        elif (running["digest"], record["deviceId"]) == (action.target.digest, action.device_id):
+        elif not record["fallback"] and (
+                running["digest"], record["deviceId"]) == (action.target.digest, action.device_id):
             first.append([action])
         else:
             updates.append(action)

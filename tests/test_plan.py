@@ -393,6 +393,14 @@ class Turns(unittest.TestCase):
         groups = [[action.deployment_id for action in group] for group in margo_agent.make_groups(actions, records)]
         self.assertEqual(groups, [["5"], ["2"], ["4"], ["1", "3"], ["0"]])
 
+    def test_the_way_back_from_an_update_that_has_failed_takes_its_turn_with_the_others(self):
+        """F-28: what it held before may be another one's by now, and given up only in this manifest."""
+        running = dict(make_record(), deviceId="gw")
+        records = {HELLO: dict(running, fallback=True), OTHER: running}
+        actions = [margo_agent.Action(HELLO, "update", "", make_target(b"one"), "gw"),
+                   margo_agent.Action(OTHER, "update", "", make_target(b"two"), "gw")]
+        self.assertEqual(margo_agent.make_groups(actions, records), [actions])
+
     def test_what_changes_nothing_is_a_group_of_its_own(self):
         actions = [margo_agent.Action(HELLO, verb, "", make_target(), "gw") for verb in ("refuse", "clear", "remove")]
         self.assertEqual(margo_agent.make_groups(actions, {}), [[action] for action in actions] + [[]])
