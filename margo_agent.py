@@ -6771,8 +6771,9 @@ def request(method, url, headers, body, context, timeout, limit, check_peer=None
     where = f"{method} {url}"
     headers = {"User-Agent": f"margo-agent/{__version__}", **headers}
     message = urllib.request.Request(url, data=body, headers=headers, method=method)
-    proxy = "" if getattr(context, "direct", False) else ask_proxy(url)
+    proxy = ""
     try:
+        proxy = "" if getattr(context, "direct", False) else ask_proxy(url)
         with make_opener(context, check_peer, proxy).open(message, timeout=timeout) as response:
             found = http.client.HTTPMessage()
             for name, value in response.headers.items():            # folded lines are one (RFC 9112, 5.2)
@@ -6822,16 +6823,21 @@ class Paced(io.RawIOBase):
         super().close()
 
 
+MUTE = set()                        # addresses that take connections, and do not shake hands
+
+
 def open_connection(address, timeout, source=None):
     """A socket to the first address of a (host, port) that answers; raises OSError.
 
     Each next address is tried 250 ms after the one before, so that a dead one holds nobody up (RFC 8305).
+    MUTE ones are left out until there is no other.
     """
     import errno
     import select
     import socket
-    places = socket.getaddrinfo(*address, type=socket.SOCK_STREAM)
-    trying, code = {}, 0
+    found = socket.getaddrinfo(*address, type=socket.SOCK_STREAM)
+    places = [item for item in found if item[4] not in MUTE]
+    trying, code = {}, errno.ETIMEDOUT
     end = time.monotonic() + timeout
     try:
         while places or trying:
@@ -6853,7 +6859,9 @@ def open_connection(address, timeout, source=None):
                     return peer
                 peer.close()
             if time.monotonic() >= end:
-                raise TimeoutError("timed out")
+                code = errno.ETIMEDOUT
+                break
+        MUTE.clear()
         raise OSError(code, os.strerror(code))
     finally:
         for peer in trying:
@@ -6866,6 +6874,7 @@ def make_opener(context, check_peer, proxy):
     proxy: whether the environment's proxies are asked.
     """
     import http.client
+    import socket
     import urllib.request
 
     class Answer(http.client.HTTPResponse):
@@ -6891,16 +6900,24 @@ def make_opener(context, check_peer, proxy):
             self._create_connection = open_connection
             try:
                 super().connect()
-                # an end that TLS does not tell of is none: the answer was cut
-                if context:
-                    host = self._tunnel_host or self.host
-                    self.sock = context.wrap_socket(self.sock, server_hostname=host,
-                                                    suppress_ragged_eofs=False)
-                if check_peer:
-                    check_peer(get_chain(self.sock, context))
+                place = self.sock.getpeername()
+                try:
+                    self.greet()
+                except (socket.timeout, TimeoutError):
+                    MUTE.add(place)                 # so this is another one
+                    super().connect()
+                    self.greet()
             except (OSError, MargoError):
                 self.close()
                 raise
+
+        def greet(self):
+            # an end that TLS does not tell of is none: the answer was cut
+            if context:
+                host = self._tunnel_host or self.host
+                self.sock = context.wrap_socket(self.sock, server_hostname=host, suppress_ragged_eofs=False)
+            if check_peer:
+                check_peer(get_chain(self.sock, context))
 
     scheme = "https" if context else "http"
     handler = urllib.request.AbstractHTTPHandler()
@@ -6963,7 +6980,7 @@ def ask_proxy(url):
     from urllib.request import getproxies, proxy_bypass
     parts = urlsplit(url)
     proxy = "" if proxy_bypass(parts.netloc) else getproxies().get(parts.scheme, "")
-    return urlsplit(proxy).netloc.rpartition("@")[2] or proxy.rpartition("@")[2]
+    return proxy.rpartition("@")[2].rpartition("//")[2]
 
 
 # What OpenSSL calls a peer's answer to a handshake, and what that means.
@@ -9721,11 +9738,9 @@ def parse_ca(text):
     if b"-----BEGIN" not in data:
         plain = b"".join(data.split()).decode().replace("-", "+").replace("_", "/")
         data = parse_base64(plain + "=" * (-len(plain) % 4))
-    anchors = parse_pem(data) if b"-----BEGIN" in data else [data]
+    anchors = parse_pem(data) or [data]
     for anchor in anchors:
         parse_certificate(anchor)
-    if not anchors:
-        raise ValueError("it holds no certificate")
     return anchors
 
 
@@ -11214,16 +11229,10 @@ def load_certificates(body):
     text = re.sub("-----(BEGIN|END) PKCS7-----", "", body.decode("ascii", "replace"))
     try:
         data = body if body[:1] == b"\x30" else parse_base64(text)
-    except ValueError:
-        data = b""
-    if data[:1] != b"\x30":
+        found = parse_pem(run_openssl("pkcs7 -inform DER -print_certs", data=data))
+    except (ValueError, CommandError):
         raise ValueError("EST answered 200 with something else than certificates:"
-                         f" {make_printable(text, 100)!r}")
-    try:
-        pem = run_openssl("pkcs7 -inform DER -print_certs", data=data)
-    except CommandError:
-        raise ValueError("openssl finds no certs-only message in it") from None
-    found = parse_pem(pem)
+                         f" {make_printable(text, 100)!r}") from None
     if len(found) > MAX_ISSUED:
         raise ValueError(f"it holds more than {MAX_ISSUED} certificates")
     return [parse_certificate(der) for der in found]
