@@ -1726,11 +1726,10 @@ def find_held_ports(record):
 
 
 def find_clash(takes, holds):
-    """A port that is in `takes` and in `holds`, or None.  The address "" stands for every address."""
+    """A port that is in `takes` and in `holds`, or None."""
     for port in sorted(takes):
         for device_id, address, *rest in holds:
-            meets = address == port[1] or "" in (address, port[1])
-            if meets and (device_id, *rest) == (port[0], *port[2:]):
+            if may_meet(address, port[1]) and (device_id, *rest) == (port[0], *port[2:]):
                 return port
     return None
 
@@ -3590,10 +3589,17 @@ def find_rivals(services):
         for address, *key in things:
             holders = taken.setdefault(tuple(key), [])
             for held, other in holders:
-                if held == address or "" in (held, address):
+                if may_meet(held, address):
                     rivals[service.name, other] = f"{key[0]} {key[1]}"
             holders.append((address, service.name))
     return rivals
+
+
+def may_meet(address, other):
+    """Whether a port of the host at one address is one at the other, too; "" is every address."""
+    general = {"", "0.0.0.0", "::"}.intersection((address, other))
+    same_kind = (":" in address) == (":" in other)
+    return address == other or "" in general or same_kind and bool(general)
 
 
 def check_rivals(services):
@@ -3630,6 +3636,8 @@ def ask_taken(address, number, protocol):
     kind = {"tcp": socket.SOCK_STREAM, "udp": socket.SOCK_DGRAM}.get(protocol, socket.SOCK_SEQPACKET)
     try:
         with socket.socket(family, kind) as probe:
+            if ":" in address:
+                probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
             if protocol == "tcp":                   # else what was closed just now is in the way
                 probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind((address or "0.0.0.0", number))
@@ -4972,7 +4980,7 @@ PERIOD = r"(?=.{1,100}\Z)([0-9]+(\.[0-9]+)?(h|ms|us|m|s))+", "a duration such as
 to_period = to_form(*PERIOD)
 # In whole seconds: an engine would take zero as not said.
 to_grace = to_form(*PERIOD, make=lambda text: str(max(1, round(parse_period(text)))))
-SIZE = r"-1|[0-9]+(\.[0-9]+)?([kmgtKMGT]?[bB]?|[KMGT]i[bB]?)", "a size such as 64m"
+SIZE = r"-1|[0-9]+(\.[0-9]+)? ?([kmgtKMGT]?[bB]?|[KMGT]i[bB]?)", "a size such as 64m"
 to_size = to_form(*SIZE)
 to_number = to_form(r"-?([0-9]+(\.[0-9]*)?|\.[0-9]+)", "a number")
 to_count = to_form("[0-9]{1,9}", "a whole number", int)
@@ -5180,8 +5188,7 @@ def to_port(item, where):
     text += f"{published}:{target}" if text or published else target
     protocol = protocol.lower() or "tcp"
     chosen = len(inside) < len(outside)
-    return Port(text if protocol == "tcp" else f"{text}/{protocol}",
-                "" if re.fullmatch("[0.:]+", address) else address,
+    return Port(text if protocol == "tcp" else f"{text}/{protocol}", address,
                 outside if published and not chosen else (), protocol, outside if chosen else ())
 
 
@@ -5264,7 +5271,7 @@ MOUNT_FORM = make_form(
     to_text, "source target consistency", read_only=to_word("ro"), volume={"nocopy": to_word("nocopy")},
     type=to_form("bind|volume|tmpfs", "supported; known are bind, volume, tmpfs"),
     bind=make_form(to_text, "propagation selinux", create_host_path=to_flag),
-    tmpfs={"size": to_form(*SIZE, make="size={}".format),
+    tmpfs={"size": to_form(*SIZE, make=lambda text: "size=" + re.sub("(?i) |i?b", "", text)),
            "mode": lambda value, where: f"mode={to_mode(value, where):o}"})
 SERVICE_FORM = dict(
     SERVICE_OPTIONS, image=to_image, command=to_words, entrypoint=to_words, environment=to_pairs,
@@ -5338,7 +5345,7 @@ def read_value(value, form, where="", variables=None):
 
     def read_keys(value, form, where):
         if isinstance(value, list) and list in form:
-            value = dict.fromkeys(to_list(value, where))
+            value = dict.fromkeys(to_list(interpolate_all(value, variables, where), where))
         if not isinstance({} if value is None else value, dict):
             raise make_fault(f"{where}: expected a mapping")
         value = make_names(value or {}, where)
@@ -5537,10 +5544,11 @@ def make_restart(policy):
 def make_ports(ports, reading, where):
     """Arguments for these Ports, each once, and [[address or "", port, protocol]] that they hold of the host.
 
+    Of two spellings of one, such as 80:80 and 0.0.0.0:80:80, the later one counts.
     Of a range for one port podman takes none, so it is the range's first.
     """
     arguments, held = [], []
-    for port in dict.fromkeys(ports):
+    for port in {re.sub(r"\A0\.0\.0\.0:", "", port.argument): port for port in ports}.values():
         numbers, argument = port.numbers, port.argument
         if port.choice and reading.engine == "podman":
             numbers = port.choice[:1]
@@ -5632,7 +5640,7 @@ def make_attachments(name, service, reading, where):
         if service.networks:
             raise make_fault(f"{where}.network_mode: cannot stand beside networks")
         return [Attachment(make_namespace(service.network_mode, reading.workload), None)]
-    wanted = service.networks or read_value(["default"], SERVICE_FORM["networks"])
+    wanted = service.networks or read_value({"default": None}, SERVICE_FORM["networks"])
     joined = []
     for network, value in sorted(wanted.items(), key=lambda pair: -(pair[1].priority or 0)):
         own = find_member(reading.networks, network, f"{where}.networks", "networks")[0]
@@ -5903,7 +5911,11 @@ def make_project(document, workload, policy, engine, folder=None):
     order = make_hashes(order_services(services))
     notes += [f"{name} is used, and no parameter gives it: it is empty; give it, or write"
               f" ${{{name}:-DEFAULT}}" for name in sorted(variables.unset)]
-    return Project(order, dict(reading.networks.values()), dict(reading.volumes.values()), notes)
+    used = {item.network for service in order for item in service.networks}
+    used.update(mount.source for service in order for mount in service.mounts)
+    networks, volumes = [{name: arguments for name, arguments in shared.values() if name in used}
+                         for shared in (reading.networks, reading.volumes)]
+    return Project(order, networks, volumes, notes)
 
 
 def make_file_variables(workload, folder):
@@ -5931,7 +5943,8 @@ def find_wanted(services, variables, notes):
             raise make_fault(f"services: {make_printable(name, 60)!r} is not a service name")
         if not isinstance(service, dict):
             raise make_fault(f"{where}: expected a mapping")
-        if service.get("profiles") and profiles.isdisjoint(to_list(service["profiles"], f"{where}.profiles")):
+        wanted = interpolate_all(service.get("profiles") or [], variables, f"{where}.profiles")
+        if wanted and profiles.isdisjoint(to_list(wanted, f"{where}.profiles")):
             continue
         if "build" in service and service.get("image"):
             service = {key: item for key, item in service.items() if key != "build"}
