@@ -221,7 +221,7 @@ class ComponentError(MargoError):
 
 
 # What fails one deployment and not the cycle.
-TROUBLE = (ComponentError, CommandError, ConfigError, MemoryError)
+TROUBLE = (ComponentError, CommandError, ConfigError, StorageError, MemoryError, OSError)
 
 
 class Forbidden(ComponentError):
@@ -583,7 +583,10 @@ class Agent:
         if not self.config.runtime.prune:
             return
         needed = find_needed(self.state)
-        self.store.prune_artifacts(needed)
+        try:
+            self.store.prune_artifacts(needed)
+        except (StorageError, OSError) as error:    # that is no reason to leave workloads alone
+            self.note_fault(to_fault(error))
         for entry in self.state["pulled"]:
             device_id, _, name = entry.rpartition(" ")
             sight = self.seen.get(device_id or self.device_id, NOTHING)
@@ -1080,8 +1083,8 @@ class Step:
             list(self.run(make_nothing(self.record), (), {}, {}))
         except Forbidden:
             raise
-        except (CommandError, ComponentError) as error:
-            self.troubles.append(error.message)
+        except TROUBLE as error:
+            self.troubles.append(to_fault(error).message)
 
     def fail(self, error, refused=False):
         """The record after a ComponentError: of the component that is worked on, or else of all."""
@@ -1207,17 +1210,18 @@ def apply_removal(step):
     try:
         try:                                        # listeners are told of it
             deployment = step.load_deployment((record["running"] or record["adopted"])["digest"])
-        except (ComponentError, StorageError):
+        except ComponentError:
             deployment = make_nothing(record)
         yield from step.run(deployment, (), {}, {})
-    except MargoError as error:
+        remove_folder(step.store.path("deployments", step.action.key))
+    except TROUBLE as error:
+        fault = to_fault(error)
         log("error", "removal failed", deployment=record["deploymentId"], component=step.name,
-            reason=error.message)
-        code = error.code if isinstance(error, ComponentError) else "REMOVE_FAILED"
-        failed = step.fail(ComponentError(code, error.message))
+            reason=fault.message)
+        code = fault.code if isinstance(fault, ComponentError) else "REMOVE_FAILED"
+        failed = step.fail(ComponentError(code, fault.message))
         yield dict(failed, retry=dict(failed["retry"], leaving=True))
         return
-    remove_folder(step.store.path("deployments", step.action.key))
     yield dict(set_component(step.record, None, "removed"), running=None, previous=None)
 
 
@@ -1420,7 +1424,7 @@ def acknowledge_status(state, key, refused="", at=""):
 # 7. Devices
 # ----------------------------------------------------------------------------------------------------------
 
-def find_own_place(deployment, held, own_id, children, reasons, others):
+def find_own_place(deployment, held, own_id, *_):
     """The id of the one device there is; arguments as find_place takes them.
 
     Raises ComponentError WRONG_DEVICE for what is meant for another one (protocol 9).
@@ -2453,7 +2457,7 @@ def load_own(config, make, now=None):
         if data[:1] == b"\x30":
             raise ValueError("it is binary (DER or PKCS#12), and PEM is needed: openssl x509 -inform DER, or"
                              f" openssl pkcs12 -nokeys, with -in {path} -out client.pem")
-        chain = parse_pem(data.decode("ascii", "replace"))
+        chain = parse_pem(data)
         if not chain:
             other = re.search(rb"-----BEGIN ([A-Z ]+)-----", data)
             found = f"a {other.group(1).decode().lower()} and " if other else ""
@@ -2639,11 +2643,9 @@ def judge_own_chain(config, own, bundle, state):
 
 def parse_trust_bundle(data):
     """A SPIFFE bundle (JWK Set) or PEM certificates to a TrustBundle; raises ValueError (C-034 to C-037)."""
-    anchors = []
+    anchors = parse_pem(data)
     value = {"keys": []}
-    if b"-----BEGIN CERTIFICATE-----" in data:
-        anchors = parse_pem(data.decode("ascii"))
-    else:
+    if not anchors:
         value = parse_json(data, "the trust bundle")
         check_shape(value, {"keys": list}, "the trust bundle")          # a JWK Set
     for index, key in enumerate(value["keys"]):
@@ -2875,7 +2877,7 @@ def ask_chain(url, context, timeout):
         host, port = find_origin(url)
         # it fails where it is asked for a certificate of its own, after it has shown them
         command = ["openssl", "s_client", "-showcerts", "-connect", f"[{host}]:{port}"]
-        found += parse_pem(run_command(command, timeout).stdout.decode("ascii", "replace"))
+        found += parse_pem(run_command(command, timeout).stdout)
     return found
 
 
@@ -3496,16 +3498,20 @@ UNTRIED = ("--(init\\Z|volume|tmpfs|publish|add-host|dns|mac-address|health|no-h
            "--sysctl=\"?net[./]ipv[46][./](conf|neigh)[./]")
 
 
-def make_trial(service, engine):
-    """The Service of a trial, see ComposeDriver.rehearse.
+def make_trial(service, engine, written):
+    """The Service of a trial, see ComposeDriver.rehearse; written: volumes and folders that others fill.
 
     Docker can only start it, so that it is made unstartable.  Nothing is labelled anew for SELinux while
     another container uses it.
     """
     arguments = [argument for argument in service.arguments if not re.match(UNTRIED, argument)]
-    for mount in service.mounts:
+    mounts = [mount for mount in service.mounts if mount.source not in written]
+    for mount in mounts:
         options = [option for option in mount.options if option not in ("z", "Z")]
         arguments.append(make_mount_argument(mount._replace(options=options)))
+    if len(mounts) < len(service.mounts):           # its program may lie there: this one is in each container
+        service = service._replace(command=())
+        arguments += ["--entrypoint=/proc/self/exe", "--workdir=/"]
     arguments += UNSTARTABLE if engine != "podman" else []
     return service._replace(arguments=arguments, shares=(), hash="",
                             networks=[Attachment("none", None, None)])
@@ -4285,19 +4291,18 @@ class ComposeDriver:
 
         One of the same settings, without a network, is brought to where its program would run: its user and
         folders, devices, limits and the program are there by then, or not, while all that runs goes on.  What
-        ran here before need not be tried, nor what may miss something in a volume that another service lays
-        out once it starts; idle: names of those that do not.
+        ran here before need not be tried.  It goes without what another service may lay out once it starts;
+        idle: names of those that do not.
         """
+        if job.known.get(service.name, {}).get("hash") == service.hash:
+            return
         others = [item for item in job.project.services if item != service and item.name not in idle]
         mounts = [mount for item in others for mount in item.mounts]
         written = {mount.source for mount in mounts if mount.source and "ro" not in mount.options}
-        known = job.known.get(service.name, {}).get("hash") == service.hash
-        if known or not written.isdisjoint(mount.source for mount in service.mounts):
-            return
         if self.engine != "podman" and self.ask_info()["runtime"] not in ("runc", "crun"):
             return                                  # gVisor or Kata may start what is made unstartable
         name = make_container_name(job.workload.project, service.name) + f"-try-{os.urandom(4).hex()}"
-        container_id = self.create(make_trial(service, self.engine), job, name)
+        container_id = self.create(make_trial(service, self.engine, written), job, name)
         output = self.run(["init" if self.engine == "podman" else "start", container_id],
                           timeout=job.deadline - time.monotonic())
         self.run(["rm", "--force", container_id], "REMOVE_FAILED")
@@ -4890,7 +4895,7 @@ def parse_env_file(text, variables, where, earlier=None):
     result = {} if earlier is None else earlier
     variables.spend(len(text), where)
     variables.maps.append(result)
-    for match in re.finditer(rf"\s+|#[^\n]*|{ENV_LINE}|(.)", text.lstrip("\ufeff"), re.S):
+    for match in re.finditer(rf"[{BLANKS_BEHIND}\n]+|#[^\n]*|{ENV_LINE}|(.)", text.lstrip("\ufeff"), re.S):
         name, single, double, plain, odd = match.groups()
         if odd or "\\0" in (double or "").replace("\\\\", ""):     # compose has a way of its own with \0
             number = text.count("\n", 0, match.start()) + 1
@@ -4925,7 +4930,7 @@ def to_form(pattern, words, make=str):
     """A reader of text of one form: the pattern, what that is in words, and what is made of the text."""
     def read_form(value, where):
         text = to_text(value, where)
-        if not re.fullmatch(pattern, text):
+        if not re.fullmatch(pattern, text, re.ASCII):
             raise make_fault(f"{where}: {make_printable(text, 100)!r} is not {words}")
         return make(text)
     return read_form
@@ -5003,7 +5008,8 @@ def to_words(value, where):
     if not isinstance(value, str):
         return to_list(value, where)
     words = [[]]
-    pattern = r"(\s+)|'([^']*)'|\"([^\"\\]*(?:\\.[^\"\\]*)*)\"|\\(.)|([^\s'\"\\]+)|."
+    # no other white space parts words
+    pattern = r"([ \t\r\n]+)|'([^']*)'|\"([^\"\\]*(?:\\.[^\"\\]*)*)\"|\\(.)|([^ \t\r\n'\"\\]+)|."
     for match in re.finditer(pattern, to_text(value, where), re.S):
         blank, single, double, escaped, plain = match.groups()
         if not match.lastindex:
@@ -5071,7 +5077,7 @@ def to_test(value, where):
 TRANSPORT = (r"(containers-storage|dir|docker|docker-archive|docker-daemon|oci|oci-archive|ostree|sif|"
              r"tarball|https?):|[^/]*:(?![0-9]+/)[^/]*/")
 to_image_name = to_form(
-    r"(?a)(?=.{1,512}\Z)(?!.*//)([A-Za-z0-9][A-Za-z0-9.-]*(:[0-9]{1,5})?/)?[a-z0-9][a-z0-9._/-]*"
+    r"(?=.{1,512}\Z)(?!.*//)([A-Za-z0-9][A-Za-z0-9.-]*(:[0-9]{1,5})?/)?[a-z0-9][a-z0-9._/-]*"
     r"(:\w[\w.-]{0,127})?(@[a-z0-9]+:[0-9a-f]{32,128})?",
     "an image name: [HOST[:PORT]/]PATH[:TAG][@DIGEST], the path in lower case")
 
@@ -5133,7 +5139,7 @@ def to_port(item, where):
     if isinstance(item, Settings):
         item = f"{item.host_ip or ''}:{item.published or ''}:{item.target or ''}/{item.protocol or 'tcp'}"
     text = to_text(item, where)
-    match = re.fullmatch("(?:(?:(.*):)?([0-9-]*):)?([0-9-]+)(?:/(tcp|udp|sctp))?", text, re.I)
+    match = re.fullmatch("(?ai)(?:(?:(.*):)?([0-9-]*):)?([0-9-]+)(?:/(tcp|udp|sctp))?", text)
     address, published, target, protocol = match.groups("") if match else [""] * 4
     published = "" if published == "0" else published               # the engine chooses one
     inside = make_span(target)
@@ -6578,9 +6584,11 @@ def run_command(argv, timeout, env=None, cwd=None, limit=MAX_OUTPUT, data=b"", f
     `timeout` seconds or when it prints more than `limit` bytes; ends: of more, the end of each stream is
     kept instead.  `data` is all that it reads, `files` are descriptors that it gets, too.  watch: a function
     that is called time and again meanwhile.  limits: what it and each that it starts may take; see
-    make_limiter.  A non-zero exit code is an answer.  Raises CommandTimeout, CommandError, and ConfigError
-    where a tool is missing that a setting needs; a missing engine is a CommandError.
+    make_limiter.  A non-zero exit code is an answer.  Raises CommandTimeout, CommandError, ConfigError where
+    a tool is missing that a setting needs (a missing engine is a CommandError), and Interrupted where ctrl-C
+    ended it: that meets also what is just being started, which is no failed attempt.
     """
+    import signal
     import subprocess
     try:
         process = subprocess.Popen(argv, stdin=subprocess.PIPE if data else subprocess.DEVNULL,
@@ -6602,6 +6610,8 @@ def run_command(argv, timeout, env=None, cwd=None, limit=MAX_OUTPUT, data=b"", f
         raise CommandTimeout(f"{' '.join(argv[:2])} did not end within {timeout:.0f} s") from None
     finally:
         kill_group(process)
+    if process.returncode == -signal.SIGINT:
+        raise Interrupted(f"{argv[0]} was ended by ctrl-C; the next run goes on from here")
     return Output(process.returncode, stdout,
                   make_printable(stderr[-8192:].decode("utf-8", "replace").strip(), 8192), stderr)
 
@@ -8767,13 +8777,14 @@ def make_name(data):
     return "/".join(make_printable(parse_der(part)[1][1].decode("utf-8", "replace")) for part in parts)
 
 
-def parse_pem(text, label="CERTIFICATE"):
-    """Every certificate (or block of another label) of a PEM text as DER bytes, in order.
+def parse_pem(data, label="CERTIFICATE"):
+    """Every certificate (or block of another label) in the bytes of a PEM file as DER bytes, in order.
 
-    A block begins with a line, or right behind the block before.  Raises ValueError.
+    A block begins with a line, or right behind the last line of the one before.  Raises ValueError.
     """
     found = []
-    for block in re.split(f"(?m)^[ \t]*-----BEGIN {label}-----", text.replace("-" * 10, "-----\n-----"))[1:]:
+    begin = f"(?m)(?:^[ \t]*|(?<=^-----END {label}-----))-----BEGIN {label}-----"
+    for block in re.split(begin, data.decode("ascii", "replace"))[1:]:
         body, end, _ = block.partition(f"-----END {label}-----")
         if not end or not body.strip():
             raise ValueError("a certificate in PEM is empty or not closed")
@@ -9452,7 +9463,7 @@ def make_base64(data):
 
 
 def parse_base64(text):
-    """Base64 text, with white space of ASCII anywhere, to bytes; raises ValueError for anything else in it."""
+    """Base64 text, with white space of ASCII anywhere, to bytes; raises ValueError for all else in it."""
     import base64
     return base64.b64decode(b"".join(text.encode("ascii").split()), validate=True)
 
@@ -9684,9 +9695,9 @@ def parse_ca(text):
     """Certificates in base64 or base64url of DER or of PEM, or plain PEM, to DER bytes; raises ValueError."""
     data = text.encode("ascii")
     if b"-----BEGIN" not in data:
-        plain = "".join(text.split()).replace("-", "+").replace("_", "/")
+        plain = b"".join(data.split()).decode().replace("-", "+").replace("_", "/")
         data = parse_base64(plain + "=" * (-len(plain) % 4))
-    anchors = parse_pem(data.decode("ascii")) if b"-----BEGIN" in data else [data]
+    anchors = parse_pem(data) if b"-----BEGIN" in data else [data]
     for anchor in anchors:
         parse_certificate(anchor)
     if not anchors:
@@ -11185,7 +11196,7 @@ def load_certificates(body):
         raise ValueError("EST answered 200 with something else than certificates:"
                          f" {make_printable(text, 100)!r}")
     try:
-        pem = run_openssl("pkcs7 -inform DER -print_certs", data=data).decode("ascii", "replace")
+        pem = run_openssl("pkcs7 -inform DER -print_certs", data=data)
     except CommandError:
         raise ValueError("openssl finds no certs-only message in it") from None
     found = parse_pem(pem)
@@ -11298,7 +11309,7 @@ def parse_crl(data):
     Raises ValueError, also for one of a kind that is not understood (E-085).
     """
     try:
-        der = parse_pem(data.decode("ascii"), "X509 CRL")[0] if data[:1] == b"-" else data
+        der = parse_pem(data, "X509 CRL")[0] if data[:1] == b"-" else data
         fields = parse_signed(der)
         times = [parse_der_time(*field[:2]) for field in fields[3:5]]
         listed = fields[5][1] if fields[5][0] == 0x30 else b""
@@ -11434,7 +11445,7 @@ def load_issuers(config, store, source):
     """
     held = load_trust_bundle(config, store)
     own = read_file(config.identity.certificate, MAX_CERTIFICATES) or b""
-    ders = (held.anchors if held else []) + parse_pem(own.decode("ascii", "replace"))
+    ders = (held.anchors if held else []) + parse_pem(own)
     if source:
         chain = source.chain
         if len(chain) < 2:
@@ -11502,7 +11513,7 @@ def load_judge(config, store, state, source, keep):
     return judge
 
 
-def parse_crl_uris(members, document_url, public):
+def parse_crl_uris(members, *_):
     """[URL of a list] from a discovery document; what is none fails where it is asked for (E-080)."""
     listed = members.get(CRL_FIELD) or []
     listed = listed if isinstance(listed, list) else [repr(listed)]
@@ -11884,7 +11895,7 @@ def find_place(deployment, held, own_id, children, reasons, others):
     if wanted == own_id or wanted in children:
         return wanted
     if not wanted.startswith(own_id + "/") or not (children or wanted == f"{own_id}/*"):
-        return find_own_place(deployment, held, own_id, children, reasons, others)
+        return find_own_place(deployment, held, own_id)
     if wanted != f"{own_id}/*":
         parent = wanted[:-2] if wanted.endswith("/*") else None
         if parent in children:

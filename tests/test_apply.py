@@ -1,4 +1,5 @@
 """Apply: what is done to the engine and in which order, by the agent as a process on an engine of files."""
+import errno
 import json
 import os
 import shutil
@@ -405,6 +406,51 @@ class Failure(ApplyCase):
         self.engine.change(deaf=False)
         self.device.cycle(0)
         self.assertEqual((self.wfm.statuses()[-1], self.wfm.statuses(SECOND)[-1]), ("removed", "installed"))
+
+
+class Disk(ApplyCase):
+    """P-4: a disk that denies one deployment something is no fault of the others."""
+
+    def setUp(self):
+        super().setUp()
+        self.wfm.add_package(support.make_compose())
+
+    def test_what_cannot_be_written_fails_its_own_deployment_alone(self):
+        place = os.path.join(self.device.state_dir, "deployments", HELLO)
+        support.write(place, "")
+        self.publish()
+        self.publish(deployment_id=SECOND)
+        self.device.cycle(1)
+        error = self.state_of()["error"]
+        self.assertEqual((error["code"], self.wfm.statuses(SECOND)[-1]), ("INSTALL_FAILED", "installed"))
+        self.assertIn(place, error["message"])
+        os.remove(place)
+        self.try_again_now()
+        self.device.cycle(0)
+
+    def test_what_cannot_be_removed_keeps_nothing_else_from_being_done(self):
+        """Neither the folder of what is withdrawn, nor what is left of an earlier run."""
+        self.publish()
+        self.device.cycle()
+        left = os.path.join(self.device.state_dir, "deployments", "left.tmp")
+        os.mkdir(left)
+        self.wfm.withdraw()
+        self.publish(deployment_id=SECOND)
+        remove = shutil.rmtree
+
+        def deny(path, *args, **options):
+            if path == left or HELLO in path:
+                raise OSError(errno.EIO, os.strerror(errno.EIO), path)
+            remove(path, *args, **options)
+
+        config = margo_agent.load_config(self.device.config_file)
+        with mock.patch.dict(os.environ, self.engine.env), mock.patch("shutil.rmtree", deny):
+            outcome = margo_agent.Agent(config).cycle()
+        self.assertEqual((outcome.code, self.wfm.statuses()[-1]), (3, "failed"))
+        self.assertEqual(self.wfm.statuses(SECOND)[-1], "installed")
+        self.try_again_now()
+        self.device.cycle(0)
+        self.assertEqual((self.wfm.statuses()[-1], os.path.exists(left)), ("removed", False))
 
 
 class RollBack(ApplyCase):

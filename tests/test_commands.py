@@ -57,6 +57,12 @@ class RunCommand(unittest.TestCase):
             with self.assertRaisesRegex((margo_agent.CommandError, margo_agent.ConfigError), setting):
                 margo_agent.run_command([path], 30)
 
+    def test_one_that_ctrl_c_ends_has_not_failed(self):
+        """Python 3.10 and newer start a program by vfork; until it has its session, ctrl-C ends it, too."""
+        with self.assertRaisesRegex(margo_agent.Interrupted, "was ended by ctrl-C"):
+            margo_agent.run_command(["sh", "-c", "kill -INT $$"], 30)
+        self.assertEqual(margo_agent.run_command(["sh", "-c", "kill -TERM $$"], 30).code, -signal.SIGTERM)
+
     def test_a_hung_program_is_ended_with_all_its_children(self):
         with tempfile.TemporaryDirectory() as folder:
             path = os.path.join(folder, "pid")

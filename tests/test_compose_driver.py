@@ -900,23 +900,31 @@ class Handover(DriverCase):
         self.apply(document)
         self.assertEqual((self.ids(), len(self.engine.containers())), (before, 1))
 
-    def test_what_ran_before_is_not_tried_nor_what_another_one_has_to_lay_out_first(self):
-        """K23: the way back is short, and a program that a task puts into a volume need not be there yet."""
+    def test_what_ran_before_is_not_tried_and_what_another_one_has_to_lay_out_first_is_left_out(self):
+        """K23: the way back is short; a program, or a folder, that a task puts into a volume need not be there yet, all else has to."""
         def make(value, **members):
-            return {"services": {"setup": {"image": IMAGE, "command": [value], "volumes": ["x:/x"]},
-                                 "main": dict({"image": IMAGE, "command": [value], "volumes": ["x:/x"]}, **members)}, "volumes": {"x": {}}}
+            main = {"image": IMAGE, "entrypoint": [f"/x/{value}"], "working_dir": "/x", "volumes": ["x:/x:ro", "y:/y"]}
+            return {"services": {"setup": {"image": IMAGE, "command": [value], "volumes": ["x:/x"]}, "main": dict(main, **members)},
+                    "volumes": {"x": {}, "y": {}}}
+
+        def list_tried():
+            """What each trial is told that the service itself is not."""
+            made = [call for call in self.engine.calls() if call[0] == "create"]
+            self.engine.forget_calls()
+            return [[item for item in call if not item.startswith(("--label", "--env", "--http"))][2:] for call in made
+                    if "-try-" in " ".join(call)]
         known = self.apply(make("1"))
-        self.engine.forget_calls()
+        list_tried()
         self.apply(make("2"))
+        self.assertEqual(list_tried()[1], ["--workdir=/x", "--entrypoint=/x/2", f"--volume={PROJECT}_y:/y", "--entrypoint=/proc/self/exe",
+                                           "--workdir=/", "--network=none", IMAGE])
         known = self.apply(make("1"), known)
-        self.assertNotIn("init", [call[0] for call in self.engine.calls()])
+        self.assertEqual(list_tried(), [])
         self.apply(make("1", user="1"), known)      # of which the other one goes on: its part is there
-        self.assertIn("init", [call[0] for call in self.engine.calls()])
-        known = self.apply(make_document({}))
-        self.apply(make_document({"command": ["x"]}), known)
-        self.engine.forget_calls()
-        self.apply(make_document({}), known)
-        self.assertNotIn("init", [call[0] for call in self.engine.calls()])
+        self.assertEqual(list_tried(), [["--user=1", "--workdir=/x", "--entrypoint=/x/1", f"--volume={PROJECT}_x:/x:ro",
+                                         f"--volume={PROJECT}_y:/y", "--network=none", IMAGE]])
+        self.engine.change(unready=["main"])
+        self.assertFails("INSTALL_FAILED", lambda: self.apply(make("2")), "service main could not be started", "unable to find user ghost")
 
     def test_a_port_that_cannot_be_had_is_found_before_anything_stops(self):
         """K23: not one that what runs will give up, nor one of somebody who will have ended."""
