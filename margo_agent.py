@@ -3347,7 +3347,7 @@ MAX_LOG = 256 * KIB                 # bytes of them
 RUNS_TOO = {"amd64": "386", "arm64": "arm"}         # what a processor usually runs beside its own
 # What versions of an engine lack.
 LACKS = (("podman", "4.7", "`host-gateway` is the gateway of the first network"),
-         ("podman", "4.8", "a volume's `driver_opts` have no `size`; `tmpfs` of a service has"),
+         ("podman", "4.8", "`driver_opts` of a volume take no `size`; `tmpfs` of a service takes one"),
          ("docker", "20.10", "`host-gateway` fails"))
 # With these an engine looks a program up, and the kernel does not start it: its environment is too long.
 UNSTARTABLE = ["--ulimit=stack=262144", *(f"--env=MARGO_TRIAL_{name}=" + "x" * 66000 for name in "AB")]
@@ -3833,7 +3833,7 @@ class ComposeDriver:
 
     def check(self, claim):
         """What `doctor` says of this driver; raises CommandError."""
-        return f"{self.engine} answers, {len(self.observe((), claim))} containers of ours"
+        return f"{self.engine} answers, containers of ours: {len(self.observe((), claim))}"
 
     def list_volumes(self):
         """The names of this agent's volumes."""
@@ -12200,7 +12200,7 @@ def examine_outbox(agent):
     dropped = "; ".join(f"the report that {key} is {item['state']} was refused: {item['reason']}"
                         for key, item in agent.state["dropped"].items())
     waiting = len(agent.state["outbox"])
-    return "warn", f"{waiting} reports wait for the WFM" if waiting else dropped
+    return "warn", f"reports that wait for the WFM: {waiting}" if waiting else dropped
 
 
 def examine_failed(agent):
@@ -12270,7 +12270,7 @@ def examine_others(agent):
     """Whether workloads of another owner run here: they are left alone, but may hold a port or a name."""
     others = ask_others({device.device_id: device for device in agent.devices})
     words = "; ".join(make_others_words(others))
-    return "warn", others and f"{len(others)} workloads are not this agent's and are left alone: {words}"
+    return "warn", others and f"workloads of others are left alone: {words}"
 
 
 def examine_registries(agent):
@@ -12849,7 +12849,7 @@ def command_unenroll(config, options):
         for name in TRACES:
             remove_folder(agent.store.path(name))
         agent.store.load_memo().clear()
-        print("unenrolled" + (f"; {len(kept)} deployments were left running" if kept else ""))
+        print("unenrolled" + (f"; deployments that were left running: {len(kept)}" if kept else ""))
         log("warning", "the next run enrolls again: stop cron or the service where that is not wanted")
 
 
@@ -12866,7 +12866,7 @@ def purge(agent):
         driver = sight.drivers.get("compose")
         names = driver.list_volumes() if driver else ()
         if names:
-            print(f"kept: {len(names)} volumes, which `{driver.engine} volume rm {' '.join(names)}` removes")
+            print(f"volumes are kept; `{driver.engine} volume rm {' '.join(names)}` removes them")
 
 
 def command_plan(config, options):
