@@ -3756,7 +3756,7 @@ class ComposeDriver:
         options = ["--all", "--no-trunc", f"--filter=label={LABEL_DEPLOYMENT}", f"--format={form}"]
         output = self.run(["ps"] + options, timeout=20 if self.remote else 60)
         if output.code:
-            words = f"{self.engine} ps: {output.stderr[-500:]}"
+            words = f"{self.engine} ps: {find_cause(output.stderr)}"
             raise CommandError(f"the container engine does not answer ({words}); put it right, or see"
                                " runtime.engine")
         found = parse_containers(output.stdout, self.engine, time.time())
@@ -12498,7 +12498,7 @@ def make_settings_lines(schema, document, example, indent=""):
             reader(object(), "")
         except ValueError as error:                 # of what it would take
             meaning += f" ({str(error).partition(':')[0]})"
-        if reader is read_environment and value:    # it may hold what nobody should see
+        if key in ("environment", "parameter_values") and value:    # it may hold what nobody should see
             value = dict.fromkeys(value, "...")
         line = f"{key}: {make_yaml(default if value is None else value)}"
         if value is None:

@@ -304,6 +304,7 @@ class People(support.DeviceCase):
         """With every setting, defaults marked, secrets masked."""
         self.device.set("runtime.environment", {"TOKEN": "s3cret"})
         self.device.set("device.serialNumber", "0042")
+        self.device.set("device.parameter_values", {"plant.password": "s3cret"})
         text = self.device.run("config").stdout
         self.assertNotIn("s3cret", text)
         self.assertRegex(text, r'(?m)^  min_tls: "1.3"  # default$')
@@ -311,7 +312,9 @@ class People(support.DeviceCase):
         path = support.write(os.path.join(self.device.folder, "printed.yaml"), text)
         told, known = (margo_agent.load_config(name) for name in (path, self.device.config_file))
         self.assertEqual(told.runtime.environment, {"TOKEN": "..."})
+        self.assertEqual(told.device.parameter_values, {"plant.password": "..."})
         told.runtime["environment"] = known.runtime["environment"]
+        told.device["parameter_values"] = known.device["parameter_values"]
         self.assertEqual(told, known)
 
     def test_a_configuration_is_judged_without_anything_else(self):
