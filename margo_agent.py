@@ -4917,14 +4917,14 @@ def make_names(value, where):
     return names
 
 
-# A name, and perhaps = or : and a value in quotes, or all that stands on the line.
-ENV_LINE = (r"(?:export[ \t]+)?([\w.-]+)[ \t\r]*(?:[=:](?:"
-            r"[ \t\r]*(?:'([^'\\]*(?:\\.[^'\\]*)*)'|\"([^\"\\]*(?:\\.[^\"\\]*)*)\")[ \t\r]*(?:#[^\n]*)?|"
-            r"(?![ \t\r]*['\"])([^\n]*)))?(?:\n|\Z)")
 # What compose strips before a value, and behind it.
 BLANKS = " \t\v\f\r\x85\xa0"
 BLANKS_BEHIND = BLANKS + ("\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a\u2028"
                           "\u2029\u202f\u205f\u3000")
+# A name, and perhaps = or : and a value in quotes, or all that stands on the line.
+ENV_LINE = (r"(?:export[ \t]+)?([\w.-]+)~*(?:[=:](?:"
+            r"~*(?:'([^'\\]*(?:\\.[^'\\]*)*)'|\"([^\"\\]*(?:\\.[^\"\\]*)*)\")~*(?:#[^\n]*)?|"
+            r"(?!~*['\"])([^\n]*)))?(?:\n|\Z)").replace("~", f"[{BLANKS}]")
 
 
 def parse_env_file(text, variables, where, earlier=None):

@@ -261,7 +261,8 @@ class EnvFiles(FileCase):
         ('X="\\a\\b\\f\\v\\r\\q"', {"X": "\a\b\f\v\r\\q"}), ('X="a\r\nb"\r\nY=1', {"X": "a\r\nb", "Y": "1"}),
         ("X='\\\\\\''", {"X": "\\\\'"}), ("X=\u2028 a\u3000", {"X": "\u2028 a"}),
         ("X=a\x1d", {"X": "a\x1d"}), ("X=\x1e", {"X": "\x1e"}), ("X=\r'a'", {"X": "a"}), ('X="a\\\\0"', {"X": "a\\0"}),
-        ("X=a\u2028Y=b", {"X": "a\u2028Y=b"}), ("X=a\x0cY=b", {"X": "a\x0cY=b"})]
+        ("X=a\u2028Y=b", {"X": "a\u2028Y=b"}), ("X=a\x0cY=b", {"X": "a\x0cY=b"}),
+        ("X=\v'a'", {"X": "a"}), ("X\x85=\xa0\"a\"\f#b", {"X": "a"}), ("X=\xa0a", {"X": "a"})]
 
     def test_every_line_is_read(self):
         for text, expected in self.LINES:
