@@ -182,7 +182,15 @@ FAULTS = (MargoError, MemoryError, OSError)                 # what to_fault has 
 MENDS = {"ENOSPC": "free space", "EDQUOT": "free space", "EIO": "look after the disk",
          "EEXIST": "something else lies in its place, move it away",
          "ENOTDIR": "something else lies in its place, move it away",
+         "EISDIR": "something else lies in its place, move it away",
+         "EROFS": "mount that disk writable",
          "EMFILE": "let this service have more open files"}
+
+
+def make_mend(error):
+    """What to do about an OSError."""
+    import errno
+    return MENDS.get(errno.errorcode.get(error.errno), "let this user read and write it")
 
 
 def to_fault(error):
@@ -194,9 +202,8 @@ def to_fault(error):
         return NoMemory("not enough memory for this step; end other programs on the device, or have it do"
                         " less (see README, Small devices)")
     if isinstance(error, OSError):
-        import errno
-        mend = MENDS.get(errno.errorcode.get(error.errno), "let this user read and write it")
-        return StorageError(f"{error.filename or 'a step'} failed ({error.strerror or error}); {mend}")
+        words = f"{error.filename or 'a step'} failed ({error.strerror or error})"
+        return StorageError(f"{words}; {make_mend(error)}")
     return error
 
 
@@ -1729,11 +1736,10 @@ def find_held_ports(record):
 
 
 def find_clash(takes, holds):
-    """A port that is in `takes` and in `holds`, or None.  The address "" stands for every address."""
+    """A port that is in `takes` and in `holds`, or None."""
     for port in sorted(takes):
         for device_id, address, *rest in holds:
-            meets = address == port[1] or "" in (address, port[1])
-            if meets and (device_id, *rest) == (port[0], *port[2:]):
+            if may_meet(address, port[1]) and (device_id, *rest) == (port[0], *port[2:]):
                 return port
     return None
 
@@ -3199,7 +3205,7 @@ def is_placeholder(text):
     plain = re.sub(r"[\W_]", "", text)
     repeats = len(set(plain)) == 1 and len(text) > 2
     counts = len(plain) > 4 and any(row.startswith(plain) for row in COUNTING)
-    named = re.match(r"to be filled|(type ?[0-9]+ \W*)?(system|chassis|base ?board|board|product)\W", text)
+    named = re.match(r"to\Wbe\Wfilled|(type ?[0-9]+ \W*)?(system|chassis|base ?board|board|product)\W", text)
     return plain in PLACEHOLDERS or not plain.strip("0") or repeats or counts or bool(named)
 
 
@@ -3375,7 +3381,7 @@ MAX_LOG = 256 * KIB                 # bytes of them
 RUNS_TOO = {"amd64": "386", "arm64": "arm"}         # what a processor usually runs beside its own
 # What versions of an engine lack.
 LACKS = (("podman", "4.7", "`host-gateway` is the gateway of the first network"),
-         ("podman", "4.8", "a volume's `driver_opts` have no `size`; `tmpfs` of a service has"),
+         ("podman", "4.8", "`driver_opts` of a volume take no `size`; `tmpfs` of a service takes one"),
          ("docker", "20.10", "`host-gateway` fails"))
 # With these an engine looks a program up, and the kernel does not start it: its environment is too long.
 UNSTARTABLE = ["--ulimit=stack=262144", *(f"--env=MARGO_TRIAL_{name}=" + "x" * 66000 for name in "AB")]
@@ -3593,10 +3599,17 @@ def find_rivals(services):
         for address, *key in things:
             holders = taken.setdefault(tuple(key), [])
             for held, other in holders:
-                if held == address or "" in (held, address):
+                if may_meet(held, address):
                     rivals[service.name, other] = f"{key[0]} {key[1]}"
             holders.append((address, service.name))
     return rivals
+
+
+def may_meet(address, other):
+    """Whether a port of the host at one address is one at the other, too; "" is every address."""
+    general = {"", "0.0.0.0", "::"}.intersection((address, other))
+    same_kind = (":" in address) == (":" in other)
+    return address == other or "" in general or same_kind and bool(general)
 
 
 def check_rivals(services):
@@ -3633,6 +3646,8 @@ def ask_taken(address, number, protocol):
     kind = {"tcp": socket.SOCK_STREAM, "udp": socket.SOCK_DGRAM}.get(protocol, socket.SOCK_SEQPACKET)
     try:
         with socket.socket(family, kind) as probe:
+            if ":" in address:
+                probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
             if protocol == "tcp":                   # else what was closed just now is in the way
                 probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind((address or "0.0.0.0", number))
@@ -3784,7 +3799,7 @@ class ComposeDriver:
         options = ["--all", "--no-trunc", f"--filter=label={LABEL_DEPLOYMENT}", f"--format={form}"]
         output = self.run(["ps"] + options, timeout=20 if self.remote else 60)
         if output.code:
-            words = f"{self.engine} ps: {output.stderr[-500:]}"
+            words = f"{self.engine} ps: {find_cause(output.stderr)}"
             raise CommandError(f"the container engine does not answer ({words}); put it right, or see"
                                " runtime.engine")
         found = parse_containers(output.stdout, self.engine, time.time())
@@ -3862,7 +3877,7 @@ class ComposeDriver:
 
     def check(self, claim):
         """What `doctor` says of this driver; raises CommandError."""
-        return f"{self.engine} answers, {len(self.observe((), claim))} containers of ours"
+        return f"{self.engine} answers, containers of ours: {len(self.observe((), claim))}"
 
     def list_volumes(self):
         """The names of this agent's volumes."""
@@ -4905,14 +4920,14 @@ def make_names(value, where):
     return names
 
 
-# A name, and perhaps = or : and a value in quotes, or all that stands on the line.
-ENV_LINE = (r"(?:export[ \t]+)?([\w.-]+)[ \t\r]*(?:[=:](?:"
-            r"[ \t\r]*(?:'([^'\\]*(?:\\.[^'\\]*)*)'|\"([^\"\\]*(?:\\.[^\"\\]*)*)\")[ \t\r]*(?:#[^\n]*)?|"
-            r"(?![ \t\r]*['\"])([^\n]*)))?(?:\n|\Z)")
 # What compose strips before a value, and behind it.
 BLANKS = " \t\v\f\r\x85\xa0"
 BLANKS_BEHIND = BLANKS + ("\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a\u2028"
                           "\u2029\u202f\u205f\u3000")
+# A name, and perhaps = or : and a value in quotes, or all that stands on the line.
+ENV_LINE = (r"(?:export[ \t]+)?([\w.-]+)~*(?:[=:](?:"
+            r"~*(?:'([^'\\]*(?:\\.[^'\\]*)*)'|\"([^\"\\]*(?:\\.[^\"\\]*)*)\")~*(?:#[^\n]*)?|"
+            r"(?!~*['\"])([^\n]*)))?(?:\n|\Z)").replace("~", f"[{BLANKS}]")
 
 
 def parse_env_file(text, variables, where, earlier=None):
@@ -4975,7 +4990,7 @@ PERIOD = r"(?=.{1,100}\Z)([0-9]+(\.[0-9]+)?(h|ms|us|m|s))+", "a duration such as
 to_period = to_form(*PERIOD)
 # In whole seconds: an engine would take zero as not said.
 to_grace = to_form(*PERIOD, make=lambda text: str(max(1, round(parse_period(text)))))
-SIZE = r"-1|[0-9]+(\.[0-9]+)?([kmgtKMGT]?[bB]?|[KMGT]i[bB]?)", "a size such as 64m"
+SIZE = r"-1|[0-9]+(\.[0-9]+)? ?([kmgtKMGT]?[bB]?|[KMGT]i[bB]?)", "a size such as 64m"
 to_size = to_form(*SIZE)
 to_number = to_form(r"-?([0-9]+(\.[0-9]*)?|\.[0-9]+)", "a number")
 to_count = to_form("[0-9]{1,9}", "a whole number", int)
@@ -5183,8 +5198,7 @@ def to_port(item, where):
     text += f"{published}:{target}" if text or published else target
     protocol = protocol.lower() or "tcp"
     chosen = len(inside) < len(outside)
-    return Port(text if protocol == "tcp" else f"{text}/{protocol}",
-                "" if re.fullmatch("[0.:]+", address) else address,
+    return Port(text if protocol == "tcp" else f"{text}/{protocol}", address,
                 outside if published and not chosen else (), protocol, outside if chosen else ())
 
 
@@ -5267,7 +5281,7 @@ MOUNT_FORM = make_form(
     to_text, "source target consistency", read_only=to_word("ro"), volume={"nocopy": to_word("nocopy")},
     type=to_form("bind|volume|tmpfs", "supported; known are bind, volume, tmpfs"),
     bind=make_form(to_text, "propagation selinux", create_host_path=to_flag),
-    tmpfs={"size": to_form(*SIZE, make="size={}".format),
+    tmpfs={"size": to_form(*SIZE, make=lambda text: "size=" + re.sub("(?i) |i?b", "", text)),
            "mode": lambda value, where: f"mode={to_mode(value, where):o}"})
 SERVICE_FORM = dict(
     SERVICE_OPTIONS, image=to_image, command=to_words, entrypoint=to_words, environment=to_pairs,
@@ -5341,7 +5355,7 @@ def read_value(value, form, where="", variables=None):
 
     def read_keys(value, form, where):
         if isinstance(value, list) and list in form:
-            value = dict.fromkeys(to_list(value, where))
+            value = dict.fromkeys(to_list(interpolate_all(value, variables, where), where))
         if not isinstance({} if value is None else value, dict):
             raise make_fault(f"{where}: expected a mapping")
         value = make_names(value or {}, where)
@@ -5540,10 +5554,11 @@ def make_restart(policy):
 def make_ports(ports, reading, where):
     """Arguments for these Ports, each once, and [[address or "", port, protocol]] that they hold of the host.
 
+    Of two spellings of one, such as 80:80 and 0.0.0.0:80:80, the later one counts.
     Of a range for one port podman takes none, so it is the range's first.
     """
     arguments, held = [], []
-    for port in dict.fromkeys(ports):
+    for port in {re.sub(r"\A0\.0\.0\.0:", "", port.argument): port for port in ports}.values():
         numbers, argument = port.numbers, port.argument
         if port.choice and reading.engine == "podman":
             numbers = port.choice[:1]
@@ -5635,7 +5650,7 @@ def make_attachments(name, service, reading, where):
         if service.networks:
             raise make_fault(f"{where}.network_mode: cannot stand beside networks")
         return [Attachment(make_namespace(service.network_mode, reading.workload), None)]
-    wanted = service.networks or read_value(["default"], SERVICE_FORM["networks"])
+    wanted = service.networks or read_value({"default": None}, SERVICE_FORM["networks"])
     joined = []
     for network, value in sorted(wanted.items(), key=lambda pair: -(pair[1].priority or 0)):
         own = find_member(reading.networks, network, f"{where}.networks", "networks")[0]
@@ -5906,7 +5921,11 @@ def make_project(document, workload, policy, engine, folder=None):
     order = make_hashes(order_services(services))
     notes += [f"{name} is used, and no parameter gives it: it is empty; give it, or write"
               f" ${{{name}:-DEFAULT}}" for name in sorted(variables.unset)]
-    return Project(order, dict(reading.networks.values()), dict(reading.volumes.values()), notes)
+    used = {item.network for service in order for item in service.networks}
+    used.update(mount.source for service in order for mount in service.mounts)
+    networks, volumes = [{name: arguments for name, arguments in shared.values() if name in used}
+                         for shared in (reading.networks, reading.volumes)]
+    return Project(order, networks, volumes, notes)
 
 
 def make_file_variables(workload, folder):
@@ -5934,7 +5953,8 @@ def find_wanted(services, variables, notes):
             raise make_fault(f"services: {make_printable(name, 60)!r} is not a service name")
         if not isinstance(service, dict):
             raise make_fault(f"{where}: expected a mapping")
-        if service.get("profiles") and profiles.isdisjoint(to_list(service["profiles"], f"{where}.profiles")):
+        wanted = interpolate_all(service.get("profiles") or [], variables, f"{where}.profiles")
+        if wanted and profiles.isdisjoint(to_list(wanted, f"{where}.profiles")):
             continue
         if "build" in service and service.get("image"):
             service = {key: item for key, item in service.items() if key != "build"}
@@ -6774,8 +6794,9 @@ def request(method, url, headers, body, context, timeout, limit, check_peer=None
     where = f"{method} {url}"
     headers = {"User-Agent": f"margo-agent/{__version__}", **headers}
     message = urllib.request.Request(url, data=body, headers=headers, method=method)
-    proxy = "" if getattr(context, "direct", False) else ask_proxy(url)
+    proxy = ""
     try:
+        proxy = "" if getattr(context, "direct", False) else ask_proxy(url)
         with make_opener(context, check_peer, proxy).open(message, timeout=timeout) as response:
             found = http.client.HTTPMessage()
             for name, value in response.headers.items():            # folded lines are one (RFC 9112, 5.2)
@@ -6825,16 +6846,21 @@ class Paced(io.RawIOBase):
         super().close()
 
 
+MUTE = set()                        # addresses that take connections, and do not shake hands
+
+
 def open_connection(address, timeout, source=None):
     """A socket to the first address of a (host, port) that answers; raises OSError.
 
     Each next address is tried 250 ms after the one before, so that a dead one holds nobody up (RFC 8305).
+    MUTE ones are left out until there is no other.
     """
     import errno
     import select
     import socket
-    places = socket.getaddrinfo(*address, type=socket.SOCK_STREAM)
-    trying, code = {}, 0
+    found = socket.getaddrinfo(*address, type=socket.SOCK_STREAM)
+    places = [item for item in found if item[4] not in MUTE]
+    trying, code = {}, errno.ETIMEDOUT
     end = time.monotonic() + timeout
     try:
         while places or trying:
@@ -6856,7 +6882,9 @@ def open_connection(address, timeout, source=None):
                     return peer
                 peer.close()
             if time.monotonic() >= end:
-                raise TimeoutError("timed out")
+                code = errno.ETIMEDOUT
+                break
+        MUTE.clear()
         raise OSError(code, os.strerror(code))
     finally:
         for peer in trying:
@@ -6869,6 +6897,7 @@ def make_opener(context, check_peer, proxy):
     proxy: whether the environment's proxies are asked.
     """
     import http.client
+    import socket
     import urllib.request
 
     class Answer(http.client.HTTPResponse):
@@ -6894,16 +6923,24 @@ def make_opener(context, check_peer, proxy):
             self._create_connection = open_connection
             try:
                 super().connect()
-                # an end that TLS does not tell of is none: the answer was cut
-                if context:
-                    host = self._tunnel_host or self.host
-                    self.sock = context.wrap_socket(self.sock, server_hostname=host,
-                                                    suppress_ragged_eofs=False)
-                if check_peer:
-                    check_peer(get_chain(self.sock, context))
+                place = self.sock.getpeername()
+                try:
+                    self.greet()
+                except (socket.timeout, TimeoutError):
+                    MUTE.add(place)                 # so this is another one
+                    super().connect()
+                    self.greet()
             except (OSError, MargoError):
                 self.close()
                 raise
+
+        def greet(self):
+            # an end that TLS does not tell of is none: the answer was cut
+            if context:
+                host = self._tunnel_host or self.host
+                self.sock = context.wrap_socket(self.sock, server_hostname=host, suppress_ragged_eofs=False)
+            if check_peer:
+                check_peer(get_chain(self.sock, context))
 
     scheme = "https" if context else "http"
     handler = urllib.request.AbstractHTTPHandler()
@@ -6966,7 +7003,7 @@ def ask_proxy(url):
     from urllib.request import getproxies, proxy_bypass
     parts = urlsplit(url)
     proxy = "" if proxy_bypass(parts.netloc) else getproxies().get(parts.scheme, "")
-    return urlsplit(proxy).netloc.rpartition("@")[2] or proxy.rpartition("@")[2]
+    return proxy.rpartition("@")[2].rpartition("//")[2]
 
 
 # What OpenSSL calls a peer's answer to a handshake, and what that means.
@@ -7187,9 +7224,8 @@ def write_file(path, data, mode=0o600, temporary=None):
         sync_folder(folder)
     except OSError as error:
         remove_file(temporary)                      # on a full disk half a file is what keeps it full
-        mend = "free space or make it writable"
-        if not os.path.isdir(folder):
-            mend = f"the folder {folder} does not exist, make it: mkdir -p {folder}"
+        mend = f"the folder {folder} does not exist, make it: mkdir -p {folder}"
+        mend = make_mend(error) if os.path.exists(folder) else mend
         raise StorageError(f"{path} cannot be written ({error.strerror}); {mend}") from None
 
 
@@ -7235,8 +7271,9 @@ def read_file(path, limit):
     except FileNotFoundError:
         return None
     except OSError as error:
-        hint = "; run as root, or as its owner" if isinstance(error, PermissionError) else ""
-        raise StorageError(f"{path} cannot be read ({error.strerror}){hint}") from None
+        denied = isinstance(error, PermissionError)
+        mend = "run as root, or as its owner" if denied else make_mend(error)
+        raise StorageError(f"{path} cannot be read ({error.strerror}); {mend}") from None
     if len(data) > size:
         raise StorageError(f"{path} is longer than {size} bytes")
     return data
@@ -7509,13 +7546,17 @@ def get_random():
 
 def ask_holder(path):
     """Who holds the lock of a file, in words, as far as the kernel tells: process and since when."""
-    inode = os.stat(path).st_ino
+    facts = os.stat(path)
+    place = f"{os.major(facts.st_dev):02x}:{os.minor(facts.st_dev):02x}:{facts.st_ino}"
     for line in (read_file("/proc/locks", MIB) or b"").decode().splitlines():
-        match = re.search(rf"FLOCK +\S+ +WRITE (\d+) [0-9a-f:]+:{inode} ", line)
+        match = re.search(rf"FLOCK +\S+ +WRITE (\d+) {place} ", line)
         holder = f"/proc/{match.group(1)}" if match else ""
         if os.path.exists(holder):
             return f" (process {match.group(1)}, since {make_time(os.stat(holder).st_mtime)})"
     return ""
+
+
+FOLDERS_KEPT = ("artifacts", "deployments", "tmp")
 
 
 class Store:
@@ -7539,7 +7580,7 @@ class Store:
         """Makes the directory (mode 0700) and its folders; raises StorageError."""
         try:
             create_folder(os.path.dirname(self.folder), 0o755)
-            for name in ("artifacts", "deployments", "tmp"):
+            for name in FOLDERS_KEPT:
                 create_folder(self.path(name))
             if os.stat(self.folder).st_mode & 0o077:
                 os.chmod(self.folder, 0o700)
@@ -7570,7 +7611,8 @@ class Store:
                          " it. Never run a second one beside it with the same identity: both would fight"
                          " over the same containers") from None
         except OSError as error:
-            raise StorageError(f"{self.path('lock')} cannot be taken ({error.strerror})") from None
+            words = f"{self.path('lock')} cannot be taken ({error.strerror}); {make_mend(error)}"
+            raise StorageError(words) from None
 
     def unlock(self):
         """Gives the lock back."""
@@ -8178,7 +8220,7 @@ def get_kind(value):
         return "boolean"
     if isinstance(value, str):
         return "text"
-    return "number" if isinstance(value, (int, float)) and abs(value) < float("inf") else None
+    return "number" if is_number(value) else None
 
 
 def is_mapping(value):
@@ -8578,7 +8620,7 @@ def load_document(path):
     """What the configuration file (YAML or JSON) says, as it stands; raises ConfigError."""
     try:
         with open(path, "rb") as file:
-            return load_yaml(file.read(MIB))
+            return load_yaml(file.read())
     except OSError as error:
         hint = "name another by -c or $MARGO_CONFIG; `config --example` prints one to start from"
         hint = "run as root, or as who may read it" if isinstance(error, PermissionError) else hint
@@ -9724,11 +9766,9 @@ def parse_ca(text):
     if b"-----BEGIN" not in data:
         plain = b"".join(data.split()).decode().replace("-", "+").replace("_", "/")
         data = parse_base64(plain + "=" * (-len(plain) % 4))
-    anchors = parse_pem(data) if b"-----BEGIN" in data else [data]
+    anchors = parse_pem(data) or [data]
     for anchor in anchors:
         parse_certificate(anchor)
-    if not anchors:
-        raise ValueError("it holds no certificate")
     return anchors
 
 
@@ -11217,16 +11257,10 @@ def load_certificates(body):
     text = re.sub("-----(BEGIN|END) PKCS7-----", "", body.decode("ascii", "replace"))
     try:
         data = body if body[:1] == b"\x30" else parse_base64(text)
-    except ValueError:
-        data = b""
-    if data[:1] != b"\x30":
+        found = parse_pem(run_openssl("pkcs7 -inform DER -print_certs", data=data))
+    except (ValueError, CommandError):
         raise ValueError("EST answered 200 with something else than certificates:"
-                         f" {make_printable(text, 100)!r}")
-    try:
-        pem = run_openssl("pkcs7 -inform DER -print_certs", data=data)
-    except CommandError:
-        raise ValueError("openssl finds no certs-only message in it") from None
-    found = parse_pem(pem)
+                         f" {make_printable(text, 100)!r}") from None
     if len(found) > MAX_ISSUED:
         raise ValueError(f"it holds more than {MAX_ISSUED} certificates")
     return [parse_certificate(der) for der in found]
@@ -12176,11 +12210,9 @@ def command_doctor(config, options):
 
 def examine_lock(agent):
     """Whether no other instance works on the state just now."""
-    path = agent.store.path("lock")
-    who = os.path.exists(path) and ask_holder(path)
-    if who:
-        raise Locked(f"another instance{who} works on {agent.store.folder}; wait until it is done, or stop"
-                     " it")
+    if os.path.lexists(agent.store.path("lock")):   # else nobody has ever taken it
+        agent.store.lock()
+        agent.store.unlock()
     return "ok", ""
 
 
@@ -12198,8 +12230,7 @@ def examine_wait(agent):
 
 def examine_device(agent):
     """Whether the device's id tells it from others, where the hardware gives it."""
-    words = r"(?i)(default|system|serial|not|none|n-a|unknown|o\.?e\.?m|to-be|x+|0+|1?23456).*"
-    doubtful = not agent.config.device.id and re.fullmatch(words, agent.device_id)
+    doubtful = not agent.config.device.id and is_placeholder(agent.device_id)
     return "warn", doubtful and (f"this hardware calls itself {agent.device_id}, as many may do; give it a"
                                  " name of its own by device.id")
 
@@ -12213,7 +12244,7 @@ def examine_identity(agent):
             raise
         recall(agent)
         token = agent.config.identity.est.token_file or agent.config.identity.est.certificate
-        if not token or not os.path.exists(token):
+        if not os.path.exists(token or ""):
             raise
         return "warn", f"{error.message}, or the next run does"
 
@@ -12231,7 +12262,7 @@ def examine_outbox(agent):
     dropped = "; ".join(f"the report that {key} is {item['state']} was refused: {item['reason']}"
                         for key, item in agent.state["dropped"].items())
     waiting = len(agent.state["outbox"])
-    return "warn", f"{waiting} reports wait for the WFM" if waiting else dropped
+    return "warn", f"reports that wait for the WFM: {waiting}" if waiting else dropped
 
 
 def examine_failed(agent):
@@ -12241,37 +12272,36 @@ def examine_failed(agent):
              for record in agent.state["deployments"].values() if record["state"] == "failed"]
     if words:
         raise CommandError("; ".join(words))
-    newest = agent.state["history"][-1:]
-    refused = newest[0].get("refused") if newest else ""
-    return "warn", refused and f"what came after version {newest[0]['version']} was refused: {refused}"
+    newest = (agent.state["history"] or [{}])[-1]
+    refused = newest.get("refused")
+    return "warn", refused and f"what came after version {newest['version']} was refused: {refused}"
 
 
 def examine_storage(agent):
     """Whether the state can be read and written, and has room to grow."""
     agent.hold(agent.store.load_state())
-    folder = agent.store.folder
-    while not os.path.exists(folder):
-        folder = os.path.dirname(folder) or "/"
-    if not os.path.isdir(folder) or not os.access(folder, os.W_OK | os.X_OK):
-        raise StorageError(f"state_dir: {folder} is no folder that this user may write; make it, or run as"
-                           " its owner")
+    for name in FOLDERS_KEPT:
+        folder = agent.store.path(name)
+        while not os.path.lexists(folder):          # what is not there can be made
+            folder = os.path.dirname(folder) or "/"
+        if not os.path.isdir(folder) or not os.access(folder, os.W_OK | os.X_OK):
+            raise StorageError(f"state_dir: {folder} is no folder that this user may write; run as its owner,"
+                               " mount its disk writable, or move it away where it is no folder")
     free, _ = get_space(folder)
     if free < SHARE * KIB and not os.path.exists(agent.store.path("reserve")):
         raise StorageError(f"state_dir: no space is left at {folder}; free some")
     need = agent.config.policy.max_unpacked + agent.config.policy.max_artifact
     words = f"{agent.config.state_dir}, {free // MIB} MiB free"
-    if free > need:
-        return "ok", words
-    return "warn", f"{words}; one package may take {need // MIB} (policy.max_unpacked): free some"
+    lack = f"; one package may take {need // MIB} (policy.max_unpacked): free some"
+    return ("ok", words) if free > need else ("warn", words + lack)
 
 
 def examine_labels(agent):
     """Whether every label has a name that nobody else uses: with a domain before it (C-088)."""
     names = {name for device in agent.devices for name in device.settings.labels}
     bare = sorted(name for name in names if not re.match(r"[^/.]+(\.[^/.]+)+/.", name))
-    if not bare:
-        return "ok", ""
-    return "warn", f"device.labels {', '.join(bare)}: put a domain of yours before it, as in example.com/zone"
+    words = f"device.labels {', '.join(bare)}: put a domain of yours before it, as in example.com/zone"
+    return "warn", bare and words
 
 
 def examine_clock(agent):
@@ -12302,37 +12332,36 @@ def examine_others(agent):
     """Whether workloads of another owner run here: they are left alone, but may hold a port or a name."""
     others = ask_others({device.device_id: device for device in agent.devices})
     words = "; ".join(make_others_words(others))
-    return "warn", others and f"{len(others)} workloads are not this agent's and are left alone: {words}"
+    return "warn", others and f"workloads of others are left alone: {words}"
 
 
 def examine_registries(agent):
-    """Whether the files are there that `registries` names, and the registries answer.
+    """Whether the registries answer, and what `registries` names for them can be read.
 
     A run needs them only where it has something to fetch.
     """
     faults = []
     for host, entry in agent.config.registries.items():
-        faults += [f"registries.{host}.{key} {entry[key]}: no such file" for key in ("ca", "password_file")
-                   if entry[key] and not os.path.exists(entry[key])]
         registry = Registry(host, agent.config)
         try:
+            load_credentials(host, entry)
             if not agent.is_downtime():
-                registry.request(f"{registry.scheme}://{host}/v2/", {}, MAX_ANSWER)
+                registry.request(f"{registry.scheme}://{registry.address}/v2/", {}, MAX_ANSWER)
         except MargoError as error:
-            known = error.stranger and ask_peer(f"https://{host}/", registry.timeout)
-            faults.append(error.message + (f"; there answers {known}" if known else ""))
-    return "warn" if faults else "ok", "; ".join(faults)
+            known = error.stranger and ask_peer(f"https://{registry.address}/", registry.timeout)
+            faults += [f"{host}: {error.message}"] + [f"there answers {known}"] * bool(known)
+    return "warn", "; ".join(faults)
 
 
 def examine_connection(agent):
     """Whether the WFM answers, is the one it should be, and wants what can be run here."""
     url = agent.config.wfm.url
     proxy = ask_proxy(url) and f" through the proxy {ask_proxy(url)}"
-    window = agent.config.poll.window
     if agent.is_downtime():
         return "ok", ""
     try:
         agent.connect(keep=False)
+        window = agent.config.poll.window
         if window and not is_within(window, time.localtime()):
             return "ok", f"outside poll.window: {url} is not asked for anything new"
         desired = agent.fetch_desired()
@@ -12343,16 +12372,16 @@ def examine_connection(agent):
         if error.stranger:
             error.message += f"; there answers {ask_peer(url, agent.config.wfm.timeout)}"
         raise
+    news = "nothing new"
     if desired:
-        accepted = make_accepted(desired)
-        agent.check_removals(accepted, agent.state["deployments"])
-        actions = agent.decide(accepted, lambda digest: desired.documents.get(digest)
-                                  or agent.store.load_artifact(digest))
-        refused = [f"{action.deployment_id}: {action.reason}" for action in actions
-                   if action.verb == "refuse"]
-        if refused:
-            raise CommandError(f"version {desired.version} is there to be accepted; {'; '.join(refused)}")
-    news = f"version {desired.version} is there to be accepted" if desired else "nothing new"
+        news = f"version {desired.version} is there to be accepted"
+        agent.check_removals(make_accepted(desired), agent.state["deployments"])
+    failed = [key for key, record in agent.state["deployments"].items() if record["state"] == "failed"]
+    refused = [f"{action.deployment_id}: {action.reason}" for action in plan_desired(agent, desired)
+               if PRINTED.get(action.verb, action.verb) == "refuse"
+               and action.key not in failed]        # of those another check tells
+    if refused:
+        raise CommandError(f"{news}; {'; '.join(refused)}")
     return "ok", f"{url} is {agent.source.peer}{proxy}; {news}"
 
 
@@ -12531,7 +12560,7 @@ def make_settings_lines(schema, document, example, indent=""):
             reader(object(), "")
         except ValueError as error:                 # of what it would take
             meaning += f" ({str(error).partition(':')[0]})"
-        if reader is read_environment and value:    # it may hold what nobody should see
+        if key in ("environment", "parameter_values") and value:    # it may hold what nobody should see
             value = dict.fromkeys(value, "...")
         line = f"{key}: {make_yaml(default if value is None else value)}"
         if value is None:
@@ -12882,7 +12911,7 @@ def command_unenroll(config, options):
         for name in TRACES:
             remove_folder(agent.store.path(name))
         agent.store.load_memo().clear()
-        print("unenrolled" + (f"; {len(kept)} deployments were left running" if kept else ""))
+        print("unenrolled" + (f"; deployments that were left running: {len(kept)}" if kept else ""))
         log("warning", "the next run enrolls again: stop cron or the service where that is not wanted")
 
 
@@ -12899,7 +12928,7 @@ def purge(agent):
         driver = sight.drivers.get("compose")
         names = driver.list_volumes() if driver else ()
         if names:
-            print(f"kept: {len(names)} volumes, which `{driver.engine} volume rm {' '.join(names)}` removes")
+            print(f"volumes are kept; `{driver.engine} volume rm {' '.join(names)}` removes them")
 
 
 def command_plan(config, options):
@@ -12908,13 +12937,13 @@ def command_plan(config, options):
     Example: margo_agent.py plan --json
     """
     agent = load_agent(config)
-    accepted, load = fetch_accepted(agent)
-    actions = agent.decide(accepted, load) if accepted else []
+    desired = fetch_news(agent)
+    actions = plan_desired(agent, desired)
     others = ask_others(agent.seen)
     items = [{"deploymentId": action.deployment_id, "action": PRINTED.get(action.verb, action.verb),
               "reason": action.reason, "deviceId": action.device_id, "changes": load_changes(agent, action)}
              for action in actions]
-    version = accepted["version"] if accepted else None
+    version = desired.version if desired else (agent.state["accepted"] or {}).get("version")
     if options.pop("--json", False):                # what fails after that is told on stderr alone
         print_json({"version": version, "actions": items, "others": others})
     else:
@@ -12925,7 +12954,7 @@ def command_plan(config, options):
             say(f"{item['action']:8}{item['deploymentId']}  {where}{item['reason']}{what}")
         for words in make_others_words(others):
             say(f"other   {words}; it is left alone")
-    for fault in agent.seen[agent.device_id].silent.values() if accepted else ():
+    for fault in agent.seen.get(agent.device_id, NOTHING).silent.values():
         raise fault
 
 
@@ -12961,25 +12990,28 @@ def make_changes(old, new):
     return parts or ["something else than parameters and components"]
 
 
-def fetch_accepted(agent):
-    """What the next run would accept, or has accepted before: (its part of the state, what loads its
-    documents).
-    """
-    stored = agent.store.load_artifact
+def fetch_news(agent):
+    """The Desired that the next run would accept, None where it goes on with what was accepted before."""
     if agent.is_downtime():
         log("warning", "downtime: the WFM is not asked; this follows from what was accepted before")
-        return agent.state["accepted"], stored
+        return None
     agent.check_patience(spread=False)
     agent.connect(keep=False)
     desired = agent.fetch_desired()
-    if not desired:
-        return agent.state["accepted"], stored
-    accepted = make_accepted(desired)
-    try:
-        agent.check_removals(accepted, agent.state["deployments"])
-    except Waiting as error:
-        log("warning", error.message)
-    return accepted, lambda digest: desired.documents.get(digest) or stored(digest)
+    if desired:
+        try:
+            agent.check_removals(make_accepted(desired), agent.state["deployments"])
+        except Waiting as error:
+            log("warning", error.message)
+    return desired
+
+
+def plan_desired(agent, desired):
+    """[Action] by which the next run carries out a Desired, or (None) what was accepted before."""
+    stored = agent.store.load_artifact
+    accepted = make_accepted(desired) if desired else agent.state["accepted"]
+    new = desired.documents if desired else {}
+    return agent.decide(accepted, lambda digest: new.get(digest) or stored(digest)) if accepted else []
 
 
 def command_status(config, options):
