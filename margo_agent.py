@@ -1747,17 +1747,19 @@ def find_clash(takes, holds):
 def find_turn(waiting, held):
     """Which of the deployments that are ready to be changed goes on now, and how: (key, verb, words).
 
-    waiting: {key: (ports it takes, ports it holds)}, in order.  held: {key: ports} of all others.  The verbs:
-    `go`; `fail`, in words, where somebody keeps a port that it takes; `stop` for one that has to free its
-    ports first, because each waits for another one.
+    waiting: {key: (ports it takes, ports it holds)}, in order.  held: {key: ports} of all others, who may
+    have failed and hold no more than a wish: nobody loses a port to them.  The verbs: `go`; `fail`, in words,
+    where somebody keeps a port that it takes; `stop` for one that has to free its ports first, because each
+    waits for another one.
     """
     rivals = {**{key: (ports, ports) for key, ports in held.items()}, **waiting}
     blocking = []
-    for key, (takes, _) in waiting.items():
-        found = [other for other in rivals if other != key and find_clash(takes, rivals[other][1])]
+    for key, (takes, mine) in waiting.items():
+        wants = {other: takes - mine if other in held else takes for other in rivals if other != key}
+        found = [other for other, ports in wants.items() if find_clash(ports, rivals[other][1])]
         for other in found:
             keeps, holds = rivals[other]
-            port = find_clash(takes, {port for port in holds if find_clash({port}, keeps)})
+            port = find_clash(wants[other], {port for port in holds if find_clash({port}, keeps)})
             if port:
                 return key, "fail", (f"the host's port {port[1] or '*'}:{port[2]}/{port[3]} is held by"
                                      f" deployment {other}, which keeps it")

@@ -356,6 +356,12 @@ class Turns(unittest.TestCase):
         self.assertEqual(self.run_all(c=(one, three), a=(two, one), b=(two, two)), [("fail", "a"), ("fail", "c"), ("go", "b")])
         self.assertEqual(self.run_all(a=(one, set()), b=(one, set())), [("go", "a"), ("fail", "b")])
 
+    def test_one_that_runs_is_not_barred_by_one_that_only_would_go_back_to_its_port(self):
+        """The last of a circle that failed cannot go back: its old port is the first one's, who may be repaired and updated."""
+        one, two = self.ports(1), self.ports(2)
+        self.assertEqual(self.run_all(held={"b": one}, a=(one, one)), [("go", "a")])
+        self.assertEqual(self.run_all(b=(one, one), a=(two, one)), [("go", "a"), ("go", "b")])
+
     def test_the_words_name_the_port_and_its_holder(self):
         _, _, words = margo_agent.find_turn({"a": (self.ports(53, protocol="udp"), set())}, {OTHER: self.ports(53, protocol="udp")})
         self.assertIn("*:53/udp", words)
