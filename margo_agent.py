@@ -591,14 +591,14 @@ class Agent:
         needed = find_needed(self.state)
         try:
             self.store.prune_artifacts(needed)
-        except (StorageError, OSError) as error:    # that is no reason to leave workloads alone
-            self.note_fault(to_fault(error))
-        for entry in self.state["pulled"]:
-            device_id, _, name = entry.rpartition(" ")
-            sight = self.seen.get(device_id or self.device_id, NOTHING)
-            if name not in needed and any(driver.remove_image(name) for driver in sight.drivers.values()):
-                log("info", "image pruned", image=entry)
-                self.state["pulled"] = [other for other in self.state["pulled"] if other != entry]
+            for entry in self.state["pulled"]:
+                device_id, _, name = entry.rpartition(" ")
+                drivers = self.seen.get(device_id or self.device_id, NOTHING).drivers.values()
+                if name not in needed and any(driver.remove_image(name) for driver in drivers):
+                    log("info", "image pruned", image=entry)
+                    self.state["pulled"] = [other for other in self.state["pulled"] if other != entry]
+        except (CommandError, StorageError, OSError) as error:
+            self.note_fault(to_fault(error))        # that is no reason to leave workloads alone
 
     def carry_out(self, actions, version):
         """Carries out a plan, group by group; returns what went wrong and fails no deployment, in words."""
