@@ -705,7 +705,8 @@ class Agent:
             try:
                 self.source.post_status(status["deploymentId"], status)
                 acknowledge_status(state, key)
-            except (Refused, Unreachable, Untrusted) as error:
+            except (Refused, Unreachable, Untrusted, StorageError, OSError) as fault:
+                error = to_fault(fault)
                 words = put_off_status(state, key, error, clock, get_random())
                 waits = key in state["outbox"]
                 log("warning" if waits else "error", words, deployment=key, reason=error.message)
