@@ -462,7 +462,7 @@ class Trust(GitCase):
         self.repository.env["GNUPGHOME"] = home
         for armor in (["--armor"], []):
             with self.subTest(armor):
-                keyring = support.write(os.path.join(home, "keyring"), subprocess.run(
+                keyring = support.write(os.path.join(home, "keyring"), b"who may sign:\n" * len(armor) + subprocess.run(
                     gpg + armor + ["--export", "plant@factory.example"], check=True, stdout=subprocess.PIPE).stdout)
                 device = self.make_device(self.repository.url, git_verify_signatures=True, git_allowed_signers=keyring)
                 self.publish("stranger" + str(armor), options=["-Sstranger@factory.example"])

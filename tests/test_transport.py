@@ -4,6 +4,7 @@ import email.message
 import email.utils
 import json
 import os
+import select
 import socket
 import ssl
 import struct
@@ -516,6 +517,26 @@ class Tls(TransportCase):
             else:
                 self.refuse(Unreachable, server, context=context)
 
+    def test_what_is_damaged_on_its_way_is_unreachable(self):
+        """A bit that a bad line turns, there or here, is no verdict on the peer."""
+        context = margo_agent.make_tls_context(ca_file=self.path("site-ca.pem"))
+        for there in (False, True):
+            server = self.serve()
+
+            def relay(connection, over, there=there, server=server):
+                with socket.create_connection(("127.0.0.1", server.port)) as onward:
+                    ends = {connection: onward, onward: connection}
+                    while True:
+                        for source in select.select(list(ends), [], [], 10)[0]:
+                            data = bytearray(source.recv(65536))
+                            if not data:
+                                return
+                            data[-1] ^= (data[0] == 23) and (source is connection) == there         # application data
+                            ends[source].sendall(data)
+            damaged = Server(self, relay, rude=True)
+            with self.subTest(there=there):
+                self.refuse(Unreachable, f"https://localhost:{damaged.port}", "damaged on its way", context=context)
+
     def der(self, name):
         with open(self.path(f"{name}.pem")) as file:
             return ssl.PEM_cert_to_DER_cert(file.read())
@@ -710,7 +731,7 @@ class Verdicts(unittest.TestCase):
             message[name.replace("_", "-")] = value
         body = document if isinstance(document, bytes) else b"" if document is None else json.dumps(document).encode()
         try:
-            return margo_agent.check_response(Response(status, message, body), "GET it", accepted, NOW)
+            return margo_agent.check_response(Response(status, message, body), "GET it", NOW, accepted=accepted)
         except margo_agent.MargoError as error:
             self.assertTrue(error.message.startswith(f"GET it: HTTP {status}"), error.message)
             return error
