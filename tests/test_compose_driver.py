@@ -268,13 +268,13 @@ class CommandLines(DriverCase):
         service, name = prepared[1].services[0], f"{PROJECT}-main-1"
         self.driver.apply(prepared, self.driver.observe(), {}, time.monotonic() + 60)
         calls, mine = self.changes(), self.ids()["main"]
-        config = next(argument for argument in calls[4] if re.match("--volume=.*:/app:ro$", argument))
+        config = next(argument for argument in calls[3] if re.match("--volume=.*:/app:ro$", argument))
         mark = f"--label=org.margo.project={PROJECT}"
-        for call in calls[1:4]:
+        for call in calls[1:3]:
             self.assertRegex(call.pop(-2), "^--label=org.margo.hash=[0-9a-f]{32}$")
         self.assertEqual(calls, [
             ["volume", "create", "--label=a=b", *MARKS, f"{PROJECT}_data"],
-            ["network", "create", *MARKS, f"{PROJECT}_default"], ["network", "create", *MARKS, f"{PROJECT}_front"],
+            ["network", "create", *MARKS, f"{PROJECT}_front"],
             ["network", "create", *MARKS, "--internal", f"{PROJECT}_back"],
             ["create", f"--name={name}", mark, f"--label=org.margo.deployment={support.HELLO}",
              f"--label=org.margo.owner={OWNER}", "--label=org.margo.component=web",
@@ -783,7 +783,7 @@ class Owners(DriverCase):
                 with self.engine.open() as held:
                     held[kind] = {name: labels}
                 for value in ({"name": name}, {"external": True, "name": name}, {"external": {"name": name}}):
-                    document = make_document({}, **{kind: {"x": value}})
+                    document = make_document({kind: {"networks": ["x"], "volumes": ["x:/x"]}[kind]}, **{kind: {"x": value}})
                     if denied:
                         self.assertFails("POLICY_DENIED", lambda: self.check_names(document), f"{name} is of another deployment")
                     else:
@@ -900,23 +900,31 @@ class Handover(DriverCase):
         self.apply(document)
         self.assertEqual((self.ids(), len(self.engine.containers())), (before, 1))
 
-    def test_what_ran_before_is_not_tried_nor_what_another_one_has_to_lay_out_first(self):
-        """K23: the way back is short, and a program that a task puts into a volume need not be there yet."""
+    def test_what_ran_before_is_not_tried_and_what_another_one_has_to_lay_out_first_is_left_out(self):
+        """K23: the way back is short; a program, or a folder, that a task puts into a volume need not be there yet, all else has to."""
         def make(value, **members):
-            return {"services": {"setup": {"image": IMAGE, "command": [value], "volumes": ["x:/x"]},
-                                 "main": dict({"image": IMAGE, "command": [value], "volumes": ["x:/x"]}, **members)}, "volumes": {"x": {}}}
+            main = {"image": IMAGE, "entrypoint": [f"/x/{value}"], "working_dir": "/x", "volumes": ["x:/x:ro", "y:/y"]}
+            return {"services": {"setup": {"image": IMAGE, "command": [value], "volumes": ["x:/x"]}, "main": dict(main, **members)},
+                    "volumes": {"x": {}, "y": {}}}
+
+        def list_tried():
+            """What each trial is told that the service itself is not."""
+            made = [call for call in self.engine.calls() if call[0] == "create"]
+            self.engine.forget_calls()
+            return [[item for item in call if not item.startswith(("--label", "--env", "--http"))][2:] for call in made
+                    if "-try-" in " ".join(call)]
         known = self.apply(make("1"))
-        self.engine.forget_calls()
+        list_tried()
         self.apply(make("2"))
+        self.assertEqual(list_tried()[1], ["--workdir=/x", "--entrypoint=/x/2", f"--volume={PROJECT}_y:/y", "--entrypoint=/proc/self/exe",
+                                           "--workdir=/", "--network=none", IMAGE])
         known = self.apply(make("1"), known)
-        self.assertNotIn("init", [call[0] for call in self.engine.calls()])
+        self.assertEqual(list_tried(), [])
         self.apply(make("1", user="1"), known)      # of which the other one goes on: its part is there
-        self.assertIn("init", [call[0] for call in self.engine.calls()])
-        known = self.apply(make_document({}))
-        self.apply(make_document({"command": ["x"]}), known)
-        self.engine.forget_calls()
-        self.apply(make_document({}), known)
-        self.assertNotIn("init", [call[0] for call in self.engine.calls()])
+        self.assertEqual(list_tried(), [["--user=1", "--workdir=/x", "--entrypoint=/x/1", f"--volume={PROJECT}_x:/x:ro",
+                                         f"--volume={PROJECT}_y:/y", "--network=none", IMAGE]])
+        self.engine.change(unready=["main"])
+        self.assertFails("INSTALL_FAILED", lambda: self.apply(make("2")), "service main could not be started", "unable to find user ghost")
 
     def test_a_port_that_cannot_be_had_is_found_before_anything_stops(self):
         """K23: not one that what runs will give up, nor one of somebody who will have ended."""
@@ -951,6 +959,20 @@ class Handover(DriverCase):
         chain = [service._replace(name=name, ports=[port], depends_on=dict.fromkeys(needs, condition)) for name, port, needs, condition in zip(
             "abc", ports, ["", "a", "b"], [task, task, ("service_started", True)])]
         margo_agent.check_rivals(chain)             # a has ended before b starts, and so before c
+        for first, second, met in (("0.0.0.0", "127.0.0.1", True), ("::1", "::", True), ("", "::1", True), ("0.0.0.0", "::", False),
+                                   ("127.0.0.1", "::", False), ("0.0.0.0", "::1", False)):
+            ports = [[first, number, "tcp"], [second, number, "tcp"]]
+            services = [service._replace(ports=ports), service._replace(ports=ports[:1]), service._replace(name="b", ports=ports[1:])]
+            for group in (services[:1], services[1:]):      # of one service, and of two
+                with self.subTest(first=first, second=second):
+                    if met:
+                        self.assertFails("INVALID_DEPLOYMENT", lambda: margo_agent.check_rivals(group), "it cannot have")
+                    else:
+                        margo_agent.check_rivals(group)
+        with socket.socket(socket.AF_INET) as taken:
+            taken.bind(("0.0.0.0", 0))
+            taken.listen(1)
+            ask(["::", taken.getsockname()[1], "tcp"])      # each kind of addresses has its own
         network = margo_agent.Attachment("n", [], ["--ip=10.0.0.9"])
         services = [service._replace(name=name, networks=[network]) for name in "ab"]
         self.assertFails("INVALID_DEPLOYMENT", lambda: margo_agent.check_rivals(services), "services.b: it cannot have n ip=10.0.0.9 beside service a")

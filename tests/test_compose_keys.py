@@ -278,6 +278,23 @@ class OnPodman(unittest.TestCase):
         self.assertEqual(self.engine.podman("exec", "refusals-main-1", "cat", "/v/log").split(), ["1", "2"])
         self.apply(services={"main": sleep(init=True)})             # as another test begins
 
+    def test_what_a_task_lays_out_first_need_not_be_there_in_the_trial_of_who_waits_for_it(self):
+        """Both start anew: the program comes with the task, and the user has to be there before anything stops."""
+        def make(value, **keys):
+            lay = f"busybox mkdir -p /x/{value} && busybox cp /bin/busybox /x/{value}/sleep"
+            main = sleep(entrypoint=[f"/x/{value}/sleep"], command=["1000"], volumes=["x:/x:ro"], working_dir=f"/x/{value}",
+                         depends_on={"setup": {"condition": "service_completed_successfully"}})
+            return {"services": {"setup": sleep(command=["sh", "-c", lay], volumes=["x:/x"]), "main": dict(main, **keys)},
+                    "volumes": {"x": {}}}
+        known = self.apply(**make("1"))
+        before = self.look()
+        with self.assertRaisesRegex(margo_agent.ComponentError, "unable to find user ghost"):
+            self.apply(known, **make("2", user="ghost"))
+        self.assertEqual(self.look(), before)
+        self.apply(known, **make("2"))
+        self.assertNotEqual(self.look(), before)
+        self.apply(services={"main": sleep(init=True)})             # as another test begins
+
     # Of this engine alone: docker makes a working_dir.
     REFUSED = [(dict(working_dir="/nowhere"), {}, "/nowhere"), (dict(mem_limit="1k"), {}, "memory limit"), (dict(ulimits={"nofile": 2073741816}), {}, "rlimit"),
                (dict(volumes=["t:/t"]), {"volumes": {"t": {"driver_opts": {"type": "tmpfs", "device": "tmpfs", "o": "size=1m"}}}}, "Project Quota")]
