@@ -10155,15 +10155,15 @@ def run_signature_check(data, url, key, config):
         paths = [os.path.join(home, name) for name in ("key", "signature", "package")]
         for path, content in zip(paths, (key, signature, data)):
             write_file(path, content)
-        gpg = ["gpg", "--batch", "--no-options", "--no-autostart", "--homedir", home]
+        gpg = "gpg --batch --no-options --no-autostart --status-fd 1 --homedir".split() + [home]
         try:
             run_command(gpg + ["--import", paths[0]], 60)
             output = run_command(gpg + ["--trust-model", "always", "--verify"] + paths[1:], 60)
         except (CommandError, ConfigError) as error:
             words = f"{url} is signed, and that cannot be checked: {error.message}"
             raise ComponentError("PULL_FAILED", words) from None
-    if output.code:
-        words = f"the key at keyLocation did not sign this package: {output.stderr[-300:]}"
+    if output.code or b"[GNUPG:] REVKEYSIG" in output.stdout:
+        words = f"the key at keyLocation did not sign this package, or is revoked: {output.stderr[-300:]}"
         raise ComponentError("DIGEST_MISMATCH", f"{url}: {words}")
 
 
@@ -10811,7 +10811,7 @@ def parse_file(data):
         return None
     if "sops" in value:
         raise ValueError("it is encrypted by SOPS; commit what the agent can read")
-    named = value.get("kind") == "ApplicationDeployment"
+    named = value.get("kind") in ("ApplicationDeployment", "ApplicationDeploymentManifest")
     built = isinstance(value.get("spec"), dict) and "deploymentProfile" in value["spec"]
     if built and not named and {"kind", "apiVersion"} & value.keys():
         raise ValueError(f"kind: found {value.get('kind')!r}, expected 'ApplicationDeployment'")

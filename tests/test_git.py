@@ -360,6 +360,13 @@ class Reading(unittest.TestCase):
             with self.assertRaisesRegex(margo_agent.Refused, f"apps/x.yaml: .*{words}", msg=data):
                 margo_agent.parse_files([("apps/x.yaml", data if isinstance(data, bytes) else data.encode())])
 
+    def test_a_deployment_says_so_by_either_kind(self):
+        """Contract, profile git: an ApplicationDeployment in the dialect of any generation."""
+        value = dict(json.loads(support.make_deployment()), apiVersion="application.margo.org/v1alpha1")
+        for kind in ("ApplicationDeployment", "ApplicationDeploymentManifest"):
+            entries = margo_agent.parse_files([("a.yaml", json.dumps(dict(value, kind=kind)).encode())])[0]
+            self.assertEqual([entry.deployment_id for entry in entries], [value["id"]])
+
     def test_what_says_something_else_is_ignored(self):
         for data in (b"# nothing\n", b"---\n", b"{}", b"- 1", b"kind: Kustomization", b"creation_rules: []", b"spec: {deploymentProfiles: []}"):
             self.assertEqual(margo_agent.parse_files([("x.yaml", data)]), ([], {}, ["x.yaml"]))
