@@ -8240,8 +8240,8 @@ read_name = checked("text", lambda value: isinstance(value, str) and value)
 # what fits between quotes in an HTTP header
 read_word = scalar("printable ASCII without \" and \\", r'[ !#-\[\]-~]*')
 # without user or fragment
-read_url = scalar("an absolute https URL", rf"https://{HOST_PATTERN}([/?][^\s#@]*)?")
-read_root_url = scalar("an absolute https URL without query", rf"https://{HOST_PATTERN}(/[^\s#@?]*)?",
+read_url = scalar("an absolute https URL", rf"(?!.*[#@])https://{HOST_PATTERN}([/?][!-~]*)?")
+read_root_url = scalar("an absolute https URL without query", rf"(?!.*[#@?])https://{HOST_PATTERN}(/[!-~]*)?",
                        lambda text: text.rstrip("/"))
 FOLDERS = "a list of absolute paths, such as [/srv/data]"
 FILES = "a list of files below /dev, such as [/dev/ttyUSB0]"

@@ -272,7 +272,8 @@ class Discovery(unittest.TestCase):
         for uri in ("http://mis.factory.example/bundle", "/bundle", "//mis.factory.example/bundle", "bundle",
                     "file:///etc/passwd", "", "https://",
                     "https:///bundle", "ftp://mis.factory.example/", "https://user:word@mis.factory.example/",
-                    "https://mis.factory.example/a b",
+                    "https://mis.factory.example/a b", "https://mis.factory.example/b\u00fcndel", "https://mis.factory.example/\x7f",
+                    "https://mis.factory.example/#b", "https://mis.factory.example/a@b",
                     "https://mis.factory.example/\nHost: x", None, 7, True, ["https://mis.factory.example/"]):
             with self.subTest(uri), self.assertRaises(ValueError) as caught:
                 self.parse({"trustDomain": TRUST_DOMAIN, "trustBundleUri": uri})
