@@ -7103,7 +7103,8 @@ def find_verdict(status):
     return Unreachable if status in (408, 429) or status >= 500 else Refused
 
 
-def check_response(response, where, now, denial="the WFM does not accept this client", accepted=(200,)):
+def check_response(response, where, now, denial="it is not for this device: ask whoever runs that server",
+                   accepted=(200,)):
     """Returns the response if its status is one of `accepted`, else raises what it means (protocol 10).
 
     denial: what that means, in words.  The problem's type decides where it is one of Margo's (C-053), the

@@ -585,6 +585,17 @@ class Trouble(GitCase):
         self.device.cycle()
         self.assertEqual((self.running(), self.report()["status"]["state"]), ([["GREETING=two"]], "installed"))
 
+    def test_a_server_that_has_lost_what_its_branch_names_is_unreachable(self):
+        """P-14: it is asked once more from the beginning, and what runs is left as it is."""
+        self.start()
+        self.publish("two")
+        blob = self.repository.git("rev-parse", "HEAD:apps/hello.yaml").strip()
+        os.remove(os.path.join(self.repository.bare, "objects", blob[:2], blob[2:]))
+        log = self.device.cycle(3)
+        self.assertIn("the copy of the repository is made anew", log)
+        self.assertIn(f"{self.server.url}/fleet.git: git fetch", log)
+        self.assertEqual(self.running(), [["GREETING=one"]])
+
     def test_what_the_disk_has_spoilt_is_made_anew(self):
         """P-14: whatever is broken in the copy, an unchanged poll does not care and the next change is taken, rewrites still refused."""
         self.start()

@@ -1533,6 +1533,8 @@ class Located(RegistryCase):
         signature = gpg("--armor", "--detach-sign", "--local-user", "vendor@example.com", data=PACKAGE)
         self.site.answers.update({"/vendor.asc": (200, {}, keys["vendor"]), "/other.asc": (200, {}, keys["other"]),
                                   "/web.tar.gz.asc": (200, {}, signature)})
+        with mock.patch.dict(os.environ, {"PATH": self.folder}):
+            self.assertRegex(self.refuse_located("PULL_FAILED", key="/vendor.asc"), "is signed, and that cannot be checked: gpg .*not")
         self.assertEqual(self.fetch_located(key="/vendor.asc")[0], digest(PACKAGE))
         self.forget()
         self.assertIn("did not sign this package", self.refuse_located("DIGEST_MISMATCH", key="/other.asc"))

@@ -2,6 +2,7 @@
 import contextlib
 import email.message
 import email.utils
+import errno
 import json
 import os
 import select
@@ -420,6 +421,15 @@ class Network(TransportCase):
             start = time.monotonic()
             self.assertEqual(self.get("http://wfm.test:1", timeout=support.LIMIT).body, b"here")
             self.assertLess(time.monotonic() - start, support.LIMIT / 2)
+
+    def test_an_address_of_a_family_that_the_kernel_lacks_is_passed_over(self):
+        """F-12: as IPv6 is, where it is not built in."""
+        good = Server(self, answer("200 OK", b"here"))
+        places = [(9999, socket.SOCK_STREAM, 6, "", ("::1", 1, 0, 0)), (socket.AF_INET, socket.SOCK_STREAM, 6, "", good.listener.getsockname())]
+        with mock.patch.object(socket, "getaddrinfo", lambda *arguments, **options: places):
+            self.assertEqual(self.get("http://wfm.test:1").body, b"here")
+            places.pop()
+            self.refuse(Unreachable, "http://wfm.test:1", os.strerror(errno.EAFNOSUPPORT))
 
     def test_only_dead_addresses_are_unreachable_within_one_time_out(self):
         """F-12: however many there are, and the words are those of the last."""
@@ -855,7 +865,7 @@ class Verdicts(unittest.TestCase):
         message = self.judge(422, document).message
         errors = "; ".join(f"f{number}: is wrong" for number in range(5))
         self.assertIn(f"(Semantic Error; see errors; {errors})", message)
-        self.assertIn("does not accept this client", self.judge(403, {"title": "Not Authorized"}).message)
+        self.assertIn("Not Authorized); it is not for this device", self.judge(403, {"title": "Not Authorized"}).message)
 
     def test_a_problem_type_is_never_fetched(self):
         """C-055: neither it nor any other address in the document."""
