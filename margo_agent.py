@@ -1822,7 +1822,7 @@ class HttpSource:
             log("info", "an answer is coded, which was not asked for; it is taken as it came", coding=coding,
                 request=f"{method} {path}")
         denial = f"the WFM does not accept this client, {self.client_id}: register it there"
-        return check_response(response, f"{method} {self.url}{path}", accepted, now, denial)
+        return check_response(response, f"{method} {self.url}{path}", now, denial, accepted)
 
     def fetch_manifest(self, etag):
         """The answer to a request for the state manifest; 304 where it still has the ETag."""
@@ -2758,7 +2758,7 @@ def fetch_discovery(config, trust_domain, now):
     answer = fetch_from_mis(settings.discovery, config)
     if answer.status == 404 and "://" in (settings.trust_bundle or ""):
         return known
-    check_response(answer, where, (200,), now)
+    check_response(answer, where, now)
     public = not (settings.ca or settings.pins)
     try:
         return parse_discovery(answer.body, settings.discovery, trust_domain, public)
@@ -2779,10 +2779,12 @@ def load_trust_bundle(config, store):
     remote = is_remote(config.identity)
     path = store.path("trust-bundle.json") if remote else config.identity.trust_bundle
     data = read_file(path, MAX_CERTIFICATES)
+    if data is None and remote:
+        return None
     try:
-        if data is None and not remote:
+        if data is None:
             raise ValueError("there is no such file; whoever runs the WFM has it")
-        return None if data is None else parse_trust_bundle(data)
+        return parse_trust_bundle(data)
     except ValueError as error:
         if not remote:
             raise Untrusted(f"identity.trust_bundle {path}: {error}") from None
@@ -2796,6 +2798,8 @@ def is_bundle_due(config, state, hint, asked, now):
     hint: seconds after which the bundle at hand asks for it.  asked: when it was done last (Unix seconds).
     """
     trust = state["trust"]
+    if now < trust.get("quiet", 0) <= now + MAX_WAIT:               # it asked for that (C-056)
+        return False
     wanted = [name for name, item in COMPANIONS.items() if item.wanted(config)]
     if not trust.keys() >= {"source", *wanted}:
         return True
@@ -2822,6 +2826,8 @@ def obtain_trust_bundle(config, store, state, trust_domain, now, keep=True, anew
     except (ValueError, MargoError) as error:
         if not held:
             raise error if isinstance(error, Unreachable) else Untrusted(f"no usable trust bundle: {error}")
+        if getattr(error, "retry_after", None):
+            state["trust"]["quiet"] = now + error.retry_after
         log("warning", "the trust bundle cannot be refreshed; the one at hand stays in use",
             reason=str(error))
         return held
@@ -2840,7 +2846,7 @@ def fetch_trust_bundle(config, store, state, held, trust_domain, now, keep):
                 log("warning", f"discovery names no {companion.title} any more; what is at hand counts on")
             trust[name] = parts.get(name)
     answer = fetch_from_mis(url, config)
-    check_response(answer, f"trust bundle {url}", (200,), now)
+    check_response(answer, f"trust bundle {url}", now)
     store.load_memo()["trust"] = now
     bundle = parse_trust_bundle(answer.body)
     check_sequence(bundle, trust, trust_domain)
@@ -2917,13 +2923,12 @@ def ask_chain(url, context, timeout):
     return found
 
 
-def fetch_from_mis(url, config, headers=None, limit=MAX_CERTIFICATES):
+def fetch_from_mis(url, config, headers={"Accept": JSON_TYPE}, limit=MAX_CERTIFICATES):
     """GET from the Margo Identity Service, of JSON unless headers say otherwise (C-045).
 
     Only revocation lists, which are signed, may come without TLS.
     """
     context, check_peer = obtain_mis_context(config, url) if url.startswith("https:") else (None, None)
-    headers = headers or {"Accept": JSON_TYPE}
     return request("GET", url, headers, None, context, config.wfm.timeout, limit, check_peer)
 
 
@@ -6923,26 +6928,23 @@ def make_opener(context, check_peer, proxy):
 
         def connect(self):
             self._create_connection = open_connection
+            place = None
             try:
                 super().connect()
                 place = self.sock.getpeername()
-                try:
-                    self.greet()
-                except (socket.timeout, TimeoutError):
-                    MUTE.add(place)                 # so this is another one
-                    super().connect()
-                    self.greet()
-            except (OSError, MargoError):
+                # an end that TLS does not tell of is none: the answer was cut
+                if context:
+                    host = self._tunnel_host or self.host
+                    self.sock = context.wrap_socket(self.sock, server_hostname=host,
+                                                    suppress_ragged_eofs=False)
+                if check_peer:
+                    check_peer(get_chain(self.sock, context))
+            except (OSError, MargoError) as error:
+                if place and isinstance(error, (socket.timeout, TimeoutError)):
+                    MUTE.add(place)
+                    return self.connect()           # to another one
                 self.close()
                 raise
-
-        def greet(self):
-            # an end that TLS does not tell of is none: the answer was cut
-            if context:
-                host = self._tunnel_host or self.host
-                self.sock = context.wrap_socket(self.sock, server_hostname=host, suppress_ragged_eofs=False)
-            if check_peer:
-                check_peer(get_chain(self.sock, context))
 
     scheme = "https" if context else "http"
     handler = urllib.request.AbstractHTTPHandler()
@@ -7018,15 +7020,14 @@ TLS_FAULTS = (
     ("", "{}"))
 
 
-def make_network_error(where, error, timeout=0.0, context=None, proxy=""):
+def make_network_error(where, error, timeout, context, proxy):
     """What went wrong on the wire, in words: Untrusted (a verdict of TLS) or Unreachable (everything else).
 
-    error: what Python raised.  proxy: through which one the peer was asked, if any.
+    error: what Python raised.  proxy: through which one the peer was asked, or "".
     """
     import socket
     import ssl
     text = make_printable(getattr(error, "strerror", None) or str(error) or type(error).__name__)
-    late = "timed out" in text
     way = f"through the proxy {proxy} ($https_proxy): " if proxy else ""
     if isinstance(error, ssl.SSLCertVerificationError):
         words = error.verify_message
@@ -7037,15 +7038,16 @@ def make_network_error(where, error, timeout=0.0, context=None, proxy=""):
                      " somebody else answer there, such as a proxy? `doctor` shows who")
         return Untrusted(f"{where}: {way}the peer's certificate is refused: {words}", stranger=True)
     # for which Python 3.7 with OpenSSL 3 has no class of its own
-    if isinstance(error, (ssl.SSLEOFError, ssl.SSLZeroReturnError)) or "unexpected eof" in str(error):
-        return Unreachable(f"{where}: {way}the peer closed the connection (unexpected eof)")
-    if isinstance(error, ssl.SSLError) and not late:
+    torn = re.search("unexpected eof|bad record mac", str(error))
+    if isinstance(error, (ssl.SSLEOFError, ssl.SSLZeroReturnError)) or torn:
+        return Unreachable(f"{where}: {way}the connection was cut (unexpected eof), or damaged on its way")
+    if "timed out" in text:
+        return Unreachable(f"{where}: {way}timed out: no answer within {timeout:g} s (wfm.timeout);"
+                           " is the address right, or a firewall between?")
+    if isinstance(error, ssl.SSLError):
         reason = error.reason or text
         words = next(words for pattern, words in TLS_FAULTS if re.search(pattern, reason))
         return Untrusted(f"{where}: {way}TLS failed: {words.format(reason.lower().replace('_', ' '))}")
-    if late:
-        return Unreachable(f"{where}: {way}timed out: no answer within {timeout:g} s (wfm.timeout);"
-                           " is the address right, or a firewall between?")
     if text.startswith("Tunnel connection failed"):     # so http.client tells of what a proxy answers
         return Unreachable(f"{where}: {way}{text}; a login for it belongs into $https_proxy")
     hint = {socket.gaierror: "; there is no such name (DNS), or no network",
@@ -7054,9 +7056,9 @@ def make_network_error(where, error, timeout=0.0, context=None, proxy=""):
     return Unreachable(f"{where}: {way}{text}{hint}{hint and '; ' + check}")
 
 
-def make_authorization(secret, user=b""):
-    """The value of an Authorization header for a secret (bytes): Basic with a user, else Bearer."""
-    return "Basic " + make_base64(user + b":" + secret) if user else "Bearer " + secret.decode()
+def make_authorization(secret, user=None):
+    """The value of an Authorization header for a secret (bytes): Basic with a user's name, else Bearer."""
+    return "Bearer " + secret.decode() if user is None else "Basic " + make_base64(user + b":" + secret)
 
 
 def load_secret(key, path, fault):
@@ -7106,7 +7108,8 @@ def find_verdict(status):
     return Unreachable if status in (408, 429) or status >= 500 else Refused
 
 
-def check_response(response, where, accepted, now, denial="the WFM does not accept this client"):
+def check_response(response, where, now, denial="it is not for this device: ask whoever runs that server",
+                   accepted=(200,)):
     """Returns the response if its status is one of `accepted`, else raises what it means (protocol 10).
 
     denial: what that means, in words.  The problem's type decides where it is one of Margo's (C-053), the
@@ -7355,8 +7358,8 @@ def make_state():
                 acknowledged, oldest first
     dropped     {id in lower case: {state, at, reason}}: the last statuses that the WFM refused for good
     reported    {id in lower case: digest of the last acknowledged status}
-    trust       {source, etag, sequence, refreshedAt, trustDomain}: of trust-bundle.json; {est, crls}: what
-                discovery named;
+    trust       {source, sequence, refreshedAt, trustDomain}: of trust-bundle.json; {est, crls}: what
+                discovery named; {quiet}: until when the identity service wants not to be asked;
                 {strays}: digest of an own leaf that does not lead to it any more
     identity    digests of the own leaf that was last found to lead to a trust bundle, and of that
     est         what is under way, and the back-off: see Enrollment
@@ -7402,7 +7405,7 @@ STATE = {
     "outbox": {"*": {"deploymentId": r"[\w-]{1,99}", "deviceId": str, "adoptedManifestVersion": VERSION,
                      "status": {"state": str, "error?": FAULT}, "components": [PART]}},
     "dropped": {"*": {"state": str, "at": str, "reason": str}}, "reported": {"*": (None, str)},
-    "trust": {"source?": str, "etag?": str, "sequence?": float, "refreshedAt?": float, "trustDomain?": str,
+    "trust": {"source?": str, "quiet+": float, "sequence?": float, "refreshedAt?": float, "trustDomain?": str,
               "strays+": str, "est?": str, "crls?": [str]},
     "identity": (None, str), "est": {}, "crls": {}, "drafts": [str], "patience": WAIT, "waits": {"*": WAIT},
     "waiting": (None, str), "owners": [str], "pulled": [str],
@@ -8243,8 +8246,8 @@ read_name = checked("text", lambda value: isinstance(value, str) and value)
 # what fits between quotes in an HTTP header
 read_word = scalar("printable ASCII without \" and \\", r'[ !#-\[\]-~]*')
 # without user or fragment
-read_url = scalar("an absolute https URL", rf"https://{HOST_PATTERN}([/?][^\s#@]*)?")
-read_root_url = scalar("an absolute https URL without query", rf"https://{HOST_PATTERN}(/[^\s#@?]*)?",
+read_url = scalar("an absolute https URL", rf"(?!.*[#@])https://{HOST_PATTERN}([/?][!-~]*)?")
+read_root_url = scalar("an absolute https URL without query", rf"(?!.*[#@?])https://{HOST_PATTERN}(/[!-~]*)?",
                        lambda text: text.rstrip("/"))
 FOLDERS = "a list of absolute paths, such as [/srv/data]"
 FILES = "a list of files below /dev, such as [/dev/ttyUSB0]"
@@ -9766,7 +9769,7 @@ def parse_ca(text):
     """Certificates in base64 or base64url of DER or of PEM, or plain PEM, to DER bytes; raises ValueError."""
     data = text.encode("ascii")
     if b"-----BEGIN" not in data:
-        plain = b"".join(data.split()).decode().replace("-", "+").replace("_", "/")
+        plain = data.translate(bytes.maketrans(b"-_", b"+/"), b" \t\r\n").decode()
         data = parse_base64(plain + "=" * (-len(plain) % 4))
     anchors = parse_pem(data) or [data]
     for anchor in anchors:
@@ -9786,7 +9789,7 @@ def fetch_ca(config, path):
     context = make_tls_context(min_tls=config.wfm.min_tls)
     response = request("GET", where, {"Accept": JSON_TYPE}, None, context, config.wfm.timeout,
                        MAX_CERTIFICATES)
-    check_response(response, where, (200,), time.time())
+    check_response(response, where, time.time())
     try:
         value = parse_json(response.body, "the answer")
         check_shape(value, {"certificate": "(?s).*"}, "")
@@ -10158,15 +10161,15 @@ def run_signature_check(data, url, key, config):
         paths = [os.path.join(home, name) for name in ("key", "signature", "package")]
         for path, content in zip(paths, (key, signature, data)):
             write_file(path, content)
-        gpg = ["gpg", "--batch", "--no-options", "--no-autostart", "--homedir", home]
+        gpg = "gpg --batch --no-options --no-autostart --status-fd 1 --homedir".split() + [home]
         try:
             run_command(gpg + ["--import", paths[0]], 60)
             output = run_command(gpg + ["--trust-model", "always", "--verify"] + paths[1:], 60)
         except (CommandError, ConfigError) as error:
             words = f"{url} is signed, and that cannot be checked: {error.message}"
             raise ComponentError("PULL_FAILED", words) from None
-    if output.code:
-        words = f"the key at keyLocation did not sign this package: {output.stderr[-300:]}"
+    if output.code or b"[GNUPG:] REVKEYSIG" in output.stdout:
+        words = f"the key at keyLocation did not sign this package, or is revoked: {output.stderr[-300:]}"
         raise ComponentError("DIGEST_MISMATCH", f"{url}: {words}")
 
 
@@ -10332,7 +10335,7 @@ class GitSource:
                 where = f"{self.url}/info/refs?service={service}"
                 answer = request("GET", where, headers, None, self.context, wfm.timeout, MAX_ANSWER)
                 denial = "set git.token_file, or mend the token in git.token_file"
-                check_response(answer, self.url, (200,), time.time(), denial)
+                check_response(answer, self.url, time.time(), denial)
             except MargoError as fault:
                 fault.message += "; set identity.ca" if fault.stranger else ""
                 return fault
@@ -10451,7 +10454,7 @@ class GitSource:
             env = dict(self.env, GNUPGHOME=home)
             write_file(os.path.join(home, "gpg.conf"), b"batch\nno-autostart\ntrust-model always\n")
             data = read_file(signers, MAX_CERTIFICATES) or b""
-            if data[:1] > b"\x7f" or data.startswith(b"-----BEGIN PGP"):
+            if data[:1] > b"\x7f" or b"-----BEGIN PGP" in data:
                 run_command(["gpg", "--homedir", home, "--import", signers], 60, env)
             verdict = self.git("log -1 --format=%G?", head, "--", env=env).stdout.decode().strip()
         if verdict != "G":
@@ -10700,7 +10703,7 @@ def load_git_header(git):
     token = load_secret("git.token_file", git.token_file, Untrusted).strip()
     if not re.fullmatch(rb"[!-~]+", token):
         raise Untrusted(f"git.token_file {git.token_file}: is not one line of printable characters")
-    return make_authorization(token, (git.username or "").encode())
+    return make_authorization(token, git.username.encode() if git.username else None)
 
 
 def make_ref_path(device_id):
@@ -10738,13 +10741,13 @@ def find_blobs(listing, max_document):
     for name, is_file, blob, size in parse_listing(listing):
         if not name.lower().endswith((".yaml", ".yml")):
             continue
-        if is_file and size > max_document:
+        if not is_file:
+            ignored.append(name)
+        elif size > max_document:
             raise Refused(f"{make_printable(name, 200)}: {size} bytes are more than policy.max_document"
                           f" ({max_document})")
-        if is_file:
-            blobs.append((name, blob, size))
         else:
-            ignored.append(name)
+            blobs.append((name, blob, size))
         if len(blobs) + len(ignored) > MAX_DEPLOYMENTS:
             raise Refused(f"there are more than {MAX_DEPLOYMENTS} YAML files; set git.path")
     return blobs, ignored
@@ -10814,7 +10817,7 @@ def parse_file(data):
         return None
     if "sops" in value:
         raise ValueError("it is encrypted by SOPS; commit what the agent can read")
-    named = value.get("kind") == "ApplicationDeployment"
+    named = value.get("kind") in ("ApplicationDeployment", "ApplicationDeploymentManifest")
     built = isinstance(value.get("spec"), dict) and "deploymentProfile" in value["spec"]
     if built and not named and {"kind", "apiVersion"} & value.keys():
         raise ValueError(f"kind: found {value.get('kind')!r}, expected 'ApplicationDeployment'")
@@ -11245,7 +11248,7 @@ def judge_est_response(response, operation, now):
                       retry_after=parse_retry_after(response.headers.get("Retry-After"), now))
     try:
         denial = "ask for a fresh token, and put it into identity.est.token_file"
-        return check_response(response, operation, (200,), now, denial).body
+        return check_response(response, operation, now, denial).body
     except (Refused, Untrusted) as error:
         refusal = "" if operation.endswith("cacerts") else "enrollment authorization refused: "
         raise Untrusted(refusal + error.message, retry_after=error.retry_after) from None
@@ -11480,7 +11483,7 @@ def fetch_crl(config, store, state, url, source, now):
     response = fetch_from_mis(url, config, headers, config.policy.max_document)
     if response.status == 304 and held:
         return
-    check_response(response, url, (200,), now)
+    check_response(response, url, now)
     der, crl = parse_crl(response.body)
     if crl.this_update > now + CLOCK_SKEW:
         raise ValueError(f"it begins at {make_time(crl.this_update)}; is the clock of this device right?")
@@ -11565,9 +11568,8 @@ def load_judge(config, store, state, source, keep):
         ends = [crl.next_update for crl in find_lists(leaf, crls)]
         if mode == "off" or ends and now <= max(ends):
             return
-        fault = find_list_fault(state, now) or "the trust domain names no revocation list by its issuer"
-        if ends:
-            fault = f"the revocation list ended at {make_time(max(ends))}"
+        fault = (f"the revocation list ended at {make_time(max(ends))}" if ends else
+                 find_list_fault(state, now) or "the trust domain names no revocation list by its issuer")
         if mode == "require":
             raise Untrusted("the WFM's revocation status is not known, and identity.revocation is require:"
                             f" {fault}")
@@ -12395,8 +12397,8 @@ def ask_peer(url, timeout):
     context.verify_mode = ssl.CERT_NONE
     try:
         leaf = parse_certificate(fetch_chain(url, context, timeout)[0])
-    except MargoError as error:
-        return f"nobody ({error.message})"
+    except (MargoError, ValueError) as error:
+        return f"nobody ({error})"
     return f"{make_name(leaf.subject)}, certified by {make_name(leaf.issuer)}"
 
 
@@ -13174,6 +13176,7 @@ def command_retry(config, options):
         if not names:
             state.update(patience={}, waits={})
             state["est"].update(delay=0)
+            state["trust"].pop("quiet", None)
         agent.store.save_state(state)
         if "--json" in options:
             return print_json({"retried": [record["deploymentId"] for record in failed]})
