@@ -3927,9 +3927,10 @@ class ComposeDriver:
         result = []
         for service in services:
             output = self.run(["image", "inspect", service.image], "PULL_FAILED")
-            made_for, check, paths = parse_answer(output.stdout, self.engine,
-                                                  lambda items: parse_image(items[0]))
-            result.append(service._replace(declared=paths))
+            made_for, check, paths, words = parse_answer(output.stdout, self.engine,
+                                                         lambda items: parse_image(items[0]))
+            bare = "--entrypoint=" in service.arguments and not service.command
+            result.append(service._replace(declared=paths, command=words if bare else service.command))
             named = [argument.partition("=")[0] for argument in service.arguments]
             if "--platform" not in named and own and made_for not in (own, RUNS_TOO.get(own)):
                 raise ComponentError(
@@ -4675,10 +4676,10 @@ def parse_seen(item):
 
 
 def parse_image(item):
-    """An element of what `image inspect` prints to (architecture, its Check or None, paths of volumes)."""
+    """An element of what `image inspect` prints to (architecture, Check or None, paths of volumes, command)."""
     config = item.get("Config") or {}
     check = parse_check(item.get("Healthcheck") or config.get("Healthcheck") or {})
-    return item["Architecture"], check, list(config.get("Volumes") or ())
+    return item["Architecture"], check, list(config.get("Volumes") or ()), config.get("Cmd") or ()
 
 
 def parse_check(item):

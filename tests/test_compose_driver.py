@@ -482,6 +482,13 @@ class Preparation(DriverCase):
         for changes in ({"image": "localhost/arm:1", "platform": "linux/arm64"}, {"image": "localhost/old:1"}, {}):
             self.prepare(make_document(changes))
 
+    def test_an_entrypoint_that_is_emptied_leaves_the_command_of_the_image(self):
+        """As in Docker Compose; an engine itself would say that there is no command."""
+        self.engine.change(commands={IMAGE: ["serve", "-x"]})
+        for keys, expected in (({"entrypoint": []}, ["serve", "-x"]), ({"entrypoint": ""}, ["serve", "-x"]),
+                               ({"entrypoint": [], "command": ["go"]}, ["go"]), ({"entrypoint": ["go"]}, []), ({}, [])):
+            self.assertEqual(self.prepare(make_document(keys))[1].services[0].command, expected)
+
     def test_a_health_check_that_is_awaited_has_to_be_there(self):
         """K5: found out before anything stops, as is what turns it off."""
         def make(check=None):
