@@ -182,7 +182,15 @@ FAULTS = (MargoError, MemoryError, OSError)                 # what to_fault has 
 MENDS = {"ENOSPC": "free space", "EDQUOT": "free space", "EIO": "look after the disk",
          "EEXIST": "something else lies in its place, move it away",
          "ENOTDIR": "something else lies in its place, move it away",
+         "EISDIR": "something else lies in its place, move it away",
+         "EROFS": "mount that disk writable",
          "EMFILE": "let this service have more open files"}
+
+
+def make_mend(error):
+    """What to do about an OSError."""
+    import errno
+    return MENDS.get(errno.errorcode.get(error.errno), "let this user read and write it")
 
 
 def to_fault(error):
@@ -194,9 +202,8 @@ def to_fault(error):
         return NoMemory("not enough memory for this step; end other programs on the device, or have it do"
                         " less (see README, Small devices)")
     if isinstance(error, OSError):
-        import errno
-        mend = MENDS.get(errno.errorcode.get(error.errno), "let this user read and write it")
-        return StorageError(f"{error.filename or 'a step'} failed ({error.strerror or error}); {mend}")
+        words = f"{error.filename or 'a step'} failed ({error.strerror or error})"
+        return StorageError(f"{words}; {make_mend(error)}")
     return error
 
 
@@ -214,7 +221,7 @@ class ComponentError(MargoError):
 
 
 # What fails one deployment and not the cycle.
-TROUBLE = (ComponentError, CommandError, ConfigError, MemoryError)
+TROUBLE = (ComponentError, CommandError, ConfigError, StorageError, MemoryError, OSError)
 
 
 class Forbidden(ComponentError):
@@ -302,8 +309,8 @@ Claim = define("Claim", "owner owners deployments ids images",
     "By what a workload is ours: the owner that this agent is, all that it was, and what its state tells of:"
     " keys of deployments and ids of containers, see is_ours; and the state's `pulled`.", ())
 Action = define("Action", "deployment_id verb reason target device_id culprit",
-    "One step of a plan: a word of EXECUTE and why; the Target, where it is wanted; the device it is done on;"
-    " culprit: (component, service) that is repaired in vain.", None, "", None)
+    "One step of a plan: a word of EXECUTE, or `keep`, and why; the Target, where it is wanted; the device it"
+    " is done on; culprit: (component, service) that is repaired in vain.", None, "", None)
 Clock = define("Clock", "now boot uptime",
     "A moment: Unix seconds by the wall clock; by the clock that nobody sets, the id of this boot and the"
     " seconds since.")
@@ -367,7 +374,7 @@ class Agent:
         empty_folder(self.store.path("tmp"))
         try:
             self.hold(self.store.load_state())
-        except MargoError:
+        except BaseException:                       # whoever embeds this may try again
             self.store.unlock()
             raise
         self.began = time.time()
@@ -525,9 +532,14 @@ class Agent:
             placed = place_targets(targets, records, self.devices, self.seen, offers)
             actions = make_plan(placed, records, self.devices, self.seen, get_clock(), runtime.settle, mark,
                                 self.is_downtime())
+            frees = any(action.verb in ("update", "remove") for action in actions)
+            stuck = [key for key, record in records.items() if frees and record["retry"].get("delay")
+                     and record["state"] == "failed" and record["error"]["code"] == "PORT_IN_USE"]
+            for key in stuck:                       # the port may be given up: it does not wait any longer
+                records[key] = dict(records[key], retry={})
             unread = {action.key for action in actions
                       if action.verb in CHANGES and not action.target.deployment}
-            if not unread:
+            if not unread and not stuck:
                 return actions
             targets = [read_target(target, load_document, self.config) if target.key in unread else target
                        for target in targets]
@@ -576,7 +588,10 @@ class Agent:
         if not self.config.runtime.prune:
             return
         needed = find_needed(self.state)
-        self.store.prune_artifacts(needed)
+        try:
+            self.store.prune_artifacts(needed)
+        except (StorageError, OSError) as error:    # that is no reason to leave workloads alone
+            self.note_fault(to_fault(error))
         for entry in self.state["pulled"]:
             device_id, _, name = entry.rpartition(" ")
             sight = self.seen.get(device_id or self.device_id, NOTHING)
@@ -1011,7 +1026,7 @@ class Step:
                 tell_listeners("before", change, self)
                 agreed.append(change)
             self.name = None
-            if components and not rollback:
+            if not rollback:
                 yield from self.take_turn(prepared)
             for component, driver, workload, package in prepared:
                 self.name = component.name
@@ -1045,18 +1060,19 @@ class Step:
     def take_turn(self, prepared):
         """Waits until it is this step's turn to change what runs, see find_turn.
 
-        Where others wait for its ports, it stops what holds them first.  What moves here is removed where it
-        was.
+        Where others wait for its ports, it stops what holds them first.  What moves here is stopped where it
+        was: it never runs in two places.
         """
         verb = "stop"
         takes = {(self.action.device_id, *port)
                  for _, driver, workload, _ in prepared for port in driver.list_ports(workload)}
         while verb == "stop":
-            verb, words = yield takes
+            verb, words = (yield takes) or ("go", "")
             if verb == "fail":
                 raise ComponentError("PORT_IN_USE", words)
-            while self.before:
-                self.before.pop().clear()
+            for other in () if self.touched else self.before:
+                other.stand_aside([item for _, driver, _, _ in prepared for item in driver.beside])
+                self.touched = True
             ids = [facts["id"] for facts in list_facts(self.record) if facts.get("ports")]
             if verb == "stop" and ids:
                 self.touched = True
@@ -1065,16 +1081,46 @@ class Step:
                 self.look()
 
     def clear(self):
-        """Removes what the deployment has where it is not at home: no deployment fails by that.
+        """Removes what the deployment has where it is not at home, as `run` does.
 
-        Raises Forbidden.
+        No deployment fails by that; it raises Forbidden.
         """
         try:
-            list(self.run(make_nothing(self.record), (), {}, {}))
+            yield from self.run(make_nothing(self.record), (), {}, {})
         except Forbidden:
             raise
-        except (CommandError, ComponentError) as error:
-            self.troubles.append(error.message)
+        except TROUBLE as error:
+            self.troubles.append(to_fault(error).message)
+
+    def stand_aside(self, beside):
+        """Stops what moves away from here; what is left of its course removes it.  Raises Forbidden.
+
+        beside: ids of what the engine where it goes shows of other devices: one engine has to be cleared
+        first.
+        """
+        self.course = self.clear()
+        next(self.course, None)                     # every listener agrees
+        try:
+            for kind, driver in self.sight.drivers.items():
+                there = find_containers(self.record["deploymentId"], self.sight.containers, kind=kind)
+                driver.stop(list_active(there), time.monotonic() + COMPONENT_TIMEOUT)
+                if any(container.id in beside for container in there):
+                    list(self.course)
+        except TROUBLE as error:
+            self.troubles.append(to_fault(error).message)
+
+    def stay(self):
+        """Lets what has stood aside run again, and tells listeners; what came of it, in words."""
+        try:
+            self.course.throw(Forbidden("INSTALL_FAILED", "it stays: it does not run where it was to move"))
+        except Forbidden:
+            return self.bring_back()
+
+    def bring_back(self):
+        """Lets run again what ran before, as it was; what came of it, in words."""
+        there = self.find_containers()
+        driver = self.get_driver(there[0].type)
+        return driver.bring_back(there, time.monotonic() + COMPONENT_TIMEOUT)
 
     def fail(self, error, refused=False):
         """The record after a ComponentError: of the component that is worked on, or else of all."""
@@ -1085,7 +1131,6 @@ class Step:
     def undo(self, deployment=None):
         """Brings the version before back, or takes away what was begun; what came of it, in words."""
         before = self.record["running"]
-        there = self.find_containers()
         try:
             if before:
                 self.services = {}
@@ -1095,12 +1140,12 @@ class Step:
                     deployment=self.record["deploymentId"], digest=before["digest"])
                 self.record = dict(self.record, running=dict(before, services=self.services))
                 return "the version before runs again"
-            if there and self.record.get("found"):              # what ran before, of a lost state
-                driver = self.get_driver(there[0].type)
-                return driver.bring_back(there, time.monotonic() + COMPONENT_TIMEOUT)
+            if self.find_containers() and self.record["found"]: # what ran before, of a lost state
+                return self.bring_back()
             list(self.run(deployment, (), {}, {}, rollback=True))
             self.record = set_component(self.record, None, "pending", services={})
-            return "it is taken back until the next attempt"
+            words = [other.stay() for other in self.before]
+            return "; ".join(filter(None, words)) or "it is taken back until the next attempt"
         except TROUBLE as error:
             words = f"going back failed too: {to_fault(error).message}"
             log("error", words, deployment=self.record["deploymentId"])
@@ -1126,6 +1171,8 @@ def apply_install(step):
     yield step.record
     try:
         yield from step.run(deployment, deployment.components, packages, services)
+        for other in step.before:
+            list(other.course)
         yield finish_record(step.record, make_mark(step.config.runtime.environment))
     except TROUBLE as error:
         fault = to_fault(error)
@@ -1179,11 +1226,6 @@ def apply_refusal(step):
         yield step.fail(target.error, refused=True)
 
 
-def apply_nothing(step):
-    """Does nothing."""
-    yield from ()
-
-
 def apply_removal(step):
     """Removes all of a deployment, last component first.
 
@@ -1200,17 +1242,18 @@ def apply_removal(step):
     try:
         try:                                        # listeners are told of it
             deployment = step.load_deployment((record["running"] or record["adopted"])["digest"])
-        except (ComponentError, StorageError):
+        except ComponentError:
             deployment = make_nothing(record)
         yield from step.run(deployment, (), {}, {})
-    except MargoError as error:
+        remove_folder(step.store.path("deployments", step.action.key))
+    except TROUBLE as error:
+        fault = to_fault(error)
         log("error", "removal failed", deployment=record["deploymentId"], component=step.name,
-            reason=error.message)
-        code = error.code if isinstance(error, ComponentError) else "REMOVE_FAILED"
-        failed = step.fail(ComponentError(code, error.message))
+            reason=fault.message)
+        code = fault.code if isinstance(fault, ComponentError) else "REMOVE_FAILED"
+        failed = step.fail(ComponentError(code, fault.message))
         yield dict(failed, retry=dict(failed["retry"], leaving=True))
         return
-    remove_folder(step.store.path("deployments", step.action.key))
     yield dict(set_component(step.record, None, "removed"), running=None, previous=None)
 
 
@@ -1218,17 +1261,17 @@ def apply_clearing(step):
     """Clears a device of what belongs elsewhere; where that cannot be done, no deployment fails."""
     yield None
     try:
-        step.clear()
+        yield from step.clear()
     except Forbidden as error:
         step.troubles.append(error.message)
 
 
-# Each verb of a plan: a generator of a Step that carries it out.  It yields None or the record at each
-# change.  Once all that can fail or say no has been done, and nothing is touched, it may yield the ports of
-# the host that it will take (see find_held_ports), and is answered by the verb and the words of find_turn.
+# Each verb of a plan but `keep`: a generator of a Step that carries it out.  It yields None or the record at
+# each change.  Once all that can fail or say no has been done, and nothing is touched, it may yield the ports
+# of the host that it will take (see find_held_ports), and is answered by the verb and the words of find_turn.
 EXECUTE = {"install": apply_install, "update": apply_install, "restore": apply_restore,
            "give_up": apply_give_up, "remove": apply_removal, "clear": apply_clearing,
-           "refuse": apply_refusal, "keep": apply_nothing}
+           "refuse": apply_refusal}
 
 
 def make_nothing(record):
@@ -1413,7 +1456,7 @@ def acknowledge_status(state, key, refused="", at=""):
 # 7. Devices
 # ----------------------------------------------------------------------------------------------------------
 
-def find_own_place(deployment, held, own_id, children, reasons, others):
+def find_own_place(deployment, held, own_id, *_):
     """The id of the one device there is; arguments as find_place takes them.
 
     Raises ComponentError WRONG_DEVICE for what is meant for another one (protocol 9).
@@ -1509,7 +1552,7 @@ def make_drivers(config, child=None, others=()):
     """{deployment type: driver} of what a device can run; arguments as make_compose_driver takes them.
 
     A driver has observe, check, ask_strangers, tail_log, tend, prepare, list_ports, apply, remove,
-    remove_image and, where it holds ports of the host, stop; no other section knows what it drives.
+    remove_image, stop, bring_back and `beside`, see take_turn; no other section knows what it drives.
     """
     drivers = {kind: make(config, child, others) for kind, make in DRIVERS.items()}
     return {kind: driver for kind, driver in drivers.items() if driver}
@@ -2445,7 +2488,7 @@ def load_own(config, make, now=None):
         if data[:1] == b"\x30":
             raise ValueError("it is binary (DER or PKCS#12), and PEM is needed: openssl x509 -inform DER, or"
                              f" openssl pkcs12 -nokeys, with -in {path} -out client.pem")
-        chain = parse_pem(data.decode("ascii", "replace"))
+        chain = parse_pem(data)
         if not chain:
             other = re.search(rb"-----BEGIN ([A-Z ]+)-----", data)
             found = f"a {other.group(1).decode().lower()} and " if other else ""
@@ -2631,11 +2674,9 @@ def judge_own_chain(config, own, bundle, state):
 
 def parse_trust_bundle(data):
     """A SPIFFE bundle (JWK Set) or PEM certificates to a TrustBundle; raises ValueError (C-034 to C-037)."""
-    anchors = []
+    anchors = parse_pem(data)
     value = {"keys": []}
-    if b"-----BEGIN CERTIFICATE-----" in data:
-        anchors = parse_pem(data.decode("ascii"))
-    else:
+    if not anchors:
         value = parse_json(data, "the trust bundle")
         check_shape(value, {"keys": list}, "the trust bundle")          # a JWK Set
     for index, key in enumerate(value["keys"]):
@@ -2867,7 +2908,7 @@ def ask_chain(url, context, timeout):
         host, port = find_origin(url)
         # it fails where it is asked for a certificate of its own, after it has shown them
         command = ["openssl", "s_client", "-showcerts", "-connect", f"[{host}]:{port}"]
-        found += parse_pem(run_command(command, timeout).stdout.decode("ascii", "replace"))
+        found += parse_pem(run_command(command, timeout).stdout)
     return found
 
 
@@ -3161,7 +3202,7 @@ def is_placeholder(text):
     plain = re.sub(r"[\W_]", "", text)
     repeats = len(set(plain)) == 1 and len(text) > 2
     counts = len(plain) > 4 and any(row.startswith(plain) for row in COUNTING)
-    named = re.match(r"to be filled|(type ?[0-9]+ \W*)?(system|chassis|base ?board|board|product)\W", text)
+    named = re.match(r"to\Wbe\Wfilled|(type ?[0-9]+ \W*)?(system|chassis|base ?board|board|product)\W", text)
     return plain in PLACEHOLDERS or not plain.strip("0") or repeats or counts or bool(named)
 
 
@@ -3337,7 +3378,7 @@ MAX_LOG = 256 * KIB                 # bytes of them
 RUNS_TOO = {"amd64": "386", "arm64": "arm"}         # what a processor usually runs beside its own
 # What versions of an engine lack.
 LACKS = (("podman", "4.7", "`host-gateway` is the gateway of the first network"),
-         ("podman", "4.8", "a volume's `driver_opts` have no `size`; `tmpfs` of a service has"),
+         ("podman", "4.8", "`driver_opts` of a volume take no `size`; `tmpfs` of a service takes one"),
          ("docker", "20.10", "`host-gateway` fails"))
 # With these an engine looks a program up, and the kernel does not start it: its environment is too long.
 UNSTARTABLE = ["--ulimit=stack=262144", *(f"--env=MARGO_TRIAL_{name}=" + "x" * 66000 for name in "AB")]
@@ -3755,12 +3796,13 @@ class ComposeDriver:
         options = ["--all", "--no-trunc", f"--filter=label={LABEL_DEPLOYMENT}", f"--format={form}"]
         output = self.run(["ps"] + options, timeout=20 if self.remote else 60)
         if output.code:
-            words = f"{self.engine} ps: {output.stderr[-500:]}"
+            words = f"{self.engine} ps: {find_cause(output.stderr)}"
             raise CommandError(f"the container engine does not answer ({words}); put it right, or see"
                                " runtime.engine")
         found = parse_containers(output.stdout, self.engine, time.time())
         ours, self.strangers = part_containers(found, self.claim)
-        return [container for container in ours if container.device_id not in self.others]
+        self.beside = {container.id for container in ours if container.device_id in self.others}
+        return [container for container in ours if container.id not in self.beside]
 
     def ask_strangers(self):
         """[Container] of other owners, as the last look has shown them."""
@@ -3832,7 +3874,7 @@ class ComposeDriver:
 
     def check(self, claim):
         """What `doctor` says of this driver; raises CommandError."""
-        return f"{self.engine} answers, {len(self.observe((), claim))} containers of ours"
+        return f"{self.engine} answers, containers of ours: {len(self.observe((), claim))}"
 
     def list_volumes(self):
         """The names of this agent's volumes."""
@@ -4593,7 +4635,7 @@ class ComposeDriver:
         for container in there:
             if container.state in AT_REST and states.get(container.id, "created") not in AT_REST:
                 self.run(["start", container.id], "INSTALL_FAILED", deadline - time.monotonic())
-        return "what ran before runs again"
+        return "what ran before runs again" if there else ""
 
     def remove(self, deployment_id, component, containers, deadline):
         """Removes a component's containers, whatever their state, and its networks; volumes stay.
@@ -4908,14 +4950,14 @@ def make_names(value, where):
     return names
 
 
-# A name, and perhaps = or : and a value in quotes, or all that stands on the line.
-ENV_LINE = (r"(?:export[ \t]+)?([\w.-]+)[ \t\r]*(?:[=:](?:"
-            r"[ \t\r]*(?:'([^'\\]*(?:\\.[^'\\]*)*)'|\"([^\"\\]*(?:\\.[^\"\\]*)*)\")[ \t\r]*(?:#[^\n]*)?|"
-            r"(?![ \t\r]*['\"])([^\n]*)))?(?:\n|\Z)")
 # What compose strips before a value, and behind it.
 BLANKS = " \t\v\f\r\x85\xa0"
 BLANKS_BEHIND = BLANKS + ("\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a\u2028"
                           "\u2029\u202f\u205f\u3000")
+# A name, and perhaps = or : and a value in quotes, or all that stands on the line.
+ENV_LINE = (r"(?:export[ \t]+)?([\w.-]+)~*(?:[=:](?:"
+            r"~*(?:'([^'\\]*(?:\\.[^'\\]*)*)'|\"([^\"\\]*(?:\\.[^\"\\]*)*)\")~*(?:#[^\n]*)?|"
+            r"(?!~*['\"])([^\n]*)))?(?:\n|\Z)").replace("~", f"[{BLANKS}]")
 
 
 def parse_env_file(text, variables, where, earlier=None):
@@ -4927,7 +4969,7 @@ def parse_env_file(text, variables, where, earlier=None):
     result = {} if earlier is None else earlier
     variables.spend(len(text), where)
     variables.maps.append(result)
-    for match in re.finditer(rf"\s+|#[^\n]*|{ENV_LINE}|(.)", text.lstrip("\ufeff"), re.S):
+    for match in re.finditer(rf"[{BLANKS_BEHIND}\n]+|#[^\n]*|{ENV_LINE}|(.)", text.lstrip("\ufeff"), re.S):
         name, single, double, plain, odd = match.groups()
         if odd or "\\0" in (double or "").replace("\\\\", ""):     # compose has a way of its own with \0
             number = text.count("\n", 0, match.start()) + 1
@@ -4962,7 +5004,7 @@ def to_form(pattern, words, make=str):
     """A reader of text of one form: the pattern, what that is in words, and what is made of the text."""
     def read_form(value, where):
         text = to_text(value, where)
-        if not re.fullmatch(pattern, text):
+        if not re.fullmatch(pattern, text, re.ASCII):
             raise make_fault(f"{where}: {make_printable(text, 100)!r} is not {words}")
         return make(text)
     return read_form
@@ -5040,7 +5082,8 @@ def to_words(value, where):
     if not isinstance(value, str):
         return to_list(value, where)
     words = [[]]
-    pattern = r"(\s+)|'([^']*)'|\"([^\"\\]*(?:\\.[^\"\\]*)*)\"|\\(.)|([^\s'\"\\]+)|."
+    # no other white space parts words
+    pattern = r"([ \t\r\n]+)|'([^']*)'|\"([^\"\\]*(?:\\.[^\"\\]*)*)\"|\\(.)|([^ \t\r\n'\"\\]+)|."
     for match in re.finditer(pattern, to_text(value, where), re.S):
         blank, single, double, escaped, plain = match.groups()
         if not match.lastindex:
@@ -5108,7 +5151,7 @@ def to_test(value, where):
 TRANSPORT = (r"(containers-storage|dir|docker|docker-archive|docker-daemon|oci|oci-archive|ostree|sif|"
              r"tarball|https?):|[^/]*:(?![0-9]+/)[^/]*/")
 to_image_name = to_form(
-    r"(?a)(?=.{1,512}\Z)(?!.*//)([A-Za-z0-9][A-Za-z0-9.-]*(:[0-9]{1,5})?/)?[a-z0-9][a-z0-9._/-]*"
+    r"(?=.{1,512}\Z)(?!.*//)([A-Za-z0-9][A-Za-z0-9.-]*(:[0-9]{1,5})?/)?[a-z0-9][a-z0-9._/-]*"
     r"(:\w[\w.-]{0,127})?(@[a-z0-9]+:[0-9a-f]{32,128})?",
     "an image name: [HOST[:PORT]/]PATH[:TAG][@DIGEST], the path in lower case")
 
@@ -5170,7 +5213,7 @@ def to_port(item, where):
     if isinstance(item, Settings):
         item = f"{item.host_ip or ''}:{item.published or ''}:{item.target or ''}/{item.protocol or 'tcp'}"
     text = to_text(item, where)
-    match = re.fullmatch("(?:(?:(.*):)?([0-9-]*):)?([0-9-]+)(?:/(tcp|udp|sctp))?", text, re.I)
+    match = re.fullmatch("(?ai)(?:(?:(.*):)?([0-9-]*):)?([0-9-]+)(?:/(tcp|udp|sctp))?", text)
     address, published, target, protocol = match.groups("") if match else [""] * 4
     published = "" if published == "0" else published               # the engine chooses one
     inside = make_span(target)
@@ -6626,9 +6669,11 @@ def run_command(argv, timeout, env=None, cwd=None, limit=MAX_OUTPUT, data=b"", f
     `timeout` seconds or when it prints more than `limit` bytes; ends: of more, the end of each stream is
     kept instead.  `data` is all that it reads, `files` are descriptors that it gets, too.  watch: a function
     that is called time and again meanwhile.  limits: what it and each that it starts may take; see
-    make_limiter.  A non-zero exit code is an answer.  Raises CommandTimeout, CommandError, and ConfigError
-    where a tool is missing that a setting needs; a missing engine is a CommandError.
+    make_limiter.  A non-zero exit code is an answer.  Raises CommandTimeout, CommandError, ConfigError where
+    a tool is missing that a setting needs (a missing engine is a CommandError), and Interrupted where ctrl-C
+    ended it: that meets also what is just being started, which is no failed attempt.
     """
+    import signal
     import subprocess
     try:
         process = subprocess.Popen(argv, stdin=subprocess.PIPE if data else subprocess.DEVNULL,
@@ -6638,6 +6683,9 @@ def run_command(argv, timeout, env=None, cwd=None, limit=MAX_OUTPUT, data=b"", f
                                    start_new_session=True, pass_fds=files,
                                    preexec_fn=limits and make_limiter(limits))
     except FileNotFoundError:
+        if os.path.isfile(argv[0]):
+            raise CommandError(f"{argv[0]} cannot be started: what its first line (#!) names is not there, or"
+                               " that line ends as on Windows") from None
         name = os.path.basename(argv[0])
         fault = ConfigError if name in ("openssl", "git", "gpg") else CommandError
         needed = NEEDED_BY.get(name, "or correct the setting that names it")
@@ -6650,6 +6698,8 @@ def run_command(argv, timeout, env=None, cwd=None, limit=MAX_OUTPUT, data=b"", f
         raise CommandTimeout(f"{' '.join(argv[:2])} did not end within {timeout:.0f} s") from None
     finally:
         kill_group(process)
+    if process.returncode == -signal.SIGINT:
+        raise Interrupted(f"{argv[0]} was ended by ctrl-C; the next run goes on from here")
     return Output(process.returncode, stdout,
                   make_printable(stderr[-8192:].decode("utf-8", "replace").strip(), 8192), stderr)
 
@@ -6780,8 +6830,9 @@ def request(method, url, headers, body, context, timeout, limit, check_peer=None
     where = f"{method} {url}"
     headers = {"User-Agent": f"margo-agent/{__version__}", **headers}
     message = urllib.request.Request(url, data=body, headers=headers, method=method)
-    proxy = "" if getattr(context, "direct", False) else ask_proxy(url)
+    proxy = ""
     try:
+        proxy = "" if getattr(context, "direct", False) else ask_proxy(url)
         with make_opener(context, check_peer, proxy).open(message, timeout=timeout) as response:
             found = http.client.HTTPMessage()
             for name, value in response.headers.items():            # folded lines are one (RFC 9112, 5.2)
@@ -6831,16 +6882,21 @@ class Paced(io.RawIOBase):
         super().close()
 
 
+MUTE = set()                        # addresses that take connections, and do not shake hands
+
+
 def open_connection(address, timeout, source=None):
     """A socket to the first address of a (host, port) that answers; raises OSError.
 
     Each next address is tried 250 ms after the one before, so that a dead one holds nobody up (RFC 8305).
+    MUTE ones are left out until there is no other.
     """
     import errno
     import select
     import socket
-    places = socket.getaddrinfo(*address, type=socket.SOCK_STREAM)
-    trying, code = {}, 0
+    found = socket.getaddrinfo(*address, type=socket.SOCK_STREAM)
+    places = [item for item in found if item[4] not in MUTE]
+    trying, code = {}, errno.ETIMEDOUT
     end = time.monotonic() + timeout
     try:
         while places or trying:
@@ -6862,7 +6918,9 @@ def open_connection(address, timeout, source=None):
                     return peer
                 peer.close()
             if time.monotonic() >= end:
-                raise TimeoutError("timed out")
+                code = errno.ETIMEDOUT
+                break
+        MUTE.clear()
         raise OSError(code, os.strerror(code))
     finally:
         for peer in trying:
@@ -6875,6 +6933,7 @@ def make_opener(context, check_peer, proxy):
     proxy: whether the environment's proxies are asked.
     """
     import http.client
+    import socket
     import urllib.request
 
     class Answer(http.client.HTTPResponse):
@@ -6900,16 +6959,24 @@ def make_opener(context, check_peer, proxy):
             self._create_connection = open_connection
             try:
                 super().connect()
-                # an end that TLS does not tell of is none: the answer was cut
-                if context:
-                    host = self._tunnel_host or self.host
-                    self.sock = context.wrap_socket(self.sock, server_hostname=host,
-                                                    suppress_ragged_eofs=False)
-                if check_peer:
-                    check_peer(get_chain(self.sock, context))
+                place = self.sock.getpeername()
+                try:
+                    self.greet()
+                except (socket.timeout, TimeoutError):
+                    MUTE.add(place)                 # so this is another one
+                    super().connect()
+                    self.greet()
             except (OSError, MargoError):
                 self.close()
                 raise
+
+        def greet(self):
+            # an end that TLS does not tell of is none: the answer was cut
+            if context:
+                host = self._tunnel_host or self.host
+                self.sock = context.wrap_socket(self.sock, server_hostname=host, suppress_ragged_eofs=False)
+            if check_peer:
+                check_peer(get_chain(self.sock, context))
 
     scheme = "https" if context else "http"
     handler = urllib.request.AbstractHTTPHandler()
@@ -6972,7 +7039,7 @@ def ask_proxy(url):
     from urllib.request import getproxies, proxy_bypass
     parts = urlsplit(url)
     proxy = "" if proxy_bypass(parts.netloc) else getproxies().get(parts.scheme, "")
-    return urlsplit(proxy).netloc.rpartition("@")[2] or proxy.rpartition("@")[2]
+    return proxy.rpartition("@")[2].rpartition("//")[2]
 
 
 # What OpenSSL calls a peer's answer to a handshake, and what that means.
@@ -7193,9 +7260,8 @@ def write_file(path, data, mode=0o600, temporary=None):
         sync_folder(folder)
     except OSError as error:
         remove_file(temporary)                      # on a full disk half a file is what keeps it full
-        mend = "free space or make it writable"
-        if not os.path.isdir(folder):
-            mend = f"the folder {folder} does not exist, make it: mkdir -p {folder}"
+        mend = f"the folder {folder} does not exist, make it: mkdir -p {folder}"
+        mend = make_mend(error) if os.path.exists(folder) else mend
         raise StorageError(f"{path} cannot be written ({error.strerror}); {mend}") from None
 
 
@@ -7241,8 +7307,9 @@ def read_file(path, limit):
     except FileNotFoundError:
         return None
     except OSError as error:
-        hint = "; run as root, or as its owner" if isinstance(error, PermissionError) else ""
-        raise StorageError(f"{path} cannot be read ({error.strerror}){hint}") from None
+        denied = isinstance(error, PermissionError)
+        mend = "run as root, or as its owner" if denied else make_mend(error)
+        raise StorageError(f"{path} cannot be read ({error.strerror}); {mend}") from None
     if len(data) > size:
         raise StorageError(f"{path} is longer than {size} bytes")
     return data
@@ -7376,7 +7443,7 @@ STATE = {
     "history": [{"version": VERSION, "at": str, "outcome": str, "refused+": str, "added": [str],
                  "changed": [str], "removed": [str], "names+": {"*": str}}],
     "lastPoll": (None, POLL)}
-MEMO = {"lastPoll?": POLL, "etags+": {"*": str}, "warnedAt+": float,
+MEMO = {"lastPoll?": POLL, "etags+": {"*": (None, str)}, "warnedAt+": float,
         "others?": [{"owner": str, "name": str, "type": str, "deploymentId": str}], "trust?": float,
         "boot?": str, "start+": float}
 
@@ -7515,13 +7582,17 @@ def get_random():
 
 def ask_holder(path):
     """Who holds the lock of a file, in words, as far as the kernel tells: process and since when."""
-    inode = os.stat(path).st_ino
+    facts = os.stat(path)
+    place = f"{os.major(facts.st_dev):02x}:{os.minor(facts.st_dev):02x}:{facts.st_ino}"
     for line in (read_file("/proc/locks", MIB) or b"").decode().splitlines():
-        match = re.search(rf"FLOCK +\S+ +WRITE (\d+) [0-9a-f:]+:{inode} ", line)
+        match = re.search(rf"FLOCK +\S+ +WRITE (\d+) {place} ", line)
         holder = f"/proc/{match.group(1)}" if match else ""
         if os.path.exists(holder):
             return f" (process {match.group(1)}, since {make_time(os.stat(holder).st_mtime)})"
     return ""
+
+
+FOLDERS_KEPT = ("artifacts", "deployments", "tmp")
 
 
 class Store:
@@ -7545,7 +7616,7 @@ class Store:
         """Makes the directory (mode 0700) and its folders; raises StorageError."""
         try:
             create_folder(os.path.dirname(self.folder), 0o755)
-            for name in ("artifacts", "deployments", "tmp"):
+            for name in FOLDERS_KEPT:
                 create_folder(self.path(name))
             if os.stat(self.folder).st_mode & 0o077:
                 os.chmod(self.folder, 0o700)
@@ -7576,7 +7647,8 @@ class Store:
                          " it. Never run a second one beside it with the same identity: both would fight"
                          " over the same containers") from None
         except OSError as error:
-            raise StorageError(f"{self.path('lock')} cannot be taken ({error.strerror})") from None
+            words = f"{self.path('lock')} cannot be taken ({error.strerror}); {make_mend(error)}"
+            raise StorageError(words) from None
 
     def unlock(self):
         """Gives the lock back."""
@@ -8184,7 +8256,7 @@ def get_kind(value):
         return "boolean"
     if isinstance(value, str):
         return "text"
-    return "number" if isinstance(value, (int, float)) and abs(value) < float("inf") else None
+    return "number" if is_number(value) else None
 
 
 def is_mapping(value):
@@ -8584,7 +8656,7 @@ def load_document(path):
     """What the configuration file (YAML or JSON) says, as it stands; raises ConfigError."""
     try:
         with open(path, "rb") as file:
-            return load_yaml(file.read(MIB))
+            return load_yaml(file.read())
     except OSError as error:
         hint = "name another by -c or $MARGO_CONFIG; `config --example` prints one to start from"
         hint = "run as root, or as who may read it" if isinstance(error, PermissionError) else hint
@@ -8810,13 +8882,14 @@ def make_name(data):
     return "/".join(make_printable(parse_der(part)[1][1].decode("utf-8", "replace")) for part in parts)
 
 
-def parse_pem(text, label="CERTIFICATE"):
-    """Every certificate (or block of another label) of a PEM text as DER bytes, in order.
+def parse_pem(data, label="CERTIFICATE"):
+    """Every certificate (or block of another label) in the bytes of a PEM file as DER bytes, in order.
 
-    A block begins with a line, or right behind the block before.  Raises ValueError.
+    A block begins with a line, or right behind the last line of the one before.  Raises ValueError.
     """
     found = []
-    for block in re.split(f"(?m)^[ \t]*-----BEGIN {label}-----", text.replace("-" * 10, "-----\n-----"))[1:]:
+    begin = f"(?m)(?:^[ \t]*|(?<=^-----END {label}-----))-----BEGIN {label}-----"
+    for block in re.split(begin, data.decode("ascii", "replace"))[1:]:
         body, end, _ = block.partition(f"-----END {label}-----")
         if not end or not body.strip():
             raise ValueError("a certificate in PEM is empty or not closed")
@@ -9495,7 +9568,7 @@ def make_base64(data):
 
 
 def parse_base64(text):
-    """Base64 text, with white space of ASCII anywhere, to bytes; raises ValueError for anything else in it."""
+    """Base64 text, with white space of ASCII anywhere, to bytes; raises ValueError for all else in it."""
     import base64
     return base64.b64decode(b"".join(text.encode("ascii").split()), validate=True)
 
@@ -9727,13 +9800,11 @@ def parse_ca(text):
     """Certificates in base64 or base64url of DER or of PEM, or plain PEM, to DER bytes; raises ValueError."""
     data = text.encode("ascii")
     if b"-----BEGIN" not in data:
-        plain = "".join(text.split()).replace("-", "+").replace("_", "/")
+        plain = b"".join(data.split()).decode().replace("-", "+").replace("_", "/")
         data = parse_base64(plain + "=" * (-len(plain) % 4))
-    anchors = parse_pem(data.decode("ascii")) if b"-----BEGIN" in data else [data]
+    anchors = parse_pem(data) or [data]
     for anchor in anchors:
         parse_certificate(anchor)
-    if not anchors:
-        raise ValueError("it holds no certificate")
     return anchors
 
 
@@ -11222,16 +11293,10 @@ def load_certificates(body):
     text = re.sub("-----(BEGIN|END) PKCS7-----", "", body.decode("ascii", "replace"))
     try:
         data = body if body[:1] == b"\x30" else parse_base64(text)
-    except ValueError:
-        data = b""
-    if data[:1] != b"\x30":
+        found = parse_pem(run_openssl("pkcs7 -inform DER -print_certs", data=data))
+    except (ValueError, CommandError):
         raise ValueError("EST answered 200 with something else than certificates:"
-                         f" {make_printable(text, 100)!r}")
-    try:
-        pem = run_openssl("pkcs7 -inform DER -print_certs", data=data).decode("ascii", "replace")
-    except CommandError:
-        raise ValueError("openssl finds no certs-only message in it") from None
-    found = parse_pem(pem)
+                         f" {make_printable(text, 100)!r}") from None
     if len(found) > MAX_ISSUED:
         raise ValueError(f"it holds more than {MAX_ISSUED} certificates")
     return [parse_certificate(der) for der in found]
@@ -11341,7 +11406,7 @@ def parse_crl(data):
     Raises ValueError, also for one of a kind that is not understood (E-085).
     """
     try:
-        der = parse_pem(data.decode("ascii"), "X509 CRL")[0] if data[:1] == b"-" else data
+        der = parse_pem(data, "X509 CRL")[0] if data[:1] == b"-" else data
         fields = parse_signed(der)
         times = [parse_der_time(*field[:2]) for field in fields[3:5]]
         listed = fields[5][1] if fields[5][0] == 0x30 else b""
@@ -11477,7 +11542,7 @@ def load_issuers(config, store, source):
     """
     held = load_trust_bundle(config, store)
     own = read_file(config.identity.certificate, MAX_CERTIFICATES) or b""
-    ders = (held.anchors if held else []) + parse_pem(own.decode("ascii", "replace"))
+    ders = (held.anchors if held else []) + parse_pem(own)
     if source:
         chain = source.chain
         if len(chain) < 2:
@@ -11545,7 +11610,7 @@ def load_judge(config, store, state, source, keep):
     return judge
 
 
-def parse_crl_uris(members, document_url, public):
+def parse_crl_uris(members, *_):
     """[URL of a list] from a discovery document; what is none fails where it is asked for (E-080)."""
     listed = members.get(CRL_FIELD) or []
     listed = listed if isinstance(listed, list) else [repr(listed)]
@@ -11890,7 +11955,8 @@ class HelmDriver:
         """Nothing: logs, health checks and images are the cluster's, and ports none of this host."""
         return ""
 
-    list_ports = tail_log = tend = remove_image = leave
+    list_ports = tail_log = tend = remove_image = stop = leave
+    beside = ()
 
 
 DRIVERS["helm"] = make_helm_driver
@@ -11927,7 +11993,7 @@ def find_place(deployment, held, own_id, children, reasons, others):
     if wanted == own_id or wanted in children:
         return wanted
     if not wanted.startswith(own_id + "/") or not (children or wanted == f"{own_id}/*"):
-        return find_own_place(deployment, held, own_id, children, reasons, others)
+        return find_own_place(deployment, held, own_id)
     if wanted != f"{own_id}/*":
         parent = wanted[:-2] if wanted.endswith("/*") else None
         if parent in children:
@@ -12180,11 +12246,9 @@ def command_doctor(config, options):
 
 def examine_lock(agent):
     """Whether no other instance works on the state just now."""
-    path = agent.store.path("lock")
-    who = os.path.exists(path) and ask_holder(path)
-    if who:
-        raise Locked(f"another instance{who} works on {agent.store.folder}; wait until it is done, or stop"
-                     " it")
+    if os.path.lexists(agent.store.path("lock")):   # else nobody has ever taken it
+        agent.store.lock()
+        agent.store.unlock()
     return "ok", ""
 
 
@@ -12202,8 +12266,7 @@ def examine_wait(agent):
 
 def examine_device(agent):
     """Whether the device's id tells it from others, where the hardware gives it."""
-    words = r"(?i)(default|system|serial|not|none|n-a|unknown|o\.?e\.?m|to-be|x+|0+|1?23456).*"
-    doubtful = not agent.config.device.id and re.fullmatch(words, agent.device_id)
+    doubtful = not agent.config.device.id and is_placeholder(agent.device_id)
     return "warn", doubtful and (f"this hardware calls itself {agent.device_id}, as many may do; give it a"
                                  " name of its own by device.id")
 
@@ -12217,7 +12280,7 @@ def examine_identity(agent):
             raise
         recall(agent)
         token = agent.config.identity.est.token_file or agent.config.identity.est.certificate
-        if not token or not os.path.exists(token):
+        if not os.path.exists(token or ""):
             raise
         return "warn", f"{error.message}, or the next run does"
 
@@ -12235,7 +12298,7 @@ def examine_outbox(agent):
     dropped = "; ".join(f"the report that {key} is {item['state']} was refused: {item['reason']}"
                         for key, item in agent.state["dropped"].items())
     waiting = len(agent.state["outbox"])
-    return "warn", f"{waiting} reports wait for the WFM" if waiting else dropped
+    return "warn", f"reports that wait for the WFM: {waiting}" if waiting else dropped
 
 
 def examine_failed(agent):
@@ -12245,37 +12308,36 @@ def examine_failed(agent):
              for record in agent.state["deployments"].values() if record["state"] == "failed"]
     if words:
         raise CommandError("; ".join(words))
-    newest = agent.state["history"][-1:]
-    refused = newest[0].get("refused") if newest else ""
-    return "warn", refused and f"what came after version {newest[0]['version']} was refused: {refused}"
+    newest = (agent.state["history"] or [{}])[-1]
+    refused = newest.get("refused")
+    return "warn", refused and f"what came after version {newest['version']} was refused: {refused}"
 
 
 def examine_storage(agent):
     """Whether the state can be read and written, and has room to grow."""
     agent.hold(agent.store.load_state())
-    folder = agent.store.folder
-    while not os.path.exists(folder):
-        folder = os.path.dirname(folder) or "/"
-    if not os.path.isdir(folder) or not os.access(folder, os.W_OK | os.X_OK):
-        raise StorageError(f"state_dir: {folder} is no folder that this user may write; make it, or run as"
-                           " its owner")
+    for name in FOLDERS_KEPT:
+        folder = agent.store.path(name)
+        while not os.path.lexists(folder):          # what is not there can be made
+            folder = os.path.dirname(folder) or "/"
+        if not os.path.isdir(folder) or not os.access(folder, os.W_OK | os.X_OK):
+            raise StorageError(f"state_dir: {folder} is no folder that this user may write; run as its owner,"
+                               " mount its disk writable, or move it away where it is no folder")
     free, _ = get_space(folder)
     if free < SHARE * KIB and not os.path.exists(agent.store.path("reserve")):
         raise StorageError(f"state_dir: no space is left at {folder}; free some")
     need = agent.config.policy.max_unpacked + agent.config.policy.max_artifact
     words = f"{agent.config.state_dir}, {free // MIB} MiB free"
-    if free > need:
-        return "ok", words
-    return "warn", f"{words}; one package may take {need // MIB} (policy.max_unpacked): free some"
+    lack = f"; one package may take {need // MIB} (policy.max_unpacked): free some"
+    return ("ok", words) if free > need else ("warn", words + lack)
 
 
 def examine_labels(agent):
     """Whether every label has a name that nobody else uses: with a domain before it (C-088)."""
     names = {name for device in agent.devices for name in device.settings.labels}
     bare = sorted(name for name in names if not re.match(r"[^/.]+(\.[^/.]+)+/.", name))
-    if not bare:
-        return "ok", ""
-    return "warn", f"device.labels {', '.join(bare)}: put a domain of yours before it, as in example.com/zone"
+    words = f"device.labels {', '.join(bare)}: put a domain of yours before it, as in example.com/zone"
+    return "warn", bare and words
 
 
 def examine_clock(agent):
@@ -12306,37 +12368,36 @@ def examine_others(agent):
     """Whether workloads of another owner run here: they are left alone, but may hold a port or a name."""
     others = ask_others({device.device_id: device for device in agent.devices})
     words = "; ".join(make_others_words(others))
-    return "warn", others and f"{len(others)} workloads are not this agent's and are left alone: {words}"
+    return "warn", others and f"workloads of others are left alone: {words}"
 
 
 def examine_registries(agent):
-    """Whether the files are there that `registries` names, and the registries answer.
+    """Whether the registries answer, and what `registries` names for them can be read.
 
     A run needs them only where it has something to fetch.
     """
     faults = []
     for host, entry in agent.config.registries.items():
-        faults += [f"registries.{host}.{key} {entry[key]}: no such file" for key in ("ca", "password_file")
-                   if entry[key] and not os.path.exists(entry[key])]
         registry = Registry(host, agent.config)
         try:
+            load_credentials(host, entry)
             if not agent.is_downtime():
-                registry.request(f"{registry.scheme}://{host}/v2/", {}, MAX_ANSWER)
+                registry.request(f"{registry.scheme}://{registry.address}/v2/", {}, MAX_ANSWER)
         except MargoError as error:
-            known = error.stranger and ask_peer(f"https://{host}/", registry.timeout)
-            faults.append(error.message + (f"; there answers {known}" if known else ""))
-    return "warn" if faults else "ok", "; ".join(faults)
+            known = error.stranger and ask_peer(f"https://{registry.address}/", registry.timeout)
+            faults += [f"{host}: {error.message}"] + [f"there answers {known}"] * bool(known)
+    return "warn", "; ".join(faults)
 
 
 def examine_connection(agent):
     """Whether the WFM answers, is the one it should be, and wants what can be run here."""
     url = agent.config.wfm.url
     proxy = ask_proxy(url) and f" through the proxy {ask_proxy(url)}"
-    window = agent.config.poll.window
     if agent.is_downtime():
         return "ok", ""
     try:
         agent.connect(keep=False)
+        window = agent.config.poll.window
         if window and not is_within(window, time.localtime()):
             return "ok", f"outside poll.window: {url} is not asked for anything new"
         desired = agent.fetch_desired()
@@ -12347,16 +12408,16 @@ def examine_connection(agent):
         if error.stranger:
             error.message += f"; there answers {ask_peer(url, agent.config.wfm.timeout)}"
         raise
+    news = "nothing new"
     if desired:
-        accepted = make_accepted(desired)
-        agent.check_removals(accepted, agent.state["deployments"])
-        actions = agent.decide(accepted, lambda digest: desired.documents.get(digest)
-                                  or agent.store.load_artifact(digest))
-        refused = [f"{action.deployment_id}: {action.reason}" for action in actions
-                   if action.verb == "refuse"]
-        if refused:
-            raise CommandError(f"version {desired.version} is there to be accepted; {'; '.join(refused)}")
-    news = f"version {desired.version} is there to be accepted" if desired else "nothing new"
+        news = f"version {desired.version} is there to be accepted"
+        agent.check_removals(make_accepted(desired), agent.state["deployments"])
+    failed = [key for key, record in agent.state["deployments"].items() if record["state"] == "failed"]
+    refused = [f"{action.deployment_id}: {action.reason}" for action in plan_desired(agent, desired)
+               if PRINTED.get(action.verb, action.verb) == "refuse"
+               and action.key not in failed]        # of those another check tells
+    if refused:
+        raise CommandError(f"{news}; {'; '.join(refused)}")
     return "ok", f"{url} is {agent.source.peer}{proxy}; {news}"
 
 
@@ -12535,7 +12596,7 @@ def make_settings_lines(schema, document, example, indent=""):
             reader(object(), "")
         except ValueError as error:                 # of what it would take
             meaning += f" ({str(error).partition(':')[0]})"
-        if reader is read_environment and value:    # it may hold what nobody should see
+        if key in ("environment", "parameter_values") and value:    # it may hold what nobody should see
             value = dict.fromkeys(value, "...")
         line = f"{key}: {make_yaml(default if value is None else value)}"
         if value is None:
@@ -12886,7 +12947,7 @@ def command_unenroll(config, options):
         for name in TRACES:
             remove_folder(agent.store.path(name))
         agent.store.load_memo().clear()
-        print("unenrolled" + (f"; {len(kept)} deployments were left running" if kept else ""))
+        print("unenrolled" + (f"; deployments that were left running: {len(kept)}" if kept else ""))
         log("warning", "the next run enrolls again: stop cron or the service where that is not wanted")
 
 
@@ -12903,7 +12964,7 @@ def purge(agent):
         driver = sight.drivers.get("compose")
         names = driver.list_volumes() if driver else ()
         if names:
-            print(f"kept: {len(names)} volumes, which `{driver.engine} volume rm {' '.join(names)}` removes")
+            print(f"volumes are kept; `{driver.engine} volume rm {' '.join(names)}` removes them")
 
 
 def command_plan(config, options):
@@ -12912,13 +12973,13 @@ def command_plan(config, options):
     Example: margo_agent.py plan --json
     """
     agent = load_agent(config)
-    accepted, load = fetch_accepted(agent)
-    actions = agent.decide(accepted, load) if accepted else []
+    desired = fetch_news(agent)
+    actions = plan_desired(agent, desired)
     others = ask_others(agent.seen)
     items = [{"deploymentId": action.deployment_id, "action": PRINTED.get(action.verb, action.verb),
               "reason": action.reason, "deviceId": action.device_id, "changes": load_changes(agent, action)}
              for action in actions]
-    version = accepted["version"] if accepted else None
+    version = desired.version if desired else (agent.state["accepted"] or {}).get("version")
     if options.pop("--json", False):                # what fails after that is told on stderr alone
         print_json({"version": version, "actions": items, "others": others})
     else:
@@ -12929,7 +12990,7 @@ def command_plan(config, options):
             say(f"{item['action']:8}{item['deploymentId']}  {where}{item['reason']}{what}")
         for words in make_others_words(others):
             say(f"other   {words}; it is left alone")
-    for fault in agent.seen[agent.device_id].silent.values() if accepted else ():
+    for fault in agent.seen.get(agent.device_id, NOTHING).silent.values():
         raise fault
 
 
@@ -12965,25 +13026,28 @@ def make_changes(old, new):
     return parts or ["something else than parameters and components"]
 
 
-def fetch_accepted(agent):
-    """What the next run would accept, or has accepted before: (its part of the state, what loads its
-    documents).
-    """
-    stored = agent.store.load_artifact
+def fetch_news(agent):
+    """The Desired that the next run would accept, None where it goes on with what was accepted before."""
     if agent.is_downtime():
         log("warning", "downtime: the WFM is not asked; this follows from what was accepted before")
-        return agent.state["accepted"], stored
+        return None
     agent.check_patience(spread=False)
     agent.connect(keep=False)
     desired = agent.fetch_desired()
-    if not desired:
-        return agent.state["accepted"], stored
-    accepted = make_accepted(desired)
-    try:
-        agent.check_removals(accepted, agent.state["deployments"])
-    except Waiting as error:
-        log("warning", error.message)
-    return accepted, lambda digest: desired.documents.get(digest) or stored(digest)
+    if desired:
+        try:
+            agent.check_removals(make_accepted(desired), agent.state["deployments"])
+        except Waiting as error:
+            log("warning", error.message)
+    return desired
+
+
+def plan_desired(agent, desired):
+    """[Action] by which the next run carries out a Desired, or (None) what was accepted before."""
+    stored = agent.store.load_artifact
+    accepted = make_accepted(desired) if desired else agent.state["accepted"]
+    new = desired.documents if desired else {}
+    return agent.decide(accepted, lambda digest: new.get(digest) or stored(digest)) if accepted else []
 
 
 def command_status(config, options):

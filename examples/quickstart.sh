@@ -48,6 +48,9 @@ if [ $enroll = no ]; then
     [ -n "$(ls /usr/lib*/podman/netavark /usr/local/lib*/podman/netavark /usr/lib*/cni/bridge /opt/cni/bin/bridge 2>/dev/null)" ] ||
         missing="$missing netavark aardvark-dns"
     command -v iptables >/dev/null 2>&1 || [ -x /usr/sbin/iptables ] || missing="$missing iptables"
+    # without root, a container's users and its way out are made by these
+    [ "$(id -u)" = 0 ] || need newuidmap uidmap
+    [ "$(id -u)" = 0 ] || command -v pasta >/dev/null 2>&1 || need slirp4netns slirp4netns
 fi
 if [ -n "$missing" ]; then
     echo "missing:$missing"
@@ -65,11 +68,11 @@ if [ -n "$missing" ]; then
     elif command -v dnf >/dev/null 2>&1; then
         echo "installing by dnf:$missing"
         # shellcheck disable=SC2086
-        $sudo dnf install -y -q $(echo "$missing" | sed 's/busybox-static/busybox/')
+        $sudo dnf install -y -q $(echo "$missing" | sed 's/busybox-static/busybox/; s/uidmap/shadow-utils/')
     elif command -v apk >/dev/null 2>&1; then
         echo "installing by apk:$missing"
         # shellcheck disable=SC2086
-        $sudo apk add -q $missing
+        $sudo apk add -q $(echo "$missing" | sed 's/uidmap/shadow-uidmap/')
     else
         echo "no apt-get, dnf or apk here; install these by hand" >&2
         exit 2

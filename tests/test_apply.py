@@ -1,4 +1,5 @@
 """Apply: what is done to the engine and in which order, by the agent as a process on an engine of files."""
+import errno
 import json
 import os
 import shutil
@@ -407,6 +408,51 @@ class Failure(ApplyCase):
         self.assertEqual((self.wfm.statuses()[-1], self.wfm.statuses(SECOND)[-1]), ("removed", "installed"))
 
 
+class Disk(ApplyCase):
+    """P-4: a disk that denies one deployment something is no fault of the others."""
+
+    def setUp(self):
+        super().setUp()
+        self.wfm.add_package(support.make_compose())
+
+    def test_what_cannot_be_written_fails_its_own_deployment_alone(self):
+        place = os.path.join(self.device.state_dir, "deployments", HELLO)
+        support.write(place, "")
+        self.publish()
+        self.publish(deployment_id=SECOND)
+        self.device.cycle(1)
+        error = self.state_of()["error"]
+        self.assertEqual((error["code"], self.wfm.statuses(SECOND)[-1]), ("INSTALL_FAILED", "installed"))
+        self.assertIn(place, error["message"])
+        os.remove(place)
+        self.try_again_now()
+        self.device.cycle(0)
+
+    def test_what_cannot_be_removed_keeps_nothing_else_from_being_done(self):
+        """Neither the folder of what is withdrawn, nor what is left of an earlier run."""
+        self.publish()
+        self.device.cycle()
+        left = os.path.join(self.device.state_dir, "deployments", "left.tmp")
+        os.mkdir(left)
+        self.wfm.withdraw()
+        self.publish(deployment_id=SECOND)
+        remove = shutil.rmtree
+
+        def deny(path, *args, **options):
+            if path == left or HELLO in path:
+                raise OSError(errno.EIO, os.strerror(errno.EIO), path)
+            remove(path, *args, **options)
+
+        config = margo_agent.load_config(self.device.config_file)
+        with mock.patch.dict(os.environ, self.engine.env), mock.patch("shutil.rmtree", deny):
+            outcome = margo_agent.Agent(config).cycle()
+        self.assertEqual((outcome.code, self.wfm.statuses()[-1]), (3, "failed"))
+        self.assertEqual(self.wfm.statuses(SECOND)[-1], "installed")
+        self.try_again_now()
+        self.device.cycle(0)
+        self.assertEqual((self.wfm.statuses()[-1], os.path.exists(left)), ("removed", False))
+
+
 class RollBack(ApplyCase):
     def setUp(self):
         super().setUp()
@@ -751,6 +797,24 @@ class Ports(ApplyCase):
         self.assertEqual({item["state"] for item in self.engine.containers().values()}, {"running"})
         self.assertEqual(self.wfm.reports(SECOND)[-1]["body"]["status"]["error"]["code"], "PORT_IN_USE")
         self.assertEqual({key: item[0] for key, item in self.device.plan().items()}, {HELLO: "keep", SECOND: "keep"})
+
+    def test_what_waits_for_a_port_is_tried_again_with_whatever_changes(self):
+        """The members of a circle in which one has failed would never be due at one time; nor is a port that gets free left for an hour."""
+        self.publish_ports(one=7001, two=7002)
+        self.cycle()
+        self.publish_ports(one=7002, two=7001)
+        self.engine.change(exits={"main": 3})
+        self.cycle(1)
+        self.engine.change(exits={})
+        self.assertEqual(self.state_of(SECOND)["error"]["code"], "PORT_IN_USE")
+        self.device.run("retry", HELLO)
+        self.assertNotIn("error", self.cycle())
+        third = HELLO[:-1] + "2"
+        self.wfm.publish(support.make_deployment(third, "three", registry=self.wfm.registry,
+                                                 parameters={"PORT": "7001"}), third)
+        self.cycle(1)
+        self.wfm.withdraw(SECOND)
+        self.cycle(0)
 
     def test_what_has_only_freed_its_ports_runs_again_although_a_failed_update_is_kept(self):
         """P-8: on_failure keep is for what failed, not for what stood aside."""

@@ -304,6 +304,7 @@ class People(support.DeviceCase):
         """With every setting, defaults marked, secrets masked."""
         self.device.set("runtime.environment", {"TOKEN": "s3cret"})
         self.device.set("device.serialNumber", "0042")
+        self.device.set("device.parameter_values", {"plant.password": "s3cret"})
         text = self.device.run("config").stdout
         self.assertNotIn("s3cret", text)
         self.assertRegex(text, r'(?m)^  min_tls: "1.3"  # default$')
@@ -311,7 +312,9 @@ class People(support.DeviceCase):
         path = support.write(os.path.join(self.device.folder, "printed.yaml"), text)
         told, known = (margo_agent.load_config(name) for name in (path, self.device.config_file))
         self.assertEqual(told.runtime.environment, {"TOKEN": "..."})
+        self.assertEqual(told.device.parameter_values, {"plant.password": "..."})
         told.runtime["environment"] = known.runtime["environment"]
+        told.device["parameter_values"] = known.device["parameter_values"]
         self.assertEqual(told, known)
 
     def test_a_configuration_is_judged_without_anything_else(self):
@@ -477,7 +480,12 @@ class Doctor(support.DeviceCase):
     def test_a_file_of_a_registry_that_is_not_there_is_a_warning_until_a_run_needs_it(self):
         self.device.settings["registries"][self.wfm.registry]["ca"] = "/nonexistent/ca.pem"
         self.device.save()
-        self.check(0, f"warn registry  registries.{self.wfm.registry}.ca /nonexistent/ca.pem: no such file", "ok   wfm")
+        self.check(0, f"warn registry  {self.wfm.registry}: trust anchors /nonexistent/ca.pem cannot be used", "ok   wfm")
+        self.device.settings["registries"][self.wfm.registry].update(ca=self.pki.path("site-ca.pem"), username="me", password_file="/nonexistent")
+        self.device.save()
+        self.check(0, f"warn registry  {self.wfm.registry}: registries.{self.wfm.registry}.password_file /nonexistent: .*no such file")
+        self.device.settings["registries"][self.wfm.registry].update(ca="/nonexistent/ca.pem", username=None, password_file=None)
+        self.device.save()
         self.wfm.publish(support.make_deployment(registry=self.wfm.registry))
         self.device.cycle(1)
         self.assertEqual(self.device.run("doctor").returncode, 1)
@@ -501,6 +509,32 @@ class Doctor(support.DeviceCase):
         self.wfm.publish(support.make_deployment(registry=self.wfm.registry, device="another-device"))
         self.check(1, "FAIL wfm .*WRONG_DEVICE: metadata.deviceId is another-device")
         self.device.cycle(1)
+
+    def test_what_a_changed_configuration_will_refuse_fails_although_the_wfm_has_nothing_new(self):
+        """Contract, Commands: FAIL is what a run would fail by; it goes on with what was accepted before."""
+        self.wfm.publish(support.make_deployment(registry=self.wfm.registry))
+        self.device.cycle()
+        self.device.set("device.id", "another-device")
+        for counts in ((1, 0), (0, 1)):             # before and after the run that refuses it, told once
+            done = self.device.run("doctor")
+            self.assertEqual(done.returncode, 1, done.stdout)
+            self.assertEqual((done.stdout.count("FAIL wfm       nothing new; "), done.stdout.count("FAIL failed")), counts)
+            self.assertEqual(done.stdout.count("WRONG_DEVICE"), 1)
+            self.device.cycle(1)
+
+    def test_what_lies_in_the_way_of_the_state_fails(self):
+        """What a run makes in the state directory, doctor looks at, each by itself."""
+        self.device.cycle()
+        for name, make in (("lock", os.mkdir), ("artifacts", support.write), ("deployments", support.write)):
+            path = os.path.join(self.device.state_dir, name)
+            os.rename(path, path + ".away")
+            make(path, *[""] * (make is support.write))
+            done = self.device.run("doctor")
+            self.assertEqual((name, done.returncode, self.device.run("run", "--once").returncode), (name, 3, 3), done.stdout)
+            self.assertRegex(done.stdout, f"FAIL (state|lock) .*{path}.*move it away")
+            (os.rmdir if make is os.mkdir else os.remove)(path)
+            os.rename(path + ".away", path)
+        self.device.cycle()
 
     def test_in_downtime_nobody_is_asked(self):
         self.device.set("poll.downtime", ["00:00-24:00"])
@@ -552,7 +586,7 @@ class Doctor(support.DeviceCase):
         port = support.free_port()
         self.device.settings["registries"][f"localhost:{port}"] = {}
         self.device.save()
-        self.check(0, f"warn registry  GET https://localhost:{port}/v2/: Connection refused; nothing listens there")
+        self.check(0, f"warn registry  localhost:{port}: GET https://localhost:{port}/v2/: Connection refused; nothing listens there")
 
     def test_who_answers_in_the_place_of_the_wfm_is_shown(self):
         self.device.set("wfm.url", f"https://{self.wfm.registry}")
@@ -566,7 +600,8 @@ class Doctor(support.DeviceCase):
 
     def test_hardware_that_has_no_name_of_its_own_is_doubted(self):
         del self.device.settings["device"]["id"]
-        for serial, doubted in (("To be filled by O.E.M.", True), ("Default string", True), ("0000000000", True), ("PF3X9KLM", False)):
+        for serial, doubted in (("To be filled by O.E.M.", True), ("Default string", True), ("0000000000", True), ("PF3X9KLM", False),
+                                ("0042", False), ("Xavier-7", False), ("0a3f5b7c9d1e4f60a1b2c3d4e5f60718", False), ("1234567-A", False)):
             self.device.set("device.serialNumber", serial)
             self.assertEqual("warn device    this hardware calls itself" in self.device.run("doctor").stdout, doubted, serial)
 

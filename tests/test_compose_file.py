@@ -261,7 +261,8 @@ class EnvFiles(FileCase):
         ('X="\\a\\b\\f\\v\\r\\q"', {"X": "\a\b\f\v\r\\q"}), ('X="a\r\nb"\r\nY=1', {"X": "a\r\nb", "Y": "1"}),
         ("X='\\\\\\''", {"X": "\\\\'"}), ("X=\u2028 a\u3000", {"X": "\u2028 a"}),
         ("X=a\x1d", {"X": "a\x1d"}), ("X=\x1e", {"X": "\x1e"}), ("X=\r'a'", {"X": "a"}), ('X="a\\\\0"', {"X": "a\\0"}),
-        ("X=a\u2028Y=b", {"X": "a\u2028Y=b"}), ("X=a\x0cY=b", {"X": "a\x0cY=b"})]
+        ("X=a\u2028Y=b", {"X": "a\u2028Y=b"}), ("X=a\x0cY=b", {"X": "a\x0cY=b"}),
+        ("X=\v'a'", {"X": "a"}), ("X\x85=\xa0\"a\"\f#b", {"X": "a"}), ("X=\xa0a", {"X": "a"})]
 
     def test_every_line_is_read(self):
         for text, expected in self.LINES:
@@ -288,7 +289,7 @@ class EnvFiles(FileCase):
     def test_what_is_not_supported_is_refused_with_its_line(self):
         for text, line in (("no name", 1), ("A=1\n=2", 2), ("A=1\n\n+X=2", 3), ("A='1'\n'B'=2", 2),
                            ('A=1\nB="open', 2),
-                           ("A='it''s'", 1), ("A[0]=1", 1), ('A=1\nB="a\\0101"', 2)):
+                           ("A='it''s'", 1), ("A[0]=1", 1), ("A=1\n\x1cB=2", 2), ('A=1\nB="a\\0101"', 2)):
             with self.subTest(text=text):
                 with self.assertRaises(margo_agent.ComponentError) as caught:
                     margo_agent.parse_env_file(text, margo_agent.Variables(), "app.env")
@@ -635,7 +636,8 @@ class ServiceKeys(FileCase):
             ({"secrets": ["a"]}, {"secrets": {"a": {}}}, "secrets.a"), ({"links": {}}, {}, "services.main.links"),
             ({"configs": ["a"]}, {"configs": {"a": {"content": "", "file": "x"}}}, "configs.a"),
             ({"configs": [{"source": "a", "mode": "rw"}]}, {"configs": {"a": {"content": ""}}}, "services.main.configs[0].mode"),
-            ({"container_name": "a b"}, {}, "services.main"), ({}, {"networks": {"a": {"ipam": {"driver": "dhcp"}}}}, "networks.a.ipam.driver"),
+            ({"container_name": "a b"}, {}, "services.main"),
+            ({"container_name": "caf\u00e9"}, {}, "services.main.container_name"), ({}, {"networks": {"a": {"ipam": {"driver": "dhcp"}}}}, "networks.a.ipam.driver"),
             ({}, {"networks": {"a": {"driver_opts": {"parent": "eth0"}}}}, "networks.a.driver_opts"),
             ({}, {"networks": ["a"]}, "networks"), ({}, {"networks": {"a": 5}}, "networks.a"),
             ({}, {"networks": {"a": {"ipam": 5}}}, "networks.a.ipam"),
@@ -741,7 +743,7 @@ class Readers(unittest.TestCase):
         for value, expected in ((True, True), (False, False), ("true", True), ("false", False), ("yes", True), ("No", False),
                                 ("ON", True), ("off", False), ("y", True), ("n", False), ("True", True)):
             self.assertIs(margo_agent.to_flag(value, "here"), expected)
-        for value in ("maybe", 1, 0, None, "", "truee", []):
+        for value in ("maybe", 1, 0, None, "", "truee", [], "ye\u017f", "fal\u017fe"):
             self.assertFault(lambda: margo_agent.to_flag(value, "services.main.init"), "services.main.init: ")
 
     def test_one_text_is_a_list_too(self):
@@ -760,6 +762,7 @@ class Readers(unittest.TestCase):
         for value, expected in (("a b", ["a", "b"]), ("a 'b c' \"d e\" f\\ g", ["a", "b c", "d e", "f g"]), ("", []),
                                 (["a b", 1], ["a b", "1"]),
                                 ("a # b", ["a", "#", "b"]), ("a ''", ["a", ""]), (" a\n b ", ["a", "b"]), ("a'b'\"c\"d", ["abcd"]),
+                                ("a\u00a0b\u2028c\x0bd e", ["a\u00a0b\u2028c\x0bd", "e"]),
                                 (r"""sh -c "echo \$HOME \`id\` \"q\" \\ \d" """, ["sh", "-c", r"""echo $HOME `id` "q" \ \d"""]),
                                 ('"a\\\nb" c\\\nd', ["ab", "cd"]), ('"&& \\ x"', ["&&  x"])):
             with self.subTest(value=value):
@@ -792,7 +795,7 @@ class Readers(unittest.TestCase):
                 ({"target": 80, "host_ip": "127.0.0.1"}, "127.0.0.1::80"), ({"target": 80, "mode": "host", "name": "x"}, "80")):
             with self.subTest(value=value):
                 self.assertEqual([port.argument for port in self.make_ports(value)], [expected])
-        for value in ("http", "80:", ":", "80:80:80", "80:80/icmp", "80 :80", "-80:80", {"published": 80}, "65536:80", "80:65536",
+        for value in ("http", "80:", ":", "80:80:80", "80:80/icmp", "80:80/\u017fctp", "80 :80", "-80:80", {"published": 80}, "65536:80", "80:65536",
                       "80-81:80-82", "80\n:80", "localhost:80:80", "", None, "9" * 5000, "80:0", "[::1:80:80"):
             with self.subTest(value=value):
                 self.assertFault(lambda: self.make_ports("1:1", value), "services.main.ports[1]")

@@ -75,6 +75,18 @@ class Stop(DaemonCase):
         self.device.cycle(0)
         self.assertEqual((len(self.engine.containers()), self.wfm.statuses()[-1]), (1, "installed"))
 
+    def test_a_removal_that_is_cut_off_has_not_failed(self):
+        self.device.cycle(0)
+        self.wfm.withdraw()
+        self.hang("rm")
+        process = self.start("run", "--once", hasty=True)
+        support.wait_for(lambda: len(self.helpers()) > 1, what="podman rm")
+        process.send_signal(signal.SIGTERM)
+        self.assertEqual(process.wait(support.LIMIT), 3, self.errors())
+        self.hang()
+        self.device.cycle(0)
+        self.assertEqual(self.wfm.statuses()[-2:], ["removing", "removed"])
+
     def test_one_that_is_asked_to_end_and_has_nothing_left_to_do_is_done(self):
         """Contract, exit code 0: every deployment is as desired; a service that is restarted logs no error for it."""
         self.device.cycle()
@@ -321,6 +333,17 @@ class Terminal(DaemonCase):
             self.assertTrue(self.errors().endswith("info    the daemon has ended\n"), (pause, self.errors()))
             self.assertRaises(ProcessLookupError, os.killpg, process.pid, 0)
         self.device.cycle(0)
+
+    def test_a_helper_that_it_meets_before_that_has_its_session_is_no_failed_attempt(self):
+        """Seen once: the next run waited for a deployment that had not failed."""
+        support.require("strace")
+        world = death.World(self, "update")
+        inject = ["-f", "-e", "trace=setsid", "-e", "inject=setsid:signal=INT"]
+        code, errors = world.run(*inject)
+        self.assertEqual(code, 3, errors)
+        self.assertIn("podman was ended by ctrl-C", errors)
+        self.assertEqual(world.device.state()["deployments"][HELLO]["state"], "installed")
+        self.assertEqual(world.device.run("run", "--once").returncode, 0)
 
     def test_it_ends_the_agent_while_that_is_read(self):
         """By the signal itself, as a shell expects, and without a word."""

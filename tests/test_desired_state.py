@@ -216,6 +216,7 @@ class Deployment(unittest.TestCase):
             ("components[0].name", f"{FIRST}.name", "-web"), ("components[0].properties", f"{FIRST}.properties", ...),
             ("repository", f"{FIRST}.properties.repository", "https://example.com/web"), ("revision", f"{FIRST}.properties.revision", "v1.0"),
             ("revision", f"{FIRST}.properties.revision", "1.0.0+build"), ("timeout", f"{FIRST}.properties.timeout", "90s"),
+            ("revision", f"{FIRST}.properties.revision", "1.0.1\u0663"), ("timeout", f"{FIRST}.properties.timeout", "\u0663m0s"),
             ("wait", f"{FIRST}.properties.wait", "perhaps"), ("spec.parameters:", "spec.parameters", []),
             ("spec.parameters.greeting.targets", "spec.parameters.greeting", {"value": 1}),
             ("spec.parameters.greeting.value", "spec.parameters.greeting.value", {"a": 1}),

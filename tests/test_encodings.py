@@ -1264,8 +1264,8 @@ class Pem(unittest.TestCase):
         text = ""
         for name in names:
             with open(pki.path(name)) as file:
-                text += file.read()
-        self.assertEqual(margo_agent.parse_pem(text), [pki.der(name) for name in names])
+                text += "# \u00e4\n" + file.read()           # not all around the blocks is ASCII
+        self.assertEqual(margo_agent.parse_pem(text.encode()), [pki.der(name) for name in names])
 
     def test_layouts(self):
         one, two = make_certificate(), make_certificate(serial=b"\x06")
@@ -1275,24 +1275,27 @@ class Pem(unittest.TestCase):
                      self.armour(one).rstrip("\n") + self.armour(two), self.armour(one) + key + self.armour(two),
                      "anchors:\n" + (self.armour(one) + self.armour(two)).replace("-----B", "\t-----B").replace("\n", "\n  ")):
             with self.subTest(text[:40]):
-                self.assertEqual(margo_agent.parse_pem(text), [one, two])
+                self.assertEqual(margo_agent.parse_pem(text.encode()), [one, two])
 
     def test_other_blocks_are_no_certificates(self):
         for text in ("", "text", "-----BEGIN PRIVATE KEY-----\nAAAA\n-----END PRIVATE KEY-----\n",
                      self.armour(b"x").replace("CERTIFICATE", "CERTIFICATE REQUEST"),
                      self.armour(b"x").replace("CERTIFICATE", "X509 CRL")):
-            self.assertEqual(margo_agent.parse_pem(text), [])
+            self.assertEqual(margo_agent.parse_pem(text.encode()), [])
 
     def test_a_block_within_a_line_is_none(self):
         """Case 2.2: openssl prints subjects beside the blocks, and whoever makes a certificate chooses its subject."""
         good = self.armour(make_certificate())
-        odd = "subject=CN = -----BEGIN CERTIFICATE-----MAA=-----END CERTIFICATE-----\n"
-        self.assertEqual(margo_agent.parse_pem(odd + good + "# " + odd), [make_certificate()])
+        block = "-----BEGIN CERTIFICATE-----MAA=-----END CERTIFICATE-----"
+        for name in (block, "-----" + block, block + block, "-----END CERTIFICATE-----" + block):
+            odd = f"subject=CN = {name}\n"
+            with self.subTest(name):
+                self.assertEqual(margo_agent.parse_pem((odd + good + "# " + odd).encode()), [make_certificate()])
 
     def test_spoilt_base64_is_refused(self):
         for body in ("A", "AAAAA", "AA=", "=AAA", "AAA=AAA"):
             with self.subTest(body), self.assertRaises(ValueError):
-                margo_agent.parse_pem(f"-----BEGIN CERTIFICATE-----\n{body}\n-----END CERTIFICATE-----\n")
+                margo_agent.parse_pem(f"-----BEGIN CERTIFICATE-----\n{body}\n-----END CERTIFICATE-----\n".encode())
 
     def test_a_spoilt_block_is_refused_and_not_passed_over(self):
         """C-004: a chain without one of its intermediates is another chain."""
@@ -1300,7 +1303,7 @@ class Pem(unittest.TestCase):
         for text in (good + good.replace("MI", "M!", 1), good.replace("-----END CERTIFICATE-----", "") + good,
                      good + good.split("-----END")[0]):
             with self.subTest(text[-60:]), self.assertRaises(ValueError):
-                margo_agent.parse_pem(text)
+                margo_agent.parse_pem(text.encode())
 
 
 class Edges(unittest.TestCase):

@@ -80,6 +80,17 @@ class Quickstart(unittest.TestCase):
         with open(log) as file:
             self.assertIn("update", file.read())
 
+    def test_what_a_user_needs_beside_root_is_told(self):
+        """Without root podman makes a container's users by newuidmap, and its way out by pasta or slirp4netns."""
+        support.require("root")
+        path = self.make_path({"curl", "newuidmap", "pasta", "slirp4netns"})
+        os.chmod(path, 0o755)
+        for user, told in ((65534, True), (0, False)):
+            done = subprocess.run(["setpriv", f"--reuid={user}", "sh", os.path.join(support.EXAMPLES, "quickstart.sh")], env={"PATH": path},
+                                  stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, universal_newlines=True, timeout=support.LIMIT)
+            self.assertRegex(done.stdout, "(?m)^missing:.* curl")
+            self.assertEqual(" uidmap slirp4netns\n" in done.stdout, told, done.stdout)
+
     def test_a_failure_shows_what_doctor_says_and_no_escapes_go_into_a_pipe(self):
         """Here openssl fails once the device has its certificate."""
         support.require("openssl")

@@ -181,10 +181,14 @@ class Bundles(unittest.TestCase):
 
     def test_pem_is_a_bundle_too(self):
         """C-006: every certificate in it is an anchor; text between them does not matter, nor the kind of line end."""
-        for text in (self.pem + self.other_pem, "# site\n" + self.pem + "\nand\n" + self.other_pem,
+        for text in (self.pem + self.other_pem, "# Anlage S\u00fcd\n" + self.pem + "\nand\n" + self.other_pem,
                      (self.pem + self.other_pem).replace("\n", "\r\n")):
             self.assertEqual(margo_agent.parse_trust_bundle(text.encode()),
                              TrustBundle([self.der, self.other], None, None))
+
+    def test_pem_within_json_is_a_member_that_nobody_knows(self):
+        """C-034"""
+        self.assertEqual(self.parse(self.key(), self.key(pem=self.pem), note=self.pem).anchors, [self.der, self.der])
 
     def test_numbers_that_make_no_sense_count_as_absent(self):
         """C-034."""

@@ -246,7 +246,7 @@ class Scenario:
         done = self.device.run("unenroll", "--purge")
         self.assertEqual(done.returncode, 0)
         self.assertEqual((self.states(), len(self.volumes())), ({}, 1))
-        command = re.search(r"kept: 1 volumes, which `(.*)` removes\n", done.stdout).group(1).split()
+        command = re.search(r"volumes are kept; `(.*)` removes them\n", done.stdout).group(1).split()
         self.engine.podman(*command[1:])            # as somebody would who reads that
         self.assertEqual(self.volumes(), set())
 

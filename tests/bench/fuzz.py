@@ -536,7 +536,7 @@ def judge_bundle(data, own):
         if not der:
             return "an anchor without bytes"
     try:
-        if b"-----BEGIN CERTIFICATE-----" in data:
+        if b"-----BEGIN CERTIFICATE-----" in data and data.lstrip()[:1] != b"{":
             theirs = [item.public_bytes(Encoding.DER) for item in x509.load_pem_x509_certificates(data)]
             return "" if theirs == own.anchors else "other certificates"
         value = json.loads(data)
@@ -572,11 +572,6 @@ def judge_pem(data, own):
     return "" if own == theirs else f"{len(own)} blocks and not {len(theirs)}"
 
 
-def read_pem(data):
-    """The certificates in a PEM text of any bytes."""
-    return margo_agent.parse_pem(data.decode("ascii"))
-
-
 def judge_discovery(data, own):
     """Whether the document says otherwise to json."""
     value = json.loads(data)
@@ -592,7 +587,7 @@ add("certificate", make_certificates, margo_agent.parse_certificate, judge_certi
 add("crl", make_lists, margo_agent.parse_crl, judge_list, IDENTITY, DER_TOKENS, mutate_der)
 add("certs-only", make_answers, margo_agent.load_certificates, judge_answer, IDENTITY, DER_TOKENS, mutate_answer)
 add("bundle", make_bundles, margo_agent.parse_trust_bundle, judge_bundle, IDENTITY, JSON_TOKENS + PEM_TOKENS, mutate_json)
-add("pem", make_pems, read_pem, judge_pem, IDENTITY, PEM_TOKENS)
+add("pem", make_pems, margo_agent.parse_pem, judge_pem, IDENTITY, PEM_TOKENS)
 add("discovery", lambda: [json.dumps(DISCOVERY).encode()],
     lambda data: margo_agent.parse_discovery(data, "https://m/d", None, True), judge_discovery, IDENTITY, JSON_TOKENS, mutate_json)
 add("spiffe-id", lambda: [b"spiffe://factory.example/margo/wfm/main/client/a", b"spiffe://a-b.c_d/x/y~z"],
