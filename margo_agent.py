@@ -3369,10 +3369,10 @@ Job = define("Job", "workload project folder known deadline current restarts vol
     "One apply: what runs, in which folder its files are, what an earlier apply returned, until when;"
     " {service: id of its container} as far as it has come, {id: how often it had been restarted} of what ran"
     " before, {service: {path: volume}} of volumes to which nobody gave a name.")
-Shown = define("Shown", "state code restarts health volumes check said",
+Shown = define("Shown", "state code restarts health volumes check said addresses",
     "One container as `inspect` shows it: the engine's word for its state, numbers, the word for its health"
-    " where there is a check, {path: name} of volumes in it, its Check or None, what that has printed last.",
-    0, 0, "", {}, None, "")
+    " where there is a check, {path: name} of volumes in it, its Check or None, what that has printed last,"
+    " [(network, address in it)].", 0, 0, "", {}, None, "", ())
 Check = define("Check", "interval retries start",
     "A health check, wherever it was said: seconds between two, misses that count, seconds of grace.")
 # How docker shows a container, in podman's form.
@@ -3979,9 +3979,10 @@ class ComposeDriver:
         result = []
         for service in services:
             output = self.run(["image", "inspect", service.image], "PULL_FAILED")
-            made_for, check, paths = parse_answer(output.stdout, self.engine,
-                                                  lambda items: parse_image(items[0]))
-            result.append(service._replace(declared=paths))
+            made_for, check, paths, words = parse_answer(output.stdout, self.engine,
+                                                         lambda items: parse_image(items[0]))
+            bare = "--entrypoint=" in service.arguments and not service.command
+            result.append(service._replace(declared=paths, command=words if bare else service.command))
             named = [argument.partition("=")[0] for argument in service.arguments]
             if "--platform" not in named and own and made_for not in (own, RUNS_TOO.get(own)):
                 raise ComponentError(
@@ -4214,6 +4215,8 @@ class ComposeDriver:
             self.create_all(job, new, changes.kept, leaving)
             networks.update(self.inspect_names("network", list(new)))
         check_addresses(changes.making, job.project, self.engine, networks)
+        if any(stopping):
+            self.ask_addresses(changes.making, networks, {item.id for item in present})
         try:
             stopped = job.deadline
             for ids in stopping:
@@ -4236,6 +4239,10 @@ class ComposeDriver:
                 self.run(["rm", "--force", *leaving.values()])
             raise
         self.discard(leaving.values(), job.deadline)
+        files = {make_file_name(content) for service in services for content in service.files.values()}
+        for name in os.listdir(job.folder):
+            if re.fullmatch("config-[0-9a-f]{32}", name) and name not in files:
+                os.remove(os.path.join(job.folder, name))
         for name in last:
             if self.run(["network", "rm", name]).code:
                 log("warning", "a network that is not needed any more stays: somebody else uses it",
@@ -4262,9 +4269,7 @@ class ComposeDriver:
         """
         free = []
         for name in names:
-            form = ["--all", "--no-trunc", f"--filter=network={name}", "--format={{.ID}}"]
-            ids = self.run(["ps"] + form, "INSTALL_FAILED").stdout.decode().split()
-            strange = set(ids).difference(leaving.values())
+            strange = self.list_members(name).difference(leaving.values())
             if not strange:
                 free.append(name)
             elif name in wanted:
@@ -4272,6 +4277,28 @@ class ComposeDriver:
                 raise ComponentError(
                     "INSTALL_FAILED", f"{words}, which is not of this component: disconnect it")
         return free
+
+    def list_members(self, network):
+        """The ids of all containers in a network."""
+        form = ["--all", "--no-trunc", f"--filter=network={network}", "--format={{.ID}}"]
+        return set(self.run(["ps"] + form, "INSTALL_FAILED").stdout.decode().split())
+
+    def ask_addresses(self, services, networks, ours):
+        """Raises ComponentError for an address that another container has in one of these networks.
+
+        ours: ids of the containers of this component, whose addresses are free by then.
+        """
+        import ipaddress
+        for service in services:
+            for network, _, options in service.networks:
+                wanted = {(network, str(ipaddress.ip_address(option.partition("=")[2])))
+                          for option in options or () if option.startswith("--ip") and network in networks}
+                others = self.list_members(network).difference(ours) if wanted else ()
+                for container_id, shown in self.inspect(others).items():
+                    for _, address in wanted.intersection(shown.addresses):
+                        raise ComponentError("INSTALL_FAILED", f"container {container_id[:12]} has address"
+                                             f" {address} in network {network}, which service {service.name}"
+                                             " is to have")
 
     def try_networks(self, job, new, going):
         """Raises ComponentError for a network that could not be made once others have gone (K23).
@@ -4454,10 +4481,13 @@ class ComposeDriver:
         return [f"--env-file={path}"] + [f"--env={name}" for name in sorted(handed)]
 
     def write_files(self, service, folder):
-        """Files of `configs` and `secrets`, mounted read-only."""
+        """Files of `configs` and `secrets`, mounted read-only.
+
+        What runs has its own still, see make_file_name: it may be started again at any time.
+        """
         arguments = []
         for target, content in sorted(service.files.items()):
-            path = os.path.join(folder, f"config-{sha256_digest(make_json([service.name, target]))[7:23]}")
+            path = os.path.join(folder, make_file_name(content))
             write_file(path, content.text.encode("utf-8", "surrogateescape"), content.mode)
             if (content.uid, content.gid) != (-1, -1):
                 try:
@@ -4688,17 +4718,20 @@ def parse_seen(item):
     said = [entry.get("Output") or "" for entry in health.get("Log") or ()]
     mounts = [mount for mount in item.get("Mounts") or () if mount.get("Type") == "volume"]
     volumes = {make_path(mount["Destination"]): mount["Name"] for mount in mounts}
+    joined = (item.get("NetworkSettings") or {}).get("Networks") or {}
+    addresses = [(name, facts.get(key)) for name, facts in joined.items()
+                 for key in ("IPAddress", "GlobalIPv6Address")]
     return item["Id"], Shown(state["Status"], state.get("ExitCode", 0), item.get("RestartCount", 0),
                              health.get("Status", ""), volumes,
                              parse_check(item["Config"].get("Healthcheck") or {}),
-                             make_printable(said[-1].strip(), 500) if said else "")
+                             make_printable(said[-1].strip(), 500) if said else "", addresses)
 
 
 def parse_image(item):
-    """An element of what `image inspect` prints to (architecture, its Check or None, paths of volumes)."""
+    """An element of what `image inspect` prints to (architecture, Check or None, paths of volumes, command)."""
     config = item.get("Config") or {}
     check = parse_check(item.get("Healthcheck") or config.get("Healthcheck") or {})
-    return item["Architecture"], check, list(config.get("Volumes") or ())
+    return item["Architecture"], check, list(config.get("Volumes") or ()), config.get("Cmd") or ()
 
 
 def parse_check(item):
@@ -5628,6 +5661,12 @@ def make_mount_argument(mount):
     source = mount.found.path if mount.found else mount.source
     parts = [part for part in (source, mount.target, ",".join(mount.options)) if part]
     return ("--tmpfs=" if mount.kind == "tmpfs" else "--volume=") + ":".join(parts)
+
+
+def make_file_name(content):
+    """The name of the file of a Content on the disk: another one for what differs in anything."""
+    text = content.text.encode("utf-8", "surrogateescape")
+    return f"config-{sha256_digest(make_json([sha256_digest(text), *content[1:]]))[7:39]}"
 
 
 def make_files(service, reading, where):
