@@ -13303,14 +13303,18 @@ def main(arguments=None):
         prepare_streams()
         code = run_main(sys.argv[1:] if arguments is None else list(arguments))
         sys.stdout.flush()
-        return code
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        return 0                                    # the reader of our output has seen enough
+        code = 0                                    # the reader of our output has seen enough
     except KeyboardInterrupt:
-        return 130
+        code = 130
     except Exception as error:
-        return tell_fault(error)
+        code = tell_fault(error)
+    try:
+        sys.stderr.flush()
+    except OSError:                                 # a log on a full disk is no reason for another exit code
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    return code
 
 
 def tell_fault(error):
