@@ -309,8 +309,8 @@ Claim = define("Claim", "owner owners deployments ids images",
     "By what a workload is ours: the owner that this agent is, all that it was, and what its state tells of:"
     " keys of deployments and ids of containers, see is_ours; and the state's `pulled`.", ())
 Action = define("Action", "deployment_id verb reason target device_id culprit",
-    "One step of a plan: a word of EXECUTE and why; the Target, where it is wanted; the device it is done on;"
-    " culprit: (component, service) that is repaired in vain.", None, "", None)
+    "One step of a plan: a word of EXECUTE, or `keep`, and why; the Target, where it is wanted; the device it"
+    " is done on; culprit: (component, service) that is repaired in vain.", None, "", None)
 Clock = define("Clock", "now boot uptime",
     "A moment: Unix seconds by the wall clock; by the clock that nobody sets, the id of this boot and the"
     " seconds since.")
@@ -374,7 +374,7 @@ class Agent:
         empty_folder(self.store.path("tmp"))
         try:
             self.hold(self.store.load_state())
-        except MargoError:
+        except BaseException:                       # whoever embeds this may try again
             self.store.unlock()
             raise
         self.began = time.time()
@@ -532,9 +532,14 @@ class Agent:
             placed = place_targets(targets, records, self.devices, self.seen, offers)
             actions = make_plan(placed, records, self.devices, self.seen, get_clock(), runtime.settle, mark,
                                 self.is_downtime())
+            frees = any(action.verb in ("update", "remove") for action in actions)
+            stuck = [key for key, record in records.items() if frees and record["retry"].get("delay")
+                     and record["state"] == "failed" and record["error"]["code"] == "PORT_IN_USE"]
+            for key in stuck:                       # the port may be given up: it does not wait any longer
+                records[key] = dict(records[key], retry={})
             unread = {action.key for action in actions
                       if action.verb in CHANGES and not action.target.deployment}
-            if not unread:
+            if not unread and not stuck:
                 return actions
             targets = [read_target(target, load_document, self.config) if target.key in unread else target
                        for target in targets]
@@ -1021,7 +1026,7 @@ class Step:
                 tell_listeners("before", change, self)
                 agreed.append(change)
             self.name = None
-            if components and not rollback:
+            if not rollback:
                 yield from self.take_turn(prepared)
             for component, driver, workload, package in prepared:
                 self.name = component.name
@@ -1055,18 +1060,19 @@ class Step:
     def take_turn(self, prepared):
         """Waits until it is this step's turn to change what runs, see find_turn.
 
-        Where others wait for its ports, it stops what holds them first.  What moves here is removed where it
-        was.
+        Where others wait for its ports, it stops what holds them first.  What moves here is stopped where it
+        was: it never runs in two places.
         """
         verb = "stop"
         takes = {(self.action.device_id, *port)
                  for _, driver, workload, _ in prepared for port in driver.list_ports(workload)}
         while verb == "stop":
-            verb, words = yield takes
+            verb, words = (yield takes) or ("go", "")
             if verb == "fail":
                 raise ComponentError("PORT_IN_USE", words)
-            while self.before:
-                self.before.pop().clear()
+            for other in () if self.touched else self.before:
+                other.stand_aside([item for _, driver, _, _ in prepared for item in driver.beside])
+                self.touched = True
             ids = [facts["id"] for facts in list_facts(self.record) if facts.get("ports")]
             if verb == "stop" and ids:
                 self.touched = True
@@ -1075,16 +1081,46 @@ class Step:
                 self.look()
 
     def clear(self):
-        """Removes what the deployment has where it is not at home: no deployment fails by that.
+        """Removes what the deployment has where it is not at home, as `run` does.
 
-        Raises Forbidden.
+        No deployment fails by that; it raises Forbidden.
         """
         try:
-            list(self.run(make_nothing(self.record), (), {}, {}))
+            yield from self.run(make_nothing(self.record), (), {}, {})
         except Forbidden:
             raise
         except TROUBLE as error:
             self.troubles.append(to_fault(error).message)
+
+    def stand_aside(self, beside):
+        """Stops what moves away from here; what is left of its course removes it.  Raises Forbidden.
+
+        beside: ids of what the engine where it goes shows of other devices: one engine has to be cleared
+        first.
+        """
+        self.course = self.clear()
+        next(self.course, None)                     # every listener agrees
+        try:
+            for kind, driver in self.sight.drivers.items():
+                there = find_containers(self.record["deploymentId"], self.sight.containers, kind=kind)
+                driver.stop(list_active(there), time.monotonic() + COMPONENT_TIMEOUT)
+                if any(container.id in beside for container in there):
+                    list(self.course)
+        except TROUBLE as error:
+            self.troubles.append(to_fault(error).message)
+
+    def stay(self):
+        """Lets what has stood aside run again, and tells listeners; what came of it, in words."""
+        try:
+            self.course.throw(Forbidden("INSTALL_FAILED", "it stays: it does not run where it was to move"))
+        except Forbidden:
+            return self.bring_back()
+
+    def bring_back(self):
+        """Lets run again what ran before, as it was; what came of it, in words."""
+        there = self.find_containers()
+        driver = self.get_driver(there[0].type)
+        return driver.bring_back(there, time.monotonic() + COMPONENT_TIMEOUT)
 
     def fail(self, error, refused=False):
         """The record after a ComponentError: of the component that is worked on, or else of all."""
@@ -1095,7 +1131,6 @@ class Step:
     def undo(self, deployment=None):
         """Brings the version before back, or takes away what was begun; what came of it, in words."""
         before = self.record["running"]
-        there = self.find_containers()
         try:
             if before:
                 self.services = {}
@@ -1105,12 +1140,12 @@ class Step:
                     deployment=self.record["deploymentId"], digest=before["digest"])
                 self.record = dict(self.record, running=dict(before, services=self.services))
                 return "the version before runs again"
-            if there and self.record.get("found"):              # what ran before, of a lost state
-                driver = self.get_driver(there[0].type)
-                return driver.bring_back(there, time.monotonic() + COMPONENT_TIMEOUT)
+            if self.find_containers() and self.record["found"]: # what ran before, of a lost state
+                return self.bring_back()
             list(self.run(deployment, (), {}, {}, rollback=True))
             self.record = set_component(self.record, None, "pending", services={})
-            return "it is taken back until the next attempt"
+            words = [other.stay() for other in self.before]
+            return "; ".join(filter(None, words)) or "it is taken back until the next attempt"
         except TROUBLE as error:
             words = f"going back failed too: {to_fault(error).message}"
             log("error", words, deployment=self.record["deploymentId"])
@@ -1136,6 +1171,8 @@ def apply_install(step):
     yield step.record
     try:
         yield from step.run(deployment, deployment.components, packages, services)
+        for other in step.before:
+            list(other.course)
         yield finish_record(step.record, make_mark(step.config.runtime.environment))
     except TROUBLE as error:
         fault = to_fault(error)
@@ -1189,11 +1226,6 @@ def apply_refusal(step):
         yield step.fail(target.error, refused=True)
 
 
-def apply_nothing(step):
-    """Does nothing."""
-    yield from ()
-
-
 def apply_removal(step):
     """Removes all of a deployment, last component first.
 
@@ -1229,17 +1261,17 @@ def apply_clearing(step):
     """Clears a device of what belongs elsewhere; where that cannot be done, no deployment fails."""
     yield None
     try:
-        step.clear()
+        yield from step.clear()
     except Forbidden as error:
         step.troubles.append(error.message)
 
 
-# Each verb of a plan: a generator of a Step that carries it out.  It yields None or the record at each
-# change.  Once all that can fail or say no has been done, and nothing is touched, it may yield the ports of
-# the host that it will take (see find_held_ports), and is answered by the verb and the words of find_turn.
+# Each verb of a plan but `keep`: a generator of a Step that carries it out.  It yields None or the record at
+# each change.  Once all that can fail or say no has been done, and nothing is touched, it may yield the ports
+# of the host that it will take (see find_held_ports), and is answered by the verb and the words of find_turn.
 EXECUTE = {"install": apply_install, "update": apply_install, "restore": apply_restore,
            "give_up": apply_give_up, "remove": apply_removal, "clear": apply_clearing,
-           "refuse": apply_refusal, "keep": apply_nothing}
+           "refuse": apply_refusal}
 
 
 def make_nothing(record):
@@ -1520,7 +1552,7 @@ def make_drivers(config, child=None, others=()):
     """{deployment type: driver} of what a device can run; arguments as make_compose_driver takes them.
 
     A driver has observe, check, ask_strangers, tail_log, tend, prepare, list_ports, apply, remove,
-    remove_image and, where it holds ports of the host, stop; no other section knows what it drives.
+    remove_image, stop, bring_back and `beside`, see take_turn; no other section knows what it drives.
     """
     drivers = {kind: make(config, child, others) for kind, make in DRIVERS.items()}
     return {kind: driver for kind, driver in drivers.items() if driver}
@@ -1701,11 +1733,10 @@ def find_held_ports(record):
 
 
 def find_clash(takes, holds):
-    """A port that is in `takes` and in `holds`, or None.  The address "" stands for every address."""
+    """A port that is in `takes` and in `holds`, or None."""
     for port in sorted(takes):
         for device_id, address, *rest in holds:
-            meets = address == port[1] or "" in (address, port[1])
-            if meets and (device_id, *rest) == (port[0], *port[2:]):
+            if may_meet(address, port[1]) and (device_id, *rest) == (port[0], *port[2:]):
                 return port
     return None
 
@@ -3565,10 +3596,17 @@ def find_rivals(services):
         for address, *key in things:
             holders = taken.setdefault(tuple(key), [])
             for held, other in holders:
-                if held == address or "" in (held, address):
+                if may_meet(held, address):
                     rivals[service.name, other] = f"{key[0]} {key[1]}"
             holders.append((address, service.name))
     return rivals
+
+
+def may_meet(address, other):
+    """Whether a port of the host at one address is one at the other, too; "" is every address."""
+    general = {"", "0.0.0.0", "::"}.intersection((address, other))
+    same_kind = (":" in address) == (":" in other)
+    return address == other or "" in general or same_kind and bool(general)
 
 
 def check_rivals(services):
@@ -3605,6 +3643,8 @@ def ask_taken(address, number, protocol):
     kind = {"tcp": socket.SOCK_STREAM, "udp": socket.SOCK_DGRAM}.get(protocol, socket.SOCK_SEQPACKET)
     try:
         with socket.socket(family, kind) as probe:
+            if ":" in address:
+                probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
             if protocol == "tcp":                   # else what was closed just now is in the way
                 probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind((address or "0.0.0.0", number))
@@ -3761,7 +3801,8 @@ class ComposeDriver:
                                " runtime.engine")
         found = parse_containers(output.stdout, self.engine, time.time())
         ours, self.strangers = part_containers(found, self.claim)
-        return [container for container in ours if container.device_id not in self.others]
+        self.beside = {container.id for container in ours if container.device_id in self.others}
+        return [container for container in ours if container.id not in self.beside]
 
     def ask_strangers(self):
         """[Container] of other owners, as the last look has shown them."""
@@ -4564,7 +4605,7 @@ class ComposeDriver:
         for container in there:
             if container.state in AT_REST and states.get(container.id, "created") not in AT_REST:
                 self.run(["start", container.id], "INSTALL_FAILED", deadline - time.monotonic())
-        return "what ran before runs again"
+        return "what ran before runs again" if there else ""
 
     def remove(self, deployment_id, component, containers, deadline):
         """Removes a component's containers, whatever their state, and its networks; volumes stay.
@@ -4876,14 +4917,14 @@ def make_names(value, where):
     return names
 
 
-# A name, and perhaps = or : and a value in quotes, or all that stands on the line.
-ENV_LINE = (r"(?:export[ \t]+)?([\w.-]+)[ \t\r]*(?:[=:](?:"
-            r"[ \t\r]*(?:'([^'\\]*(?:\\.[^'\\]*)*)'|\"([^\"\\]*(?:\\.[^\"\\]*)*)\")[ \t\r]*(?:#[^\n]*)?|"
-            r"(?![ \t\r]*['\"])([^\n]*)))?(?:\n|\Z)")
 # What compose strips before a value, and behind it.
 BLANKS = " \t\v\f\r\x85\xa0"
 BLANKS_BEHIND = BLANKS + ("\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a\u2028"
                           "\u2029\u202f\u205f\u3000")
+# A name, and perhaps = or : and a value in quotes, or all that stands on the line.
+ENV_LINE = (r"(?:export[ \t]+)?([\w.-]+)~*(?:[=:](?:"
+            r"~*(?:'([^'\\]*(?:\\.[^'\\]*)*)'|\"([^\"\\]*(?:\\.[^\"\\]*)*)\")~*(?:#[^\n]*)?|"
+            r"(?!~*['\"])([^\n]*)))?(?:\n|\Z)").replace("~", f"[{BLANKS}]")
 
 
 def parse_env_file(text, variables, where, earlier=None):
@@ -4946,7 +4987,7 @@ PERIOD = r"(?=.{1,100}\Z)([0-9]+(\.[0-9]+)?(h|ms|us|m|s))+", "a duration such as
 to_period = to_form(*PERIOD)
 # In whole seconds: an engine would take zero as not said.
 to_grace = to_form(*PERIOD, make=lambda text: str(max(1, round(parse_period(text)))))
-SIZE = r"-1|[0-9]+(\.[0-9]+)?([kmgtKMGT]?[bB]?|[KMGT]i[bB]?)", "a size such as 64m"
+SIZE = r"-1|[0-9]+(\.[0-9]+)? ?([kmgtKMGT]?[bB]?|[KMGT]i[bB]?)", "a size such as 64m"
 to_size = to_form(*SIZE)
 to_number = to_form(r"-?([0-9]+(\.[0-9]*)?|\.[0-9]+)", "a number")
 to_count = to_form("[0-9]{1,9}", "a whole number", int)
@@ -5154,8 +5195,7 @@ def to_port(item, where):
     text += f"{published}:{target}" if text or published else target
     protocol = protocol.lower() or "tcp"
     chosen = len(inside) < len(outside)
-    return Port(text if protocol == "tcp" else f"{text}/{protocol}",
-                "" if re.fullmatch("[0.:]+", address) else address,
+    return Port(text if protocol == "tcp" else f"{text}/{protocol}", address,
                 outside if published and not chosen else (), protocol, outside if chosen else ())
 
 
@@ -5238,7 +5278,7 @@ MOUNT_FORM = make_form(
     to_text, "source target consistency", read_only=to_word("ro"), volume={"nocopy": to_word("nocopy")},
     type=to_form("bind|volume|tmpfs", "supported; known are bind, volume, tmpfs"),
     bind=make_form(to_text, "propagation selinux", create_host_path=to_flag),
-    tmpfs={"size": to_form(*SIZE, make="size={}".format),
+    tmpfs={"size": to_form(*SIZE, make=lambda text: "size=" + re.sub("(?i) |i?b", "", text)),
            "mode": lambda value, where: f"mode={to_mode(value, where):o}"})
 SERVICE_FORM = dict(
     SERVICE_OPTIONS, image=to_image, command=to_words, entrypoint=to_words, environment=to_pairs,
@@ -5312,7 +5352,7 @@ def read_value(value, form, where="", variables=None):
 
     def read_keys(value, form, where):
         if isinstance(value, list) and list in form:
-            value = dict.fromkeys(to_list(value, where))
+            value = dict.fromkeys(to_list(interpolate_all(value, variables, where), where))
         if not isinstance({} if value is None else value, dict):
             raise make_fault(f"{where}: expected a mapping")
         value = make_names(value or {}, where)
@@ -5511,10 +5551,11 @@ def make_restart(policy):
 def make_ports(ports, reading, where):
     """Arguments for these Ports, each once, and [[address or "", port, protocol]] that they hold of the host.
 
+    Of two spellings of one, such as 80:80 and 0.0.0.0:80:80, the later one counts.
     Of a range for one port podman takes none, so it is the range's first.
     """
     arguments, held = [], []
-    for port in dict.fromkeys(ports):
+    for port in {re.sub(r"\A0\.0\.0\.0:", "", port.argument): port for port in ports}.values():
         numbers, argument = port.numbers, port.argument
         if port.choice and reading.engine == "podman":
             numbers = port.choice[:1]
@@ -5606,7 +5647,7 @@ def make_attachments(name, service, reading, where):
         if service.networks:
             raise make_fault(f"{where}.network_mode: cannot stand beside networks")
         return [Attachment(make_namespace(service.network_mode, reading.workload), None)]
-    wanted = service.networks or read_value(["default"], SERVICE_FORM["networks"])
+    wanted = service.networks or read_value({"default": None}, SERVICE_FORM["networks"])
     joined = []
     for network, value in sorted(wanted.items(), key=lambda pair: -(pair[1].priority or 0)):
         own = find_member(reading.networks, network, f"{where}.networks", "networks")[0]
@@ -5877,7 +5918,11 @@ def make_project(document, workload, policy, engine, folder=None):
     order = make_hashes(order_services(services))
     notes += [f"{name} is used, and no parameter gives it: it is empty; give it, or write"
               f" ${{{name}:-DEFAULT}}" for name in sorted(variables.unset)]
-    return Project(order, dict(reading.networks.values()), dict(reading.volumes.values()), notes)
+    used = {item.network for service in order for item in service.networks}
+    used.update(mount.source for service in order for mount in service.mounts)
+    networks, volumes = [{name: arguments for name, arguments in shared.values() if name in used}
+                         for shared in (reading.networks, reading.volumes)]
+    return Project(order, networks, volumes, notes)
 
 
 def make_file_variables(workload, folder):
@@ -5905,7 +5950,8 @@ def find_wanted(services, variables, notes):
             raise make_fault(f"services: {make_printable(name, 60)!r} is not a service name")
         if not isinstance(service, dict):
             raise make_fault(f"{where}: expected a mapping")
-        if service.get("profiles") and profiles.isdisjoint(to_list(service["profiles"], f"{where}.profiles")):
+        wanted = interpolate_all(service.get("profiles") or [], variables, f"{where}.profiles")
+        if wanted and profiles.isdisjoint(to_list(wanted, f"{where}.profiles")):
             continue
         if "build" in service and service.get("image"):
             service = {key: item for key, item in service.items() if key != "build"}
@@ -6598,6 +6644,9 @@ def run_command(argv, timeout, env=None, cwd=None, limit=MAX_OUTPUT, data=b"", f
                                    start_new_session=True, pass_fds=files,
                                    preexec_fn=limits and make_limiter(limits))
     except FileNotFoundError:
+        if os.path.isfile(argv[0]):
+            raise CommandError(f"{argv[0]} cannot be started: what its first line (#!) names is not there, or"
+                               " that line ends as on Windows") from None
         name = os.path.basename(argv[0])
         fault = ConfigError if name in ("openssl", "git", "gpg") else CommandError
         needed = NEEDED_BY.get(name, "or correct the setting that names it")
@@ -6742,8 +6791,9 @@ def request(method, url, headers, body, context, timeout, limit, check_peer=None
     where = f"{method} {url}"
     headers = {"User-Agent": f"margo-agent/{__version__}", **headers}
     message = urllib.request.Request(url, data=body, headers=headers, method=method)
-    proxy = "" if getattr(context, "direct", False) else ask_proxy(url)
+    proxy = ""
     try:
+        proxy = "" if getattr(context, "direct", False) else ask_proxy(url)
         with make_opener(context, check_peer, proxy).open(message, timeout=timeout) as response:
             found = http.client.HTTPMessage()
             for name, value in response.headers.items():            # folded lines are one (RFC 9112, 5.2)
@@ -6793,16 +6843,21 @@ class Paced(io.RawIOBase):
         super().close()
 
 
+MUTE = set()                        # addresses that take connections, and do not shake hands
+
+
 def open_connection(address, timeout, source=None):
     """A socket to the first address of a (host, port) that answers; raises OSError.
 
     Each next address is tried 250 ms after the one before, so that a dead one holds nobody up (RFC 8305).
+    MUTE ones are left out until there is no other.
     """
     import errno
     import select
     import socket
-    places = socket.getaddrinfo(*address, type=socket.SOCK_STREAM)
-    trying, code = {}, 0
+    found = socket.getaddrinfo(*address, type=socket.SOCK_STREAM)
+    places = [item for item in found if item[4] not in MUTE]
+    trying, code = {}, errno.ETIMEDOUT
     end = time.monotonic() + timeout
     try:
         while places or trying:
@@ -6824,7 +6879,9 @@ def open_connection(address, timeout, source=None):
                     return peer
                 peer.close()
             if time.monotonic() >= end:
-                raise TimeoutError("timed out")
+                code = errno.ETIMEDOUT
+                break
+        MUTE.clear()
         raise OSError(code, os.strerror(code))
     finally:
         for peer in trying:
@@ -6837,6 +6894,7 @@ def make_opener(context, check_peer, proxy):
     proxy: whether the environment's proxies are asked.
     """
     import http.client
+    import socket
     import urllib.request
 
     class Answer(http.client.HTTPResponse):
@@ -6862,16 +6920,24 @@ def make_opener(context, check_peer, proxy):
             self._create_connection = open_connection
             try:
                 super().connect()
-                # an end that TLS does not tell of is none: the answer was cut
-                if context:
-                    host = self._tunnel_host or self.host
-                    self.sock = context.wrap_socket(self.sock, server_hostname=host,
-                                                    suppress_ragged_eofs=False)
-                if check_peer:
-                    check_peer(get_chain(self.sock, context))
+                place = self.sock.getpeername()
+                try:
+                    self.greet()
+                except (socket.timeout, TimeoutError):
+                    MUTE.add(place)                 # so this is another one
+                    super().connect()
+                    self.greet()
             except (OSError, MargoError):
                 self.close()
                 raise
+
+        def greet(self):
+            # an end that TLS does not tell of is none: the answer was cut
+            if context:
+                host = self._tunnel_host or self.host
+                self.sock = context.wrap_socket(self.sock, server_hostname=host, suppress_ragged_eofs=False)
+            if check_peer:
+                check_peer(get_chain(self.sock, context))
 
     scheme = "https" if context else "http"
     handler = urllib.request.AbstractHTTPHandler()
@@ -6934,7 +7000,7 @@ def ask_proxy(url):
     from urllib.request import getproxies, proxy_bypass
     parts = urlsplit(url)
     proxy = "" if proxy_bypass(parts.netloc) else getproxies().get(parts.scheme, "")
-    return urlsplit(proxy).netloc.rpartition("@")[2] or proxy.rpartition("@")[2]
+    return proxy.rpartition("@")[2].rpartition("//")[2]
 
 
 # What OpenSSL calls a peer's answer to a handshake, and what that means.
@@ -7336,7 +7402,7 @@ STATE = {
     "history": [{"version": VERSION, "at": str, "outcome": str, "refused+": str, "added": [str],
                  "changed": [str], "removed": [str], "names+": {"*": str}}],
     "lastPoll": (None, POLL)}
-MEMO = {"lastPoll?": POLL, "etags+": {"*": str}, "warnedAt+": float,
+MEMO = {"lastPoll?": POLL, "etags+": {"*": (None, str)}, "warnedAt+": float,
         "others?": [{"owner": str, "name": str, "type": str, "deploymentId": str}], "trust?": float,
         "boot?": str, "start+": float}
 
@@ -9700,11 +9766,9 @@ def parse_ca(text):
     if b"-----BEGIN" not in data:
         plain = b"".join(data.split()).decode().replace("-", "+").replace("_", "/")
         data = parse_base64(plain + "=" * (-len(plain) % 4))
-    anchors = parse_pem(data) if b"-----BEGIN" in data else [data]
+    anchors = parse_pem(data) or [data]
     for anchor in anchors:
         parse_certificate(anchor)
-    if not anchors:
-        raise ValueError("it holds no certificate")
     return anchors
 
 
@@ -11193,16 +11257,10 @@ def load_certificates(body):
     text = re.sub("-----(BEGIN|END) PKCS7-----", "", body.decode("ascii", "replace"))
     try:
         data = body if body[:1] == b"\x30" else parse_base64(text)
-    except ValueError:
-        data = b""
-    if data[:1] != b"\x30":
+        found = parse_pem(run_openssl("pkcs7 -inform DER -print_certs", data=data))
+    except (ValueError, CommandError):
         raise ValueError("EST answered 200 with something else than certificates:"
-                         f" {make_printable(text, 100)!r}")
-    try:
-        pem = run_openssl("pkcs7 -inform DER -print_certs", data=data)
-    except CommandError:
-        raise ValueError("openssl finds no certs-only message in it") from None
-    found = parse_pem(pem)
+                         f" {make_printable(text, 100)!r}") from None
     if len(found) > MAX_ISSUED:
         raise ValueError(f"it holds more than {MAX_ISSUED} certificates")
     return [parse_certificate(der) for der in found]
@@ -11861,7 +11919,8 @@ class HelmDriver:
         """Nothing: logs, health checks and images are the cluster's, and ports none of this host."""
         return ""
 
-    list_ports = tail_log = tend = remove_image = leave
+    list_ports = tail_log = tend = remove_image = stop = leave
+    beside = ()
 
 
 DRIVERS["helm"] = make_helm_driver

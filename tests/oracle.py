@@ -43,7 +43,7 @@ def unescape(value):
 
 def to_bytes(text):
     """A size such as 64m or 67108864 in bytes."""
-    number, unit = re.fullmatch(r"(-?[0-9.]+)([bkmgt]?)i?b?", str(text).lower()).groups()
+    number, unit = re.fullmatch(r"(-?[0-9.]+) ?([bkmgt]?)i?b?", str(text).lower()).groups()
     return int(float(number) * {"": 1, "b": 1, "k": 2 ** 10, "m": 2 ** 20, "g": 2 ** 30, "t": 2 ** 40}[unit])
 
 

@@ -333,6 +333,17 @@ class Cycle(AgentCase):
         self.assertEqual((done.returncode, self.running()), (0, ["running"]), done.stderr)
 
 
+class Embedded(AgentCase):
+    def test_a_state_that_cannot_be_read_leaves_no_lock_behind(self):
+        """Whoever embeds the agent tries again in the same process, once there is memory."""
+        self.publish()
+        self.device.cycle()
+        config = margo_agent.load_config(self.device.config_file)
+        with mock.patch.dict(os.environ, self.device.env), mock.patch("margo_agent.parse_state", side_effect=MemoryError):
+            self.assertRaises(MemoryError, margo_agent.Agent(config).cycle)
+        self.device.cycle(0)
+
+
 class Reports(AgentCase):
     """What the WFM does not take holds up nothing else, and has a back-off of its own."""
 

@@ -798,6 +798,24 @@ class Ports(ApplyCase):
         self.assertEqual(self.wfm.reports(SECOND)[-1]["body"]["status"]["error"]["code"], "PORT_IN_USE")
         self.assertEqual({key: item[0] for key, item in self.device.plan().items()}, {HELLO: "keep", SECOND: "keep"})
 
+    def test_what_waits_for_a_port_is_tried_again_with_whatever_changes(self):
+        """The members of a circle in which one has failed would never be due at one time; nor is a port that gets free left for an hour."""
+        self.publish_ports(one=7001, two=7002)
+        self.cycle()
+        self.publish_ports(one=7002, two=7001)
+        self.engine.change(exits={"main": 3})
+        self.cycle(1)
+        self.engine.change(exits={})
+        self.assertEqual(self.state_of(SECOND)["error"]["code"], "PORT_IN_USE")
+        self.device.run("retry", HELLO)
+        self.assertNotIn("error", self.cycle())
+        third = HELLO[:-1] + "2"
+        self.wfm.publish(support.make_deployment(third, "three", registry=self.wfm.registry,
+                                                 parameters={"PORT": "7001"}), third)
+        self.cycle(1)
+        self.wfm.withdraw(SECOND)
+        self.cycle(0)
+
     def test_what_has_only_freed_its_ports_runs_again_although_a_failed_update_is_kept(self):
         """P-8: on_failure keep is for what failed, not for what stood aside."""
         self.device.set("runtime.on_failure", "keep")

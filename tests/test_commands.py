@@ -57,6 +57,14 @@ class RunCommand(unittest.TestCase):
             with self.assertRaisesRegex((margo_agent.CommandError, margo_agent.ConfigError), setting):
                 margo_agent.run_command([path], 30)
 
+    def test_a_script_that_cannot_be_run_is_not_said_to_be_missing(self):
+        """A hook that was written on Windows, or for a shell that the device lacks."""
+        path = os.path.join(support.make_folder(self), "hook")
+        for line in ("#!/bin/sh\r\n", "#!/nonexistent/bash\n"):
+            support.write(path, line, 0o755)
+            with self.assertRaisesRegex(margo_agent.CommandError, f"{path} cannot be started: what its first line"):
+                margo_agent.run_command([path], 30)
+
     def test_one_that_ctrl_c_ends_has_not_failed(self):
         """Python 3.10 and newer start a program by vfork; until it has its session, ctrl-C ends it, too."""
         with self.assertRaisesRegex(margo_agent.Interrupted, "was ended by ctrl-C"):

@@ -268,13 +268,13 @@ class CommandLines(DriverCase):
         service, name = prepared[1].services[0], f"{PROJECT}-main-1"
         self.driver.apply(prepared, self.driver.observe(), {}, time.monotonic() + 60)
         calls, mine = self.changes(), self.ids()["main"]
-        config = next(argument for argument in calls[4] if re.match("--volume=.*:/app:ro$", argument))
+        config = next(argument for argument in calls[3] if re.match("--volume=.*:/app:ro$", argument))
         mark = f"--label=org.margo.project={PROJECT}"
-        for call in calls[1:4]:
+        for call in calls[1:3]:
             self.assertRegex(call.pop(-2), "^--label=org.margo.hash=[0-9a-f]{32}$")
         self.assertEqual(calls, [
             ["volume", "create", "--label=a=b", *MARKS, f"{PROJECT}_data"],
-            ["network", "create", *MARKS, f"{PROJECT}_default"], ["network", "create", *MARKS, f"{PROJECT}_front"],
+            ["network", "create", *MARKS, f"{PROJECT}_front"],
             ["network", "create", *MARKS, "--internal", f"{PROJECT}_back"],
             ["create", f"--name={name}", mark, f"--label=org.margo.deployment={support.HELLO}",
              f"--label=org.margo.owner={OWNER}", "--label=org.margo.component=web",
@@ -783,7 +783,7 @@ class Owners(DriverCase):
                 with self.engine.open() as held:
                     held[kind] = {name: labels}
                 for value in ({"name": name}, {"external": True, "name": name}, {"external": {"name": name}}):
-                    document = make_document({}, **{kind: {"x": value}})
+                    document = make_document({kind: {"networks": ["x"], "volumes": ["x:/x"]}[kind]}, **{kind: {"x": value}})
                     if denied:
                         self.assertFails("POLICY_DENIED", lambda: self.check_names(document), f"{name} is of another deployment")
                     else:
@@ -959,6 +959,20 @@ class Handover(DriverCase):
         chain = [service._replace(name=name, ports=[port], depends_on=dict.fromkeys(needs, condition)) for name, port, needs, condition in zip(
             "abc", ports, ["", "a", "b"], [task, task, ("service_started", True)])]
         margo_agent.check_rivals(chain)             # a has ended before b starts, and so before c
+        for first, second, met in (("0.0.0.0", "127.0.0.1", True), ("::1", "::", True), ("", "::1", True), ("0.0.0.0", "::", False),
+                                   ("127.0.0.1", "::", False), ("0.0.0.0", "::1", False)):
+            ports = [[first, number, "tcp"], [second, number, "tcp"]]
+            services = [service._replace(ports=ports), service._replace(ports=ports[:1]), service._replace(name="b", ports=ports[1:])]
+            for group in (services[:1], services[1:]):      # of one service, and of two
+                with self.subTest(first=first, second=second):
+                    if met:
+                        self.assertFails("INVALID_DEPLOYMENT", lambda: margo_agent.check_rivals(group), "it cannot have")
+                    else:
+                        margo_agent.check_rivals(group)
+        with socket.socket(socket.AF_INET) as taken:
+            taken.bind(("0.0.0.0", 0))
+            taken.listen(1)
+            ask(["::", taken.getsockname()[1], "tcp"])      # each kind of addresses has its own
         network = margo_agent.Attachment("n", [], ["--ip=10.0.0.9"])
         services = [service._replace(name=name, networks=[network]) for name in "ab"]
         self.assertFails("INVALID_DEPLOYMENT", lambda: margo_agent.check_rivals(services), "services.b: it cannot have n ip=10.0.0.9 beside service a")

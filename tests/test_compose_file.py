@@ -261,7 +261,8 @@ class EnvFiles(FileCase):
         ('X="\\a\\b\\f\\v\\r\\q"', {"X": "\a\b\f\v\r\\q"}), ('X="a\r\nb"\r\nY=1', {"X": "a\r\nb", "Y": "1"}),
         ("X='\\\\\\''", {"X": "\\\\'"}), ("X=\u2028 a\u3000", {"X": "\u2028 a"}),
         ("X=a\x1d", {"X": "a\x1d"}), ("X=\x1e", {"X": "\x1e"}), ("X=\r'a'", {"X": "a"}), ('X="a\\\\0"', {"X": "a\\0"}),
-        ("X=a\u2028Y=b", {"X": "a\u2028Y=b"}), ("X=a\x0cY=b", {"X": "a\x0cY=b"})]
+        ("X=a\u2028Y=b", {"X": "a\u2028Y=b"}), ("X=a\x0cY=b", {"X": "a\x0cY=b"}),
+        ("X=\v'a'", {"X": "a"}), ("X\x85=\xa0\"a\"\f#b", {"X": "a"}), ("X=\xa0a", {"X": "a"})]
 
     def test_every_line_is_read(self):
         for text, expected in self.LINES:
@@ -847,7 +848,7 @@ class Ports(FileCase):
     """What a service holds of the host, as data: who goes first when a port changes hands is decided from it (F-28)."""
 
     CASES = [("80", []), ("8080:80", [["", 8080, "tcp"]]), ("127.0.0.1:8080:80/udp", [["127.0.0.1", 8080, "udp"]]),
-             ("0.0.0.0:8080:80", [["", 8080, "tcp"]]), ("[::]:8080:80", [["", 8080, "tcp"]]),
+             ("0.0.0.0:8080:80", [["0.0.0.0", 8080, "tcp"]]), ("[0::0]:8080:80", [["::", 8080, "tcp"]]),
              ("[0:0::1]:53:53/udp", [["::1", 53, "udp"]]), ("127.0.0.1::80", []),
              ("8080-8081:80-81", [["", 8080, "tcp"], ["", 8081, "tcp"]]), ("8080-8090:80", [["", 8080, "tcp"]]),
              ({"target": 80, "published": 8080, "host_ip": "10.0.0.1", "protocol": "sctp"}, [["10.0.0.1", 8080, "sctp"]]),
@@ -869,8 +870,11 @@ class Ports(FileCase):
 
     def test_a_port_that_is_listed_twice_is_one(self):
         """The engine is asked for a port once: the second time it is in use."""
-        service = self.settle_service({"ports": ["80:80", "80:80/tcp", {"target": 80, "published": 80}, "81:80"]})
-        self.assertEqual(service.arguments, ["--publish=80:80", "--publish=81:80"])
+        service = self.settle_service({"ports": ["80:80", "80:80/tcp", {"target": 80, "published": 80}, "81:80", "0.0.0.0:80:80"]})
+        self.assertEqual(service.arguments, ["--publish=0.0.0.0:80:80", "--publish=81:80"])
+        for ports in (["0.0.0.0:80:80", "[::]:80:80"], ["10.0.0.0:80:80", "80:81"], ["10.0.0.0:80:80", "1.10.0.0:80:80"]):
+            service = self.settle_service({"ports": ports})
+            self.assertEqual(service.arguments, [f"--publish={port}" for port in ports])
 
 
 class InsideTheArchive(FileCase):
@@ -1091,9 +1095,18 @@ class Shared(FileCase):
             "named": ("own", MARKS), "foreign": ("foreign", None),
             "both": ("theirs", None), "older": ("plant", None), "empty": (f"{PROJECT}_empty", MARKS),
             "memory": (f"{PROJECT}_memory", MARKS + ["--opt=device=tmpfs", "--opt=o=size=8m,noexec", "--opt=type=tmpfs"])})
-        project = self.settle(make_document({}, **document))
-        self.assertEqual({name for name, arguments in project.volumes.items() if arguments is not None}, {
-            "own", *(f"{PROJECT}_{name}" for name in ("plain", "labelled", "memory", "empty"))})
+        project = self.settle(make_document({"volumes": ["plain:/p", "named:/n", "foreign:/f"]}, **document))
+        self.assertEqual({name: arguments is None for name, arguments in project.volumes.items()},
+                         {"own": False, f"{PROJECT}_plain": False, "foreign": True})
+
+    def test_what_no_service_uses_is_not_made(self):
+        """As in Docker Compose: an address range of the engine, or a name of somebody else's, is taken for nothing."""
+        members = {"networks": {"default": None, "front": None, "back": {"name": "plant"}}, "volumes": {"data": None, "more": None}}
+        for keys, networks, volumes in (
+                ({"network_mode": "none"}, [], []), ({}, ["default"], []), ({"networks": ["front"], "volumes": ["data:/d"]}, ["front"], ["data"])):
+            project = self.settle(make_document(keys, **members))
+            self.assertEqual(list(project.networks), [f"{PROJECT}_{name}" for name in networks])
+            self.assertEqual(list(project.volumes), [f"{PROJECT}_{name}" for name in volumes])
 
     def test_networks_and_how_they_are_made(self):
         document = {"networks": {"plain": None, "inner": {"internal": True, "labels": ["a=b"]},

@@ -190,8 +190,8 @@ class Enrollment(Site):
                 ({"stranger": True}, {}, "does not lead to the trust bundle"), ({"extra": 40}, {}, "more than 32 certificates"),
                 ({"start": 4000, "end": 8000}, {}, "set the clock"),
                 ({}, {"headers": {"Content-Type": "text/html"}, "body": "<html>Welcome"}, "something else than certificates: '<html>Welcome'"),
-                ({}, {"body": "MIIB"}, "no certs-only message"), ({}, {"body": ""}, "something else"),
-                ({}, {"body": base64.b64encode(b"0" * 3000).decode()}, "no certs-only message"), ({}, {"body": "A" * 2000000}, "longer than")):
+                ({}, {"body": "MIIB"}, "something else than certificates: 'MIIB'"), ({}, {"body": ""}, "something else"),
+                ({}, {"body": base64.b64encode(b"0" * 3000).decode()}, "something else"), ({}, {"body": "A" * 2000000}, "longer than")):
             device = self.make_device()
             self.mis.misissue(**odd)
             self.mis.fault(*([dict(fault, path="*/simpleenroll")] if fault else []))

@@ -434,6 +434,35 @@ class Routing(GatewayCase):
         self.device.cycle(0)
         self.assertEqual((self.where(), self.report()[:2]), ({B: "two"}, (B, "installed")))
 
+    def test_a_move_that_fails_leaves_it_running_where_it_was(self):
+        """P-8, contract, Failure: at each attempt anew, and never in two places; hooks are told that it stays."""
+        self.publish(A)
+        self.device.cycle()
+        before = self.engines[A].containers()
+        told = os.path.join(self.device.folder, "told")
+        hook = os.path.join(self.device.folder, "hook")
+        support.write(hook, f"#!/bin/sh\necho $1 $(grep -o 'state\":\"[a-z]*') >> {told}\n", 0o755)
+        self.device.set("hooks.run", [hook])
+        self.publish(B, greeting="two")
+        self.engines[B].change(exits={"main": 3})
+        for _ in range(2):
+            self.device.run("retry")
+            self.device.cycle(1)
+            after = self.engines[A].containers()
+            self.assertEqual([(item["id"], item["state"]) for item in after.values()],
+                             [(item["id"], "running") for item in before.values()])
+            self.assertEqual((self.engines[B].containers(), self.report()[:2]), ({}, (B, "failed")))
+            words = self.wfm.reports()[-1]["body"]["status"]["error"]["message"]
+            self.assertIn("what ran before runs again", words)
+            with open(told) as file:
+                self.assertEqual(file.read().split("\n")[-7:-1], [
+                    "before-install", "before-removal", 'after-install state":"failed', "before-removal",
+                    'after-removal state":"removed', 'after-removal state":"failed'])
+        self.engines[B].change(exits={})
+        self.device.run("retry")
+        self.device.cycle(0)
+        self.assertEqual((self.where(), self.engines[A].containers()), ({B: "two"}, {}))
+
     def test_a_move_that_a_hook_forbids_leaves_what_runs_alone(self):
         """P-20, D-11: whether it is asked of the new place, for the last component there, or of the old one; and then it is made."""
         for name in ("db", "web"):

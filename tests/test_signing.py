@@ -513,7 +513,7 @@ class Trust(SignedCase):
         for size in range(1, 5):                    # whatever is missing at the end
             with self.assertRaises(ValueError):
                 margo_agent.parse_ca(base64.urlsafe_b64encode(b"\xff" * size).decode().rstrip("="))
-        for text in ("", "AAAA", "?", "-----BEGIN CERTIFICATE-----", "ä", whole[2][:8] + "\x1c" + whole[2][8:]):
+        for text in ("", "AAAA", "?", "-----BEGIN CERTIFICATE-----", "-----BEGIN PRIVATE KEY-----\nAAAA\n-----END PRIVATE KEY-----\n", "ä", whole[2][:8] + "\x1c" + whole[2][8:]):
             with self.assertRaises(ValueError):
                 margo_agent.parse_ca(text)
         with self.assertRaises(margo_agent.ConfigError):

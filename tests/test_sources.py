@@ -83,6 +83,7 @@ class Poll(SourceCase):
             for etag in (f'W/"{number}"', ""):
                 self.wfm.fault({"method": "GET", "path": MANIFEST[1], "status": 200, "headers": {"ETag": etag} if etag else {}, "body": self.manifest()})
                 self.assertEqual(self.device.cycle(0), "")
+                self.assertEqual(self.device.status()["lastPoll"]["result"], "unchanged")
         self.assertEqual(self.snapshot(), before)
 
     def manifest(self):

@@ -249,6 +249,11 @@ class Requests(TransportCase):
             with mock.patch.dict(os.environ, {"no_proxy": "127.0.0.1"}):
                 self.assertEqual(self.get(server).body, b"direct")
 
+    def test_a_proxy_whose_address_is_spoilt_is_named(self):
+        for proxy in ("http://[::1:3128", "http://me:secret@[::1:3128", "[::1"):
+            with mock.patch.dict(os.environ, {"https_proxy": proxy}):
+                self.refuse(Unreachable, "https://wfm.invalid", "through the proxy [::1", context=margo_agent.make_tls_context())
+
     def test_https_goes_through_a_proxy_as_a_tunnel_only(self):
         """C-013: a proxy sees a host and a port, never a request; one that refuses is trouble of the network."""
         proxy, server = Server(self, answer("407 Log in first")), Server(self, answer("200 OK"))
@@ -544,6 +549,30 @@ class Tls(TransportCase):
         context = margo_agent.make_tls_context([self.der("ca")])
         self.assertEqual(self.get(self.serve("wfm"), context=context, check_peer=seen.append).body, b"secret")
         self.assertEqual(seen[0][0], self.der("wfm"))
+
+    def test_an_address_that_shakes_no_hands_is_passed_over_once_it_is_known(self):
+        """F-12: the next one is asked in its place, this time and the next; where there is no other, it is asked anew each time."""
+        good, context = self.serve("wfm"), margo_agent.make_tls_context([self.der("ca")])
+        mute = socket.socket()                      # its kernel takes connections, and nobody reads them
+        mute.bind(("127.0.0.1", 0))
+        mute.listen(16)
+        self.addCleanup(mute.close)
+        self.addCleanup(margo_agent.MUTE.clear)
+        places = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", listener.getsockname()) for listener in (mute, good.listener)]
+        with mock.patch.object(socket, "getaddrinfo", lambda *arguments, **options: places):
+            for _ in range(2):
+                self.assertEqual(self.get("https://wfm.test:1", context=context, timeout=2).body, b"secret")
+            mute.setblocking(False)
+            mute.accept()[0].close()
+            self.assertRaises(BlockingIOError, mute.accept)
+            places.pop()
+            margo_agent.MUTE.clear()
+            for _ in range(2):
+                start = time.monotonic()
+                self.refuse(Unreachable, "https://wfm.test:1", "timed out", context=context, timeout=1)
+                self.assertLess(time.monotonic() - start, 60)
+            for _ in range(2):
+                mute.accept()[0].close()
 
     def test_a_peer_that_is_refused_gets_no_request(self):
         """C-013: check_peer comes before the first byte of the request, and what it raises comes out as it is."""
