@@ -12902,6 +12902,10 @@ def command_unenroll(config, options):
                 devices = state["enrollment"].get("devices") or [agent.device_id]
                 for device_id in sorted(devices, reverse=True):
                     agent.connect().delete_capabilities(device_id)
+            except Unreachable as error:
+                error.message += (f"; nothing is forgotten until the WFM knows it; where it is gone for good,"
+                                  f" remove {agent.store.folder} instead")
+                raise
             except Untrusted as error:
                 log("warning",
                     "the WFM does not know this client any more; the relationship is forgotten here",
