@@ -183,7 +183,7 @@ MENDS = {"ENOSPC": "free space", "EDQUOT": "free space", "EIO": "look after the 
          "EEXIST": "something else lies in its place, move it away",
          "ENOTDIR": "something else lies in its place, move it away",
          "EISDIR": "something else lies in its place, move it away",
-         "EROFS": "mount that disk writable",
+         "EROFS": "mount that disk writable", "EACCES": "run as root, or as its owner",
          "EMFILE": "let this service have more open files"}
 
 
@@ -7315,9 +7315,7 @@ def read_file(path, limit):
     except FileNotFoundError:
         return None
     except OSError as error:
-        denied = isinstance(error, PermissionError)
-        mend = "run as root, or as its owner" if denied else make_mend(error)
-        raise StorageError(f"{path} cannot be read ({error.strerror}); {mend}") from None
+        raise StorageError(f"{path} cannot be read ({error.strerror}); {make_mend(error)}") from None
     if len(data) > size:
         raise StorageError(f"{path} is longer than {size} bytes")
     return data
@@ -7882,7 +7880,10 @@ class Folder:
             except OSError:
                 continue                            # what cannot be read, or is not there
             left -= len(entries)
-            if any(entry.name in ENGINE_SOCKETS or entry.inode() in inodes for entry in entries):
+            # files and folders of another disk may have the number of a socket
+            if any(entry.name in ENGINE_SOCKETS
+                   or entry.inode() in inodes and not (entry.is_file() or entry.is_dir())
+                   for entry in entries):
                 return True
             todo += [entry.path for entry in entries if entry.is_dir(follow_symlinks=False)]
         return False
@@ -8385,10 +8386,8 @@ def read_properties(value, base):
 
 def read_environment(value, base):
     """A mapping of environment variables to text."""
-    for name in read_mapping(value, base):
-        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name) or isinstance(
-            value[name], (bool, dict, list, type(None))
-        ):
+    for name, item in read_mapping(value, base).items():
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name) or get_kind(item) not in ("text", "number"):
             raise ValueError(f"a mapping of variable names to text, which {make_printable(name)} is not")
     return {name: read_text(item, base) for name, item in value.items()}
 
@@ -8532,6 +8531,13 @@ def make_quote(value, secret=False):
     return repr(make_printable(re.sub(r"(?<=pin-value=)[^;&?]*|(?<=//)[^/@\s]*(?=@)", "...", str(value)), 60))
 
 
+def make_hint(word, known, where=""):
+    """Which of the known words an unknown one may mean."""
+    import difflib
+    near = difflib.get_close_matches(word, list(known), 1)
+    return f"did you mean {where}{near[0]}?" if near else f"known are {', '.join(known)}"
+
+
 def make_settings(value, schema, base, where, faults):
     """Reads one mapping of the configuration by its schema.
 
@@ -8543,10 +8549,7 @@ def make_settings(value, schema, base, where, faults):
     value = value or {}
     for key in value:
         if key not in schema:
-            import difflib
-            near = difflib.get_close_matches(str(key), list(schema), 1, 0.5)
-            hint = f"did you mean {where}{near[0]}?" if near else f"known are {', '.join(schema)}"
-            faults.append((f"{where}{key}", f"unknown key; {hint}"))
+            faults.append((f"{where}{key}", f"unknown key; {make_hint(str(key), schema, where)}"))
     settings = Settings()
     for key, entry in schema.items():
         item = value.get(key)
@@ -12538,10 +12541,10 @@ def command_logs(config, options):
     if found[1:] and driver.engine == "docker":
         names = ", ".join(sorted(container.service for container in found))
         raise ConfigError(f"docker shows one container at a time; name one of the services {names}")
-    if not re.fullmatch("[0-9]+", options.get("--tail", "0")):
-        raise ConfigError(f"--tail: found {options['--tail']!r}, expected a number of lines")
-    flags = [f"--tail={options['--tail']}"] if "--tail" in options else []
-    flags += ["--follow"] * ("-f" in options) + ["--names"] * bool(found[1:])
+    tail = options.get("--tail", "")
+    if not re.fullmatch("[0-9]*", tail):
+        raise ConfigError(f"--tail: found {tail!r}, expected a number of lines")
+    flags = [f"--tail={tail}"] * bool(tail) + ["--follow"] * ("-f" in options) + ["--names"] * bool(found[1:])
     argv = [driver.engine, "logs", *flags, *(container.id for container in found)]
     if sys.stdout.isatty():
         reader, writer = os.pipe()
@@ -12684,8 +12687,8 @@ def command_run(config, options):
     log("debug", "cycle done", result=outcome.result, code=outcome.code)
     for record in agent.state["deployments"].values():
         if record["state"] == "failed":
-            due = make_due(record, get_clock())
-            log_wait(f"{record['name']} has failed ({record['error']['code']}); {due}")
+            words = make_due(record, get_clock())
+            log_wait(f"{record['name']} has failed ({record['error']['code']}); {words}")
     if "--json" in options:
         print_json(outcome._asdict())
     if descriptor:
@@ -12945,6 +12948,10 @@ def command_unenroll(config, options):
                 devices = state["enrollment"].get("devices") or [agent.device_id]
                 for device_id in sorted(devices, reverse=True):
                     agent.connect().delete_capabilities(device_id)
+            except Unreachable as error:
+                error.message += (f"; nothing is forgotten until the WFM knows it; where it is gone for good,"
+                                  f" remove {agent.store.folder} instead")
+                raise
             except Untrusted as error:
                 log("warning",
                     "the WFM does not know this client any more; the relationship is forgotten here",
@@ -13331,10 +13338,7 @@ def check_word(word, kind, known):
     """The word, where it is known; else raises ConfigError that names the nearest one."""
     if word in known:
         return word
-    import difflib
-    near = difflib.get_close_matches(word, list(known), 1)
-    hint = f"did you mean {near[0]}?" if near else f"one of {', '.join(known)}"
-    raise Misuse(f"{word}: unknown {kind}; {hint}")
+    raise Misuse(f"{word}: unknown {kind}; {make_hint(word, known)}")
 
 
 def print_help(command=None):
@@ -13409,14 +13413,18 @@ def main(arguments=None):
         prepare_streams()
         code = run_main(sys.argv[1:] if arguments is None else list(arguments))
         sys.stdout.flush()
-        return code
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        return 0                                    # the reader of our output has seen enough
+        code = 0                                    # the reader of our output has seen enough
     except KeyboardInterrupt:
-        return 130
+        code = 130
     except Exception as error:
-        return tell_fault(error)
+        code = tell_fault(error)
+    try:
+        sys.stderr.flush()
+    except OSError:                                 # a log on a full disk is no reason for another exit code
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    return code
 
 
 def tell_fault(error):
