@@ -1,7 +1,7 @@
 """An engine of files that answers as podman does, for tests that need no real containers; see support.FakeEngine.
 
 held.json: containers {name: {id, image, labels, state, code, restarts, argv, env}}, networks {name: labels}, volumes {name: labels}, images [name],
-           external {name: id}: what storage alone holds, declared {image: [path]}: its volumes, checked {image: its health check}, made_for {image: architecture}, unstartable [id],
+           external {name: id}: what storage alone holds, declared {image: [path]}: its volumes, checked {image: its health check}, made_for {image: architecture}, commands {image: its CMD}, unstartable [id],
            exits {service: code}: such a service has ended with this code as soon as it is started, unready [service]: it cannot be brought up to its start,
            unhealthy [service], restless [service] (restarted between any two looks), unpullable [image], deaf (true: every command
            fails), logless (true: no log can be had), stubborn (true: nothing can be removed), uncreatable (true: no container can be made), lethal (a command, at which
@@ -103,7 +103,8 @@ class Engine:
             elif arguments[1:] == names:
                 self.say(json.dumps([{"Os": "linux", "Architecture": self.held["made_for"].get(name, "amd64"),
                                       "Healthcheck": self.held["checked"].get(name),
-                                      "Config": {"Volumes": {path: {} for path in self.held["declared"].get(name, ())} or None}}]))
+                                      "Config": {"Volumes": {path: {} for path in self.held["declared"].get(name, ())} or None,
+                                                 "Cmd": self.held.get("commands", {}).get(name)}}]))
 
     def pull(self, arguments):
         _, (name,) = split(arguments)
@@ -236,10 +237,10 @@ class Engine:
         names = split(arguments)[1]
         found = [c for name in names for key, c in self.held["containers"].items() if name in (key, c["id"])]
         checks = {c["id"]: self.find_check(c) for c in found}
-        self.say(json.dumps([{"Id": c["id"], "Config": {"Labels": c["labels"], "Healthcheck": checks[c["id"]]}, "RestartCount": c["restarts"],
+        self.say(json.dumps([dict({"Id": c["id"], "Config": {"Labels": c["labels"], "Healthcheck": checks[c["id"]]}, "RestartCount": c["restarts"],
                            "State": {"Status": c["state"], "ExitCode": c["code"], "Health": {"Status": "starting" if checks[c["id"]] else ""}},
-                           "Mounts": [{"Type": "volume", "Name": name, "Destination": path} for path, name in c.get("mounts", {}).items()]}
-                          for c in found]))
+                           "Mounts": [{"Type": "volume", "Name": name, "Destination": path} for path, name in c.get("mounts", {}).items()]},
+                                 **c.get("inspected", {})) for c in found]))
         if len(found) < len(names):
             fail("no such container")
 

@@ -482,6 +482,13 @@ class Preparation(DriverCase):
         for changes in ({"image": "localhost/arm:1", "platform": "linux/arm64"}, {"image": "localhost/old:1"}, {}):
             self.prepare(make_document(changes))
 
+    def test_an_entrypoint_that_is_emptied_leaves_the_command_of_the_image(self):
+        """As in Docker Compose; an engine itself would say that there is no command."""
+        self.engine.change(commands={IMAGE: ["serve", "-x"]})
+        for keys, expected in (({"entrypoint": []}, ["serve", "-x"]), ({"entrypoint": ""}, ["serve", "-x"]),
+                               ({"entrypoint": [], "command": ["go"]}, ["go"]), ({"entrypoint": ["go"]}, []), ({}, [])):
+            self.assertEqual(self.prepare(make_document(keys))[1].services[0].command, expected)
+
     def test_a_health_check_that_is_awaited_has_to_be_there(self):
         """K5: found out before anything stops, as is what turns it off."""
         def make(check=None):
@@ -887,6 +894,34 @@ class Handover(DriverCase):
                           f"--volume={PROJECT}_y:/Z", "--network=none", IMAGE])
         self.assertNotIn("stop", [call[0] for call in self.changes()])
 
+    def test_what_runs_keeps_its_configs_and_secrets_whatever_becomes_of_the_next_version(self):
+        """It may be started again at any moment, on the way back too: with what it was made with.  What nothing has any more goes."""
+        def make(text):
+            return make_document({"configs": ["c"], "secrets": ["s"]}, configs={"c": {"content": text}}, secrets={"s": {"environment": "S"}})
+
+        def read():
+            """What the containers would find, if they were started now."""
+            found = []
+            for item in self.engine.containers().values():
+                for argument in item["argv"]:
+                    if argument.startswith("--volume="):
+                        with open(argument[len("--volume="):].partition(":")[0]) as file:
+                            found.append(file.read())
+            return found
+        known = self.apply(make("one"), parameters={"S": "red"}, wait=True)
+        self.engine.change(unready=["main"])
+        self.assertFails("INSTALL_FAILED", lambda: self.apply(make("two"), known, parameters={"S": "blue"}), "could not be started")
+        self.assertEqual(read(), ["one", "red"])
+        self.engine.change(unready=[], exits={"main": 3})
+        self.assertFails("INSTALL_FAILED", lambda: self.apply(make("two"), known, parameters={"S": "blue"}, wait=True), "exited with code 3")
+        self.assertEqual(sorted(read()), ["blue", "one", "red", "two"])
+        self.engine.change(exits={})
+        known = self.apply(make("one"), known, parameters={"S": "red"}, wait=True)
+        self.assertEqual(read(), ["one", "red"])
+        self.apply(make("four"), known, parameters={"S": "red"})
+        self.assertEqual(read(), ["four", "red"])
+        self.assertEqual(len([name for name in os.listdir(self.folder) if name.startswith("config-")]), 2)
+
     def test_a_trial_that_was_cut_off_is_cleared_away(self):
         """A power cut between its creation and its removal: it is no container of the service, and keeps nothing from going on."""
         document = make_document({})
@@ -976,6 +1011,23 @@ class Handover(DriverCase):
         network = margo_agent.Attachment("n", [], ["--ip=10.0.0.9"])
         services = [service._replace(name=name, networks=[network]) for name in "ab"]
         self.assertFails("INVALID_DEPLOYMENT", lambda: margo_agent.check_rivals(services), "services.b: it cannot have n ip=10.0.0.9 beside service a")
+
+    def test_an_address_that_another_container_has_is_found_before_anything_stops(self):
+        """It is spelt in one way by engines; this component's own addresses are free by then."""
+        def make(**addresses):
+            return make_document({"networks": {"n": addresses}}, networks={"n": {"external": True, "name": "plant"}})
+        known = self.apply(make_document({}))
+        with self.engine.open() as held:
+            held["networks"]["plant"] = []
+            shown = {"NetworkSettings": {"Networks": {"plant": {"IPAddress": "10.1.0.9", "GlobalIPv6Address": "fd00::9"}, "x": {"IPAddress": "10.1.0.7"}}}}
+            held["containers"]["theirs"] = {"id": "f" * 64, "image": IMAGE, "labels": {"org.margo.service": ""}, "state": "running", "code": 0,
+                                            "restarts": 0, "env": [], "argv": ["--network=plant"], "inspected": shown}
+        known = self.apply(make(ipv4_address="10.1.0.7"), known)
+        self.engine.forget_calls()
+        self.assertFails("INSTALL_FAILED", lambda: self.apply(make(ipv4_address="10.1.0.9"), known),
+                         f"container {'f' * 12} has address 10.1.0.9 in network plant, which service main is to have")
+        self.assertNotIn("stop", [call[0] for call in self.changes()])
+        self.apply(make(ipv4_address="10.1.0.8"), known)
 
     def test_a_network_that_somebody_else_uses_is_not_taken_away(self):
         """K3: nothing stops for a network that cannot be made anew; one that is not needed any more stays."""

@@ -295,6 +295,27 @@ class OnPodman(unittest.TestCase):
         self.assertNotEqual(self.look(), before)
         self.apply(services={"main": sleep(init=True)})             # as another test begins
 
+    def test_an_address_that_somebody_else_has_is_found_before_anything_stops(self):
+        """In a network that is there, be it external; what the version before has is free by then."""
+        self.engine.podman("network", "create", "--subnet=10.99.7.0/24", "plant")
+        self.addCleanup(self.engine.podman, "network", "rm", "plant")
+        self.engine.podman("run", "--detach", "--name=theirs", "--network=plant", "--ip=10.99.7.9", support.IMAGE, "sleep", "1000")
+        self.addCleanup(self.engine.podman, "rm", "--force", "theirs")
+
+        def make(number, **keys):
+            return {"services": {"main": sleep(networks={"plant": {"ipv4_address": f"10.99.7.{number}"}}, **keys)},
+                    "networks": {"plant": {"external": True}}}
+        known = self.apply(**make(10))
+        before = self.look()
+        with self.assertRaisesRegex(margo_agent.ComponentError, "container [0-9a-f]{12} has address 10.99.7.9 in network plant, which service main"):
+            self.apply(known, **make(9))
+        self.assertEqual(self.look(), before)
+        known = self.apply(known, **make(10, init=True))
+        self.engine.podman("stop", "--time=0", "theirs")
+        self.apply(known, **make(9))
+        self.assertNotEqual(self.look(), before)
+        self.apply(services={"main": sleep(init=True)})             # as another test begins
+
     # Of this engine alone: docker makes a working_dir.
     REFUSED = [(dict(working_dir="/nowhere"), {}, "/nowhere"), (dict(mem_limit="1k"), {}, "memory limit"), (dict(ulimits={"nofile": 2073741816}), {}, "rlimit"),
                (dict(volumes=["t:/t"]), {"volumes": {"t": {"driver_opts": {"type": "tmpfs", "device": "tmpfs", "o": "size=1m"}}}}, "Project Quota")]
