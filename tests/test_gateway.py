@@ -911,6 +911,11 @@ class RealChildren(unittest.TestCase):
         self.services[A] = self.serve(A)
         self.device.cycle()
         self.assertEqual(self.logs(A), "third")
+        before = self.engines[A].containers()[CONTAINER][0]
+        self.wfm.add_package(support.make_compose({"main": {"image": IMAGE, "command": ["false"]}}), tag="9.0.0")
+        self.wfm.publish(support.make_deployment(device=B, registry=self.wfm.registry, components=(("web", "9.0.0"),)), HELLO)
+        self.device.cycle(1)
+        self.assertEqual((self.engines[A].containers()[CONTAINER][:2], self.holds()), ((before, "running"), {A: 1, B: 1}))
         self.publish("moved", B)
         self.device.cycle()
         self.assertEqual((self.holds(), self.logs(B)), ({A: 0, B: 2}, "moved"))
