@@ -3359,10 +3359,10 @@ Job = define("Job", "workload project folder known deadline current restarts vol
     "One apply: what runs, in which folder its files are, what an earlier apply returned, until when;"
     " {service: id of its container} as far as it has come, {id: how often it had been restarted} of what ran"
     " before, {service: {path: volume}} of volumes to which nobody gave a name.")
-Shown = define("Shown", "state code restarts health volumes check said addresses",
+Shown = define("Shown", "state code restarts health volumes check said",
     "One container as `inspect` shows it: the engine's word for its state, numbers, the word for its health"
-    " where there is a check, {path: name} of volumes in it, its Check or None, what that has printed last,"
-    " [(network, address in it)].", 0, 0, "", {}, None, "", ())
+    " where there is a check, {path: name} of volumes in it, its Check or None, what that has printed last.",
+    0, 0, "", {}, None, "")
 Check = define("Check", "interval retries start",
     "A health check, wherever it was said: seconds between two, misses that count, seconds of grace.")
 # How docker shows a container, in podman's form.
@@ -4279,16 +4279,16 @@ class ComposeDriver:
         ours: ids of the containers of this component, whose addresses are free by then.
         """
         import ipaddress
+        form = "--format={{range .NetworkSettings.Networks}}{{.IPAddress}} {{.GlobalIPv6Address}} {{end}}"
         for service in services:
             for network, _, options in service.networks:
-                wanted = {(network, str(ipaddress.ip_address(option.partition("=")[2])))
-                          for option in options or () if option.startswith("--ip") and network in networks}
+                wanted = {str(ipaddress.ip_address(option.partition("=")[2])) for option in options or ()
+                          if option.startswith("--ip") and network in networks}
                 others = self.list_members(network).difference(ours) if wanted else ()
-                for container_id, shown in self.inspect(others).items():
-                    for _, address in wanted.intersection(shown.addresses):
-                        raise ComponentError("INSTALL_FAILED", f"container {container_id[:12]} has address"
-                                             f" {address} in network {network}, which service {service.name}"
-                                             " is to have")
+                held = self.run(["inspect", form, *others]).stdout.decode().split() if others else ()
+                for address in wanted.intersection(held):
+                    raise ComponentError("INSTALL_FAILED", f"service {service.name} cannot have {address} in"
+                                         f" network {network}: another container has it")
 
     def try_networks(self, job, new, going):
         """Raises ComponentError for a network that could not be made once others have gone (K23).
@@ -4708,13 +4708,10 @@ def parse_seen(item):
     said = [entry.get("Output") or "" for entry in health.get("Log") or ()]
     mounts = [mount for mount in item.get("Mounts") or () if mount.get("Type") == "volume"]
     volumes = {make_path(mount["Destination"]): mount["Name"] for mount in mounts}
-    joined = (item.get("NetworkSettings") or {}).get("Networks") or {}
-    addresses = [(name, facts.get(key)) for name, facts in joined.items()
-                 for key in ("IPAddress", "GlobalIPv6Address")]
     return item["Id"], Shown(state["Status"], state.get("ExitCode", 0), item.get("RestartCount", 0),
                              health.get("Status", ""), volumes,
                              parse_check(item["Config"].get("Healthcheck") or {}),
-                             make_printable(said[-1].strip(), 500) if said else "", addresses)
+                             make_printable(said[-1].strip(), 500) if said else "")
 
 
 def parse_image(item):
