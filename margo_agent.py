@@ -7877,9 +7877,8 @@ class Folder:
         return False
 
     def keep(self, sources):
-        """Lays what these own Sources are where they are mounted from, and notes that this package needs it.
-
-        See prune_artifacts.
+        """Lays what these own Sources are where they are mounted from, and notes that this package needs it,
+        beside what it has needed with other parameters: what runs may be of these.  See prune_artifacts.
 
         A service whose files did not change keeps its container, whatever else is in the next package.
         """
@@ -7903,7 +7902,9 @@ class Folder:
             os.rename(place + ".new", place)
         if needed:
             sync_folder(os.path.dirname(self.path))
-            write_file(self.path + ".content", "\n".join(sorted(needed)).encode())
+            note = self.path + ".content"
+            needed.update((read_file(note, MIB) or b"").decode().split())
+            write_file(note, "\n".join(sorted(needed)).encode())
 
 
 def link_file(source, target):

@@ -287,6 +287,22 @@ class Failure(ApplyCase):
         self.assertEqual(self.engine.containers(), before)
         self.assertIn("the version before runs again", self.wfm.reports()[-1]["body"]["components"][0]["error"]["message"])
 
+    def test_what_runs_keeps_its_files_of_a_package_where_the_same_with_other_parameters_fails(self):
+        """Its container may be started again at any moment, and an engine would even make an empty folder in the place of a lost file."""
+        service = {"image": "${PICTURE}", "volumes": ["./${SITE}.ini:/app.ini"]}
+        self.wfm.add_package(support.make_compose({"main": service}), **{"a.ini": "\"a\"", "b.ini": "\"b\""})
+
+        def publish(site, image):
+            self.wfm.publish(support.make_deployment(registry=self.wfm.registry, parameters={"SITE": site, "PICTURE": image}))
+        publish("a", support.IMAGE)
+        self.device.cycle()
+        self.engine.change(unpullable=["localhost/absent:1"])
+        publish("b", "localhost/absent:1")
+        self.device.cycle(1)
+        (container,) = self.engine.containers().values()
+        (mount,) = [item for item in container["argv"] if item.startswith("--volume=")]
+        self.assertEqual(support.read_json(mount[len("--volume="):].partition(":")[0], "gone"), "a")
+
     def test_an_update_that_was_cut_off_between_two_commands_goes_on(self):
         """P-11, P-13: whatever names and containers it left."""
         self.wfm.add_package(support.make_compose())
