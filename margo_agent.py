@@ -560,7 +560,9 @@ class Agent:
         new = [action for action in actions
                if action.target and not action.target.error and action.key not in records]
         for action in new:                          # received, not started (protocol 5.1)
-            records[action.key] = begin_record(make_record(action.target, action.device_id), action.target)
+            record = begin_record(make_record(action.target, action.device_id), action.target)
+            there = find_containers(action.deployment_id, self.seen[action.device_id].containers)
+            records[action.key] = dict(record, found=bool(there))   # of a lost state
             enqueue_status(self.state, records[action.key])
         if new:
             self.store.save_state(self.state)
@@ -583,9 +585,10 @@ class Agent:
         """Removes what neither the current nor the previous version of any deployment needs, where wished.
 
         These are artifacts, unpacked packages, and images that the agent pulled, on what answers: nothing
-        else on the device.
+        else on the device.  Nothing goes while something runs of which a lost state knew more.
         """
-        if not self.config.runtime.prune:
+        found = any(record["found"] for record in self.state["deployments"].values())
+        if found or not self.config.runtime.prune:
             return
         needed = find_needed(self.state)
         try:
@@ -1165,8 +1168,6 @@ def apply_install(step):
     running = record["running"]
     if running and running["digest"] == target.digest == record["adopted"]["digest"]:
         record = count_repair(record, get_clock())
-    if record["state"] == "pending" and not running and not record["retry"]:
-        record = dict(record, found=bool(step.find_containers()))
     step.record = begin_record(record, target)
     yield step.record
     try:
