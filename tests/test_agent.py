@@ -71,6 +71,15 @@ class Enrollment(AgentCase):
         self.assertIn("nothing was forgotten", done.stderr)
         self.assertTrue(self.device.status()["enrolled"])
 
+    def test_a_wfm_that_is_gone_is_told_and_nothing_is_forgotten(self):
+        """The workloads are removed all the same; who wants to leave for good is told how."""
+        self.publish()
+        self.device.cycle()
+        self.device.set("wfm.url", f"https://localhost:{support.free_port()}")
+        done = self.device.run("unenroll", "--purge")
+        self.assertEqual((done.returncode, self.engine.containers(), self.device.status()["enrolled"]), (3, {}, True))
+        self.assertRegex(done.stderr, f"nothing is forgotten until .*gone for good, remove {self.device.state_dir} instead")
+
     def test_an_svid_of_another_relationship_is_not_used(self):
         """C-052: one WFM at a time."""
         self.device.cycle()

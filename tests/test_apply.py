@@ -952,6 +952,20 @@ class Guard(ApplyCase):
         self.device.cycle(0)
         self.assertEqual(self.engine.containers(), {})
 
+    def test_what_is_gone_already_and_only_to_be_reported_is_not_counted_again(self):
+        self.device.set("policy.max_removals", 0)
+        self.wfm.add_package(support.make_compose())
+        self.publish()
+        self.device.cycle()
+        self.wfm.withdraw()
+        self.device.cycle(3)
+        self.wfm.fault({"method": "POST", "status": 500})
+        self.device.cycle(3)
+        self.assertEqual((self.engine.containers(), self.state_of()["state"]), ({}, "removed"))
+        self.publish(deployment_id=SECOND)
+        self.device.cycle(3)
+        self.assertEqual(self.state_of(SECOND)["state"], "installed")
+
     def test_a_wfm_that_thinks_better_of_it_removes_nothing(self):
         self.device.set("policy.max_removals", 0)
         self.wfm.add_package(support.make_compose())

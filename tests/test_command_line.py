@@ -45,7 +45,8 @@ class Arguments(unittest.TestCase):
         """In a line of its own form, not as an event of the log; nobody needs to take it."""
         self.assertEqual(run("statsu").stderr, "margo-agent: statsu: unknown command; did you mean status?\n")
         self.assertEqual(json.loads(run("--log-format", "json", "plan", "x").stderr)["code"], "CONFIGURATION")
-        done = subprocess.run(["sh", "-c", f"{sys.executable} {support.AGENT} statsu 2>/dev/full"], timeout=support.LIMIT)
+        done = subprocess.run(["sh", "-c", f"{sys.executable} {support.AGENT} statsu 2>/dev/full"], timeout=support.LIMIT,
+                              env=dict(os.environ, PYTHONUNBUFFERED=""))
         self.assertEqual(done.returncode, 2)
 
     def test_options_may_stand_on_either_side_of_the_command(self):
@@ -176,9 +177,10 @@ class Output(support.DeviceCase):
     def test_streams_that_are_closed_or_full_change_nothing_else(self):
         """No file of the agent is taken for a stream; an output that is lost is no bug."""
         argv = " ".join(self.device.command())
+        env = dict(self.device.env, PYTHONUNBUFFERED="")        # Python makes 120 of what it cannot write at its end
         for command, redirect, code in (("status", "<&- >&- 2>&-", 0), ("run --once", "<&- >&- 2>&-", 0), ("status", ">&-", 0),
-                                        ("status", ">/dev/full", 3), ("capabilities", ">/dev/full", 3), ("run --once", "2>/dev/full", 0)):
-            done = subprocess.run(["sh", "-c", f"exec 3>&2; {argv} {command} {redirect}"], env=self.device.env, stderr=subprocess.PIPE, timeout=support.LIMIT)
+                                        ("status", ">/dev/full", 3), ("capabilities", ">/dev/full", 3), ("run --once -v", "2>/dev/full", 0)):
+            done = subprocess.run(["sh", "-c", f"exec 3>&2; {argv} {command} {redirect}"], env=env, stderr=subprocess.PIPE, timeout=support.LIMIT)
             self.assertEqual((done.returncode, b"bug" in done.stderr), (code, False), (command, redirect, done.stderr))
         self.assertEqual(self.device.state()["deployments"][HELLO]["state"], "installed")
 

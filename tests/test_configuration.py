@@ -56,6 +56,11 @@ class Reading(unittest.TestCase):
         identity = dict(MINIMAL["identity"], trust_bundle="https://mis.example/bundle")
         self.assertEqual(make(identity=identity).identity.trust_bundle, "https://mis.example/bundle")
 
+    def test_a_url_that_no_request_can_carry_is_told_before_one_is_made(self):
+        for url in ("https://wfm.example/stra\u00dfe", "https://wfm.example/\u2028", "https://wfm.example/a?b", "https://wfm.example/#"):
+            with self.assertRaisesRegex(margo_agent.ConfigError, "wfm.url: .*expected an absolute https URL", msg=url):
+                make(wfm={"url": url})
+
     def test_any_port_and_a_path_prefix_are_accepted(self):
         """C-051: port 443 is the default, any other is configuration, as is a path prefix."""
         self.assertEqual(make(wfm={"url": "https://[::1]:8082/v1alpha2/margo/"}).wfm.url, "https://[::1]:8082/v1alpha2/margo")

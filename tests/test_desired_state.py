@@ -593,7 +593,8 @@ class Bundle(unittest.TestCase):
 
     def test_headers_that_say_more_than_there_is_are_refused_at_once(self):
         """A sparse file of a terabyte, and a size below zero by which CPython's reader comes back to the same header again and again."""
-        for kind, size, real in ((tarfile.GNUTYPE_SPARSE, 0, 1 << 40), (tarfile.XHDTYPE, -512, 0), (tarfile.GNUTYPE_LONGNAME, -512, 0)):
+        for kind, size, real in ((tarfile.GNUTYPE_SPARSE, 0, 1 << 40), (tarfile.XHDTYPE, -512, 0), (tarfile.GNUTYPE_LONGNAME, -512, 0),
+                                 (tarfile.REGTYPE, -512, 0), (tarfile.REGTYPE, -1024, 0)):
             info = tarfile.TarInfo("x")
             info.type = kind
             header = bytearray(info.tobuf(tarfile.GNU_FORMAT))

@@ -155,7 +155,7 @@ class Valid(unittest.TestCase):
                 ("signed/error-onboarding-rejected.json", 403, margo_agent.Untrusted, "Client rejected", None)):
             response = margo_agent.Response(status, email.message.Message(), read(*path.split("/")))
             with self.assertRaises(kind) as caught:
-                margo_agent.check_response(response, "PUT it", (200,), 0)
+                margo_agent.check_response(response, "PUT it", 0)
             self.assertIn(words, caught.exception.message)
             self.assertEqual(caught.exception.retry_after, wait)
 

@@ -407,6 +407,12 @@ class Enrollment(Site):
         self.assertEqual(done.returncode, 0)
         self.assertIn("others can read the enrollment token", done.stderr)
 
+    def test_the_user_of_a_token_may_have_no_name(self):
+        """E-033: it goes as Basic all the same."""
+        device = self.make_device(":s3cr:et")
+        self.assertEqual(device.run("enroll").returncode, 0)
+        self.assertEqual(self.asked("simpleenroll"), [("simpleenroll", 200)])
+
     def test_without_token_or_chain_one_message_says_what_is_needed(self):
         """E-011: the request by hand stays possible: what `csr` prints, an operator signs, and the chain is put into place."""
         os.remove(self.device.token)

@@ -360,6 +360,13 @@ class Reading(unittest.TestCase):
             with self.assertRaisesRegex(margo_agent.Refused, f"apps/x.yaml: .*{words}", msg=data):
                 margo_agent.parse_files([("apps/x.yaml", data if isinstance(data, bytes) else data.encode())])
 
+    def test_a_deployment_says_so_by_either_kind(self):
+        """Contract, profile git: an ApplicationDeployment in the dialect of any generation."""
+        value = dict(json.loads(support.make_deployment()), apiVersion="application.margo.org/v1alpha1")
+        for kind in ("ApplicationDeployment", "ApplicationDeploymentManifest"):
+            entries = margo_agent.parse_files([("a.yaml", json.dumps(dict(value, kind=kind)).encode())])[0]
+            self.assertEqual([entry.deployment_id for entry in entries], [value["id"]])
+
     def test_what_says_something_else_is_ignored(self):
         for data in (b"# nothing\n", b"---\n", b"{}", b"- 1", b"kind: Kustomization", b"creation_rules: []", b"spec: {deploymentProfiles: []}"):
             self.assertEqual(margo_agent.parse_files([("x.yaml", data)]), ([], {}, ["x.yaml"]))
@@ -462,7 +469,7 @@ class Trust(GitCase):
         self.repository.env["GNUPGHOME"] = home
         for armor in (["--armor"], []):
             with self.subTest(armor):
-                keyring = support.write(os.path.join(home, "keyring"), subprocess.run(
+                keyring = support.write(os.path.join(home, "keyring"), b"who may sign:\n" * len(armor) + subprocess.run(
                     gpg + armor + ["--export", "plant@factory.example"], check=True, stdout=subprocess.PIPE).stdout)
                 device = self.make_device(self.repository.url, git_verify_signatures=True, git_allowed_signers=keyring)
                 self.publish("stranger" + str(armor), options=["-Sstranger@factory.example"])
@@ -577,6 +584,17 @@ class Trouble(GitCase):
         self.forget_patience()
         self.device.cycle()
         self.assertEqual((self.running(), self.report()["status"]["state"]), ([["GREETING=two"]], "installed"))
+
+    def test_a_server_that_has_lost_what_its_branch_names_is_unreachable(self):
+        """P-14: it is asked once more from the beginning, and what runs is left as it is."""
+        self.start()
+        self.publish("two")
+        blob = self.repository.git("rev-parse", "HEAD:apps/hello.yaml").strip()
+        os.remove(os.path.join(self.repository.bare, "objects", blob[:2], blob[2:]))
+        log = self.device.cycle(3)
+        self.assertIn("the copy of the repository is made anew", log)
+        self.assertIn(f"{self.server.url}/fleet.git: git fetch", log)
+        self.assertEqual(self.running(), [["GREETING=one"]])
 
     def test_what_the_disk_has_spoilt_is_made_anew(self):
         """P-14: whatever is broken in the copy, an unchanged poll does not care and the next change is taken, rewrites still refused."""

@@ -272,7 +272,8 @@ class Discovery(unittest.TestCase):
         for uri in ("http://mis.factory.example/bundle", "/bundle", "//mis.factory.example/bundle", "bundle",
                     "file:///etc/passwd", "", "https://",
                     "https:///bundle", "ftp://mis.factory.example/", "https://user:word@mis.factory.example/",
-                    "https://mis.factory.example/a b",
+                    "https://mis.factory.example/a b", "https://mis.factory.example/b\u00fcndel", "https://mis.factory.example/\x7f",
+                    "https://mis.factory.example/#b", "https://mis.factory.example/a@b",
                     "https://mis.factory.example/\nHost: x", None, 7, True, ["https://mis.factory.example/"]):
             with self.subTest(uri), self.assertRaises(ValueError) as caught:
                 self.parse({"trustDomain": TRUST_DOMAIN, "trustBundleUri": uri})
@@ -863,6 +864,25 @@ class RemoteBundle(RemoteCase):
         kept, output = self.refresh(NOW + 3600)
         self.assertEqual(kept, bundle)
         self.assertIn("refused", output)
+
+    def test_a_service_that_asks_for_patience_gets_it(self):
+        """C-056: by its header or its problem document, over restarts; `retry` asks again, and so does a clock that was far ahead."""
+        bundle = self.refresh()[0]
+        for fault in ({"status": 503, "headers": {"Retry-After": "7200"}},
+                      {"problem": {"status": 404, "retryable": True, "retryAfterSeconds": 7200}}):
+            self.wfm.fault(dict(fault, path=BUNDLE))
+            self.asked()
+            for later in (3600, 3601, 10799):
+                self.assertEqual(self.refresh(NOW + later)[0], bundle)
+            self.assertEqual(len(self.asked()), 1)
+            for later in (10800, -10 ** 6):
+                self.refresh(NOW + later)
+                self.assertEqual(len(self.asked()), 1)
+            self.store.save_state(self.state)
+            self.assertGreater(self.store.load_state()["trust"]["quiet"], NOW - 10 ** 6)
+            self.device.run("retry")
+            self.state = self.store.load_state()
+            self.assertNotIn("quiet", self.state["trust"])
 
     def test_without_a_bundle_at_hand_an_absent_service_is_unreachable(self):
         url = f"https://localhost:{support.free_port()}/bundle"

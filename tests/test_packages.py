@@ -1533,11 +1533,20 @@ class Located(RegistryCase):
         signature = gpg("--armor", "--detach-sign", "--local-user", "vendor@example.com", data=PACKAGE)
         self.site.answers.update({"/vendor.asc": (200, {}, keys["vendor"]), "/other.asc": (200, {}, keys["other"]),
                                   "/web.tar.gz.asc": (200, {}, signature)})
+        with mock.patch.dict(os.environ, {"PATH": self.folder}):
+            self.assertRegex(self.refuse_located("PULL_FAILED", key="/vendor.asc"), "is signed, and that cannot be checked: gpg .*not")
         self.assertEqual(self.fetch_located(key="/vendor.asc")[0], digest(PACKAGE))
         self.forget()
         self.assertIn("did not sign this package", self.refuse_located("DIGEST_MISMATCH", key="/other.asc"))
         self.site.answers["/web.tar.gz"] = (200, {}, PACKAGE[:-1] + b"!")
         self.assertIn("did not sign this package", self.refuse_located("DIGEST_MISMATCH", key="/vendor.asc"))
+        self.site.answers["/web.tar.gz"] = (200, {}, PACKAGE)
+        folder = os.path.join(home, "openpgp-revocs.d")
+        for name in os.listdir(folder):             # gpg writes them at once, with a colon that keeps them from being used by mistake
+            with open(os.path.join(folder, name), "rb") as file:
+                gpg("--import", data=file.read().replace(b"\n:-----", b"\n-----"))
+        self.site.answers["/vendor.asc"] = (200, {}, gpg("--armor", "--export", "vendor@example.com"))
+        self.assertIn("is revoked", self.refuse_located("DIGEST_MISMATCH", key="/vendor.asc"))
 
 
 class LooseArchives(ArchiveCase):

@@ -356,6 +356,12 @@ class Turns(unittest.TestCase):
         self.assertEqual(self.run_all(c=(one, three), a=(two, one), b=(two, two)), [("fail", "a"), ("fail", "c"), ("go", "b")])
         self.assertEqual(self.run_all(a=(one, set()), b=(one, set())), [("go", "a"), ("fail", "b")])
 
+    def test_one_that_runs_is_not_barred_by_one_that_only_would_go_back_to_its_port(self):
+        """The last of a circle that failed cannot go back: its old port is the first one's, who may be repaired and updated."""
+        one, two = self.ports(1), self.ports(2)
+        self.assertEqual(self.run_all(held={"b": one}, a=(one, one)), [("go", "a")])
+        self.assertEqual(self.run_all(b=(one, one), a=(two, one)), [("go", "a"), ("go", "b")])
+
     def test_the_words_name_the_port_and_its_holder(self):
         _, _, words = margo_agent.find_turn({"a": (self.ports(53, protocol="udp"), set())}, {OTHER: self.ports(53, protocol="udp")})
         self.assertIn("*:53/udp", words)
@@ -392,6 +398,14 @@ class Turns(unittest.TestCase):
             ("4", "keep", b"one"))]
         groups = [[action.deployment_id for action in group] for group in margo_agent.make_groups(actions, records)]
         self.assertEqual(groups, [["5"], ["2"], ["4"], ["1", "3"], ["0"]])
+
+    def test_the_way_back_from_an_update_that_has_failed_takes_its_turn_with_the_others(self):
+        """F-28: what it held before may be another one's by now, and given up only in this manifest."""
+        running = dict(make_record(), deviceId="gw")
+        records = {HELLO: dict(running, fallback=True), OTHER: running}
+        actions = [margo_agent.Action(HELLO, "update", "", make_target(b"one"), "gw"),
+                   margo_agent.Action(OTHER, "update", "", make_target(b"two"), "gw")]
+        self.assertEqual(margo_agent.make_groups(actions, records), [actions])
 
     def test_what_changes_nothing_is_a_group_of_its_own(self):
         actions = [margo_agent.Action(HELLO, verb, "", make_target(), "gw") for verb in ("refuse", "clear", "remove")]

@@ -157,6 +157,14 @@ class Algorithms(unittest.TestCase):
             self.assertIn(f"identity.algorithm {wanted}", caught.exception.message)
             self.assertIn("only by", caught.exception.message)
 
+    def test_a_key_of_no_kind_that_signs_requests_is_told(self):
+        """C-065"""
+        key = subprocess.run(["openssl", "genpkey", "-algorithm", "EC", "-pkeyopt", "ec_paramgen_curve:P-521"], stdout=subprocess.PIPE, check=True)
+        spki = subprocess.run(["openssl", "pkey", "-pubout", "-outform", "DER"], input=key.stdout, stdout=subprocess.PIPE, check=True).stdout
+        for wanted in (None, "ecdsa-p256-sha256"):
+            with self.assertRaisesRegex(ValueError, "its key is of no kind that signs requests"):
+                margo_agent.choose_algorithm(spki, wanted)
+
     def test_the_alg_parameter_follows_the_setting(self):
         """Contract, Profile signed: sent for two algorithms, else as configured."""
         for algorithm, alg, expected in (("rsa-pss-sha512", None, ""), ("rsa-v1_5-sha256", None, "rsa-v1_5-sha256"), ("rsa-v1_5-sha256", "", ""),

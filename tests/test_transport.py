@@ -2,8 +2,10 @@
 import contextlib
 import email.message
 import email.utils
+import errno
 import json
 import os
+import select
 import socket
 import ssl
 import struct
@@ -420,6 +422,15 @@ class Network(TransportCase):
             self.assertEqual(self.get("http://wfm.test:1", timeout=support.LIMIT).body, b"here")
             self.assertLess(time.monotonic() - start, support.LIMIT / 2)
 
+    def test_an_address_of_a_family_that_the_kernel_lacks_is_passed_over(self):
+        """F-12: as IPv6 is, where it is not built in."""
+        good = Server(self, answer("200 OK", b"here"))
+        places = [(9999, socket.SOCK_STREAM, 6, "", ("::1", 1, 0, 0)), (socket.AF_INET, socket.SOCK_STREAM, 6, "", good.listener.getsockname())]
+        with mock.patch.object(socket, "getaddrinfo", lambda *arguments, **options: places):
+            self.assertEqual(self.get("http://wfm.test:1").body, b"here")
+            places.pop()
+            self.refuse(Unreachable, "http://wfm.test:1", os.strerror(errno.EAFNOSUPPORT))
+
     def test_only_dead_addresses_are_unreachable_within_one_time_out(self):
         """F-12: however many there are, and the words are those of the last."""
         silent, closed = self.make_silence(), ("127.0.0.1", support.free_port())
@@ -515,6 +526,26 @@ class Tls(TransportCase):
                 self.assertEqual(self.get(server, context=context).body, b"half")
             else:
                 self.refuse(Unreachable, server, context=context)
+
+    def test_what_is_damaged_on_its_way_is_unreachable(self):
+        """A bit that a bad line turns, there or here, is no verdict on the peer."""
+        context = margo_agent.make_tls_context(ca_file=self.path("site-ca.pem"))
+        for there in (False, True):
+            server = self.serve()
+
+            def relay(connection, over, there=there, server=server):
+                with socket.create_connection(("127.0.0.1", server.port)) as onward:
+                    ends = {connection: onward, onward: connection}
+                    while True:
+                        for source in select.select(list(ends), [], [], 10)[0]:
+                            data = bytearray(source.recv(65536))
+                            if not data:
+                                return
+                            data[-1] ^= (data[0] == 23) and (source is connection) == there         # application data
+                            ends[source].sendall(data)
+            damaged = Server(self, relay, rude=True)
+            with self.subTest(there=there):
+                self.refuse(Unreachable, f"https://localhost:{damaged.port}", "damaged on its way", context=context)
 
     def der(self, name):
         with open(self.path(f"{name}.pem")) as file:
@@ -710,7 +741,7 @@ class Verdicts(unittest.TestCase):
             message[name.replace("_", "-")] = value
         body = document if isinstance(document, bytes) else b"" if document is None else json.dumps(document).encode()
         try:
-            return margo_agent.check_response(Response(status, message, body), "GET it", accepted, NOW)
+            return margo_agent.check_response(Response(status, message, body), "GET it", NOW, accepted=accepted)
         except margo_agent.MargoError as error:
             self.assertTrue(error.message.startswith(f"GET it: HTTP {status}"), error.message)
             return error
@@ -834,7 +865,7 @@ class Verdicts(unittest.TestCase):
         message = self.judge(422, document).message
         errors = "; ".join(f"f{number}: is wrong" for number in range(5))
         self.assertIn(f"(Semantic Error; see errors; {errors})", message)
-        self.assertIn("does not accept this client", self.judge(403, {"title": "Not Authorized"}).message)
+        self.assertIn("Not Authorized); it is not for this device", self.judge(403, {"title": "Not Authorized"}).message)
 
     def test_a_problem_type_is_never_fetched(self):
         """C-055: neither it nor any other address in the document."""
