@@ -12563,10 +12563,10 @@ def command_config(config, options):
 
     Example: margo_agent.py config --example > agent.yaml
     """
-    if "--check" in options:
-        print(f"{options['-c']} can be used")       # else it has been said why not
-    elif "--example" in options:
+    if "--example" in options:
         print("\n".join(make_settings_lines(SCHEMA, EXAMPLE, True)))
+    elif "--check" in options:
+        print(f"{options['-c']} can be used")       # else it has been said why not
     else:
         document = expand_environment(load_document(options["-c"]), os.environ, "", [])
         print("\n".join(make_settings_lines(SCHEMA, document or {}, False)))
