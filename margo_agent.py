@@ -4717,7 +4717,7 @@ def parse_seen(item):
 
 
 def parse_image(item):
-    """An element of what `image inspect` prints to (architecture, Check or None, paths of volumes, command)."""
+    """An element of what `image inspect` prints to (architecture, Check or None, volumes' paths, command)."""
     config = item.get("Config") or {}
     check = parse_check(item.get("Healthcheck") or config.get("Healthcheck") or {})
     return item["Architecture"], check, list(config.get("Volumes") or ()), config.get("Cmd") or ()
