@@ -557,7 +557,9 @@ class Agent:
         new = [action for action in actions
                if action.target and not action.target.error and action.key not in records]
         for action in new:                          # received, not started (protocol 5.1)
-            records[action.key] = begin_record(make_record(action.target, action.device_id), action.target)
+            record = begin_record(make_record(action.target, action.device_id), action.target)
+            there = find_containers(action.deployment_id, self.seen[action.device_id].containers)
+            records[action.key] = dict(record, found=bool(there))   # of a lost state
             enqueue_status(self.state, records[action.key])
         if new:
             self.store.save_state(self.state)
@@ -580,9 +582,10 @@ class Agent:
         """Removes what neither the current nor the previous version of any deployment needs, where wished.
 
         These are artifacts, unpacked packages, and images that the agent pulled, on what answers: nothing
-        else on the device.
+        else on the device.  Nothing goes while something runs of which a lost state knew more.
         """
-        if not self.config.runtime.prune:
+        found = any(record["found"] for record in self.state["deployments"].values())
+        if found or not self.config.runtime.prune:
             return
         needed = find_needed(self.state)
         try:
@@ -1160,8 +1163,6 @@ def apply_install(step):
     running = record["running"]
     if running and running["digest"] == target.digest == record["adopted"]["digest"]:
         record = count_repair(record, get_clock())
-    if record["state"] == "pending" and not running and not record["retry"]:
-        record = dict(record, found=bool(step.find_containers()))
     step.record = begin_record(record, target)
     yield step.record
     try:
@@ -3360,10 +3361,10 @@ Job = define("Job", "workload project folder known deadline current restarts vol
     "One apply: what runs, in which folder its files are, what an earlier apply returned, until when;"
     " {service: id of its container} as far as it has come, {id: how often it had been restarted} of what ran"
     " before, {service: {path: volume}} of volumes to which nobody gave a name.")
-Shown = define("Shown", "state code restarts health volumes check said addresses",
+Shown = define("Shown", "state code restarts health volumes check said",
     "One container as `inspect` shows it: the engine's word for its state, numbers, the word for its health"
-    " where there is a check, {path: name} of volumes in it, its Check or None, what that has printed last,"
-    " [(network, address in it)].", 0, 0, "", {}, None, "", ())
+    " where there is a check, {path: name} of volumes in it, its Check or None, what that has printed last.",
+    0, 0, "", {}, None, "")
 Check = define("Check", "interval retries start",
     "A health check, wherever it was said: seconds between two, misses that count, seconds of grace.")
 # How docker shows a container, in podman's form.
@@ -4280,16 +4281,16 @@ class ComposeDriver:
         ours: ids of the containers of this component, whose addresses are free by then.
         """
         import ipaddress
+        form = "--format={{range .NetworkSettings.Networks}}{{.IPAddress}} {{.GlobalIPv6Address}} {{end}}"
         for service in services:
             for network, _, options in service.networks:
-                wanted = {(network, str(ipaddress.ip_address(option.partition("=")[2])))
-                          for option in options or () if option.startswith("--ip") and network in networks}
+                wanted = {str(ipaddress.ip_address(option.partition("=")[2])) for option in options or ()
+                          if option.startswith("--ip") and network in networks}
                 others = self.list_members(network).difference(ours) if wanted else ()
-                for container_id, shown in self.inspect(others).items():
-                    for _, address in wanted.intersection(shown.addresses):
-                        raise ComponentError("INSTALL_FAILED", f"container {container_id[:12]} has address"
-                                             f" {address} in network {network}, which service {service.name}"
-                                             " is to have")
+                held = self.run(["inspect", form, *others]).stdout.decode().split() if others else ()
+                for address in wanted.intersection(held):
+                    raise ComponentError("INSTALL_FAILED", f"service {service.name} cannot have {address} in"
+                                         f" network {network}: another container has it")
 
     def try_networks(self, job, new, going):
         """Raises ComponentError for a network that could not be made once others have gone (K23).
@@ -4709,17 +4710,14 @@ def parse_seen(item):
     said = [entry.get("Output") or "" for entry in health.get("Log") or ()]
     mounts = [mount for mount in item.get("Mounts") or () if mount.get("Type") == "volume"]
     volumes = {make_path(mount["Destination"]): mount["Name"] for mount in mounts}
-    joined = (item.get("NetworkSettings") or {}).get("Networks") or {}
-    addresses = [(name, facts.get(key)) for name, facts in joined.items()
-                 for key in ("IPAddress", "GlobalIPv6Address")]
     return item["Id"], Shown(state["Status"], state.get("ExitCode", 0), item.get("RestartCount", 0),
                              health.get("Status", ""), volumes,
                              parse_check(item["Config"].get("Healthcheck") or {}),
-                             make_printable(said[-1].strip(), 500) if said else "", addresses)
+                             make_printable(said[-1].strip(), 500) if said else "")
 
 
 def parse_image(item):
-    """An element of what `image inspect` prints to (architecture, Check or None, paths of volumes, command)."""
+    """An element of what `image inspect` prints to (architecture, Check or None, volumes' paths, command)."""
     config = item.get("Config") or {}
     check = parse_check(item.get("Healthcheck") or config.get("Healthcheck") or {})
     return item["Architecture"], check, list(config.get("Volumes") or ()), config.get("Cmd") or ()
@@ -7880,9 +7878,8 @@ class Folder:
         return False
 
     def keep(self, sources):
-        """Lays what these own Sources are where they are mounted from, and notes that this package needs it.
-
-        See prune_artifacts.
+        """Lays what these own Sources are where they are mounted from, and notes that this package needs it,
+        beside what it has needed with other parameters: what runs may be of these.  See prune_artifacts.
 
         A service whose files did not change keeps its container, whatever else is in the next package.
         """
@@ -7906,7 +7903,9 @@ class Folder:
             os.rename(place + ".new", place)
         if needed:
             sync_folder(os.path.dirname(self.path))
-            write_file(self.path + ".content", "\n".join(sorted(needed)).encode())
+            note = self.path + ".content"
+            needed.update((read_file(note, MIB) or b"").decode().split())
+            write_file(note, "\n".join(sorted(needed)).encode())
 
 
 def link_file(source, target):
@@ -12564,10 +12563,10 @@ def command_config(config, options):
 
     Example: margo_agent.py config --example > agent.yaml
     """
-    if "--check" in options:
-        print(f"{options['-c']} can be used")       # else it has been said why not
-    elif "--example" in options:
+    if "--example" in options:
         print("\n".join(make_settings_lines(SCHEMA, EXAMPLE, True)))
+    elif "--check" in options:
+        print(f"{options['-c']} can be used")       # else it has been said why not
     else:
         document = expand_environment(load_document(options["-c"]), os.environ, "", [])
         print("\n".join(make_settings_lines(SCHEMA, document or {}, False)))

@@ -267,6 +267,29 @@ class Failure(ApplyCase):
         self.device.cycle(0)
         self.assertEqual(len(self.engine.containers()), 2)
 
+    def test_what_ran_before_the_state_was_lost_keeps_its_files_until_its_package_is_had_again(self):
+        """P-13: housekeeping knows nothing of them; the container may be started again at any moment."""
+        self.wfm.add_package(support.make_compose({"main": {"image": support.IMAGE, "volumes": ["./a.ini:/app.ini"]}}), **{"a.ini": "1"})
+        self.wfm.add_package(support.make_compose(), "other")
+        self.publish()
+        self.device.cycle()
+        for name in ("state.json", "state.json.old"):
+            os.remove(os.path.join(self.device.state_dir, name))
+        os.rename(self.wfm.path("packages", "web"), self.wfm.path("packages", "away"))
+        self.publish(components=(("other", "1.0.0"),), deployment_id="a" + HELLO[1:])
+        self.device.cycle(1)
+        (path,) = [item[len("--volume="):].partition(":")[0] for container in self.engine.containers().values()
+                   for item in container["argv"] if item.startswith("--volume=")]
+        self.assertTrue(os.path.isfile(path))
+        os.rename(self.wfm.path("packages", "away"), self.wfm.path("packages", "web"))
+        self.try_again_now()
+        self.device.cycle()
+        self.publish("two", components=(("other", "1.0.0"),))       # which mounts nothing
+        self.device.cycle()
+        self.publish("three", components=(("other", "1.0.0"),))
+        self.device.cycle()
+        self.assertFalse(os.path.exists(path))
+
     def test_a_first_installation_that_fails_is_kept_where_that_is_wished(self):
         self.wfm.add_package(support.make_compose())
         self.device.set("runtime.on_failure", "keep")
@@ -286,6 +309,22 @@ class Failure(ApplyCase):
         self.device.cycle(1)
         self.assertEqual(self.engine.containers(), before)
         self.assertIn("the version before runs again", self.wfm.reports()[-1]["body"]["components"][0]["error"]["message"])
+
+    def test_what_runs_keeps_its_files_of_a_package_where_the_same_with_other_parameters_fails(self):
+        """Its container may be started again at any moment, and an engine would even make an empty folder in the place of a lost file."""
+        service = {"image": "${PICTURE}", "volumes": ["./${SITE}.ini:/app.ini"]}
+        self.wfm.add_package(support.make_compose({"main": service}), **{"a.ini": "\"a\"", "b.ini": "\"b\""})
+
+        def publish(site, image):
+            self.wfm.publish(support.make_deployment(registry=self.wfm.registry, parameters={"SITE": site, "PICTURE": image}))
+        publish("a", support.IMAGE)
+        self.device.cycle()
+        self.engine.change(unpullable=["localhost/absent:1"])
+        publish("b", "localhost/absent:1")
+        self.device.cycle(1)
+        (container,) = self.engine.containers().values()
+        (mount,) = [item for item in container["argv"] if item.startswith("--volume=")]
+        self.assertEqual(support.read_json(mount[len("--volume="):].partition(":")[0], "gone"), "a")
 
     def test_an_update_that_was_cut_off_between_two_commands_goes_on(self):
         """P-11, P-13: whatever names and containers it left."""
