@@ -187,6 +187,15 @@ class Connections(unittest.TestCase):
             self.assertIn("services.main: configs, secrets and bind mounts are files of the gateway", caught.exception.message)
 
 
+class Looks(unittest.TestCase):
+    def test_a_child_whose_engine_has_no_command_here_is_one_that_does_not_answer(self):
+        """C-222: of whatever type, so that nothing is changed blindfold."""
+        silence = margo_agent.ComponentError("102", "it does not answer")
+        seen = margo_agent.observe_devices([margo_agent.Device("gw/a", None, {}, silence)], [], margo_agent.NOBODY)
+        self.assertEqual(set(seen["gw/a"].silent), {"compose", "helm"})
+        self.assertIn("is not installed here", seen["gw/a"].silent["compose"].message)
+
+
 class GatewayCase(support.DeviceCase):
     settings = {}
 
