@@ -608,7 +608,7 @@ class Agent:
             for action in group:
                 self.check_stopping()
                 step = self.begin(action, version, troubles)
-                if action.verb in CHANGES:          # it is cleared where it was, before it starts here
+                if action.verb in CHANGES:          # it stands aside where it was, before it starts here
                     step.before = [self.begin(action._replace(verb="clear", target=None, device_id=home),
                                               version, troubles)
                                    for home, sight in self.seen.items() if home != action.device_id
@@ -1545,7 +1545,7 @@ def make_drivers(config, child=None, others=()):
     """{deployment type: driver} of what a device can run; arguments as make_compose_driver takes them.
 
     A driver has observe, check, ask_strangers, tail_log, tend, prepare, list_ports, apply, remove,
-    remove_image, stop, bring_back and `beside`, see take_turn; no other section knows what it drives.
+    remove_image, stop, bring_back and `beside`, see stand_aside; no other section knows what it drives.
     """
     drivers = {kind: make(config, child, others) for kind, make in DRIVERS.items()}
     return {kind: driver for kind, driver in drivers.items() if driver}
@@ -3767,6 +3767,7 @@ class ComposeDriver:
         self.claim = NOBODY                         # by what a container is ours, as of the last look
         self.info = {}                              # see ask_info
         self.strangers = []                         # [Container] not ours that the last look has shown
+        self.beside = ()                            # ids of other devices' containers that it has shown
         self.device_id, connection = child
         self.others = frozenset(others)             # devices whose containers are not ours, even here
         remote = set(CONNECTIONS) - {"CONTAINERS_STORAGE_CONF", "KUBECONFIG"}
