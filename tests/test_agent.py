@@ -191,7 +191,7 @@ class Cycle(AgentCase):
         log = self.device.cycle(3)
         self.assertIn("state_dir /proc/margo", log)
 
-    def test_a_folder_for_credentials_that_cannot_be_made_is_three_and_a_bug_of_nobody(self):
+    def test_a_folder_for_credentials_that_cannot_be_made_fails_the_deployment_and_is_a_bug_of_nobody(self):
         host = self.wfm.registry
         password = support.write(os.path.join(self.device.folder, "password"), "secret", 0o600)
         self.device.settings["registries"][host].update(username="device", password_file=password)
@@ -199,7 +199,7 @@ class Cycle(AgentCase):
         self.wfm.add_package(support.make_compose({"main": {"image": f"{host}/missing:1"}}))
         self.wfm.publish(support.make_deployment(registry=host))
         folder = support.write(os.path.join(self.device.state_dir, "registries"), "in its place")
-        self.assertIn(f"{folder} failed (File exists); something else lies in its place", self.device.cycle(3))
+        self.assertIn(f"{folder} failed (File exists); something else lies in its place", self.device.cycle(1))
 
     def test_a_full_disk_stops_no_workload_and_is_mended_by_itself(self):
         """P-4: what runs stays, what drifts is brought back by the reserve, an update waits with 3; with space again all goes on."""
