@@ -7046,7 +7046,7 @@ def ask_proxy(url):
     from urllib.request import getproxies, proxy_bypass
     parts = urlsplit(url)
     proxy = "" if proxy_bypass(parts.netloc) else getproxies().get(parts.scheme, "")
-    return proxy.rpartition("@")[2].rpartition("//")[2]
+    return proxy.rpartition("@")[2].rpartition("//")[2].rstrip("/")
 
 
 # What OpenSSL calls a peer's answer to a handshake, and what that means.

@@ -252,9 +252,9 @@ class Requests(TransportCase):
                 self.assertEqual(self.get(server).body, b"direct")
 
     def test_a_proxy_whose_address_is_spoilt_is_named(self):
-        for proxy in ("http://[::1:3128", "http://me:secret@[::1:3128", "[::1"):
+        for proxy in ("http://[::1:3128/", "http://me:secret@[::1:3128", "[::1:3128"):
             with mock.patch.dict(os.environ, {"https_proxy": proxy}):
-                self.refuse(Unreachable, "https://wfm.invalid", "through the proxy [::1", context=margo_agent.make_tls_context())
+                self.refuse(Unreachable, "https://wfm.invalid", "through the proxy [::1:3128 (", context=margo_agent.make_tls_context())
 
     def test_https_goes_through_a_proxy_as_a_tunnel_only(self):
         """C-013: a proxy sees a host and a port, never a request; one that refuses is trouble of the network."""
