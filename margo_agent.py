@@ -2803,7 +2803,7 @@ def is_bundle_due(config, state, hint, asked, now):
     wanted = [name for name, item in COMPANIONS.items() if item.wanted(config)]
     if not trust.keys() >= {"source", *wanted}:
         return True
-    periods = [hint or config.identity.refresh]
+    periods = [min(hint, MAX_WAIT) if hint else config.identity.refresh]
     for companion in COMPANIONS.values():
         periods += companion.limits(state)
     return not asked <= now < asked + min(periods)
