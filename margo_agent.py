@@ -377,6 +377,7 @@ class Agent:
         except BaseException:                       # whoever embeds this may try again
             self.store.unlock()
             raise
+        MUTE.update(map(tuple, self.store.load_memo().get("mute", ())))
         self.began = time.time()
         self.faults = []                            # what went wrong in this cycle
         self.polled = False                         # whether the source has told the desired state
@@ -385,6 +386,7 @@ class Agent:
         return self
 
     def __exit__(self, *_):
+        self.store.load_memo()["mute"] = sorted(MUTE)
         self.store.save_memo()
         self.store.unlock()
         self.source = None
@@ -2560,7 +2562,7 @@ def judge_own(leaf, words, config, now):
     """What `doctor` says of an own certificate that can be used: (ok or warn, words)."""
     faults = ask_warnings(config, leaf, now, EXPIRY_ADVICE)
     words += f", {(leaf.not_after - now) // 86400:.0f} days left"
-    return ("warn", "; ".join([words, *faults])) if faults else ("ok", words)
+    return "warn" if faults else "ok", "; ".join([words, *faults])
 
 
 def note_draft(store, state, what):
@@ -7451,7 +7453,7 @@ STATE = {
     "lastPoll": (None, POLL)}
 MEMO = {"lastPoll?": POLL, "etags+": {"*": (None, str)}, "warnedAt+": float,
         "others?": [{"owner": str, "name": str, "type": str, "deploymentId": str}], "trust?": float,
-        "boot?": str, "start+": float}
+        "boot?": str, "start+": float, "mute+": [([str, float], [str, float, float, float])]}
 
 
 def make_accepted(desired, at=""):
@@ -11466,7 +11468,7 @@ def load_crls(store, state):
     for url, record in state["crls"].items():
         digest = record.get("digest")
         data = read_file(store.path("crls", digest[7:]), 1024 * MIB) if digest else None
-        if data is not None and sha256_digest(data) == digest:
+        if data and sha256_digest(data) == digest:
             found[url] = parse_crl(data)[1]
         elif digest:
             log("error", "security: a revocation list at hand is lost; an older one could now pass for the"
