@@ -373,6 +373,7 @@ class Agent:
         except BaseException:                       # whoever embeds this may try again
             self.store.unlock()
             raise
+        MUTE.update(map(tuple, self.store.load_memo().get("mute", ())))
         self.began = time.time()
         self.faults = []                            # what went wrong in this cycle
         self.polled = False                         # whether the source has told the desired state
@@ -381,6 +382,7 @@ class Agent:
         return self
 
     def __exit__(self, *_):
+        self.store.load_memo()["mute"] = sorted(MUTE)
         self.store.save_memo()
         self.store.unlock()
         self.source = None
@@ -2552,7 +2554,7 @@ def judge_own(leaf, words, config, now):
     """What `doctor` says of an own certificate that can be used: (ok or warn, words)."""
     faults = ask_warnings(config, leaf, now, EXPIRY_ADVICE)
     words += f", {(leaf.not_after - now) // 86400:.0f} days left"
-    return ("warn", "; ".join([words, *faults])) if faults else ("ok", words)
+    return "warn" if faults else "ok", "; ".join([words, *faults])
 
 
 def note_draft(store, state, what):
@@ -2795,7 +2797,7 @@ def is_bundle_due(config, state, hint, asked, now):
     wanted = [name for name, item in COMPANIONS.items() if item.wanted(config)]
     if not trust.keys() >= {"source", *wanted}:
         return True
-    periods = [hint or config.identity.refresh]
+    periods = [min(hint, MAX_WAIT) if hint else config.identity.refresh]
     for companion in COMPANIONS.values():
         periods += companion.limits(state)
     return not asked <= now < asked + min(periods)
@@ -7036,7 +7038,7 @@ def ask_proxy(url):
     from urllib.request import getproxies, proxy_bypass
     parts = urlsplit(url)
     proxy = "" if proxy_bypass(parts.netloc) else getproxies().get(parts.scheme, "")
-    return proxy.rpartition("@")[2].rpartition("//")[2]
+    return proxy.rpartition("@")[2].rpartition("//")[2].rstrip("/")
 
 
 # What OpenSSL calls a peer's answer to a handshake, and what that means.
@@ -7441,7 +7443,7 @@ STATE = {
     "lastPoll": (None, POLL)}
 MEMO = {"lastPoll?": POLL, "etags+": {"*": (None, str)}, "warnedAt+": float,
         "others?": [{"owner": str, "name": str, "type": str, "deploymentId": str}], "trust?": float,
-        "boot?": str, "start+": float}
+        "boot?": str, "start+": float, "mute+": [([str, float], [str, float, float, float])]}
 
 
 def make_accepted(desired, at=""):
@@ -11457,7 +11459,7 @@ def load_crls(store, state):
     for url, record in state["crls"].items():
         digest = record.get("digest")
         data = read_file(store.path("crls", digest[7:]), 1024 * MIB) if digest else None
-        if data is not None and sha256_digest(data) == digest:
+        if data and sha256_digest(data) == digest:
             found[url] = parse_crl(data)[1]
         elif digest:
             log("error", "security: a revocation list at hand is lost; an older one could now pass for the"
