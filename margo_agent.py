@@ -224,10 +224,6 @@ class ComponentError(MargoError):
 TROUBLE = (ComponentError, CommandError, ConfigError, StorageError, MemoryError, OSError)
 
 
-class Forbidden(ComponentError):
-    """Somebody who is asked before a change says no to it."""
-
-
 # ----------------------------------------------------------------------------------------------------------
 # 2. Records
 # ----------------------------------------------------------------------------------------------------------
@@ -594,14 +590,14 @@ class Agent:
         needed = find_needed(self.state)
         try:
             self.store.prune_artifacts(needed)
-        except (StorageError, OSError) as error:    # that is no reason to leave workloads alone
-            self.note_fault(to_fault(error))
-        for entry in self.state["pulled"]:
-            device_id, _, name = entry.rpartition(" ")
-            sight = self.seen.get(device_id or self.device_id, NOTHING)
-            if name not in needed and any(driver.remove_image(name) for driver in sight.drivers.values()):
-                log("info", "image pruned", image=entry)
-                self.state["pulled"] = [other for other in self.state["pulled"] if other != entry]
+            for entry in self.state["pulled"]:
+                device_id, _, name = entry.rpartition(" ")
+                drivers = self.seen.get(device_id or self.device_id, NOTHING).drivers.values()
+                if name not in needed and any(driver.remove_image(name) for driver in drivers):
+                    log("info", "image pruned", image=entry)
+                    self.state["pulled"] = [other for other in self.state["pulled"] if other != entry]
+        except (CommandError, StorageError, OSError) as error:
+            self.note_fault(to_fault(error))        # that is no reason to leave workloads alone
 
     def carry_out(self, actions, version):
         """Carries out a plan, group by group; returns what went wrong and fails no deployment, in words."""
@@ -708,7 +704,8 @@ class Agent:
             try:
                 self.source.post_status(status["deploymentId"], status)
                 acknowledge_status(state, key)
-            except (Refused, Unreachable, Untrusted) as error:
+            except (Refused, Unreachable, Untrusted, StorageError, OSError) as fault:
+                error = to_fault(fault)
                 words = put_off_status(state, key, error, clock, get_random())
                 waits = key in state["outbox"]
                 log("warning" if waits else "error", words, deployment=key, reason=error.message)
@@ -912,7 +909,8 @@ def judge_containers(found, facts, now, settle):
 Change = define("Change", "event name record deployment rollback kind",
     "What listeners are told of: install, update or removal of the component `name`; rollback: on the way"
     " back to the version before; kind: its deployment type.")
-# Functions (before or after, Change, Step, error or None) of optional rooms; `before` may raise Forbidden.
+# Functions (before or after, Change, Step, error or None) of optional rooms; `before` may raise
+# ComponentError, which says no to the change.
 LISTENERS = []
 
 
@@ -932,7 +930,7 @@ class Step:
     version             the accepted version
     troubles            a list for what goes wrong and fails no deployment, in words
     course              the generator that carries it out, see EXECUTE
-    before              Steps that clear what moves here, where it was
+    before, removal     Steps that clear what moves here, where it was; what such a one runs
     fetched             digests of packages and names of images that it has fetched
     begun               whether it has changed something
     name                the component that is worked on, or None
@@ -943,6 +941,7 @@ class Step:
     def __init__(self, **facts):
         vars(self).update(facts)
         self.course = EXECUTE[self.action.verb](self)
+        self.removal = self.run(make_nothing(self.record), (), {}, {})
         self.before = []
         self.fetched = []
         self.takes = set()
@@ -1085,39 +1084,34 @@ class Step:
                 self.look()
 
     def clear(self):
-        """Removes what the deployment has where it is not at home, as `run` does.
-
-        No deployment fails by that; it raises Forbidden.
-        """
+        """Removes what the deployment has where it is not at home; no deployment fails by that."""
         try:
-            yield from self.run(make_nothing(self.record), (), {}, {})
-        except Forbidden:
-            raise
+            list(self.removal)
         except TROUBLE as error:
             self.troubles.append(to_fault(error).message)
 
     def stand_aside(self, beside):
-        """Stops what moves away from here; what is left of its course removes it.  Raises Forbidden.
+        """Stops what moves away from here, once every listener agrees to its removal; see clear and stay.
 
         beside: ids of what the engine where it goes shows of other devices: one engine has to be cleared
         first.
         """
-        self.course = self.clear()
-        next(self.course, None)                     # every listener agrees
+        next(self.removal)
+        there = self.find_containers()
         try:
             for kind, driver in self.sight.drivers.items():
-                there = find_containers(self.record["deploymentId"], self.sight.containers, kind=kind)
-                driver.stop(list_active(there), time.monotonic() + COMPONENT_TIMEOUT)
-                if any(container.id in beside for container in there):
-                    list(self.course)
+                ours = [container for container in there if container.type == kind]
+                driver.stop(list_active(ours), time.monotonic() + COMPONENT_TIMEOUT)
         except TROUBLE as error:
             self.troubles.append(to_fault(error).message)
+        if any(container.id in beside for container in there):
+            self.clear()
 
     def stay(self):
         """Lets what has stood aside run again, and tells listeners; what came of it, in words."""
         try:
-            self.course.throw(Forbidden("INSTALL_FAILED", "it stays: it does not run where it was to move"))
-        except Forbidden:
+            self.removal.throw(ComponentError("INSTALL_FAILED", "it does not run where it was to move"))
+        except ComponentError:
             return self.bring_back()
 
     def bring_back(self):
@@ -1174,7 +1168,7 @@ def apply_install(step):
     try:
         yield from step.run(deployment, deployment.components, packages, services)
         for other in step.before:
-            list(other.course)
+            other.clear()
         yield finish_record(step.record, make_mark(step.config.runtime.environment))
     except TROUBLE as error:
         fault = to_fault(error)
@@ -1262,10 +1256,7 @@ def apply_removal(step):
 def apply_clearing(step):
     """Clears a device of what belongs elsewhere; where that cannot be done, no deployment fails."""
     yield None
-    try:
-        yield from step.clear()
-    except Forbidden as error:
-        step.troubles.append(error.message)
+    step.clear()
 
 
 # Each verb of a plan but `keep`: a generator of a Step that carries it out.  It yields None or the record at
@@ -12048,9 +12039,9 @@ def run_hooks(moment, change, step, error):
     """Runs the operator's hooks `before` or `after` a change of one component: the event as argument, the
     facts as JSON on stdin.
 
-    Raises Forbidden HOOK_FAILED where one of `before` does not end with 0; after a change, and on the way
-    back to the version before, that is only logged.  Values of parameters are not among the facts: no process
-    but the application gets them.
+    Raises ComponentError HOOK_FAILED where one of `before` does not end with 0; after a change, and on the
+    way back to the version before, that is only logged.  Values of parameters are not among the facts: no
+    process but the application gets them.
     """
     facts = {}
     event = f"{moment}-{change.event}"
@@ -12064,7 +12055,7 @@ def run_hooks(moment, change, step, error):
         except CommandError as fault:
             words = fault.message
         if words and moment == "before" and not change.rollback:
-            raise Forbidden("HOOK_FAILED", f"hook {path} {event}: {words}")
+            raise ComponentError("HOOK_FAILED", f"hook {path} {event}: {words}")
         if words:
             log("error", "a hook failed; the change stands", hook=path, hookEvent=event,
                 deployment=facts["deploymentId"], reason=words)
@@ -12573,10 +12564,10 @@ def command_config(config, options):
 
     Example: margo_agent.py config --example > agent.yaml
     """
-    if "--check" in options:
-        print(f"{options['-c']} can be used")       # else it has been said why not
-    elif "--example" in options:
+    if "--example" in options:
         print("\n".join(make_settings_lines(SCHEMA, EXAMPLE, True)))
+    elif "--check" in options:
+        print(f"{options['-c']} can be used")       # else it has been said why not
     else:
         document = expand_environment(load_document(options["-c"]), os.environ, "", [])
         print("\n".join(make_settings_lines(SCHEMA, document or {}, False)))

@@ -911,6 +911,24 @@ class Prune(ApplyCase):
             self.assertEqual(sorted(held["images"]), [IMAGE, "localhost/not-ours:1"])
         self.assertEqual(os.listdir(os.path.join(self.device.state_dir, "artifacts")), [])
 
+    def test_an_image_whose_removal_hangs_keeps_nothing_from_being_done(self):
+        self.device.set("runtime.prune", False)
+        for version in ("1", "2", "3"):
+            compose = support.make_compose({"main": service(image=f"localhost/app:{version}")})
+            self.wfm.add_package(compose, tag=f"{version}.0.0")
+            self.publish(components=(("web", f"{version}.0.0"),))
+            self.device.cycle()
+        self.device.set("runtime.prune", True)
+        self.wfm.withdraw()
+        self.wfm.add_package(support.make_compose())
+        self.publish(deployment_id=SECOND)
+        hangs = mock.Mock(side_effect=margo_agent.CommandTimeout("podman image did not end within 600 s"))
+        config = margo_agent.load_config(self.device.config_file)
+        with mock.patch.dict(os.environ, self.engine.env), mock.patch("margo_agent.ComposeDriver.remove_image", hangs):
+            outcome = margo_agent.Agent(config).cycle()
+        self.assertEqual((outcome.code, self.wfm.statuses(HELLO)[-1]), (1, "removed"))
+        self.assertEqual(self.wfm.statuses(SECOND)[-1], "installed")
+
     def test_without_prune_everything_stays(self):
         self.device.set("runtime.prune", False)
         for version in range(1, 5):

@@ -100,7 +100,7 @@ class Document(unittest.TestCase):
         self.assertEqual(level, "warn")
         self.assertIn("device.labels example.com/, zone: ", words)
         Place.settings = make_device(labels={"plant.example/zone": "west"})
-        self.assertEqual(margo_agent.examine_labels(mock.Mock(devices=[Place])), ("ok", ""))
+        self.assertFalse(margo_agent.examine_labels(mock.Mock(devices=[Place]))[1])
 
 
 class Identifier(unittest.TestCase):

@@ -49,6 +49,12 @@ class Arguments(unittest.TestCase):
                               env=dict(os.environ, PYTHONUNBUFFERED=""))
         self.assertEqual(done.returncode, 2)
 
+    def test_all_options_of_a_command_at_once_are_no_bug(self):
+        for name, (_, usage) in margo_agent.COMMANDS.items():
+            operands, options = margo_agent.parse_usage(usage)
+            given = [f"{option}=7" if value else option for option, value in options.items() if option.startswith("--")]
+            self.assertIn(run(name, *operands, *given, MARGO_CONFIG="/nonexistent").returncode, (0, 2), given)
+
     def test_options_may_stand_on_either_side_of_the_command(self):
         folder = support.make_folder(self)
         for arguments in (["-c", f"{folder}/none.yaml", "status"], ["status", "-c", f"{folder}/none.yaml"], [f"-c={folder}/none.yaml", "status"]):
