@@ -7756,7 +7756,7 @@ class Store:
         """
         notes = [name for name in files if name[:16] in short and name[16:] == ".content"]
         texts = [read_file(os.path.join(folder, name), MIB) or b"" for name in notes]
-        return short.union(notes, b" ".join(texts).decode().split())
+        return short.union(notes, b" ".join(texts).decode("utf-8", "replace").split())
 
     def memo_path(self):
         """Where the last contact with the WFM is kept: in memory, so that an unchanged poll writes
@@ -7905,7 +7905,7 @@ class Folder:
         if needed:
             sync_folder(os.path.dirname(self.path))
             note = self.path + ".content"
-            needed.update((read_file(note, MIB) or b"").decode().split())
+            needed.update((read_file(note, MIB) or b"").decode("utf-8", "replace").split())
             write_file(note, "\n".join(sorted(needed)).encode())
 
 
