@@ -4583,8 +4583,6 @@ class ComposeDriver:
 
         The values of parameters are masked.
         """
-        if not container:
-            return ""
         try:
             command = [self.engine, "logs", "--timestamps", f"--tail={LOG_LINES}", container]
             output = run_command(command, 60, env=self.environ, limit=MAX_LOG, ends=True)
@@ -5657,8 +5655,12 @@ def make_mount_argument(mount):
 
 def make_file_name(content):
     """The name of the file of a Content on the disk: another one for what differs in anything."""
-    text = content.text.encode("utf-8", "surrogateescape")
-    return f"config-{sha256_digest(make_json([sha256_digest(text), *content[1:]]))[7:39]}"
+    return f"config-{sha256_digest(make_json(make_content_mark(content)))[7:39]}"
+
+
+def make_content_mark(content):
+    """What tells a Content from any other: the digest of its text, and the rest of it."""
+    return [sha256_digest(content.text.encode("utf-8", "surrogateescape")), *content[1:]]
 
 
 def make_files(service, reading, where):
@@ -6065,8 +6067,7 @@ def make_hashes(order):
     """
     final = {}
     for service in order:
-        contents = {path: [sha256_digest(item.text.encode("utf-8", "surrogateescape")), *item[1:]]
-                    for path, item in service.files.items()}
+        contents = {path: make_content_mark(item) for path, item in service.files.items()}
         shared = [final[other].hash for other in service.shares + service.follows if other in final]
         parts = [service.image, service.arguments, service.command, service.environment, contents,
                  service.networks, shared]
@@ -6217,9 +6218,9 @@ class Registry:
                 if response.status not in (301, 302, 303, 307, 308):
                     return response
                 url = urljoin(url, response.headers.get("Location") or "")
+        except ComponentError:
+            raise
         except (MargoError, ValueError) as error:
-            if isinstance(error, ComponentError):
-                raise
             hint = f"; set registries.{self.host}.ca" if isinstance(error, Untrusted) else ""
             where = "" if isinstance(error, MargoError) else f"{make_printable(url)}: "
             raise ComponentError("PULL_FAILED", f"{where}{error}{hint}") from None
@@ -7758,7 +7759,7 @@ class Store:
         """
         notes = [name for name in files if name[:16] in short and name[16:] == ".content"]
         texts = [read_file(os.path.join(folder, name), MIB) or b"" for name in notes]
-        return short.union(notes, b" ".join(texts).decode().split())
+        return short.union(notes, b" ".join(texts).decode("utf-8", "replace").split())
 
     def memo_path(self):
         """Where the last contact with the WFM is kept: in memory, so that an unchanged poll writes
@@ -7907,7 +7908,7 @@ class Folder:
         if needed:
             sync_folder(os.path.dirname(self.path))
             note = self.path + ".content"
-            needed.update((read_file(note, MIB) or b"").decode().split())
+            needed.update((read_file(note, MIB) or b"").decode("utf-8", "replace").split())
             write_file(note, "\n".join(sorted(needed)).encode())
 
 
