@@ -224,10 +224,6 @@ class ComponentError(MargoError):
 TROUBLE = (ComponentError, CommandError, ConfigError, StorageError, MemoryError, OSError)
 
 
-class Forbidden(ComponentError):
-    """Somebody who is asked before a change says no to it."""
-
-
 # ----------------------------------------------------------------------------------------------------------
 # 2. Records
 # ----------------------------------------------------------------------------------------------------------
@@ -561,7 +557,9 @@ class Agent:
         new = [action for action in actions
                if action.target and not action.target.error and action.key not in records]
         for action in new:                          # received, not started (protocol 5.1)
-            records[action.key] = begin_record(make_record(action.target, action.device_id), action.target)
+            record = begin_record(make_record(action.target, action.device_id), action.target)
+            there = find_containers(action.deployment_id, self.seen[action.device_id].containers)
+            records[action.key] = dict(record, found=bool(there))   # of a lost state
             enqueue_status(self.state, records[action.key])
         if new:
             self.store.save_state(self.state)
@@ -590,21 +588,22 @@ class Agent:
         """Removes what neither the current nor the previous version of any deployment needs, where wished.
 
         These are artifacts, unpacked packages, and images that the agent pulled, on what answers: nothing
-        else on the device.
+        else on the device.  Nothing goes while something runs of which a lost state knew more.
         """
-        if not self.config.runtime.prune:
+        found = any(record["found"] for record in self.state["deployments"].values())
+        if found or not self.config.runtime.prune:
             return
         needed = find_needed(self.state)
         try:
             self.store.prune_artifacts(needed)
-        except (StorageError, OSError) as error:    # that is no reason to leave workloads alone
-            self.note_fault(to_fault(error))
-        for entry in self.state["pulled"]:
-            device_id, _, name = entry.rpartition(" ")
-            sight = self.seen.get(device_id or self.device_id, NOTHING)
-            if name not in needed and any(driver.remove_image(name) for driver in sight.drivers.values()):
-                log("info", "image pruned", image=entry)
-                self.state["pulled"] = [other for other in self.state["pulled"] if other != entry]
+            for entry in self.state["pulled"]:
+                device_id, _, name = entry.rpartition(" ")
+                drivers = self.seen.get(device_id or self.device_id, NOTHING).drivers.values()
+                if name not in needed and any(driver.remove_image(name) for driver in drivers):
+                    log("info", "image pruned", image=entry)
+                    self.state["pulled"] = [other for other in self.state["pulled"] if other != entry]
+        except (CommandError, StorageError, OSError) as error:
+            self.note_fault(to_fault(error))        # that is no reason to leave workloads alone
 
     def carry_out(self, actions, version):
         """Carries out a plan, group by group; returns what went wrong and fails no deployment, in words."""
@@ -711,7 +710,8 @@ class Agent:
             try:
                 self.source.post_status(status["deploymentId"], status)
                 acknowledge_status(state, key)
-            except (Refused, Unreachable, Untrusted) as error:
+            except (Refused, Unreachable, Untrusted, StorageError, OSError) as fault:
+                error = to_fault(fault)
                 words = put_off_status(state, key, error, clock, get_random())
                 waits = key in state["outbox"]
                 log("warning" if waits else "error", words, deployment=key, reason=error.message)
@@ -915,7 +915,8 @@ def judge_containers(found, facts, now, settle):
 Change = define("Change", "event name record deployment rollback kind",
     "What listeners are told of: install, update or removal of the component `name`; rollback: on the way"
     " back to the version before; kind: its deployment type.")
-# Functions (before or after, Change, Step, error or None) of optional rooms; `before` may raise Forbidden.
+# Functions (before or after, Change, Step, error or None) of optional rooms; `before` may raise
+# ComponentError, which says no to the change.
 LISTENERS = []
 
 
@@ -935,7 +936,7 @@ class Step:
     version             the accepted version
     troubles            a list for what goes wrong and fails no deployment, in words
     course              the generator that carries it out, see EXECUTE
-    before              Steps that clear what moves here, where it was
+    before, removal     Steps that clear what moves here, where it was; what such a one runs
     fetched             digests of packages and names of images that it has fetched
     begun               whether it has changed something
     name                the component that is worked on, or None
@@ -946,6 +947,7 @@ class Step:
     def __init__(self, **facts):
         vars(self).update(facts)
         self.course = EXECUTE[self.action.verb](self)
+        self.removal = self.run(make_nothing(self.record), (), {}, {})
         self.before = []
         self.fetched = []
         self.takes = set()
@@ -1088,39 +1090,34 @@ class Step:
                 self.look()
 
     def clear(self):
-        """Removes what the deployment has where it is not at home, as `run` does.
-
-        No deployment fails by that; it raises Forbidden.
-        """
+        """Removes what the deployment has where it is not at home; no deployment fails by that."""
         try:
-            yield from self.run(make_nothing(self.record), (), {}, {})
-        except Forbidden:
-            raise
+            list(self.removal)
         except TROUBLE as error:
             self.troubles.append(to_fault(error).message)
 
     def stand_aside(self, beside):
-        """Stops what moves away from here; what is left of its course removes it.  Raises Forbidden.
+        """Stops what moves away from here, once every listener agrees to its removal; see clear and stay.
 
         beside: ids of what the engine where it goes shows of other devices: one engine has to be cleared
         first.
         """
-        self.course = self.clear()
-        next(self.course, None)                     # every listener agrees
+        next(self.removal)
+        there = self.find_containers()
         try:
             for kind, driver in self.sight.drivers.items():
-                there = find_containers(self.record["deploymentId"], self.sight.containers, kind=kind)
-                driver.stop(list_active(there), time.monotonic() + COMPONENT_TIMEOUT)
-                if any(container.id in beside for container in there):
-                    list(self.course)
+                ours = [container for container in there if container.type == kind]
+                driver.stop(list_active(ours), time.monotonic() + COMPONENT_TIMEOUT)
         except TROUBLE as error:
             self.troubles.append(to_fault(error).message)
+        if any(container.id in beside for container in there):
+            self.clear()
 
     def stay(self):
         """Lets what has stood aside run again, and tells listeners; what came of it, in words."""
         try:
-            self.course.throw(Forbidden("INSTALL_FAILED", "it stays: it does not run where it was to move"))
-        except Forbidden:
+            self.removal.throw(ComponentError("INSTALL_FAILED", "it does not run where it was to move"))
+        except ComponentError:
             return self.bring_back()
 
     def bring_back(self):
@@ -1172,14 +1169,12 @@ def apply_install(step):
     running = record["running"]
     if running and running["digest"] == target.digest == record["adopted"]["digest"]:
         record = count_repair(record, get_clock())
-    if record["state"] == "pending" and not running and not record["retry"]:
-        record = dict(record, found=bool(step.find_containers()))
     step.record = begin_record(record, target)
     yield step.record
     try:
         yield from step.run(deployment, deployment.components, packages, services)
         for other in step.before:
-            list(other.course)
+            other.clear()
         yield finish_record(step.record, make_mark(step.config.runtime.environment))
     except TROUBLE as error:
         fault = to_fault(error)
@@ -1267,10 +1262,7 @@ def apply_removal(step):
 def apply_clearing(step):
     """Clears a device of what belongs elsewhere; where that cannot be done, no deployment fails."""
     yield None
-    try:
-        yield from step.clear()
-    except Forbidden as error:
-        step.troubles.append(error.message)
+    step.clear()
 
 
 # Each verb of a plan but `keep`: a generator of a Step that carries it out.  It yields None or the record at
@@ -3375,10 +3367,10 @@ Job = define("Job", "workload project folder known deadline current restarts vol
     "One apply: what runs, in which folder its files are, what an earlier apply returned, until when;"
     " {service: id of its container} as far as it has come, {id: how often it had been restarted} of what ran"
     " before, {service: {path: volume}} of volumes to which nobody gave a name.")
-Shown = define("Shown", "state code restarts health volumes check said addresses",
+Shown = define("Shown", "state code restarts health volumes check said",
     "One container as `inspect` shows it: the engine's word for its state, numbers, the word for its health"
-    " where there is a check, {path: name} of volumes in it, its Check or None, what that has printed last,"
-    " [(network, address in it)].", 0, 0, "", {}, None, "", ())
+    " where there is a check, {path: name} of volumes in it, its Check or None, what that has printed last.",
+    0, 0, "", {}, None, "")
 Check = define("Check", "interval retries start",
     "A health check, wherever it was said: seconds between two, misses that count, seconds of grace.")
 # How docker shows a container, in podman's form.
@@ -4295,16 +4287,16 @@ class ComposeDriver:
         ours: ids of the containers of this component, whose addresses are free by then.
         """
         import ipaddress
+        form = "--format={{range .NetworkSettings.Networks}}{{.IPAddress}} {{.GlobalIPv6Address}} {{end}}"
         for service in services:
             for network, _, options in service.networks:
-                wanted = {(network, str(ipaddress.ip_address(option.partition("=")[2])))
-                          for option in options or () if option.startswith("--ip") and network in networks}
+                wanted = {str(ipaddress.ip_address(option.partition("=")[2])) for option in options or ()
+                          if option.startswith("--ip") and network in networks}
                 others = self.list_members(network).difference(ours) if wanted else ()
-                for container_id, shown in self.inspect(others).items():
-                    for _, address in wanted.intersection(shown.addresses):
-                        raise ComponentError("INSTALL_FAILED", f"container {container_id[:12]} has address"
-                                             f" {address} in network {network}, which service {service.name}"
-                                             " is to have")
+                held = self.run(["inspect", form, *others]).stdout.decode().split() if others else ()
+                for address in wanted.intersection(held):
+                    raise ComponentError("INSTALL_FAILED", f"service {service.name} cannot have {address} in"
+                                         f" network {network}: another container has it")
 
     def try_networks(self, job, new, going):
         """Raises ComponentError for a network that could not be made once others have gone (K23).
@@ -4724,17 +4716,14 @@ def parse_seen(item):
     said = [entry.get("Output") or "" for entry in health.get("Log") or ()]
     mounts = [mount for mount in item.get("Mounts") or () if mount.get("Type") == "volume"]
     volumes = {make_path(mount["Destination"]): mount["Name"] for mount in mounts}
-    joined = (item.get("NetworkSettings") or {}).get("Networks") or {}
-    addresses = [(name, facts.get(key)) for name, facts in joined.items()
-                 for key in ("IPAddress", "GlobalIPv6Address")]
     return item["Id"], Shown(state["Status"], state.get("ExitCode", 0), item.get("RestartCount", 0),
                              health.get("Status", ""), volumes,
                              parse_check(item["Config"].get("Healthcheck") or {}),
-                             make_printable(said[-1].strip(), 500) if said else "", addresses)
+                             make_printable(said[-1].strip(), 500) if said else "")
 
 
 def parse_image(item):
-    """An element of what `image inspect` prints to (architecture, Check or None, paths of volumes, command)."""
+    """An element of what `image inspect` prints to (architecture, Check or None, volumes' paths, command)."""
     config = item.get("Config") or {}
     check = parse_check(item.get("Healthcheck") or config.get("Healthcheck") or {})
     return item["Architecture"], check, list(config.get("Volumes") or ()), config.get("Cmd") or ()
@@ -7895,9 +7884,8 @@ class Folder:
         return False
 
     def keep(self, sources):
-        """Lays what these own Sources are where they are mounted from, and notes that this package needs it.
-
-        See prune_artifacts.
+        """Lays what these own Sources are where they are mounted from, and notes that this package needs it,
+        beside what it has needed with other parameters: what runs may be of these.  See prune_artifacts.
 
         A service whose files did not change keeps its container, whatever else is in the next package.
         """
@@ -7921,7 +7909,9 @@ class Folder:
             os.rename(place + ".new", place)
         if needed:
             sync_folder(os.path.dirname(self.path))
-            write_file(self.path + ".content", "\n".join(sorted(needed)).encode())
+            note = self.path + ".content"
+            needed.update((read_file(note, MIB) or b"").decode().split())
+            write_file(note, "\n".join(sorted(needed)).encode())
 
 
 def link_file(source, target):
@@ -12054,9 +12044,9 @@ def run_hooks(moment, change, step, error):
     """Runs the operator's hooks `before` or `after` a change of one component: the event as argument, the
     facts as JSON on stdin.
 
-    Raises Forbidden HOOK_FAILED where one of `before` does not end with 0; after a change, and on the way
-    back to the version before, that is only logged.  Values of parameters are not among the facts: no process
-    but the application gets them.
+    Raises ComponentError HOOK_FAILED where one of `before` does not end with 0; after a change, and on the
+    way back to the version before, that is only logged.  Values of parameters are not among the facts: no
+    process but the application gets them.
     """
     facts = {}
     event = f"{moment}-{change.event}"
@@ -12070,7 +12060,7 @@ def run_hooks(moment, change, step, error):
         except CommandError as fault:
             words = fault.message
         if words and moment == "before" and not change.rollback:
-            raise Forbidden("HOOK_FAILED", f"hook {path} {event}: {words}")
+            raise ComponentError("HOOK_FAILED", f"hook {path} {event}: {words}")
         if words:
             log("error", "a hook failed; the change stands", hook=path, hookEvent=event,
                 deployment=facts["deploymentId"], reason=words)

@@ -237,10 +237,12 @@ class Engine:
         names = split(arguments)[1]
         found = [c for name in names for key, c in self.held["containers"].items() if name in (key, c["id"])]
         checks = {c["id"]: self.find_check(c) for c in found}
-        self.say(json.dumps([dict({"Id": c["id"], "Config": {"Labels": c["labels"], "Healthcheck": checks[c["id"]]}, "RestartCount": c["restarts"],
+        if "--format" in dict(split(arguments)[0]):     # addresses alone are asked for so
+            return self.say("\n".join(c.get("addresses", "") for c in found))
+        self.say(json.dumps([{"Id": c["id"], "Config": {"Labels": c["labels"], "Healthcheck": checks[c["id"]]}, "RestartCount": c["restarts"],
                            "State": {"Status": c["state"], "ExitCode": c["code"], "Health": {"Status": "starting" if checks[c["id"]] else ""}},
-                           "Mounts": [{"Type": "volume", "Name": name, "Destination": path} for path, name in c.get("mounts", {}).items()]},
-                                 **c.get("inspected", {})) for c in found]))
+                           "Mounts": [{"Type": "volume", "Name": name, "Destination": path} for path, name in c.get("mounts", {}).items()]}
+                          for c in found]))
         if len(found) < len(names):
             fail("no such container")
 

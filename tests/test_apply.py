@@ -267,6 +267,29 @@ class Failure(ApplyCase):
         self.device.cycle(0)
         self.assertEqual(len(self.engine.containers()), 2)
 
+    def test_what_ran_before_the_state_was_lost_keeps_its_files_until_its_package_is_had_again(self):
+        """P-13: housekeeping knows nothing of them; the container may be started again at any moment."""
+        self.wfm.add_package(support.make_compose({"main": {"image": support.IMAGE, "volumes": ["./a.ini:/app.ini"]}}), **{"a.ini": "1"})
+        self.wfm.add_package(support.make_compose(), "other")
+        self.publish()
+        self.device.cycle()
+        for name in ("state.json", "state.json.old"):
+            os.remove(os.path.join(self.device.state_dir, name))
+        os.rename(self.wfm.path("packages", "web"), self.wfm.path("packages", "away"))
+        self.publish(components=(("other", "1.0.0"),), deployment_id="a" + HELLO[1:])
+        self.device.cycle(1)
+        (path,) = [item[len("--volume="):].partition(":")[0] for container in self.engine.containers().values()
+                   for item in container["argv"] if item.startswith("--volume=")]
+        self.assertTrue(os.path.isfile(path))
+        os.rename(self.wfm.path("packages", "away"), self.wfm.path("packages", "web"))
+        self.try_again_now()
+        self.device.cycle()
+        self.publish("two", components=(("other", "1.0.0"),))       # which mounts nothing
+        self.device.cycle()
+        self.publish("three", components=(("other", "1.0.0"),))
+        self.device.cycle()
+        self.assertFalse(os.path.exists(path))
+
     def test_a_first_installation_that_fails_is_kept_where_that_is_wished(self):
         self.wfm.add_package(support.make_compose())
         self.device.set("runtime.on_failure", "keep")
@@ -286,6 +309,22 @@ class Failure(ApplyCase):
         self.device.cycle(1)
         self.assertEqual(self.engine.containers(), before)
         self.assertIn("the version before runs again", self.wfm.reports()[-1]["body"]["components"][0]["error"]["message"])
+
+    def test_what_runs_keeps_its_files_of_a_package_where_the_same_with_other_parameters_fails(self):
+        """Its container may be started again at any moment, and an engine would even make an empty folder in the place of a lost file."""
+        service = {"image": "${PICTURE}", "volumes": ["./${SITE}.ini:/app.ini"]}
+        self.wfm.add_package(support.make_compose({"main": service}), **{"a.ini": "\"a\"", "b.ini": "\"b\""})
+
+        def publish(site, image):
+            self.wfm.publish(support.make_deployment(registry=self.wfm.registry, parameters={"SITE": site, "PICTURE": image}))
+        publish("a", support.IMAGE)
+        self.device.cycle()
+        self.engine.change(unpullable=["localhost/absent:1"])
+        publish("b", "localhost/absent:1")
+        self.device.cycle(1)
+        (container,) = self.engine.containers().values()
+        (mount,) = [item for item in container["argv"] if item.startswith("--volume=")]
+        self.assertEqual(support.read_json(mount[len("--volume="):].partition(":")[0], "gone"), "a")
 
     def test_an_update_that_was_cut_off_between_two_commands_goes_on(self):
         """P-11, P-13: whatever names and containers it left."""
@@ -871,6 +910,24 @@ class Prune(ApplyCase):
         with self.engine.open() as held:
             self.assertEqual(sorted(held["images"]), [IMAGE, "localhost/not-ours:1"])
         self.assertEqual(os.listdir(os.path.join(self.device.state_dir, "artifacts")), [])
+
+    def test_an_image_whose_removal_hangs_keeps_nothing_from_being_done(self):
+        self.device.set("runtime.prune", False)
+        for version in ("1", "2", "3"):
+            compose = support.make_compose({"main": service(image=f"localhost/app:{version}")})
+            self.wfm.add_package(compose, tag=f"{version}.0.0")
+            self.publish(components=(("web", f"{version}.0.0"),))
+            self.device.cycle()
+        self.device.set("runtime.prune", True)
+        self.wfm.withdraw()
+        self.wfm.add_package(support.make_compose())
+        self.publish(deployment_id=SECOND)
+        hangs = mock.Mock(side_effect=margo_agent.CommandTimeout("podman image did not end within 600 s"))
+        config = margo_agent.load_config(self.device.config_file)
+        with mock.patch.dict(os.environ, self.engine.env), mock.patch("margo_agent.ComposeDriver.remove_image", hangs):
+            outcome = margo_agent.Agent(config).cycle()
+        self.assertEqual((outcome.code, self.wfm.statuses(HELLO)[-1]), (1, "removed"))
+        self.assertEqual(self.wfm.statuses(SECOND)[-1], "installed")
 
     def test_without_prune_everything_stays(self):
         self.device.set("runtime.prune", False)

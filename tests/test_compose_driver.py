@@ -961,6 +961,17 @@ class Handover(DriverCase):
         self.engine.change(unready=["main"])
         self.assertFails("INSTALL_FAILED", lambda: self.apply(make("2")), "service main could not be started", "unable to find user ghost")
 
+    def test_docker_tries_only_with_a_runtime_whose_words_are_known(self):
+        """Another one, such as gVisor, might run what a trial makes unstartable."""
+        project = self.settle(make_document({}), engine="docker")
+        job = margo_agent.Job(self.make_workload(), project, self.folder, {}, time.monotonic() + 60, {}, {}, {"main": {}})
+        driver = margo_agent.ComposeDriver("docker", self.config)
+        for runtime, tried in (("runsc", []), ("runc", ["create", "start", "rm"])):
+            driver.info = {"runtime": runtime}
+            self.engine.forget_calls()
+            driver.rehearse(project.services[0], job, set())
+            self.assertEqual([call[0] for call in self.engine.calls()], tried)
+
     def test_a_port_that_cannot_be_had_is_found_before_anything_stops(self):
         """K23: not one that what runs will give up, nor one of somebody who will have ended."""
         service = margo_agent.Service("a", IMAGE, [], [], {}, {}, [], {}, "missing", "", [])
@@ -1013,19 +1024,18 @@ class Handover(DriverCase):
         self.assertFails("INVALID_DEPLOYMENT", lambda: margo_agent.check_rivals(services), "services.b: it cannot have n ip=10.0.0.9 beside service a")
 
     def test_an_address_that_another_container_has_is_found_before_anything_stops(self):
-        """It is spelt in one way by engines; this component's own addresses are free by then."""
+        """This component's own addresses are free by then."""
         def make(**addresses):
             return make_document({"networks": {"n": addresses}}, networks={"n": {"external": True, "name": "plant"}})
         known = self.apply(make_document({}))
         with self.engine.open() as held:
             held["networks"]["plant"] = []
-            shown = {"NetworkSettings": {"Networks": {"plant": {"IPAddress": "10.1.0.9", "GlobalIPv6Address": "fd00::9"}, "x": {"IPAddress": "10.1.0.7"}}}}
             held["containers"]["theirs"] = {"id": "f" * 64, "image": IMAGE, "labels": {"org.margo.service": ""}, "state": "running", "code": 0,
-                                            "restarts": 0, "env": [], "argv": ["--network=plant"], "inspected": shown}
+                                            "restarts": 0, "env": [], "argv": ["--network=plant"], "addresses": "10.1.0.9 fd00::9 "}
         known = self.apply(make(ipv4_address="10.1.0.7"), known)
         self.engine.forget_calls()
         self.assertFails("INSTALL_FAILED", lambda: self.apply(make(ipv4_address="10.1.0.9"), known),
-                         f"container {'f' * 12} has address 10.1.0.9 in network plant, which service main is to have")
+                         "service main cannot have 10.1.0.9 in network plant: another container has it")
         self.assertNotIn("stop", [call[0] for call in self.changes()])
         self.apply(make(ipv4_address="10.1.0.8"), known)
 

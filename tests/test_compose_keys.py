@@ -307,7 +307,7 @@ class OnPodman(unittest.TestCase):
                     "networks": {"plant": {"external": True}}}
         known = self.apply(**make(10))
         before = self.look()
-        with self.assertRaisesRegex(margo_agent.ComponentError, "container [0-9a-f]{12} has address 10.99.7.9 in network plant, which service main"):
+        with self.assertRaisesRegex(margo_agent.ComponentError, "service main cannot have 10.99.7.9 in network plant: another"):
             self.apply(known, **make(9))
         self.assertEqual(self.look(), before)
         known = self.apply(known, **make(10, init=True))

@@ -1,4 +1,5 @@
 """Git: the profile, with real git over https, ssh and files; every road, every refusal, every accident."""
+import errno
 import getpass
 import json
 import os
@@ -8,6 +9,7 @@ import signal
 import subprocess
 import types
 import unittest
+from unittest import mock
 
 import margo_agent
 from tests import git_bombs, git_server, support
@@ -861,6 +863,27 @@ class Bombs(GitCase):
 
 class Reports(GitCase):
     """The branch of a device, and a WFM beside the repository."""
+
+    def test_a_copy_that_the_disk_has_spoilt_keeps_no_workload_waiting(self):
+        """P-4, P-14: what it is needed for waits, what runs is mended."""
+        self.publish("one")
+        self.device.cycle()
+        copy = [folder for folder, names, _ in os.walk(self.device.state_dir) if "objects" in names][0]
+        os.remove(os.path.join(copy, "HEAD"))
+        self.engine.change(containers={})
+        remove = shutil.rmtree
+
+        def deny(path, *args, **options):
+            if path.startswith(copy):
+                raise OSError(errno.EIO, os.strerror(errno.EIO), path)
+            remove(path, *args, **options)
+
+        config = margo_agent.load_config(self.device.config_file)
+        with mock.patch.dict(os.environ, self.engine.env), mock.patch("shutil.rmtree", deny):
+            outcome = margo_agent.Agent(config).cycle()
+        self.assertEqual((outcome.code, self.running()), (3, [["GREETING=one"]]))
+        self.device.run("retry")                    # the report would wait its time
+        self.device.cycle(0)
 
     def test_every_change_is_a_commit_and_a_race_is_lost_with_grace(self):
         """C-252: what somebody else pushes meanwhile stays, the report goes on top; nothing is ever forced."""
