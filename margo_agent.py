@@ -12418,6 +12418,10 @@ def examine_connection(agent):
     if desired:
         news = f"version {desired.version} is there to be accepted"
         agent.check_removals(make_accepted(desired), agent.state["deployments"])
+        folder = agent.store.folder
+        need = sum(map(len, desired.documents.values()))
+        if os.path.isdir(folder) and get_space(folder)[0] < need:
+            raise StorageError(f"{news}, and there is no space for it at {folder}; free some")
     failed = [key for key, record in agent.state["deployments"].items() if record["state"] == "failed"]
     refused = [f"{action.deployment_id}: {action.reason}" for action in plan_desired(agent, desired)
                if PRINTED.get(action.verb, action.verb) == "refuse"
