@@ -568,17 +568,23 @@ class Agent:
         actions = [action for action in actions if action.verb != "keep"]
         if actions:
             self.prune()                            # before anything is pulled, too (P-5)
-        troubles = self.carry_out(actions, accepted["version"])
-        for device in self.devices:
-            sight = self.seen[device.device_id]
-            name = f"child device {device.device_id}: " if device.silence else ""
-            troubles += [name + fault.message for fault in sight.silent.values()]
-            for driver in () if self.changed else sight.drivers.values():
+        troubles = self.carry_out(actions, accepted["version"]) + self.list_silent()
+        for sight in () if self.changed else self.seen.values():
+            for driver in sight.drivers.values():
                 driver.tend(sight.containers, get_random())
         if self.changed:
             self.prune()
         if troubles:
             raise CommandError(f"{'; '.join(dict.fromkeys(troubles))}; what runs there is left as it is")
+
+    def list_silent(self):
+        """What did not answer at the last look, in words."""
+        words = []
+        for device in self.devices:
+            name = f"child device {device.device_id}: " if device.silence else ""
+            silent = self.seen.get(device.device_id, NOTHING).silent
+            words += [name + fault.message for fault in silent.values()]
+        return words
 
     def prune(self):
         """Removes what neither the current nor the previous version of any deployment needs, where wished.
@@ -12416,6 +12422,10 @@ def examine_connection(agent):
     if desired:
         news = f"version {desired.version} is there to be accepted"
         agent.check_removals(make_accepted(desired), agent.state["deployments"])
+        folder = agent.store.folder
+        need = sum(map(len, desired.documents.values()))
+        if os.path.isdir(folder) and get_space(folder)[0] < need:
+            raise StorageError(f"{news}, and there is no space for it at {folder}; free some")
     failed = [key for key, record in agent.state["deployments"].items() if record["state"] == "failed"]
     refused = [f"{action.deployment_id}: {action.reason}" for action in plan_desired(agent, desired)
                if PRINTED.get(action.verb, action.verb) == "refuse"
@@ -12998,8 +13008,9 @@ def command_plan(config, options):
             say(f"{item['action']:8}{item['deploymentId']}  {where}{item['reason']}{what}")
         for words in make_others_words(others):
             say(f"other   {words}; it is left alone")
-    for fault in agent.seen.get(agent.device_id, NOTHING).silent.values():
-        raise fault
+    silent = agent.list_silent()
+    if silent:
+        raise CommandError("; ".join(silent))
 
 
 def load_agent(config):
