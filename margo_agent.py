@@ -373,6 +373,7 @@ class Agent:
         except BaseException:                       # whoever embeds this may try again
             self.store.unlock()
             raise
+        MUTE.update(map(tuple, self.store.load_memo().get("mute", ())))
         self.began = time.time()
         self.faults = []                            # what went wrong in this cycle
         self.polled = False                         # whether the source has told the desired state
@@ -381,6 +382,7 @@ class Agent:
         return self
 
     def __exit__(self, *_):
+        self.store.load_memo()["mute"] = sorted(MUTE)
         self.store.save_memo()
         self.store.unlock()
         self.source = None
@@ -566,17 +568,23 @@ class Agent:
         actions = [action for action in actions if action.verb != "keep"]
         if actions:
             self.prune()                            # before anything is pulled, too (P-5)
-        troubles = self.carry_out(actions, accepted["version"])
-        for device in self.devices:
-            sight = self.seen[device.device_id]
-            name = f"child device {device.device_id}: " if device.silence else ""
-            troubles += [name + fault.message for fault in sight.silent.values()]
-            for driver in () if self.changed else sight.drivers.values():
+        troubles = self.carry_out(actions, accepted["version"]) + self.list_silent()
+        for sight in () if self.changed else self.seen.values():
+            for driver in sight.drivers.values():
                 driver.tend(sight.containers, get_random())
         if self.changed:
             self.prune()
         if troubles:
             raise CommandError(f"{'; '.join(dict.fromkeys(troubles))}; what runs there is left as it is")
+
+    def list_silent(self):
+        """What did not answer at the last look, in words."""
+        words = []
+        for device in self.devices:
+            name = f"child device {device.device_id}: " if device.silence else ""
+            silent = self.seen.get(device.device_id, NOTHING).silent
+            words += [name + fault.message for fault in silent.values()]
+        return words
 
     def prune(self):
         """Removes what neither the current nor the previous version of any deployment needs, where wished.
@@ -2552,7 +2560,7 @@ def judge_own(leaf, words, config, now):
     """What `doctor` says of an own certificate that can be used: (ok or warn, words)."""
     faults = ask_warnings(config, leaf, now, EXPIRY_ADVICE)
     words += f", {(leaf.not_after - now) // 86400:.0f} days left"
-    return ("warn", "; ".join([words, *faults])) if faults else ("ok", words)
+    return "warn" if faults else "ok", "; ".join([words, *faults])
 
 
 def note_draft(store, state, what):
@@ -2795,7 +2803,7 @@ def is_bundle_due(config, state, hint, asked, now):
     wanted = [name for name, item in COMPANIONS.items() if item.wanted(config)]
     if not trust.keys() >= {"source", *wanted}:
         return True
-    periods = [hint or config.identity.refresh]
+    periods = [min(hint, MAX_WAIT) if hint else config.identity.refresh]
     for companion in COMPANIONS.values():
         periods += companion.limits(state)
     return not asked <= now < asked + min(periods)
@@ -4581,8 +4589,6 @@ class ComposeDriver:
 
         The values of parameters are masked.
         """
-        if not container:
-            return ""
         try:
             command = [self.engine, "logs", "--timestamps", f"--tail={LOG_LINES}", container]
             output = run_command(command, 60, env=self.environ, limit=MAX_LOG, ends=True)
@@ -5655,8 +5661,12 @@ def make_mount_argument(mount):
 
 def make_file_name(content):
     """The name of the file of a Content on the disk: another one for what differs in anything."""
-    text = content.text.encode("utf-8", "surrogateescape")
-    return f"config-{sha256_digest(make_json([sha256_digest(text), *content[1:]]))[7:39]}"
+    return f"config-{sha256_digest(make_json(make_content_mark(content)))[7:39]}"
+
+
+def make_content_mark(content):
+    """What tells a Content from any other: the digest of its text, and the rest of it."""
+    return [sha256_digest(content.text.encode("utf-8", "surrogateescape")), *content[1:]]
 
 
 def make_files(service, reading, where):
@@ -6063,8 +6073,7 @@ def make_hashes(order):
     """
     final = {}
     for service in order:
-        contents = {path: [sha256_digest(item.text.encode("utf-8", "surrogateescape")), *item[1:]]
-                    for path, item in service.files.items()}
+        contents = {path: make_content_mark(item) for path, item in service.files.items()}
         shared = [final[other].hash for other in service.shares + service.follows if other in final]
         parts = [service.image, service.arguments, service.command, service.environment, contents,
                  service.networks, shared]
@@ -6215,9 +6224,9 @@ class Registry:
                 if response.status not in (301, 302, 303, 307, 308):
                     return response
                 url = urljoin(url, response.headers.get("Location") or "")
+        except ComponentError:
+            raise
         except (MargoError, ValueError) as error:
-            if isinstance(error, ComponentError):
-                raise
             hint = f"; set registries.{self.host}.ca" if isinstance(error, Untrusted) else ""
             where = "" if isinstance(error, MargoError) else f"{make_printable(url)}: "
             raise ComponentError("PULL_FAILED", f"{where}{error}{hint}") from None
@@ -7036,7 +7045,7 @@ def ask_proxy(url):
     from urllib.request import getproxies, proxy_bypass
     parts = urlsplit(url)
     proxy = "" if proxy_bypass(parts.netloc) else getproxies().get(parts.scheme, "")
-    return proxy.rpartition("@")[2].rpartition("//")[2]
+    return proxy.rpartition("@")[2].rpartition("//")[2].rstrip("/")
 
 
 # What OpenSSL calls a peer's answer to a handshake, and what that means.
@@ -7441,7 +7450,7 @@ STATE = {
     "lastPoll": (None, POLL)}
 MEMO = {"lastPoll?": POLL, "etags+": {"*": (None, str)}, "warnedAt+": float,
         "others?": [{"owner": str, "name": str, "type": str, "deploymentId": str}], "trust?": float,
-        "boot?": str, "start+": float}
+        "boot?": str, "start+": float, "mute+": [([str, float], [str, float, float, float])]}
 
 
 def make_accepted(desired, at=""):
@@ -7756,7 +7765,7 @@ class Store:
         """
         notes = [name for name in files if name[:16] in short and name[16:] == ".content"]
         texts = [read_file(os.path.join(folder, name), MIB) or b"" for name in notes]
-        return short.union(notes, b" ".join(texts).decode().split())
+        return short.union(notes, b" ".join(texts).decode("utf-8", "replace").split())
 
     def memo_path(self):
         """Where the last contact with the WFM is kept: in memory, so that an unchanged poll writes
@@ -7905,7 +7914,7 @@ class Folder:
         if needed:
             sync_folder(os.path.dirname(self.path))
             note = self.path + ".content"
-            needed.update((read_file(note, MIB) or b"").decode().split())
+            needed.update((read_file(note, MIB) or b"").decode("utf-8", "replace").split())
             write_file(note, "\n".join(sorted(needed)).encode())
 
 
@@ -11457,7 +11466,7 @@ def load_crls(store, state):
     for url, record in state["crls"].items():
         digest = record.get("digest")
         data = read_file(store.path("crls", digest[7:]), 1024 * MIB) if digest else None
-        if data is not None and sha256_digest(data) == digest:
+        if data and sha256_digest(data) == digest:
             found[url] = parse_crl(data)[1]
         elif digest:
             log("error", "security: a revocation list at hand is lost; an older one could now pass for the"
@@ -12413,6 +12422,10 @@ def examine_connection(agent):
     if desired:
         news = f"version {desired.version} is there to be accepted"
         agent.check_removals(make_accepted(desired), agent.state["deployments"])
+        folder = agent.store.folder
+        need = sum(map(len, desired.documents.values()))
+        if os.path.isdir(folder) and get_space(folder)[0] < need:
+            raise StorageError(f"{news}, and there is no space for it at {folder}; free some")
     failed = [key for key, record in agent.state["deployments"].items() if record["state"] == "failed"]
     refused = [f"{action.deployment_id}: {action.reason}" for action in plan_desired(agent, desired)
                if PRINTED.get(action.verb, action.verb) == "refuse"
@@ -12995,8 +13008,9 @@ def command_plan(config, options):
             say(f"{item['action']:8}{item['deploymentId']}  {where}{item['reason']}{what}")
         for words in make_others_words(others):
             say(f"other   {words}; it is left alone")
-    for fault in agent.seen.get(agent.device_id, NOTHING).silent.values():
-        raise fault
+    silent = agent.list_silent()
+    if silent:
+        raise CommandError("; ".join(silent))
 
 
 def load_agent(config):

@@ -573,10 +573,10 @@ class Device:
         """`status --json`."""
         return json.loads(self.run("status", "--json").stdout)
 
-    def plan(self):
-        """`plan --json` as {deploymentId: (action, reason)}."""
+    def plan(self, expected=0):
+        """`plan --json`, which ends with a code, as {deploymentId: (action, reason)}."""
         done = self.run("plan", "--json")
-        if done.returncode:
+        if done.returncode != expected:
             raise AssertionError(done.stderr)
         return {item["deploymentId"]: (item["action"], item["reason"]) for item in json.loads(done.stdout)["actions"]}
 

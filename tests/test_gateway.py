@@ -593,7 +593,7 @@ class Unreachable(GatewayCase):
         self.lose(A)
         self.publish(A)
         self.publish(B, SECOND)
-        self.assertEqual(self.device.plan()[HELLO][0], "refuse")
+        self.assertEqual(self.device.plan(1)[HELLO][0], "refuse")
         for _ in range(2):
             self.assertIn(f"child device {A}: the container engine does not answer", self.device.cycle(1))
         self.assertEqual((self.where(), self.where(SECOND)), ({}, {B: "one"}))
@@ -630,7 +630,7 @@ class Unreachable(GatewayCase):
         count = len(self.wfm.reports())
         self.lose(A)
         self.device.cycle(1)
-        self.assertEqual((len(self.wfm.reports()), self.device.plan()[HELLO][0]), (count, "keep"))
+        self.assertEqual((len(self.wfm.reports()), self.device.plan(1)[HELLO][0]), (count, "keep"))        # and says so
         self.assertEqual(self.device.status()["deployments"][0]["state"], "installed")
         self.lose(A, False)
         self.engines[A].forget_calls()

@@ -604,6 +604,16 @@ def disk_is_full(site):
 
 
 @situation
+def disk_is_full_since_the_last_run(site):
+    """The reserve is the state's; something new is to be kept."""
+    site.mount("mount -t tmpfs -o size=1m tmpfs $0")
+    site.run("run", "--once")
+    fill = f"head -c 2M /dev/zero > {site.device.state_dir}/fill"
+    subprocess.run(site.prefix + ["sh", "-c", fill], stderr=subprocess.DEVNULL)
+    site.publish()
+
+
+@situation
 def package_larger_than_the_disk(site):
     site.wfm.add_package(support.make_compose(), tag="9.9.9", name="hello", **{"data.bin": os.urandom(6 << 20).hex()})
     site.wfm.publish(support.make_deployment(registry=site.wfm.registry, components=(("hello", "9.9.9"),)))
