@@ -4240,15 +4240,24 @@ class ComposeDriver:
                 self.run(["rm", "--force", *leaving.values()])
             raise
         self.discard(leaving.values(), job.deadline)
-        files = {make_file_name(content) for service in services for content in service.files.values()}
-        for name in os.listdir(job.folder):
-            if re.fullmatch("config-[0-9a-f]{32}", name) and name not in files:
-                os.remove(os.path.join(job.folder, name))
+        self.drop_files(job)
         for name in last:
             if self.run(["network", "rm", name]).code:
                 log("warning", "a network that is not needed any more stays: somebody else uses it",
                     network=name)
         return finished
+
+    @staticmethod
+    def drop_files(job):
+        """Removes the files of `configs` and `secrets` that no service has any more."""
+        contents = [content for service in job.project.services for content in service.files.values()]
+        files = set(map(make_file_name, contents))
+        for name in os.listdir(job.folder):
+            if re.fullmatch("config-[0-9a-f]{32}", name) and name not in files:
+                try:
+                    os.remove(os.path.join(job.folder, name))
+                except OSError as error:            # that is no reason to take an update back
+                    log("warning", "a file that nothing needs stays", file=name, reason=error.strerror)
 
     def list_networks(self, deployment_id, project, code, names=()):
         """{name: (labels, facts)} of the networks of these names and of all that were made for a project.

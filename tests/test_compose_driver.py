@@ -918,9 +918,11 @@ class Handover(DriverCase):
         self.engine.change(exits={})
         known = self.apply(make("one"), known, parameters={"S": "red"}, wait=True)
         self.assertEqual(read(), ["one", "red"])
+        stuck = os.path.join(self.folder, "config-" + 32 * "0")
+        os.mkdir(stuck)                             # it cannot be removed as a file is: no reason to take an update back
         self.apply(make("four"), known, parameters={"S": "red"})
         self.assertEqual(read(), ["four", "red"])
-        self.assertEqual(len([name for name in os.listdir(self.folder) if name.startswith("config-")]), 2)
+        self.assertEqual(len([name for name in os.listdir(self.folder) if name.startswith("config-")]), 2 + 1)
 
     def test_a_trial_that_was_cut_off_is_cleared_away(self):
         """A power cut between its creation and its removal: it is no container of the service, and keeps nothing from going on."""
