@@ -373,6 +373,7 @@ class Agent:
         except BaseException:                       # whoever embeds this may try again
             self.store.unlock()
             raise
+        MUTE.update(map(tuple, self.store.load_memo().get("mute", ())))
         self.began = time.time()
         self.faults = []                            # what went wrong in this cycle
         self.polled = False                         # whether the source has told the desired state
@@ -381,6 +382,7 @@ class Agent:
         return self
 
     def __exit__(self, *_):
+        self.store.load_memo()["mute"] = sorted(MUTE)
         self.store.save_memo()
         self.store.unlock()
         self.source = None
@@ -614,7 +616,7 @@ class Agent:
             for action in group:
                 self.check_stopping()
                 step = self.begin(action, version, troubles)
-                if action.verb in CHANGES:          # it is cleared where it was, before it starts here
+                if action.verb in CHANGES:          # it stands aside where it was, before it starts here
                     step.before = [self.begin(action._replace(verb="clear", target=None, device_id=home),
                                               version, troubles)
                                    for home, sight in self.seen.items() if home != action.device_id
@@ -1551,7 +1553,7 @@ def make_drivers(config, child=None, others=()):
     """{deployment type: driver} of what a device can run; arguments as make_compose_driver takes them.
 
     A driver has observe, check, ask_strangers, tail_log, tend, prepare, list_ports, apply, remove,
-    remove_image, stop, bring_back and `beside`, see take_turn; no other section knows what it drives.
+    remove_image, stop, bring_back and `beside`, see stand_aside; no other section knows what it drives.
     """
     drivers = {kind: make(config, child, others) for kind, make in DRIVERS.items()}
     return {kind: driver for kind, driver in drivers.items() if driver}
@@ -2558,7 +2560,7 @@ def judge_own(leaf, words, config, now):
     """What `doctor` says of an own certificate that can be used: (ok or warn, words)."""
     faults = ask_warnings(config, leaf, now, EXPIRY_ADVICE)
     words += f", {(leaf.not_after - now) // 86400:.0f} days left"
-    return ("warn", "; ".join([words, *faults])) if faults else ("ok", words)
+    return "warn" if faults else "ok", "; ".join([words, *faults])
 
 
 def note_draft(store, state, what):
@@ -2801,7 +2803,7 @@ def is_bundle_due(config, state, hint, asked, now):
     wanted = [name for name, item in COMPANIONS.items() if item.wanted(config)]
     if not trust.keys() >= {"source", *wanted}:
         return True
-    periods = [hint or config.identity.refresh]
+    periods = [min(hint, MAX_WAIT) if hint else config.identity.refresh]
     for companion in COMPANIONS.values():
         periods += companion.limits(state)
     return not asked <= now < asked + min(periods)
@@ -3773,6 +3775,7 @@ class ComposeDriver:
         self.claim = NOBODY                         # by what a container is ours, as of the last look
         self.info = {}                              # see ask_info
         self.strangers = []                         # [Container] not ours that the last look has shown
+        self.beside = ()                            # ids of other devices' containers that it has shown
         self.device_id, connection = child
         self.others = frozenset(others)             # devices whose containers are not ours, even here
         remote = set(CONNECTIONS) - {"CONTAINERS_STORAGE_CONF", "KUBECONFIG"}
@@ -4586,8 +4589,6 @@ class ComposeDriver:
 
         The values of parameters are masked.
         """
-        if not container:
-            return ""
         try:
             command = [self.engine, "logs", "--timestamps", f"--tail={LOG_LINES}", container]
             output = run_command(command, 60, env=self.environ, limit=MAX_LOG, ends=True)
@@ -5660,8 +5661,12 @@ def make_mount_argument(mount):
 
 def make_file_name(content):
     """The name of the file of a Content on the disk: another one for what differs in anything."""
-    text = content.text.encode("utf-8", "surrogateescape")
-    return f"config-{sha256_digest(make_json([sha256_digest(text), *content[1:]]))[7:39]}"
+    return f"config-{sha256_digest(make_json(make_content_mark(content)))[7:39]}"
+
+
+def make_content_mark(content):
+    """What tells a Content from any other: the digest of its text, and the rest of it."""
+    return [sha256_digest(content.text.encode("utf-8", "surrogateescape")), *content[1:]]
 
 
 def make_files(service, reading, where):
@@ -6068,8 +6073,7 @@ def make_hashes(order):
     """
     final = {}
     for service in order:
-        contents = {path: [sha256_digest(item.text.encode("utf-8", "surrogateescape")), *item[1:]]
-                    for path, item in service.files.items()}
+        contents = {path: make_content_mark(item) for path, item in service.files.items()}
         shared = [final[other].hash for other in service.shares + service.follows if other in final]
         parts = [service.image, service.arguments, service.command, service.environment, contents,
                  service.networks, shared]
@@ -6220,9 +6224,9 @@ class Registry:
                 if response.status not in (301, 302, 303, 307, 308):
                     return response
                 url = urljoin(url, response.headers.get("Location") or "")
+        except ComponentError:
+            raise
         except (MargoError, ValueError) as error:
-            if isinstance(error, ComponentError):
-                raise
             hint = f"; set registries.{self.host}.ca" if isinstance(error, Untrusted) else ""
             where = "" if isinstance(error, MargoError) else f"{make_printable(url)}: "
             raise ComponentError("PULL_FAILED", f"{where}{error}{hint}") from None
@@ -7041,7 +7045,7 @@ def ask_proxy(url):
     from urllib.request import getproxies, proxy_bypass
     parts = urlsplit(url)
     proxy = "" if proxy_bypass(parts.netloc) else getproxies().get(parts.scheme, "")
-    return proxy.rpartition("@")[2].rpartition("//")[2]
+    return proxy.rpartition("@")[2].rpartition("//")[2].rstrip("/")
 
 
 # What OpenSSL calls a peer's answer to a handshake, and what that means.
@@ -7446,7 +7450,7 @@ STATE = {
     "lastPoll": (None, POLL)}
 MEMO = {"lastPoll?": POLL, "etags+": {"*": (None, str)}, "warnedAt+": float,
         "others?": [{"owner": str, "name": str, "type": str, "deploymentId": str}], "trust?": float,
-        "boot?": str, "start+": float}
+        "boot?": str, "start+": float, "mute+": [([str, float], [str, float, float, float])]}
 
 
 def make_accepted(desired, at=""):
@@ -7761,7 +7765,7 @@ class Store:
         """
         notes = [name for name in files if name[:16] in short and name[16:] == ".content"]
         texts = [read_file(os.path.join(folder, name), MIB) or b"" for name in notes]
-        return short.union(notes, b" ".join(texts).decode().split())
+        return short.union(notes, b" ".join(texts).decode("utf-8", "replace").split())
 
     def memo_path(self):
         """Where the last contact with the WFM is kept: in memory, so that an unchanged poll writes
@@ -7910,7 +7914,7 @@ class Folder:
         if needed:
             sync_folder(os.path.dirname(self.path))
             note = self.path + ".content"
-            needed.update((read_file(note, MIB) or b"").decode().split())
+            needed.update((read_file(note, MIB) or b"").decode("utf-8", "replace").split())
             write_file(note, "\n".join(sorted(needed)).encode())
 
 
@@ -11462,7 +11466,7 @@ def load_crls(store, state):
     for url, record in state["crls"].items():
         digest = record.get("digest")
         data = read_file(store.path("crls", digest[7:]), 1024 * MIB) if digest else None
-        if data is not None and sha256_digest(data) == digest:
+        if data and sha256_digest(data) == digest:
             found[url] = parse_crl(data)[1]
         elif digest:
             log("error", "security: a revocation list at hand is lost; an older one could now pass for the"

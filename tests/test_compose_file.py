@@ -186,6 +186,10 @@ class Interpolation(FileCase):
                                       **{"x-d": {"services": "${UNSET:?}"}})
         self.assertEqual(service.hash, self.settle_service({"healthcheck": {"test": "true"}, "deploy": {}}).hash)
 
+    def test_a_number_and_its_text_are_one_key(self):
+        """To YAML they are two; to whoever reads them as names one would hide the other."""
+        self.assertRefused(f'services: {{main: {{image: {IMAGE}, labels: {{1: a, "1": b}}}}}}', "services.main.labels: a key occurs twice")
+
     def test_a_service_may_be_called_x_something(self):
         """A service's name is no key of the format: Docker Compose starts x-ray too; none is left out in silence."""
         project = self.settle({"services": {"x-ray": {"image": IMAGE}, "main": {"image": IMAGE}}})

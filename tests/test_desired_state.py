@@ -483,6 +483,10 @@ class Dialects(unittest.TestCase):
         outline = margo_agent.make_outline(read_example("git-mid-2024.yaml").encode(), HELLO)
         self.assertEqual((outline.name, [component.name for component in outline.components]), ("line-monitor", ["collector"]))
 
+    def test_a_document_without_names_has_no_outline(self):
+        for text in ("", "[1", "[]", "{}", "metadata: {name: x}", "{metadata: {name: x}, spec: 5}", "{metadata: 5, spec: {}}"):
+            self.assertIsNone(margo_agent.make_outline(text.encode(), HELLO), text)
+
 
 def parameters(*items):
     """A Deployment with (name, value, pointer, components) as its parameters."""

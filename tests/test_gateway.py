@@ -187,6 +187,15 @@ class Connections(unittest.TestCase):
             self.assertIn("services.main: configs, secrets and bind mounts are files of the gateway", caught.exception.message)
 
 
+class Looks(unittest.TestCase):
+    def test_a_child_whose_engine_has_no_command_here_is_one_that_does_not_answer(self):
+        """C-222: of whatever type, so that nothing is changed blindfold."""
+        silence = margo_agent.ComponentError("102", "it does not answer")
+        seen = margo_agent.observe_devices([margo_agent.Device("gw/a", None, {}, silence)], [], margo_agent.NOBODY)
+        self.assertEqual(set(seen["gw/a"].silent), {"compose", "helm"})
+        self.assertIn("is not installed here", seen["gw/a"].silent["compose"].message)
+
+
 class GatewayCase(support.DeviceCase):
     settings = {}
 
@@ -911,6 +920,11 @@ class RealChildren(unittest.TestCase):
         self.services[A] = self.serve(A)
         self.device.cycle()
         self.assertEqual(self.logs(A), "third")
+        before = self.engines[A].containers()[CONTAINER][0]
+        self.wfm.add_package(support.make_compose({"main": {"image": IMAGE, "command": ["false"]}}), tag="9.0.0")
+        self.wfm.publish(support.make_deployment(device=B, registry=self.wfm.registry, components=(("web", "9.0.0"),)), HELLO)
+        self.device.cycle(1)
+        self.assertEqual((self.engines[A].containers()[CONTAINER][:2], self.holds()), ((before, "running"), {A: 1, B: 1}))
         self.publish("moved", B)
         self.device.cycle()
         self.assertEqual((self.holds(), self.logs(B)), ({A: 0, B: 2}, "moved"))

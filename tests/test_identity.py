@@ -788,6 +788,17 @@ class RemoteBundle(RemoteCase):
         self.refresh(NOW + 300)
         self.assertEqual(self.asked(), [(BUNDLE, 200)])
 
+    def test_a_hint_counts_for_a_day_at_most(self):
+        """C-040, case 4.13: one of years would keep an anchor that was withdrawn; what the configuration says counts whole."""
+        self.device.set("identity.refresh", "3d")
+        for start, hint, period in ((NOW, 10 ** 9, 86400), (NOW + 10 ** 7, None, 3 * 86400)):
+            self.pki.write_bundle("ca.pem", **{"spiffe_refresh_hint": hint} if hint else {})
+            self.refresh(start)
+            self.asked()
+            for later, asked in ((period - 1, 0), (period, 1)):
+                self.refresh(start + later)
+                self.assertEqual(len(self.asked()), asked)
+
     def test_http_caching_does_not_defer_a_refresh(self):
         """C-041."""
         self.wfm.fault({"path": BUNDLE, "headers": {"Cache-Control": "max-age=86400, immutable",

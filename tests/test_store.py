@@ -363,6 +363,17 @@ class Folders(StoreCase):
         self.assertEqual((set(seen), os.listdir(os.path.dirname(path))), ({False}, []))
         margo_agent.remove_folder(path)
 
+    def test_a_note_of_what_a_package_mounts_that_the_disk_has_spoilt_ends_no_run(self):
+        folder = self.store.path("deployments", "3f1d6f0e-5c35-4c9f-9b43-2f6f6c1f7a10", "web")
+        support.write(os.path.join(folder, "0123456789abcdef", "app.ini"), "x")
+        support.write(os.path.join(folder, "0123456789abcdef.content"), b"\xff\xfe\0")
+        self.store.prune_artifacts(["sha256:0123456789abcdef" + "0" * 48])
+        package = margo_agent.Folder(os.path.join(folder, "0123456789abcdef"))
+        source = package.look("app.ini")
+        package.keep([source])
+        self.store.prune_artifacts(["sha256:0123456789abcdef" + "0" * 48])
+        self.assertTrue(os.path.isfile(source.path))
+
     def test_a_component_may_be_called_like_a_package(self):
         folder = self.store.path("deployments", "3f1d6f0e-5c35-4c9f-9b43-2f6f6c1f7a10", "deadbeefdeadbeef")
         os.makedirs(os.path.join(folder, "0123456789abcdef"))

@@ -252,9 +252,9 @@ class Requests(TransportCase):
                 self.assertEqual(self.get(server).body, b"direct")
 
     def test_a_proxy_whose_address_is_spoilt_is_named(self):
-        for proxy in ("http://[::1:3128", "http://me:secret@[::1:3128", "[::1"):
+        for proxy in ("http://[::1:3128/", "http://me:secret@[::1:3128", "[::1:3128"):
             with mock.patch.dict(os.environ, {"https_proxy": proxy}):
-                self.refuse(Unreachable, "https://wfm.invalid", "through the proxy [::1", context=margo_agent.make_tls_context())
+                self.refuse(Unreachable, "https://wfm.invalid", "through the proxy [::1:3128 (", context=margo_agent.make_tls_context())
 
     def test_https_goes_through_a_proxy_as_a_tunnel_only(self):
         """C-013: a proxy sees a host and a port, never a request; one that refuses is trouble of the network."""
@@ -535,13 +535,15 @@ class Tls(TransportCase):
 
             def relay(connection, over, there=there, server=server):
                 with socket.create_connection(("127.0.0.1", server.port)) as onward:
-                    ends = {connection: onward, onward: connection}
+                    ends, seen = {connection: onward, onward: connection}, set()
                     while True:
                         for source in select.select(list(ends), [], [], 10)[0]:
                             data = bytearray(source.recv(65536))
                             if not data:
                                 return
-                            data[-1] ^= (data[0] == 23) and (source is connection) == there         # application data
+                            if source in seen and (source is connection) == there:      # behind the hello
+                                data[-1] ^= 1
+                            seen.add(source)
                             ends[source].sendall(data)
             damaged = Server(self, relay, rude=True)
             with self.subTest(there=there):
@@ -604,6 +606,24 @@ class Tls(TransportCase):
                 self.assertLess(time.monotonic() - start, 60)
             for _ in range(2):
                 mute.accept()[0].close()
+
+    def test_the_next_process_knows_who_shakes_no_hands(self):
+        """F-12: each poll is a process of its own; a note that is spoilt is none."""
+        folder, place = support.make_folder(self), ("192.0.2.7", 443)
+        config = margo_agent.make_config({"state_dir": f"{folder}/state", "wfm": {"url": "https://wfm.test"}, "identity": {
+            "certificate": "c", "key": "k", "trust_bundle": "b"}}, folder, {})
+        self.addCleanup(margo_agent.MUTE.clear)
+        with mock.patch.dict(os.environ, {"RUNTIME_DIRECTORY": folder}):
+            for before, after in (([], [place]), ([place], [place, ("::1", 443, 0, 0)]), ([place, ("::1", 443, 0, 0)], []), ([], [])):
+                with margo_agent.Agent(config) as agent:
+                    self.assertEqual(sorted(margo_agent.MUTE), before)
+                    margo_agent.MUTE.clear()
+                    margo_agent.MUTE.update(after)
+                margo_agent.MUTE.clear()
+            for spoilt in ([[{}, 1]], ["x"], 7, [["::1"]]):
+                support.write(agent.store.memo_path(), json.dumps({"mute": spoilt}))
+                with margo_agent.Agent(config):
+                    self.assertEqual(margo_agent.MUTE, set())
 
     def test_a_peer_that_is_refused_gets_no_request(self):
         """C-013: check_peer comes before the first byte of the request, and what it raises comes out as it is."""
