@@ -12385,9 +12385,9 @@ def examine_engine(agent):
 
 def examine_others(agent):
     """Whether workloads of another owner run here: they are left alone, but may hold a port or a name."""
-    others = ask_others({device.device_id: device for device in agent.devices})
-    words = "; ".join(make_others_words(others))
-    return "warn", others and f"workloads of others are left alone: {words}"
+    devices = {device.device_id: device for device in agent.devices}
+    words = "; ".join(make_others_words(ask_others(devices)))
+    return "warn", words and f"workloads of others are left alone: {words}"
 
 
 def examine_registries(agent):
