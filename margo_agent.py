@@ -184,6 +184,7 @@ MENDS = {"ENOSPC": "free space", "EDQUOT": "free space", "EIO": "look after the 
          "ENOTDIR": "something else lies in its place, move it away",
          "EISDIR": "something else lies in its place, move it away",
          "EROFS": "mount that disk writable", "EACCES": "run as root, or as its owner",
+         "EFBIG": "let this service write larger files",
          "EMFILE": "let this service have more open files"}
 
 

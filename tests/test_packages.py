@@ -571,7 +571,7 @@ class Unpacking(ArchiveCase):
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         self.assertIn(self.parent, caught.exception.message)
-        self.assertIn("free space", caught.exception.message)
+        self.assertIn("let this service write larger files", caught.exception.message)
         self.assertFalse(os.path.exists(os.path.join(self.parent, digest(data)[7:23])))
         self.assertEqual(set(list_tree(self.unpack(data))), {"a", "big", "compose.yaml"})
         self.assertEqual(os.listdir(self.parent), [digest(data)[7:23]])
