@@ -185,7 +185,8 @@ MENDS = {"ENOSPC": "free space", "EDQUOT": "free space", "EIO": "look after the 
          "EISDIR": "something else lies in its place, move it away",
          "EROFS": "mount that disk writable", "EACCES": "run as root, or as its owner",
          "EFBIG": "let this service write larger files",
-         "EMFILE": "let this service have more open files"}
+         "EMFILE": "let this service have more open files",
+         "E2BIG": "hand it less: its command line or environment is too long"}
 
 
 def make_mend(error):
@@ -2567,7 +2568,7 @@ def judge_own(leaf, words, config, now):
 def note_draft(store, state, what):
     """Says once in the log that a draft is in use."""
     if what not in state["drafts"]:
-        log("warning", f"{what} follows {DRAFT}")
+        log("warning", f"in use: {what}, by {DRAFT}")
         state["drafts"].append(what)
         store.save_state(state)
 
@@ -4622,7 +4623,8 @@ class ComposeDriver:
         except CommandTimeout:
             code = 1
         if code:
-            log("warning", "killed, because it did not stop in time", containers=" ".join(ids))
+            log("warning", "killed, because it did not stop in time",
+                containers=" ".join(item[:12] for item in ids))
             if self.run(["kill"] + ids).code:
                 self.run(["rm", "--force"] + ids, "INSTALL_FAILED")
             deadline = time.monotonic() + 60
@@ -6692,6 +6694,7 @@ def run_command(argv, timeout, env=None, cwd=None, limit=MAX_OUTPUT, data=b"", f
     a tool is missing that a setting needs (a missing engine is a CommandError), and Interrupted where ctrl-C
     ended it: that meets also what is just being started, which is no failed attempt.
     """
+    import errno
     import signal
     import subprocess
     try:
@@ -6710,7 +6713,8 @@ def run_command(argv, timeout, env=None, cwd=None, limit=MAX_OUTPUT, data=b"", f
         needed = NEEDED_BY.get(name, "or correct the setting that names it")
         raise fault(f"{argv[0]} is not installed, or not on PATH; install it: {needed}") from None
     except OSError as error:
-        raise CommandError(f"{argv[0]} cannot be started ({error.strerror}); is it executable?") from None
+        mend = "is it executable?" if error.errno in (errno.EACCES, errno.ENOEXEC) else make_mend(error)
+        raise CommandError(f"{argv[0]} cannot be started ({error.strerror}); {mend}") from None
     try:
         stdout, stderr = serve_pipes(process, memoryview(data), timeout, limit, ends, watch)
     except subprocess.TimeoutExpired:
@@ -11616,7 +11620,8 @@ def load_judge(config, store, state, source, keep):
 
     def judge(leaf, now):
         if is_revoked(leaf, crls):
-            raise Untrusted("the peer's certificate is revoked")
+            raise Untrusted("the peer's certificate is revoked by who issued it; whoever runs that server has"
+                            " to have a new one")
         ends = [crl.next_update for crl in find_lists(leaf, crls)]
         if mode == "off" or ends and now <= max(ends):
             return

@@ -57,6 +57,14 @@ class RunCommand(unittest.TestCase):
             with self.assertRaisesRegex((margo_agent.CommandError, margo_agent.ConfigError), setting):
                 margo_agent.run_command([path], 30)
 
+    def test_what_stands_in_the_way_of_a_start_is_told_with_its_mend(self):
+        path = support.write(os.path.join(support.make_folder(self), "tool"), "#!/bin/sh\n", 0o755)
+        with self.assertRaisesRegex(margo_agent.CommandError, "Argument list too long.*hand it less"):
+            margo_agent.run_command([path, "x" * (1 << 20)], 30)
+        os.chmod(path, 0o644)
+        with self.assertRaisesRegex(margo_agent.CommandError, "Permission denied.*is it executable"):
+            margo_agent.run_command([path], 30)
+
     def test_a_script_that_cannot_be_run_is_not_said_to_be_missing(self):
         """A hook that was written on Windows, or for a shell that the device lacks."""
         path = os.path.join(support.make_folder(self), "hook")
