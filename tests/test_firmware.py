@@ -226,7 +226,7 @@ class Whole(unittest.TestCase):
         path = self.make("none", "--only", "mtls")
         done = subprocess.run([sys.executable, "-I", "-S", path, "doctor"], stderr=subprocess.PIPE, universal_newlines=True, timeout=support.LIMIT)
         self.assertEqual(done.returncode, 2)
-        self.assertIn("doctor: unknown command; one of", done.stderr)
+        self.assertIn("doctor: unknown command; known are", done.stderr)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ until_so() {
         if [ $left -le 0 ]; then
             echo "not within its time: $*" >&2
             journalctl --no-pager -n 60 >&2
+            journalctl --no-pager -n 40 -u margo-agent >&2
             exit 1
         fi
         sleep 1

@@ -15,6 +15,7 @@ cp examples/margo-agent.service /etc/systemd/system/
 lend_engine margo-agent podman                      # one engine, whoever starts it
 for file in "$@"; do cp "$file" /etc/systemd/system/margo-agent.service.d/; done
 systemctl daemon-reload
+systemctl stop podman.service                       # the system has started it, with an engine of its own
 [ $# = 0 ] || systemctl start podman.socket
 systemd-analyze verify margo-agent.service
 systemd-analyze security --no-pager margo-agent.service | tail -n 1
