@@ -608,6 +608,7 @@ class FullDisk(EngineCase):
         storage = support.write(os.path.join(self.folder, "storage.conf"), f"[storage]\ndriver = \"vfs\"\ngraphroot = \"{self.disk}/graph\"\n"
                                 f"runroot = \"{self.disk}/run\"\n")
         self.device.env["CONTAINERS_STORAGE_CONF"] = storage
+        self.addCleanup(self.podman, "rm", "--all", "--force", "--time=0")
         self.device.settings["registries"][self.image.split("/")[0]] = {"insecure": True}
         self.device.save()
 
