@@ -528,6 +528,12 @@ def make_bundles():
             margo_agent.make_pem(make_certificates()[:3]).encode(), b"# site\r\n" + margo_agent.make_pem(make_certificates()[3:5]).encode()]
 
 
+def is_plain_pem(data):
+    """Whether dashes stand in whole lines of PEM alone: the agent and openssl see a block there only, other readers are laxer."""
+    lines = data.replace(b"\r\n", b"\n").split(b"\n")
+    return all(re.fullmatch(rb"-----(BEGIN|END) [A-Z0-9 ]+-----", line) for line in lines if b"-----" in line)
+
+
 def judge_bundle(data, own):
     """Whether other anchors or numbers are found than by json and the cryptography library."""
     from cryptography import x509
@@ -538,7 +544,7 @@ def judge_bundle(data, own):
     try:
         if b"-----BEGIN CERTIFICATE-----" in data and data.lstrip()[:1] != b"{":
             theirs = [item.public_bytes(Encoding.DER) for item in x509.load_pem_x509_certificates(data)]
-            return "" if theirs == own.anchors else "other certificates"
+            return "" if theirs == own.anchors or not is_plain_pem(data) else "other certificates"
         value = json.loads(data)
     except Exception:
         return ""
@@ -562,9 +568,8 @@ def make_pems():
 def judge_pem(data, own):
     """Whether other blocks are found than by asn1crypto, in texts of plain lines."""
     from asn1crypto import pem
-    lines = data.replace(b"\r\n", b"\n").split(b"\n")
-    if any(re.search(rb"-----", line) and not re.fullmatch(rb"-----(BEGIN|END) [A-Z0-9 ]+-----", line) for line in lines):
-        return ""                                   # asn1crypto is laxer about what is a line of a block
+    if not is_plain_pem(data):
+        return ""
     try:
         theirs = [der for kind, headers, der in pem.unarmor(data, multiple=True) if kind == "CERTIFICATE" and not headers]
     except Exception:
