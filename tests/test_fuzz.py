@@ -1,4 +1,4 @@
-"""A bounded share of tests/bench/fuzz.py: each parser of its table, always the same inputs."""
+"""A bounded share of tests/bench/fuzz.py: each parser of its table, always the same inputs but for the keys and signatures of certificates."""
 import unittest
 import warnings
 from unittest import mock
