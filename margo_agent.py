@@ -7281,8 +7281,9 @@ def write_file(path, data, mode=0o600, temporary=None):
         sync_folder(folder)
     except OSError as error:
         remove_file(temporary)                      # on a full disk half a file is what keeps it full
-        mend = f"the folder {folder} does not exist, make it: mkdir -p {folder}"
-        mend = make_mend(error) if os.path.exists(folder) else mend
+        mend = make_mend(error)
+        if not os.path.exists(folder):
+            mend = f"the folder {folder} does not exist, make it: mkdir -p {folder}"
         raise StorageError(f"{path} cannot be written ({error.strerror}); {mend}") from None
 
 

@@ -220,6 +220,33 @@ def free_port():
             return port
 
 
+TWO_DISKS = """
+import os, sys
+import margo_agent
+first, second = sys.argv[1:]
+for folder in (first, second):
+    margo_agent.run_command(["mount", "-t", "tmpfs", "none", folder], 20)
+
+def make_twin(path):
+    for number in range(10000):
+        twin = os.path.join(second, f"twin{number}")
+        open(twin, "w").close()
+        if os.stat(twin).st_ino == os.stat(path).st_ino:
+            break
+    return twin
+"""
+
+
+def run_on_two_disks(test, code):
+    """What Python prints with two small disks mounted at `first` and `second`, which give the same few inodes.
+
+    make_twin(path): a file of the second one that has the inode of a path on the first.
+    """
+    require("root")
+    command = ["unshare", "--mount", sys.executable, "-c", TWO_DISKS + code, make_folder(test), make_folder(test)]
+    return subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, universal_newlines=True, timeout=LIMIT).stdout
+
+
 def digest(data):
     """The digest of bytes as Margo spells it, made independently of the agent."""
     return "sha256:" + hashlib.sha256(data).hexdigest()

@@ -940,12 +940,17 @@ class Prune(ApplyCase):
 
 
 class Guard(ApplyCase):
-    def test_many_removals_wait_for_a_second_poll(self):
-        """Contract, Guard: the waiting poll exits 3 and does nothing at all; the next one confirms."""
+    """A deployment that runs, and no removal that is not confirmed."""
+
+    def setUp(self):
+        super().setUp()
         self.device.set("policy.max_removals", 0)
         self.wfm.add_package(support.make_compose())
         self.publish()
         self.device.cycle()
+
+    def test_many_removals_wait_for_a_second_poll(self):
+        """Contract, Guard: the waiting poll exits 3 and does nothing at all; the next one confirms."""
         self.wfm.withdraw()
         self.assertIn("policy.max_removals is 0", self.device.cycle(3))
         self.assertEqual(len(self.engine.containers()), 1)
@@ -955,10 +960,6 @@ class Guard(ApplyCase):
 
     def test_what_is_only_on_the_engine_counts_and_waits_too(self):
         """F-32: the state was lost, and a WFM that knows nothing of this device offers an empty manifest; a poll has to confirm it."""
-        self.device.set("policy.max_removals", 0)
-        self.wfm.add_package(support.make_compose())
-        self.publish()
-        self.device.cycle()
         shutil.rmtree(self.device.state_dir)
         self.wfm.withdraw()
         self.assertIn("would remove 1 deployments", self.device.cycle(3))
@@ -971,10 +972,6 @@ class Guard(ApplyCase):
         self.assertEqual(self.engine.containers(), {})
 
     def test_what_is_gone_already_and_only_to_be_reported_is_not_counted_again(self):
-        self.device.set("policy.max_removals", 0)
-        self.wfm.add_package(support.make_compose())
-        self.publish()
-        self.device.cycle()
         self.wfm.withdraw()
         self.device.cycle(3)
         self.wfm.fault({"method": "POST", "status": 500})
@@ -985,10 +982,6 @@ class Guard(ApplyCase):
         self.assertEqual(self.state_of(SECOND)["state"], "installed")
 
     def test_a_wfm_that_thinks_better_of_it_removes_nothing(self):
-        self.device.set("policy.max_removals", 0)
-        self.wfm.add_package(support.make_compose())
-        self.publish()
-        self.device.cycle()
         self.wfm.withdraw()
         self.device.cycle(3)
         self.publish("two")

@@ -1,8 +1,6 @@
 """Compose file: what a compose file may not ask for, however it is spelt (contract, Policy)."""
 import os
 import socket
-import subprocess
-import sys
 import unittest
 
 import margo_agent
@@ -11,20 +9,12 @@ from tests.test_compose_file import IMAGE, FileCase, make_config, make_document
 
 # An engine's socket on one disk, which has a second name there, and a file of the same inode on another disk.
 TWINS = """
-import os, socket, sys
-import margo_agent
-first, second = sys.argv[1:]
-for folder in (first, second):
-    margo_agent.run_command(["mount", "-t", "tmpfs", "none", folder], 20)
+import socket
 place = os.path.join(first, "engine")
 socket.socket(socket.AF_UNIX).bind(place)
 os.makedirs(os.path.join(first, "data"))
 os.link(place, os.path.join(first, "data", "plain"))
-for number in range(10000):
-    twin = os.path.join(second, f"file{number}")
-    open(twin, "w").close()
-    if os.stat(twin).st_ino == os.stat(place).st_ino:
-        break
+twin = make_twin(place)
 folder = margo_agent.Folder(second, {"CONTAINER_HOST": "unix://" + place})
 print(os.stat(twin).st_ino == os.stat(place).st_ino, folder.leads_to_engine(os.path.join(first, "data")), folder.leads_to_engine(second))
 """
@@ -174,11 +164,7 @@ class HostPaths(PolicyCase):
 
     def test_a_file_of_another_disk_is_not_taken_for_a_socket_by_its_number(self):
         """Small disks give the same few inodes: a mount of data was denied now and then."""
-        support.require("root")
-        folders = [support.make_folder(self), support.make_folder(self)]
-        done = subprocess.run(["unshare", "--mount", sys.executable, "-c", TWINS, *folders], cwd=support.ROOT, stdout=subprocess.PIPE,
-                              universal_newlines=True, timeout=support.LIMIT)
-        self.assertEqual(done.stdout, "True True False\n")
+        self.assertEqual(support.run_on_two_disks(self, TWINS), "True True False\n")
 
     def test_bind_mounts_are_held_to_the_host_paths(self):
         """Contract, Policy: only below policy.host_paths, after normalising and resolving links."""

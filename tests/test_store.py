@@ -31,31 +31,18 @@ def make_report(deployment_id):
 
 # Two disks whose files have the same inode; of one of them somebody holds the lock.
 TWINS = """
-import fcntl, itertools, os, sys
-import margo_agent
-first, second = sys.argv[1:]
-for folder in (first, second):
-    margo_agent.run_command(["mount", "-t", "tmpfs", "none", folder], 20)
+import fcntl
 held = open(os.path.join(first, "lock"), "w")
-inode = os.fstat(held.fileno()).st_ino
-for number in range(10000):
-    twin = os.path.join(second, f"lock{number}")
-    open(twin, "w").close()
-    if os.stat(twin).st_ino == inode:
-        break
+twin = make_twin(held.name)
 fcntl.flock(held, fcntl.LOCK_EX)
-print(os.stat(twin).st_ino == inode, bool(margo_agent.ask_holder(held.name)), bool(margo_agent.ask_holder(twin)))
+print(os.stat(twin).st_ino == os.stat(held.name).st_ino, bool(margo_agent.ask_holder(held.name)), bool(margo_agent.ask_holder(twin)))
 """
 
 
 class Holder(unittest.TestCase):
     def test_a_lock_of_another_disk_is_not_taken_for_that_of_the_state(self):
         """Small disks give the same few inodes: nobody is sent to stop a process that holds something else."""
-        support.require("root")
-        folders = [support.make_folder(self), support.make_folder(self)]
-        done = subprocess.run(["unshare", "--mount", sys.executable, "-c", TWINS, *folders], cwd=support.ROOT, stdout=subprocess.PIPE,
-                              universal_newlines=True, timeout=support.LIMIT)
-        self.assertEqual(done.stdout, "True True False\n")
+        self.assertEqual(support.run_on_two_disks(self, TWINS), "True True False\n")
 
 
 class StoreCase(unittest.TestCase):
